@@ -1,0 +1,38 @@
+"""Engram's models: cells, the bundles that carry them, the probe that finds how they may be batched, and training."""
+
+from engram_models.bundle import (
+    Bundle,
+    BundleError,
+    BundleRef,
+    Repository,
+    load_bundle,
+    shipped_models_dir,
+    version_key,
+    write_bundle,
+)
+from engram_models.cell import Cell, State
+from engram_models.importers import bundle_from_torch
+from engram_models.probe import batch_floor
+from engram_models.recurrent import GRU, LSTM, GRUResetAfter, PeepholeLSTM, VanillaRNN
+from engram_models.spec import TensorSpec
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Bundle",
+    "BundleError",
+    "BundleRef",
+    "Cell",
+    "GRUResetAfter",
+    "PeepholeLSTM",
+    "Repository",
+    "State",
+    "TensorSpec",
+    "VanillaRNN",
+    "batch_floor",
+    "bundle_from_torch",
+    "load_bundle",
+    "shipped_models_dir",
+    "version_key",
+    "write_bundle",
+]

@@ -1,0 +1,69 @@
+"""The cell contract: what every model is, whatever its kind. The service knows models through this alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from engram_models.spec import TensorSpec
+
+State = tuple[Tensor, ...]
+"""A named tuple of batch-first tensors, in the order of the schema; `Cell.state_type` makes one."""
+
+
+class Cell(nn.Module):
+    """A function (input row, state) -> (output row, state), batch first.
+
+    A kind of model is a subclass with a `kind`, a `config` of plain values from which `from_config` makes it again, and
+    these attributes. `forward` is pure: it changes neither its arguments nor the module.
+    """
+
+    kind: ClassVar[str]
+    input: TensorSpec
+    output: TensorSpec
+    state_schema: tuple[TensorSpec, ...]
+    config: Mapping[str, Any]
+    state_type: Any
+
+    def declare(self, input: TensorSpec, output: TensorSpec, state: tuple[TensorSpec, ...], config: Mapping[str, Any]) -> None:
+        """Called once by a subclass's constructor, with all that the contract asks for."""
+        self.input, self.output, self.state_schema, self.config = input, output, state, dict(config)
+        self.state_type = NamedTuple("State", [(spec.name, Tensor) for spec in state])
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Cell:
+        """The cell with untrained weights. Raises TypeError or ValueError where the config does not fit."""
+        return cls(**config)
+
+    @property
+    def generates(self) -> bool:
+        """Whether outputs can be fed back as inputs."""
+        return (self.input.dtype, self.input.shape) == (self.output.dtype, self.output.shape)
+
+    def initial_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+        """The schema's initial values, [batch, *shape] each; `dtype` replaces float32 (gradient checks use float64)."""
+        tensors = (
+            torch.full(
+                (batch, *spec.shape), spec.initial, device=device,
+                dtype=dtype if dtype is not None and spec.torch_dtype is torch.float32 else spec.torch_dtype,
+            )
+            for spec in self.state_schema
+        )  # fmt: skip
+        return cast(State, self.state_type(*tensors))
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One step. x [batch, *input.shape] -> y [batch, *output.shape], new state."""
+        raise NotImplementedError
+
+    def sequence(self, xs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Steps through a whole sequence. xs [batch, time, *input.shape] -> ys [batch, time, *output.shape], last state."""
+        if state is None:
+            state = self.initial_state(len(xs), xs.device, xs.dtype if xs.is_floating_point() else None)
+        outputs = []
+        for x in xs.unbind(1):
+            y, state = self(x, state)
+            outputs.append(y)
+        return torch.stack(outputs, 1), state

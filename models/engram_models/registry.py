@@ -1,0 +1,16 @@
+"""The kinds of models that can be served. A new kind is a module with a Cell and a line here."""
+
+from __future__ import annotations
+
+from engram_models.cell import Cell
+from engram_models.recurrent import KINDS as RECURRENT
+
+_KINDS: dict[str, type[Cell]] = {kind.kind: kind for kind in RECURRENT}
+
+
+def cell_type(kind: str) -> type[Cell] | None:
+    return _KINDS.get(kind)
+
+
+def kinds() -> list[str]:
+    return sorted(_KINDS)

@@ -1,0 +1,109 @@
+"""The gRPC server: the Engram service, health and reflection. Handlers are thin; refusals are mapped here, once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from engram.v1 import service_pb2
+from engram_service.api.status import abort
+from engram_service.api.stream import StreamHandler
+from engram_service.api.unary import UnaryHandlers
+from engram_service.errors import DeadlineExceeded, Internal, InvalidArgument, Refusal
+from engram_service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+SERVICE = service_pb2.DESCRIPTOR.services_by_name["EngramService"]
+_MESSAGE_MARGIN = 4  # gRPC itself refuses, without a reason, what is so many times over the limit
+_KEEPALIVE_MS = 20_000
+
+
+class Server:
+    """Binds, serves, says how it is, stops."""
+
+    def __init__(self, settings: Settings, stream: StreamHandler, unary: UnaryHandlers) -> None:
+        self._settings = settings
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", settings.frame_bytes_max * _MESSAGE_MARGIN),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS // 2),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ]
+        )
+        handlers: dict[str, grpc.RpcMethodHandler] = {}
+        for method in SERVICE.methods:
+            if method.name == "Stream":
+                handlers[method.name] = grpc.stream_stream_rpc_method_handler(
+                    stream, request_deserializer=None, response_serializer=_serialize
+                )
+            else:
+                handlers[method.name] = _unary(method, getattr(unary, _snake(method.name)), settings)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self) -> int:
+        """Serves; the bound port. Raises OSError where the address cannot be had."""
+        try:
+            port = self._server.add_insecure_port(self._settings.listen)
+        except RuntimeError as error:
+            raise OSError(f"listen = {self._settings.listen}: the address is in use or cannot be bound") from error
+        await self._server.start()
+        await self.set_serving(True)
+        return int(port)
+
+    async def set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE.full_name):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+
+
+def _serialize(response: Message) -> bytes:
+    return response.SerializeToString()
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def _unary(method: Any, handle: Callable[[Any, float], Awaitable[Message]], settings: Settings) -> grpc.RpcMethodHandler:
+    from google.protobuf import message_factory
+
+    request_type = message_factory.GetMessageClass(method.input_type)
+
+    async def call(data: bytes, context: grpc.aio.ServicerContext[bytes, Message]) -> Message:
+        left = context.time_remaining()
+        left_s = settings.step_timeout_s if left is None else min(left, settings.step_timeout_s)
+        try:
+            if left_s <= 0:
+                raise DeadlineExceeded("DEADLINE_EXCEEDED", "the call's deadline had passed when it arrived")
+            return await handle(request_type.FromString(data), left_s)
+        except DecodeError:
+            await abort(context, InvalidArgument("INVALID_FRAME", f"the bytes are not an {method.input_type.full_name}"))
+        except Refusal as refusal:
+            await abort(context, refusal)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.exception("%s failed", method.name)
+            await abort(context, Internal("INTERNAL", f"the server failed on this call: {type(error).__name__}"))
+
+    return grpc.unary_unary_rpc_method_handler(call, request_deserializer=None, response_serializer=_serialize)

@@ -1,0 +1,154 @@
+"""The bidirectional stream: reads frames into the core and writes its answers. One reader and one writer a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from engram.v1 import stream_pb2
+from engram_service.api.status import abort
+from engram_service.core import Core
+from engram_service.errors import Internal, InvalidArgument, Refusal
+from engram_service.sessions.opening import Opened, Sessions, Wanted
+from engram_service.sessions.streams import Stream
+
+log = logging.getLogger(__name__)
+
+_OPENS_MAX = 64  # opens and closes of one stream that may wait for the store at once
+
+
+class StreamHandler:
+    """Handles EngramService.Stream; requests come as bytes, so that garbage can be answered."""
+
+    def __init__(self, core: Core, sessions: Sessions) -> None:
+        self._core = core
+        self._sessions = sessions
+
+    async def __call__(self, requests: Any, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
+        try:
+            stream = self._core.connect()
+        except Refusal as refusal:
+            await abort(context, refusal)
+        log.debug("stream opened", extra={"stream": stream.id, "trace": trace_of(context)})
+        reader = asyncio.create_task(self._read(stream, context))
+        try:
+            await _write(stream, context)
+        finally:
+            reader.cancel()
+            self._core.disconnect(stream)
+            log.debug("stream ended", extra={"stream": stream.id})
+
+    async def _read(self, stream: Stream, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
+        """Reads until the client has no more frames; then what is under way is answered, and the stream ends."""
+        opens: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                await stream.room()
+                data = await context.read()
+                if data is grpc.aio.EOF:
+                    break
+                if slow := self._handle(stream, data):
+                    task = asyncio.create_task(slow)
+                    opens.add(task)
+                    task.add_done_callback(opens.discard)
+                    if len(opens) >= _OPENS_MAX:
+                        await asyncio.wait(opens, return_when=asyncio.FIRST_COMPLETED)
+            if opens:
+                await asyncio.wait(opens)
+            while stream.in_flight and not stream.ended:
+                await asyncio.sleep(0.005)
+        finally:
+            for task in opens:
+                task.cancel()
+            stream.end()
+
+    def _handle(self, stream: Stream, data: bytes) -> Any:
+        """Does what a frame asks for, or returns the coroutine that will."""
+        limit = self._core.settings.frame_bytes_max
+        try:
+            if len(data) > limit:
+                raise InvalidArgument("FRAME_TOO_LARGE", f"the frame has {len(data)} bytes; send at most {limit}")
+            request = stream_pb2.StreamRequest.FromString(data)
+            match request.WhichOneof("frame"):
+                case "steps":
+                    self._core.steps(stream, request.steps)
+                case "acknowledge":
+                    self._core.acknowledge(stream, request.acknowledge)
+                case "open":
+                    return self._open(stream, request.open, attach=False)
+                case "attach":
+                    return self._open(stream, request.attach, attach=True)
+                case "close":
+                    return self._close(stream, request.close)
+                case _:
+                    raise InvalidArgument("INVALID_FRAME", "the request has no frame that this server knows")
+        except DecodeError:
+            _say(stream, InvalidArgument("INVALID_FRAME", "the bytes are not an engram.v1.StreamRequest"))
+        except Refusal as refusal:
+            _say(stream, refusal)
+        except Exception as error:
+            log.exception("a frame failed", extra={"stream": stream.id})
+            _say(stream, Internal("INTERNAL", f"the server failed on this frame: {type(error).__name__}"))
+        return None
+
+    async def _open(self, stream: Stream, frame: stream_pb2.OpenFrame | stream_pb2.AttachFrame, attach: bool) -> None:
+        default = self._core.settings.durability == "interval"
+        interval = default if frame.durability == 0 else frame.durability == stream_pb2.DURABILITY_INTERVAL
+        wanted = Wanted(frame.model, frame.version, frame.session_ids, interval, frame.client_id, frame.ttl_ms, attach)
+        count = len(frame.session_ids)
+        try:
+            opened = await self._sessions.open(stream, wanted)
+        except Refusal as refusal:
+            opened = Opened.refused(count, list(frame.session_ids), refusal)
+        except Exception as error:
+            log.exception("an open failed", extra={"stream": stream.id})
+            refusal = Internal("INTERNAL", f"the server failed on this open: {type(error).__name__}")
+            opened = Opened.refused(count, list(frame.session_ids), refusal)
+        made = any(not given for given in frame.session_ids)
+        response = stream_pb2.OpenedFrame(
+            request_id=frame.request_id,
+            handles=opened.handles.tobytes(),
+            seqs=opened.seqs.tobytes(),
+            acknowledged_seqs=opened.acked.tobytes(),
+            created=opened.created.tobytes(),
+            session_ids=opened.ids if made else [],
+            model=None if opened.served is None else self._core.catalog.describe(opened.served),
+            window=0 if opened.served is None else opened.served.arena.window,
+            rows_max=self._core.settings.frame_rows_max,
+            errors=[stream_pb2.RowError(row=row, error=refusal.detail()) for row, refusal in opened.errors.items()],
+        )
+        stream.send(stream_pb2.StreamResponse(opened=response))
+
+    async def _close(self, stream: Stream, frame: stream_pb2.CloseFrame) -> None:
+        try:
+            errors = await self._sessions.close(stream, frame)
+        except Refusal as refusal:
+            errors = [(row, refusal) for row in range(len(frame.handles) // 4)]
+        rows = [stream_pb2.RowError(row=row, error=refusal.detail()) for row, refusal in errors]
+        stream.send(stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=frame.request_id, errors=rows)))
+
+
+async def _write(stream: Stream, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
+    while (answer := await stream.next()) is not None:
+        response, rows = answer
+        await context.write(response)
+        stream.wrote(rows)
+
+
+def _say(stream: Stream, refusal: Refusal) -> None:
+    """A frame that could not be used at all."""
+    stream.send(stream_pb2.StreamResponse(errors=stream_pb2.ErrorsFrame(errors=[refusal.detail()])))
+
+
+def trace_of(context: Any) -> str:
+    """The trace id of a W3C traceparent header; empty if there is none."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "traceparent" and isinstance(value, str) and len(value.split("-")) == 4:
+            return value.split("-")[1]
+    return ""
+
+

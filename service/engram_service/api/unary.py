@@ -1,0 +1,239 @@
+"""The RPCs beside the stream: single steps, session management, models. Each raises Refusal; server.py maps it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import struct
+import time
+from typing import Any
+
+import numpy as np
+
+from engram import __version__
+from engram.v1 import model_pb2, session_pb2, stream_pb2
+from engram_service.api.unary_stream import Asked, UnaryStream
+from engram_service.catalog import Served
+from engram_service.core import Core
+from engram_service.engine.arena import from_bytes
+from engram_service.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound, Refusal, Unavailable
+from engram_service.sessions.opening import Sessions, check_ids
+from engram_service.sessions.table import NO_SLOT
+from engram_service.store import Records, SessionInfo, Store
+
+_PAGE_DEFAULT, _PAGE_MAX = 100, 1000
+_STEP_ROWS_MAX = 32
+_EXPORT_MAGIC = b"ENGRAMX1"
+
+
+class UnaryHandlers:
+    """One method for each unary RPC: request and seconds left in, response out."""
+
+    def __init__(self, core: Core, sessions: Sessions, store: Store, unary: UnaryStream, device: str) -> None:
+        self._core = core
+        self._sessions = sessions
+        self._store = store
+        self._unary = unary
+        self._device = device
+
+    async def step(self, request: session_pb2.StepRequest, left_s: float) -> session_pb2.StepResponse:
+        _check_id(request.session_id)
+        model, version = request.model, request.version
+        if not model:
+            info = await self._info(request.session_id)
+            model, version = info.model, info.version
+        served = self._core.catalog.resolve(model, version)
+        inputs, rows = _inputs(request, served)
+        if not rows and not request.generate:
+            raise InvalidArgument("INVALID_INPUT_WIDTH", "no input rows and nothing to generate")
+        if rows + request.generate > min(_STEP_ROWS_MAX, served.arena.window):
+            limit = min(_STEP_ROWS_MAX, served.arena.window)
+            raise InvalidArgument("FRAME_TOO_LARGE", f"{rows + request.generate} steps in one call; at most {limit}, or use the stream")
+        asked = Asked(request.session_id, model, request.version, inputs, rows, request.seq, request.quiet, request.generate, left_s)
+        seq, outputs = await self._unary.step(asked)
+        spec = served.bundle.output
+        response = session_pb2.StepResponse(seq=seq)
+        if not request.quiet:
+            response.shape.extend((len(outputs), *spec.shape))
+            if request.raw:
+                response.raw_outputs = outputs.tobytes()
+            else:
+                response.outputs.extend(from_bytes(outputs, spec).float().flatten().tolist())
+        return response
+
+    async def get_session(self, request: session_pb2.GetSessionRequest, left_s: float) -> session_pb2.GetSessionResponse:
+        return session_pb2.GetSessionResponse(session=self._session(await self._info(request.session_id)))
+
+    async def list_sessions(self, request: session_pb2.ListSessionsRequest, left_s: float) -> session_pb2.ListSessionsResponse:
+        size = min(request.page_size or _PAGE_DEFAULT, _PAGE_MAX)
+        if request.page_token and not request.page_token.isdigit():
+            raise InvalidArgument("INVALID_ARGUMENT", "page_token is not one that this server gave")
+        cursor, found = await self._call(left_s, self._store.list, int(request.page_token or 0), size)
+        sessions = [self._session(info) for info in found if request.model in ("", info.model)]
+        return session_pb2.ListSessionsResponse(sessions=sessions, next_page_token=str(cursor) if cursor else "")
+
+    async def close_session(self, request: session_pb2.CloseSessionRequest, left_s: float) -> session_pb2.CloseSessionResponse:
+        _check_id(request.session_id)
+        await self._sessions.delete(request.session_id)
+        return session_pb2.CloseSessionResponse()
+
+    async def fork_session(self, request: session_pb2.ForkSessionRequest, left_s: float) -> session_pb2.ForkSessionResponse:
+        info = await self._committed(request.session_id, left_s)
+        new = request.new_session_id or secrets.token_urlsafe(12)
+        await self._create(new, f"{info.model}/{info.version}", info.fingerprint, info.record, left_s)
+        return session_pb2.ForkSessionResponse(session=self._session(await self._info(new)))
+
+    async def move_session(self, request: session_pb2.MoveSessionRequest, left_s: float) -> session_pb2.MoveSessionResponse:
+        """The session's present stream, if it has one, is told that it was taken over; the next open is on the new version."""
+        info = await self._committed(request.session_id, left_s)
+        old, new = self._core.catalog.resolve(info.model, info.version), self._core.catalog.resolve(info.model, request.version)
+        if (old.bundle.state, old.bundle.output) != (new.bundle.state, new.bundle.output):
+            message = f"{old.reference} and {new.reference} have different state schemas or outputs"
+            raise FailedPrecondition("INCOMPATIBLE_VERSION", message)
+        self._unpacked(old, info)
+        record = new.layout.refingerprinted(info.record)
+        if not await self._call(left_s, self._store.rewrite, info, new.reference, new.bundle.fingerprint, record):
+            raise Unavailable("STORE_UNAVAILABLE", "the session was opened or closed meanwhile; try again", retry_after_ms=50)
+        return session_pb2.MoveSessionResponse(session=self._session(await self._info(request.session_id)))
+
+    async def export_session(self, request: session_pb2.ExportSessionRequest, left_s: float) -> session_pb2.ExportSessionResponse:
+        info = await self._committed(request.session_id, left_s)
+        return session_pb2.ExportSessionResponse(data=_exported(info))
+
+    async def import_session(self, request: session_pb2.ImportSessionRequest, left_s: float) -> session_pb2.ImportSessionResponse:
+        exported_id, model, version, record = _imported(request.data)
+        served = self._core.catalog.resolve(model, version)
+        records = served.layout.unpack([record])
+        if records.errors:
+            raise InvalidArgument("INVALID_EXPORT", f"the exported session does not fit {served.reference}: {records.errors[0]}")
+        new = request.session_id or exported_id
+        await self._create(new, served.reference, served.bundle.fingerprint, record, left_s)
+        return session_pb2.ImportSessionResponse(session=self._session(await self._info(new)))
+
+    async def get_session_state(
+        self, request: session_pb2.GetSessionStateRequest, left_s: float
+    ) -> session_pb2.GetSessionStateResponse:
+        info = await self._committed(request.session_id, left_s)
+        served = self._core.catalog.resolve(info.model, info.version)
+        records = self._unpacked(served, info)
+        specs = self._core.catalog.describe(served).state
+        if records.initial[0]:
+            state = served.arena.pack(list(served.bundle.cell.initial_state(1)))[0]
+        else:
+            state = records.states[0]
+        response = session_pb2.GetSessionStateResponse(seq=info.seq)
+        start = 0
+        for spec, own in zip(specs, served.bundle.state, strict=True):
+            response.tensors.append(model_pb2.Tensor(spec=spec, data=state[start : start + own.nbytes].tobytes()))
+            start += own.nbytes
+        return response
+
+    async def list_models(self, request: session_pb2.ListModelsRequest, left_s: float) -> session_pb2.ListModelsResponse:
+        return session_pb2.ListModelsResponse(models=self._core.catalog.list())
+
+    async def get_model(self, request: session_pb2.GetModelRequest, left_s: float) -> session_pb2.GetModelResponse:
+        served = self._core.catalog.resolve(request.model, request.version)
+        return session_pb2.GetModelResponse(model=self._core.catalog.describe(served))
+
+    async def reload_models(self, request: session_pb2.ReloadModelsRequest, left_s: float) -> session_pb2.ReloadModelsResponse:
+        errors = await self._core.catalog.reload()
+        return session_pb2.ReloadModelsResponse(models=self._core.catalog.list(), errors=errors)
+
+    async def get_server(self, request: session_pb2.GetServerRequest, left_s: float) -> session_pb2.GetServerResponse:
+        settings = self._core.settings
+        default = stream_pb2.DURABILITY_INTERVAL if settings.durability == "interval" else stream_pb2.DURABILITY_STEP
+        return session_pb2.GetServerResponse(
+            server_version=__version__, device=self._device, frame_bytes_max=settings.frame_bytes_max, durability=default
+        )
+
+    async def _call(self, left_s: float, work: Any, *arguments: Any) -> Any:
+        return await self._sessions.call(time.monotonic() + left_s, work, *arguments)
+
+    async def _info(self, session_id: str, with_record: bool = False) -> SessionInfo:
+        _check_id(session_id)
+        info: SessionInfo | None = await self._call(self._core.settings.step_timeout_s, self._store.describe, session_id, with_record)
+        if info is None:
+            raise NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
+        return info
+
+    async def _committed(self, session_id: str, left_s: float) -> SessionInfo:
+        """The session with its record, after what this server holds of it has been committed."""
+        row = self._core.table.find(session_id)
+        if row is not None and self._core.table.interval[row]:
+            deadline = time.monotonic() + left_s
+            at = np.array([row])
+            while len(np.intersect1d(self._core.residency.dirty(), at)) and time.monotonic() < deadline:
+                self._core.residency.flush(at)
+                await asyncio.sleep(0.002)
+        return await self._info(session_id, with_record=True)
+
+    async def _create(self, session_id: str, reference: str, fingerprint: str, record: bytes, left_s: float) -> None:
+        _check_id(session_id)
+        ttl_ms = self._core.settings.session_ttl_s * 1000
+        if not await self._call(left_s, self._store.create, session_id, reference, fingerprint, record, ttl_ms):
+            raise AlreadyExists("SESSION_EXISTS", f"there is a session {session_id!r} already", session=session_id)
+
+    def _unpacked(self, served: Served, info: SessionInfo) -> Records:
+        records = served.layout.unpack([info.record])
+        if records.errors:
+            raise DataLoss("RECORD_CORRUPTED", f"the session's record cannot be used ({records.errors[0]})")
+        return records
+
+    def _session(self, info: SessionInfo) -> session_pb2.Session:
+        table = self._core.table
+        row = table.find(info.session_id)
+        here = row is not None and table.slot[row] != NO_SLOT
+        kind = session_pb2.Session.RESIDENCY_DEVICE if here else session_pb2.Session.RESIDENCY_STORED
+        session = session_pb2.Session(
+            id=info.session_id, model=info.model, version=info.version, fingerprint=info.fingerprint, seq=info.seq,
+            acknowledged_seq=info.acked, epoch=info.epoch, residency=kind,
+        )  # fmt: skip
+        session.create_time.FromMilliseconds(info.created_ms)
+        session.commit_time.FromMilliseconds(info.commit_ms)
+        if info.ttl_ms > 0:
+            session.expire_time.FromMilliseconds(int(time.time() * 1000) + info.ttl_ms)
+        return session
+
+
+def _check_id(session_id: str) -> None:
+    refusal: Refusal | None = check_ids([session_id])[0]
+    if refusal is not None:
+        raise refusal
+
+
+def _inputs(request: session_pb2.StepRequest, served: Served) -> tuple[bytes, int]:
+    """The request's input rows as bytes of the model's dtype, and how many they are."""
+    spec = served.bundle.input
+    if request.raw_inputs:
+        data = request.raw_inputs
+    else:
+        import torch
+
+        values = torch.tensor(np.array(request.inputs, np.float32)).to(spec.torch_dtype)
+        data = values.view(torch.uint8).numpy().tobytes() if len(values) else b""
+    if len(data) % spec.nbytes:
+        sizes = f"{len(data) // spec.torch_dtype.itemsize} values are not whole rows of {spec.size}"
+        raise InvalidArgument("INVALID_INPUT_WIDTH", f"model {served.reference} takes {list(spec.shape)} values a step: {sizes}")
+    return data, len(data) // spec.nbytes
+
+
+def _exported(info: SessionInfo) -> bytes:
+    """magic | lengths of id, model and version | these | record | 16 bytes of BLAKE2b over all before."""
+    names = [info.session_id.encode(), info.model.encode(), info.version.encode()]
+    body = _EXPORT_MAGIC + struct.pack("<HHH", *map(len, names)) + b"".join(names) + info.record
+    return body + hashlib.blake2b(body, digest_size=16).digest()
+
+
+def _imported(data: bytes) -> tuple[str, str, str, bytes]:
+    start = len(_EXPORT_MAGIC) + 6
+    body, digest = data[:-16], data[-16:]
+    if len(body) < start or not body.startswith(_EXPORT_MAGIC):
+        raise InvalidArgument("INVALID_EXPORT", "the bytes are not an exported session")
+    if hashlib.blake2b(body, digest_size=16).digest() != digest:
+        raise InvalidArgument("INVALID_EXPORT", "the exported session is damaged: its digest does not fit")
+    names: list[str] = []
+    for length in struct.unpack("<HHH", body[start - 6 : start]):
+        names.append(body[start : start + length].decode())
+        start += length
+    return names[0], names[1], names[2], body[start:]

@@ -1,0 +1,146 @@
+"""Steps for clients without a stream: one stream of the server's own carries them, and answers go back to the calls."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram.v1 import stream_pb2
+from engram_service.core import Core
+from engram_service.errors import Aborted, of_detail
+from engram_service.sessions.admission import FEEDBACK, QUIET
+from engram_service.sessions.opening import Sessions, Wanted
+
+CLIENT_ID = 1  # of all unary callers: a session without a stream belongs to whoever steps it
+_TRIES = 3
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call that waits for `left` rows."""
+
+    outputs: NDArray[np.uint8]
+    first: int
+    left: int
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a StepRequest asks for, with its inputs as bytes."""
+
+    session_id: str
+    model: str
+    version: str
+    inputs: bytes
+    rows: int
+    seq: int
+    quiet: bool
+    generate: int
+    timeout_s: float
+
+
+class UnaryStream:
+    """Opens sessions as they are stepped, and hands rows to the core like any stream."""
+
+    def __init__(self, core: Core, sessions: Sessions) -> None:
+        self._core = core
+        self._sessions = sessions
+        self._stream = core.connect()
+        self._calls: dict[tuple[int, int], _Call] = {}
+
+    async def step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
+        """The seq of the last row, and the outputs, uint8 [rows + generate, output_nbytes]. Raises Refusal."""
+        for attempt in range(_TRIES):
+            try:
+                async with asyncio.timeout(asked.timeout_s):
+                    return await self._step(asked)
+            except Aborted:
+                # Another server had taken the session over since the last call: nothing was applied, so claim it again.
+                if attempt == _TRIES - 1:
+                    raise
+            except TimeoutError:
+                raise self._core.late() from None
+        raise AssertionError("unreachable")
+
+    async def run(self) -> None:
+        """Hands answers to the calls that wait for them; runs until the stream ends."""
+        while (answer := await self._stream.next()) is not None:
+            response, rows = answer
+            if response.WhichOneof("frame") == "outputs":
+                self._deliver(response.outputs)
+            elif response.WhichOneof("frame") == "errors":
+                self._refuse(response.errors)
+            self._stream.wrote(rows)
+
+    async def _step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
+        core, table = self._core, self._core.table
+        row = table.find(asked.session_id)
+        if row is None or table.stream[row] != self._stream.id:
+            row = await self._open(asked)
+        handle = int(table.handle[row])
+        served = core.catalog.models[int(table.model[row])]
+        first = asked.seq or int(table.admitted[row]) + 1
+        total = asked.rows + asked.generate
+        call = _Call(np.zeros((total, served.arena.output_nbytes), np.uint8), first, total)
+        keys = [(handle, first + i) for i in range(total)]
+        self._calls.update(dict.fromkeys(keys, call))
+        try:
+            core.steps(self._stream, self._frame(asked, handle, first, served.bundle.input.nbytes))
+            await call.done
+        finally:
+            for key in keys:
+                self._calls.pop(key, None)
+        return first + total - 1, call.outputs
+
+    async def _open(self, asked: Asked) -> int:
+        wanted = Wanted(asked.model, asked.version, [asked.session_id], False, CLIENT_ID, 0, attach=False)
+        opened = await self._sessions.open(self._stream, wanted, asked.timeout_s)
+        if opened.errors:
+            raise opened.errors[0]
+        row = self._core.table.find(asked.session_id)
+        if row is None:
+            raise Aborted("TAKEN_OVER", "a newer open holds this session")
+        return row
+
+    def _frame(self, asked: Asked, handle: int, first: int, input_nbytes: int) -> stream_pb2.StepsFrame:
+        """The rows of a call. What came before them has arrived: a caller without a stream waits for each answer."""
+        rows, inputs, fed = asked.rows, asked.inputs, 0
+        if not rows:
+            rows, inputs, fed = 1, bytes(input_nbytes), FEEDBACK
+        repeats = np.zeros(rows, np.uint32)
+        repeats[-1] = asked.generate - (1 if fed else 0)
+        return stream_pb2.StepsFrame(
+            handles=np.full(rows, handle, np.uint32).tobytes(),
+            seqs=np.arange(first, first + rows, dtype=np.uint64).tobytes(),
+            inputs=inputs,
+            flags=np.full(rows, (QUIET if asked.quiet else 0) | fed, np.uint8).tobytes(),
+            repeats=repeats.tobytes() if asked.generate else b"",
+            acknowledged_seqs=np.full(rows, first - 1, np.uint64).tobytes(),
+            timeout_ms=max(1, int(asked.timeout_s * 1000)),
+        )
+
+    def _deliver(self, frame: stream_pb2.OutputsFrame) -> None:
+        handles, seqs = np.frombuffer(frame.handles, np.uint32), np.frombuffer(frame.seqs, np.uint64)
+        outputs = np.frombuffer(frame.outputs, np.uint8).reshape(len(handles), -1)
+        for i, key in enumerate(zip(handles.tolist(), seqs.tolist(), strict=True)):
+            if (call := self._calls.pop(key, None)) is None or call.done.done():
+                continue
+            if frame.outputs:
+                call.outputs[key[1] - call.first] = outputs[i]
+            call.left -= 1
+            if not call.left:
+                call.done.set_result(None)
+
+    def _refuse(self, frame: stream_pb2.ErrorsFrame) -> None:
+        handles, seqs = np.frombuffer(frame.handles, np.uint32), np.frombuffer(frame.seqs, np.uint64)
+        indexes = np.frombuffer(frame.error_indexes, np.uint32)
+        # The first refused row says why; those behind it are only gaps.
+        for i in np.argsort(seqs, kind="stable").tolist():
+            call = self._calls.pop((int(handles[i]), int(seqs[i])), None)
+            if call is not None and not call.done.done():
+                call.done.set_exception(of_detail(frame.errors[int(indexes[i])]))
+

@@ -1,0 +1,170 @@
+"""The composition root: makes every part, wires it by constructors, runs until told to stop, and takes it down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from contextlib import AsyncExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import torch
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from engram import __version__
+from engram_service.api.server import Server
+from engram_service.api.stream import StreamHandler
+from engram_service.api.unary import UnaryHandlers
+from engram_service.api.unary_stream import UnaryStream
+from engram_service.catalog import Catalog
+from engram_service.core import Core
+from engram_service.engine.engine import Engine
+from engram_service.metrics import Metrics
+from engram_service.sessions.opening import Sessions
+from engram_service.sessions.table import NO_SLOT, SessionTable
+from engram_service.settings import SettingError, Settings, split_address
+from engram_service.store import Store, StoreSettings
+from engram_service.store.private import PrivateRedis, PrivateSettings
+from engram_service.work import WorkQueue
+
+log = logging.getLogger(__name__)
+
+_SWITCH_INTERVAL_S = 0.001  # the event loop and the engine share the interpreter: neither may wait long for it
+_STOP_GRACE_S = 1.0
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. Raises SettingError, StoreError or OSError if it cannot start."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    async with AsyncExitStack() as stack:
+        device = _device(settings.device)
+        metrics = Metrics()
+        store = await _store(settings, stack)
+        table = SessionTable()
+        queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max)
+        catalog = Catalog(settings, device, metrics)
+        core = Core(settings, table, queue, catalog, store, metrics)
+        core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, settings.torch_threads())
+        sessions = Sessions(core, store)
+        unary = UnaryStream(core, sessions)
+        server = Server(settings, StreamHandler(core, sessions), UnaryHandlers(core, sessions, store, unary, str(device)))
+        _expose(metrics, core, store, device)
+
+        for problem in await catalog.reload():
+            log.error("model not served: %s", problem)
+        store.on_trouble, store.on_loss = core.on_trouble, core.on_loss
+        store.start()
+        core.engine.start()
+        http = _Http(settings.http, metrics)
+        stack.callback(http.stop)
+        port = await server.start()
+        loop.add_signal_handler(signal.SIGHUP, lambda: background.create_task(catalog.reload()))
+        log.info("engram %s serves on %s (port %d), metrics on %s, device %s", __version__, settings.listen, port, settings.http, device)
+
+        async with asyncio.TaskGroup() as background:
+            tasks = [background.create_task(work) for work in (core.sweep(), core.residency.beat(), catalog.watch(), unary.run())]
+            await stop.wait()
+            log.info("draining")
+            await server.set_serving(False)
+            await core.drain(time.monotonic() + settings.drain_timeout_s)
+            await server.stop(_STOP_GRACE_S)
+            for task in tasks:
+                task.cancel()
+        queue.close()
+        core.engine.join()
+    log.info("stopped")
+
+
+async def _store(settings: Settings, stack: AsyncExitStack) -> Store:
+    url = settings.redis_url
+    if not url:
+        private = PrivateRedis(PrivateSettings(settings.data_directory(), settings.redis_appendfsync, settings.redis_maxmemory_mb))
+        await asyncio.to_thread(private.start)
+        stack.callback(private.stop)
+        url = private.url
+    store = Store(
+        StoreSettings(url, settings.redis_ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections)
+    )
+    stack.callback(store.close)
+    return store
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise SettingError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _expose(metrics: Metrics, core: Core, store: Store, device: torch.device) -> None:
+    """Gauges that are read when somebody scrapes."""
+    table = core.table
+
+    def resident() -> int:
+        return int((table.slot[: table.high] != NO_SLOT).sum())
+
+    metrics.read_with(metrics.sessions, resident, "device")
+    metrics.read_with(metrics.sessions, lambda: len(table) - resident(), "stored")
+    metrics.read_with(metrics.rows_in_flight, core.rows_in_flight)
+    metrics.read_with(metrics.streams, lambda: len(core.streams) - 1)  # less the unary one
+    metrics.read_with(metrics.redis_memory_bytes, lambda: store.used_memory_bytes)
+    metrics.redis_up.set(1)
+
+    def arenas() -> int:
+        return sum(
+            served.arena.resident * (served.arena.state_nbytes + served.arena.window * served.arena.output_nbytes)
+            for served in core.catalog.models
+        )
+
+    if device.type == "cuda":
+        metrics.read_with(metrics.device_memory_bytes, lambda: torch.cuda.memory_allocated(device), str(device))
+    else:
+        metrics.read_with(metrics.device_memory_bytes, arenas, str(device))
+
+
+class _Http:
+    """/metrics and /healthz, in a thread of their own."""
+
+    def __init__(self, address: str, metrics: Metrics) -> None:
+        registry = metrics.registry
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:  # noqa: N802 (the base class's name)
+                if self.path.split("?")[0] == "/metrics":
+                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
+                elif self.path == "/healthz":
+                    self._answer(200, "text/plain", b"ok\n")
+                else:
+                    self._answer(404, "text/plain", b"only /metrics and /healthz are here\n")
+
+            def _answer(self, status: int, kind: str, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                log.debug(format, *args)
+
+        try:
+            self._server = ThreadingHTTPServer(split_address(address, "http"), Handler)
+        except OSError as error:
+            raise OSError(f"http = {address}: {error.strerror}") from error
+        self._server.daemon_threads = True
+        Thread(target=self._server.serve_forever, name="http", daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

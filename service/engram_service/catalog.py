@@ -1,0 +1,162 @@
+"""The models that are served: bundles from the repository, each with its arena, its runner and its record layout.
+
+Models keep their index for the life of the process, so that columns may hold it; a version whose directory goes away stays
+served for the sessions on it. Loading and probing happen in a thread of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engram.v1 import model_pb2
+from engram_models import Bundle, BundleError, BundleRef, Repository, TensorSpec, batch_floor, load_bundle
+from engram_service.engine.arena import Arena
+from engram_service.engine.cuda import CudaRunner
+from engram_service.engine.runner import Runner, Shapes
+from engram_service.errors import NotFound
+from engram_service.metrics import Metrics
+from engram_service.settings import Settings
+from engram_service.store import RecordLayout
+
+log = logging.getLogger(__name__)
+
+_CUDA_BUCKETS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_WINDOW_BYTES = 2048  # of outputs kept for each resident session, within the limits below
+_WINDOW_MIN, _WINDOW_MAX = 8, 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """One model version and everything that the path of a step needs of it."""
+
+    index: int
+    bundle: Bundle
+    arena: Arena
+    runner: Runner
+    layout: RecordLayout
+
+    @property
+    def reference(self) -> str:
+        return f"{self.bundle.name}/{self.bundle.version}"
+
+
+class Catalog:
+    """Models by name and version. Read by the event loop; the engine reads `models` by index."""
+
+    def __init__(self, settings: Settings, device: torch.device, metrics: Metrics) -> None:
+        self.models: list[Served] = []
+        self._settings = settings
+        self._device = device
+        self._metrics = metrics
+        self._repository = Repository(settings.model_directories())
+        self._versions: dict[str, list[str]] = {}  # name -> versions on disk, ascending
+        self._by_key: dict[tuple[str, str], Served] = {}
+        self._failed: dict[Path, tuple[str, str]] = {}  # bundle -> its stamp then, and the error
+        self._lock = asyncio.Lock()
+        self._pool = ThreadPoolExecutor(1, "load", lambda: torch.set_num_threads(settings.torch_threads()))
+
+    def resolve(self, name: str, version: str = "") -> Served:
+        """The named version, or the latest. Raises NotFound."""
+        versions = self._versions.get(name, [])
+        if not version and versions:
+            version = versions[-1]
+        served = self._by_key.get((name, version))
+        if served is not None:
+            return served
+        if not any(known == name for known, _ in self._by_key):
+            names = ", ".join(sorted({known for known, _ in self._by_key})) or "none"
+            raise NotFound("MODEL_NOT_FOUND", f"no model {name!r} is served; there are: {names}", model=name)
+        raise NotFound("VERSION_NOT_FOUND", f"model {name!r} has no version {version!r}; it has: {', '.join(versions)}", model=name)
+
+    def list(self) -> list[model_pb2.Model]:
+        ordered = sorted(self._by_key.values(), key=lambda served: (served.bundle.name, served.index))
+        return [self.describe(served) for served in ordered]
+
+    def describe(self, served: Served) -> model_pb2.Model:
+        bundle = served.bundle
+        return model_pb2.Model(
+            name=bundle.name,
+            version=bundle.version,
+            kind=bundle.kind,
+            fingerprint=bundle.fingerprint,
+            input=_spec(bundle.input),
+            output=_spec(bundle.output),
+            state=[_spec(spec) for spec in bundle.state],
+            generates=bundle.generates,
+            allows_non_finite=bundle.allows_non_finite,
+            latest=self._versions.get(bundle.name, [""])[-1] == bundle.version,
+            description=bundle.description,
+        )
+
+    async def reload(self) -> list[str]:
+        """Loads what is new in the repository; returns what could not be loaded and why."""
+        async with self._lock:
+            found, errors = self._repository.scan()
+            for ref in found:
+                if (ref.name, ref.version) not in self._by_key and self._failed.get(ref.path, ("",))[0] != _stamp(ref):
+                    await self._load(ref)
+            self._versions = _versions([ref for ref in found if (ref.name, ref.version) in self._by_key])
+            return [*errors, *(f"{ref.name}/{ref.version}: {self._failed[ref.path][1]}" for ref in found if ref.path in self._failed)]
+
+    async def watch(self) -> None:
+        """Reloads when something in the directories changes; runs until cancelled."""
+        while True:
+            await asyncio.sleep(self._settings.models_poll_s)
+            await self.reload()
+
+    async def _load(self, ref: BundleRef) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            served = await loop.run_in_executor(self._pool, self._build, ref, len(self.models))
+        except BundleError as error:
+            self._failed[ref.path] = (_stamp(ref), str(error))
+            self._metrics.model_loads.labels("failed").inc()
+            log.error("model %s/%s does not load: %s", ref.name, ref.version, error)
+            return
+        self._failed.pop(ref.path, None)
+        self.models.append(served)
+        self._by_key[ref.name, ref.version] = served
+        self._metrics.model_loads.labels("loaded").inc()
+        log.info("model %s loaded, floor %s, arena of %d slots", served.reference, served.runner.shapes.floor, served.arena.capacity)
+
+    def _build(self, ref: BundleRef, index: int) -> Served:
+        bundle = load_bundle(ref.path, self._device)
+        window = max(_WINDOW_MIN, min(_WINDOW_MAX, _WINDOW_BYTES // bundle.output.nbytes))
+        state_nbytes = sum(spec.nbytes for spec in bundle.state)
+        slot_nbytes = state_nbytes + (window + 1) * bundle.output.nbytes
+        capacity = max(self._settings.tick_rows_max, min(self._settings.arena_slots_max, (self._settings.arena_mb << 20) // slot_nbytes))
+        arena = Arena(bundle, capacity, window, self._device)
+        runner = CudaRunner(arena, self._shapes(bundle)) if self._device.type == "cuda" else Runner(arena, self._shapes(bundle))
+        return Served(index, bundle, arena, runner, RecordLayout(bundle.fingerprint, state_nbytes, bundle.output.nbytes))
+
+    def _shapes(self, bundle: Bundle) -> Shapes:
+        rows_max = self._settings.tick_rows_max
+        floor = batch_floor(bundle.cell, self._device, rows_max)
+        if floor is None:
+            log.warning("model %s/%s: no batch floor found, rows run in tiles of one shape", bundle.name, bundle.version)
+        if self._device.type != "cuda" or floor is None:
+            return Shapes(floor)
+        return Shapes(floor, tuple(bucket for bucket in _CUDA_BUCKETS if floor <= bucket <= rows_max) or (rows_max,))
+
+
+def _stamp(ref: BundleRef) -> str:
+    """Changes when the bundle's files do, so that a bundle that failed is tried again once it was mended."""
+    return "|".join(f"{p.name}:{p.stat().st_mtime_ns}" for p in sorted(ref.path.iterdir()))
+
+
+def _versions(found: Sequence[BundleRef]) -> dict[str, list[str]]:
+    versions: dict[str, list[str]] = {}
+    for ref in found:
+        versions.setdefault(ref.name, []).append(ref.version)
+    return versions
+
+
+def _spec(spec: TensorSpec) -> model_pb2.TensorSpec:
+    return model_pb2.TensorSpec(name=spec.name, dtype=spec.dtype, shape=spec.shape, role=spec.role)

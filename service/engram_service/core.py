@@ -1,0 +1,638 @@
+"""The event loop's half of a step's path: frames in, answers out. The engine's half is engine/engine.py.
+
+    api/stream -> Core.steps -> WorkQueue -> Engine -> Store -> Core.committed -> Stream.send -> api/stream
+
+Everything here runs on the event loop, except the methods of `Answers`, which the engine and the committers call from
+their threads and which only hand over to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram.v1 import stream_pb2
+from engram_service.catalog import Catalog, Served
+from engram_service.engine.engine import Advance, Engine
+from engram_service.errors import (
+    Aborted,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    Refusal,
+    ResourceExhausted,
+    Unavailable,
+)
+from engram_service.metrics import Metrics
+from engram_service.scheduler import Batch, Tick
+from engram_service.sessions.admission import FEEDBACK, QUIET, StepColumns, classify, column, read_columns
+from engram_service.sessions.residency import Residency
+from engram_service.sessions.streams import (
+    CLOSED,
+    TAKEN_OVER,
+    Stream,
+    errors_frame,
+    event_frame,
+    outputs_frame,
+)
+from engram_service.sessions.table import NO_STREAM, SessionTable
+from engram_service.settings import Settings
+from engram_service.store import MetaFields, Store, Verdict
+from engram_service.work import WorkQueue
+
+log = logging.getLogger(__name__)
+
+Refused = list[tuple[NDArray[np.bool_], Refusal]]
+
+_RETRY_MS = 50
+_SWEEP_S = 0.02
+
+
+class Core:
+    """Admits steps, answers them, and keeps the columns that say where every session stands."""
+
+    def __init__(
+        self, settings: Settings, table: SessionTable, queue: WorkQueue, catalog: Catalog, store: Store, metrics: Metrics
+    ) -> None:
+        self.table = table
+        self.queue = queue
+        self.catalog = catalog
+        self.settings = settings
+        self.metrics = metrics
+        self.streams: dict[int, Stream] = {}
+        self.draining = False
+        self.store_trouble = ""  # why the store takes no commits just now; empty: it does
+        self.changed = asyncio.Event()  # set whenever sessions became free; waiters clear it
+        self.residency = Residency(self, store)
+        self.engine: Engine  # set by app.py: the two know each other
+        self._loop = asyncio.get_running_loop()
+        self._advances: set[Advance] = set()
+        self._repeats: dict[tuple[int, int], tuple[Stream, float]] = {}  # (session, seq) in flight, asked for again
+        self._streams_made = 0
+
+    # Streams
+
+    def connect(self) -> Stream:
+        """A new client stream. Raises ResourceExhausted or, while draining, Unavailable."""
+        if self.draining:
+            raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
+        if len(self.streams) >= self.settings.streams_max:
+            limit = self.settings.streams_max
+            raise ResourceExhausted("TOO_MANY_STREAMS", f"this server has {limit} streams, its limit", retry_after_ms=1000)
+        self._streams_made += 1
+        stream = Stream(self._streams_made, self.settings.stream_rows_max)
+        self.streams[stream.id] = stream
+        return stream
+
+    def disconnect(self, stream: Stream) -> None:
+        """The client went away: what waits is dropped, what is under way is finished, its sessions are let go."""
+        stream.end()
+        self.streams.pop(stream.id, None)
+        self._drop_waiting(lambda batch: np.full(len(batch.waiting), batch.stream is stream))
+        rows = stream.attached()
+        self.table.stream[rows] = NO_STREAM
+        self.residency.let_go(rows)
+
+    def rows_in_flight(self) -> int:
+        return sum(stream.in_flight for stream in self.streams.values())
+
+    # Frames in
+
+    def steps(self, stream: Stream, frame: stream_pb2.StepsFrame) -> None:
+        """Admits a frame: good rows wait for their tick, repeated ones are answered, bad ones are refused."""
+        now = time.monotonic()
+        try:
+            columns = read_columns(frame, self.settings.frame_rows_max)
+            if not len(columns):
+                raise InvalidArgument("INVALID_FRAME", "the frame has no rows")
+            rows = stream.rows_of(columns.handles)
+            refused = _bad_handles(rows)
+            served = self._model_of(rows, refused)
+            inputs = self._inputs(served, frame, columns)
+            self._check_room(len(columns))
+        except Refusal as refusal:
+            self._refuse_frame(stream, frame, refusal)
+            return
+        stream.in_flight += len(columns)
+        if columns.acked is not None:
+            self._acknowledge(rows if columns.source is None else stream.rows_of(column(frame.handles, np.uint32, "handles")), columns.acked)
+        self._admit(stream, served, rows, columns, inputs, refused, now, self._deadline(frame.timeout_ms, now))
+
+    def acknowledge(self, stream: Stream, frame: stream_pb2.AcknowledgeFrame) -> None:
+        handles = column(frame.handles, np.uint32, "handles")
+        acked = column(frame.acknowledged_seqs, np.uint64, "acknowledged_seqs", len(handles))
+        self._acknowledge(stream.rows_of(handles), acked)
+
+    def _acknowledge(self, rows: NDArray[np.int32], acked: NDArray[Any]) -> None:
+        table = self.table
+        known = rows >= 0
+        if not known.all():
+            rows, acked = rows[known], acked[known]
+        np.maximum.at(table.acked, rows, np.minimum(acked, table.applied[rows]))
+
+    def _deadline(self, timeout_ms: int, now: float) -> float:
+        return now + (timeout_ms / 1000 if timeout_ms else self.settings.step_timeout_s)
+
+    def _model_of(self, rows: NDArray[np.int32], refused: Refused) -> Served:
+        known = rows[rows >= 0]
+        if not len(known):
+            raise refused[0][1]
+        models = self.table.model[rows]
+        model = int(self.table.model[known[0]])
+        served = self.catalog.models[model]
+        other = (rows >= 0) & (models != model)
+        if other.any():
+            message = f"this handle's session is not of model {served.reference}, as the frame's first is; one frame, one model"
+            refused.append((other, InvalidArgument("INVALID_HANDLE", message)))
+        return served
+
+    def _inputs(self, served: Served, frame: stream_pb2.StepsFrame, columns: StepColumns) -> NDArray[np.uint8]:
+        """Input rows as bytes, uint8 [n, input_nbytes]."""
+        spec = served.bundle.input
+        if frame.dtype and frame.dtype != spec.dtype:
+            raise InvalidArgument("INVALID_INPUT_DTYPE", f"model {served.reference} takes {spec.dtype}, not {frame.dtype}")
+        rows = len(frame.handles) // 4
+        if not frame.inputs and bool((columns.flags & FEEDBACK).all()):
+            return np.zeros((len(columns), spec.nbytes), np.uint8)
+        if len(frame.inputs) != rows * spec.nbytes:
+            expected = f"{rows} rows of {spec.dtype}{list(spec.shape)} are {rows * spec.nbytes} bytes"
+            raise InvalidArgument(
+                "INVALID_INPUT_WIDTH", f"column inputs has {len(frame.inputs)} bytes; for model {served.reference}, {expected}"
+            )
+        inputs = np.frombuffer(frame.inputs, np.uint8).reshape(rows, spec.nbytes)
+        return inputs if columns.source is None else inputs[columns.source]
+
+    def _check_room(self, rows: int) -> None:
+        if self.draining:
+            raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
+        if self.rows_in_flight() + rows > self.settings.queue_rows_max:
+            message = f"{self.settings.queue_rows_max} rows are in flight, this server's limit"
+            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+
+    def _admit(
+        self, stream: Stream, served: Served, rows: NDArray[np.int32], columns: StepColumns, inputs: NDArray[np.uint8],
+        refused: Refused, now: float, deadline: float,
+    ) -> None:  # fmt: skip
+        table, seqs, flags = self.table, columns.seqs, columns.flags
+        self._refuse_unfit(served, rows, columns, inputs, refused)
+        out = np.zeros(len(rows), np.bool_)
+        for mask, _ in refused:
+            out |= mask
+        safe = np.where(rows >= 0, rows, 0) if out.any() else rows
+        classes = classify(rows, seqs, table.admitted[safe], out)
+        if classes.gap.any():
+            nexts = table.admitted[safe[classes.gap][0]] + 1
+            message = f"the next step of this session is {nexts}; send steps in order (metadata: the first row refused so)"
+            gap = FailedPrecondition("SEQ_GAP", message, next_seq=nexts, seq=seqs[classes.gap][0])
+            refused.append((classes.gap, gap))
+        if classes.repeated.any():
+            self._repeat(stream, served, rows, columns, np.flatnonzero(classes.repeated), refused, deadline)
+        if refused:
+            self._refuse(stream, columns.handles, seqs, refused)
+        if classes.fresh.all():
+            batch = Batch(stream, rows, seqs, flags, inputs, classes.unique, now, deadline)
+        elif classes.fresh.any():
+            good = np.flatnonzero(classes.fresh)
+            batch = Batch(stream, rows[good], seqs[good], flags[good], inputs[good], classes.unique, now, deadline)
+        else:
+            return
+        # Rows of one session stand in order, so the last assignment is the greatest seq.
+        table.admitted[batch.rows] = batch.seqs
+        self.residency.want(served, batch.rows)
+        self.queue.add(served.index, batch)
+
+    def _refuse_unfit(
+        self, served: Served, rows: NDArray[np.int32], columns: StepColumns, inputs: NDArray[np.uint8], refused: Refused
+    ) -> None:
+        """Rows that no session could take: seq 0, inputs that are not finite, too many unacknowledged steps."""
+        table = self.table
+        if not columns.seqs.all():
+            refused.append((columns.seqs == 0, InvalidArgument("INVALID_SEQ", "seq counts from 1; 0 is not a step")))
+        spec = served.bundle.input
+        fed = (columns.flags & FEEDBACK).astype(np.bool_)
+        if fed.any() and not served.bundle.generates:
+            message = f"model {served.reference} gives {served.bundle.output.shape} and takes {spec.shape}: it cannot run on its own output"
+            refused.append((fed, FailedPrecondition("CANNOT_GENERATE", message)))
+        if not served.bundle.allows_non_finite and (bad := _not_finite(inputs, spec.dtype)) is not None and (bad & ~fed).any():
+            message = "the input has NaN or infinity, which this model does not allow; nothing was applied"
+            refused.append((bad & ~fed, InvalidArgument("NON_FINITE_INPUT", message)))
+        safe = np.where(rows >= 0, rows, 0)
+        window = served.arena.window
+        full = (columns.seqs > table.acked[safe] + np.uint64(window)) & (columns.seqs > table.admitted[safe]) & (rows >= 0)
+        if full.any():
+            message = f"{window} outputs of this session are not acknowledged, the limit; acknowledge those that have arrived"
+            refused.append((full, ResourceExhausted("REPLY_WINDOW_FULL", message, retry_after_ms=_RETRY_MS)))
+        if table.opening[safe].any():
+            held = table.opening[safe] & (rows >= 0)
+            message = "the session is being opened, moved or closed just now; try again"
+            refused.append((held, ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)))
+
+    # Repeated steps
+
+    def _repeat(
+        self, stream: Stream, served: Served, rows: NDArray[np.int32], columns: StepColumns, index: NDArray[np.intp],
+        refused: Refused, deadline: float,
+    ) -> None:  # fmt: skip
+        """Answers steps that were accepted before: with the recorded output, or when the first answer comes."""
+        table = self.table
+        sessions, seqs = rows[index], columns.seqs[index]
+        quiet = (columns.flags[index] & QUIET).astype(np.bool_)
+        gone = (seqs <= table.acked[sessions]) & ~quiet
+        if gone.any():
+            mask = np.zeros(len(rows), np.bool_)
+            mask[index[gone]] = True
+            message = "this step's output was acknowledged and is no longer kept"
+            refused.append((mask, FailedPrecondition("SEQ_ACKNOWLEDGED", message)))
+        pending = seqs > table.applied[sessions]
+        for i in np.flatnonzero(pending):
+            self._repeats[int(sessions[i]), int(seqs[i])] = (stream, deadline)
+        ready = np.flatnonzero(~gone & ~pending)
+        if not len(ready):
+            return
+        silent, loud = ready[quiet[ready]], ready[~quiet[ready]]
+        if len(silent):
+            self._send_outputs(stream, sessions[silent], seqs[silent], None)
+        if len(loud):
+            self.residency.with_outputs(served, sessions[loud], lambda: self._send_kept(stream, served, sessions[loud], seqs[loud]))
+
+    def _send_kept(self, stream: Stream, served: Served, sessions: NDArray[np.int32], seqs: NDArray[np.uint64]) -> None:
+        slots = self.table.slot[sessions]
+        here = slots >= 0
+        if here.any():
+            self._send_outputs(stream, sessions[here], seqs[here], served.arena.kept(slots[here], seqs[here]))
+        if not here.all():
+            message = "the session's record could not be read; try again"
+            refusal = Unavailable("STORE_UNAVAILABLE", message, retry_after_ms=_RETRY_MS)
+            self._refuse_rows(stream, self.table.handle[sessions[~here]], seqs[~here], refusal)
+
+    # Answers from the engine and the committers: their threads only hand over
+
+    def advanced(self, advance: Advance) -> None:
+        self._loop.call_soon_threadsafe(self._advances.add, advance)
+
+    def volatile(self, advance: Advance, rows: NDArray[np.intp]) -> None:
+        self._loop.call_soon_threadsafe(self._answer_volatile, advance, rows)
+
+    def committed(self, advance: Advance, job_rows: NDArray[np.intp], verdict: Verdict) -> None:
+        self._loop.call_soon_threadsafe(self._on_committed, advance, job_rows, verdict)
+
+    def flushed(self, sessions: NDArray[Any], seqs: NDArray[np.uint64], verdict: Verdict) -> None:
+        self._loop.call_soon_threadsafe(self.residency.on_flushed, sessions, seqs, verdict)
+
+    def failed(self, served: Served, tick: Tick, error: Exception) -> None:
+        self._loop.call_soon_threadsafe(self._on_failed, served, tick, error)
+
+    def _on_committed(self, advance: Advance, job_rows: NDArray[np.intp], verdict: Verdict) -> None:
+        tick = advance.tick
+        last = advance.committing[job_rows]
+        sessions = tick.rows[last]
+        index: NDArray[np.intp] | None = None
+        if tick.last is not None:
+            index = np.flatnonzero(np.isin(tick.rows, sessions))
+        elif len(job_rows) < len(tick):
+            index = last
+        if verdict.ok:
+            self.table.durable[sessions] = tick.seqs[last]
+            self.metrics.stage_seconds.labels("commit").observe(time.monotonic() - advance.computed)
+            self._answer(advance, sessions, tick.seqs[last], index)
+        else:
+            self._settle(advance, index)
+            self.lose(sessions, verdict)
+            self._refuse_index(advance, index, _lost(verdict))
+
+    def _answer_volatile(self, advance: Advance, rows: NDArray[np.intp]) -> None:
+        tick, table = advance.tick, self.table
+        last = np.intersect1d(rows, tick.last) if tick.last is not None else rows
+        sessions = tick.rows[last]
+        clean = table.durable[sessions] == table.applied[sessions]
+        table.dirty_since[sessions[clean]] = self.residency.clock()
+        self._answer(advance, sessions, tick.seqs[last], None if len(rows) == len(tick) else rows)
+        self.residency.flush_due(advance.served, sessions)
+
+    def _answer(
+        self, advance: Advance, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], index: NDArray[np.intp] | None
+    ) -> None:
+        """Sends the outputs of the tick's rows in `index` (None: all) and lets their sessions go on."""
+        table = self.table
+        table.applied[sessions] = seqs
+        table.used[sessions] = self.residency.clock()
+        self.queue.release(sessions)
+        for stream, rows in self._by_stream(advance, index):
+            self._send_rows(stream, advance, rows)
+        if self._repeats:
+            self._answer_repeats(sessions)
+        count = len(advance.tick) if index is None else len(index)
+        self.metrics.steps.labels(advance.served.bundle.name, "ok").inc(count)
+        self.metrics.stage_seconds.labels("total").observe(time.monotonic() - advance.tick.parts[0].batch.arrived)
+        self._settle(advance, index)
+        self.after_release()
+
+    def _by_stream(self, advance: Advance, index: NDArray[np.intp] | None) -> list[tuple[Stream, NDArray[np.intp]]]:
+        """The tick's rows in `index`, put together by the stream that sent them, less those answered by a deadline."""
+        groups: dict[int, tuple[Stream, list[NDArray[np.intp]]]] = {}
+        for part in advance.tick.parts:
+            rows = np.arange(part.start, part.start + len(part.index))
+            if index is not None:
+                rows = rows[np.isin(rows, index, assume_unique=True)]
+            if advance.answered is not None:
+                rows = rows[~advance.answered[rows]]
+            if len(rows):
+                groups.setdefault(part.batch.stream.id, (part.batch.stream, []))[1].append(rows)
+        return [(stream, pieces[0] if len(pieces) == 1 else np.concatenate(pieces)) for stream, pieces in groups.values()]
+
+    def _send_rows(self, stream: Stream, advance: Advance, rows: NDArray[np.intp]) -> None:
+        tick = advance.tick
+        quiet = (tick.flags[rows] & QUIET).astype(np.bool_)
+        if quiet.any():
+            silent = rows[quiet]
+            self._send_outputs(stream, tick.rows[silent], tick.seqs[silent], None)
+            rows = rows[~quiet]
+        if len(rows):
+            whole = len(rows) == len(tick)
+            outputs = advance.outputs if whole else advance.outputs[rows]
+            self._send_outputs(stream, tick.rows[rows], tick.seqs[rows], outputs)
+
+    def _send_outputs(
+        self, stream: Stream, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], outputs: NDArray[np.uint8] | None
+    ) -> None:
+        table = self.table
+        durable = table.durable[sessions] if table.interval[sessions].any() else None
+        stream.send(outputs_frame(table.handle[sessions], seqs, outputs, durable), len(sessions))
+
+    def _answer_repeats(self, sessions: NDArray[np.int32]) -> None:
+        for row, seq in [key for key in self._repeats if key[0] in set(sessions.tolist())]:
+            if seq <= int(self.table.applied[row]):
+                stream, _ = self._repeats.pop((row, seq))
+                served = self.catalog.models[int(self.table.model[row])]
+                self._send_kept(stream, served, np.array([row], np.int32), np.array([seq], np.uint64))
+
+    def _settle(self, advance: Advance, index: NDArray[np.intp] | None) -> None:
+        advance.unanswered -= len(advance.tick) if index is None else len(index)
+        if advance.unanswered <= 0:
+            self._advances.discard(advance)
+
+    def _on_failed(self, served: Served, tick: Tick, error: Exception) -> None:
+        """The sessions go back to their records; their clients may send the same steps again."""
+        advance = Advance(served, tick, np.empty((0, 0), np.uint8), 0.0, 0.0, unanswered=len(tick))
+        sessions = np.unique(tick.rows)
+        self.residency.forget_slots(served, sessions)
+        self.table.admitted[sessions] = self.table.durable[sessions]
+        self.table.applied[sessions] = self.table.durable[sessions]
+        self._refuse_index(advance, None, Internal("INTERNAL", f"the model failed on this batch: {type(error).__name__}"))
+        self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions))
+        self.queue.release(sessions)
+
+    def after_release(self) -> None:
+        self.changed.set()
+        self.residency.serve_wanting()
+
+    # The store's health; called from its threads
+
+    def on_trouble(self, why: str) -> None:
+        self._loop.call_soon_threadsafe(self._set_trouble, why)
+
+    def on_loss(self) -> None:
+        self._loop.call_soon_threadsafe(self.residency.write_back)
+
+    def _set_trouble(self, why: str) -> None:
+        if why and not self.store_trouble:
+            log.error("the store takes no writes: %s", why)
+        elif not why:
+            log.info("the store takes writes again")
+        self.store_trouble = why
+        self.metrics.redis_up.set(0 if why else 1)
+
+    async def written_back(self, deadline: float) -> None:
+        """Returns when no living session is still to be written back to a store that has lost its data."""
+        while self.residency.writing_back and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+
+    def meta(self, row: int) -> MetaFields:
+        """What a session's hash holds; for the store, from a committer thread, while the session is in a tick."""
+        table = self.table
+        served = self.catalog.models[int(table.model[row])]
+        return MetaFields(table.id_of(row), served.reference, served.bundle.fingerprint, int(table.client_id[row]),
+                          int(table.epoch[row]), int(table.created_ms[row]), int(table.losses[row]))  # fmt: skip
+
+    # Refusals
+
+    def _refuse_frame(self, stream: Stream, frame: stream_pb2.StepsFrame, refusal: Refusal) -> None:
+        """A frame of which no row could be used."""
+        self.metrics.rows_refused.labels(refusal.reason).inc(max(1, len(frame.handles) // 4))
+        detail = refusal.detail()
+        rows = len(frame.handles) // 4
+        usable = len(frame.handles) % 4 == 0 and len(frame.seqs) == rows * 8
+        stream.send(
+            stream_pb2.StreamResponse(
+                errors=stream_pb2.ErrorsFrame(
+                    handles=frame.handles if usable else b"",
+                    seqs=frame.seqs if usable else b"",
+                    error_indexes=bytes(4 * rows) if usable else b"",
+                    errors=[detail],
+                )
+            )
+        )
+
+    def _refuse(self, stream: Stream, handles: NDArray[np.uint32], seqs: NDArray[np.uint64], refused: Refused) -> None:
+        response = errors_frame(handles, seqs, refused)
+        for mask, refusal in refused:
+            self.metrics.rows_refused.labels(refusal.reason).inc(int(mask.sum()))
+        stream.send(response, len(response.errors.seqs) // 8)
+
+    def _refuse_rows(self, stream: Stream, handles: NDArray[Any], seqs: NDArray[np.uint64], refusal: Refusal) -> None:
+        self._refuse(stream, handles, seqs, [(np.ones(len(seqs), np.bool_), refusal)])
+
+    def _refuse_index(self, advance: Advance, index: NDArray[np.intp] | None, refusal: Refusal) -> None:
+        tick = advance.tick
+        for stream, rows in self._by_stream(advance, index):
+            self._refuse_rows(stream, self.table.handle[tick.rows[rows]], tick.seqs[rows], refusal)
+            self.metrics.steps.labels(advance.served.bundle.name, refusal.reason.lower()).inc(len(rows))
+
+    def _drop_waiting(self, wanted: Any, refusal: Refusal | None = None) -> None:
+        """Takes rows out of the queue; their sessions will expect those seqs again."""
+        table = self.table
+        for batch, index in self.queue.drop(wanted):
+            sessions, seqs = batch.rows[index], batch.seqs[index]
+            np.minimum.at(table.admitted, sessions, seqs - np.uint64(1))
+            if refusal is not None:
+                self._refuse_rows(batch.stream, table.handle[sessions], seqs, refusal)
+            else:
+                batch.stream.in_flight -= len(index)
+
+    # Sessions that this server has no longer
+
+    def lose(self, sessions: NDArray[np.int32], verdict: Verdict) -> None:
+        """The store has given these sessions to somebody else, or they are gone."""
+        if verdict.fenced:
+            self.metrics.sessions_fenced.inc(len(sessions))
+        else:
+            self.metrics.sessions_expired.inc(len(sessions))
+        self.dismiss(sessions, TAKEN_OVER if verdict.fenced else CLOSED)
+
+    def lose_when_free(self, sessions: NDArray[Any], verdict: Verdict) -> None:
+        """The same for interval sessions, which may be in a tick: their rows are forgotten after it."""
+        self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), _lost(verdict))
+        free = ~self.table.busy[sessions]
+        if free.any():
+            self.lose(sessions[free], verdict)
+        if not free.all():
+            self._loop.call_later(0.005, self.lose_when_free, sessions[~free], verdict)
+
+    def tell_durable(self, sessions: NDArray[Any]) -> None:
+        """Interval durability: says to the streams what is safe now."""
+        table = self.table
+        for stream_id in np.unique(table.stream[sessions]).tolist():
+            if stream := self.streams.get(stream_id):
+                mine = sessions[table.stream[sessions] == stream_id]
+                durable = stream_pb2.DurableFrame(handles=table.handle[mine].tobytes(), durable_seqs=table.durable[mine].tobytes())
+                stream.send(stream_pb2.StreamResponse(durable=durable))
+
+    def dismiss(self, sessions: NDArray[Any], why: int) -> None:
+        """Tells the streams that hold these sessions, voids their handles and forgets the rows (none may be in a tick)."""
+        table = self.table
+        refusal = taken_over() if why == TAKEN_OVER else closed()
+        self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), refusal)
+        self.detach(sessions, why)
+        for row in sessions.tolist():
+            self.residency.remove(row)
+
+    def hand_over(self, sessions: NDArray[np.int32]) -> None:
+        """Before an open, move or close: waiting steps of these sessions are dropped; their clients send them again, or
+        learn that somebody else has the session."""
+        message = "the session is being opened, moved or closed just now; try again"
+        refusal = ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+        self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), refusal)
+
+    def detach(self, sessions: NDArray[Any], why: int) -> None:
+        """Voids the handles of these sessions and tells their streams why."""
+        table = self.table
+        kind = stream_pb2.EventFrame.TYPE_TAKEN_OVER if why == TAKEN_OVER else stream_pb2.EventFrame.TYPE_CLOSED
+        for stream_id in np.unique(table.stream[sessions]).tolist():
+            stream = self.streams.get(stream_id)
+            mine = sessions[table.stream[sessions] == stream_id]
+            table.stream[mine] = NO_STREAM
+            if stream is None:
+                continue
+            handles = table.handle[mine]
+            for handle in handles.tolist():
+                stream.void(handle, why)
+            stream.send(event_frame(kind, handles))
+            if why == TAKEN_OVER:
+                self.metrics.sessions_taken_over.inc(len(mine))
+
+    async def quiesce(self, sessions: NDArray[Any], deadline: float) -> None:
+        """Returns when no row of these sessions is under way. Their waiting rows must be dropped before."""
+        while self.table.busy[sessions].any() or self.table.flushing[sessions].any():
+            self.changed.clear()
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    await self.changed.wait()
+            except TimeoutError:
+                raise self.late() from None
+
+    # Time
+
+    async def sweep(self) -> None:
+        """Deadlines of what waits, a few times a heartbeat; runs until cancelled."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now = time.monotonic()
+            if self.queue.waiting_rows:
+                self._expire_waiting(now)
+            for advance in list(self._advances):
+                if any(part.batch.deadline < now for part in advance.tick.parts):
+                    self._expire_advance(advance, now)
+            self._expire_repeats(now)
+
+    def _expire_waiting(self, now: float) -> None:
+        late: set[int] = set()
+
+        def expired(batch: Batch) -> NDArray[np.bool_]:
+            if batch.deadline < now:
+                late.update(batch.rows[batch.waiting].tolist())
+                return np.ones(len(batch.waiting), np.bool_)
+            # A later step of a session cannot run without the one that is dropped.
+            return np.isin(batch.rows[batch.waiting], list(late)) if late else np.zeros(len(batch.waiting), np.bool_)
+
+        self._drop_waiting(expired, self.late())
+
+    def _expire_advance(self, advance: Advance, now: float) -> None:
+        """Answers rows whose commit did not come in time; should it come later, their seqs can be asked for again."""
+        tick = advance.tick
+        if advance.answered is None:
+            advance.answered = np.zeros(len(tick), np.bool_)
+        late = np.zeros(len(tick), np.bool_)
+        for part in tick.parts:
+            if part.batch.deadline < now:
+                late[part.start : part.start + len(part.index)] = True
+        waiting = np.isin(tick.rows, tick.rows[advance.committing]) & (self.table.applied[tick.rows] < tick.seqs)
+        index = np.flatnonzero(late & waiting & ~advance.answered)
+        if len(index):
+            self._refuse_index(advance, index, self.late())
+            advance.answered[index] = True
+
+    def _expire_repeats(self, now: float) -> None:
+        for key in [key for key, (_, deadline) in self._repeats.items() if deadline < now]:
+            stream, _ = self._repeats.pop(key)
+            row, seq = key
+            self._refuse_rows(stream, self.table.handle[[row]], np.array([seq], np.uint64), self.late())
+
+    def late(self) -> Refusal:
+        """What a row is told whose time is up."""
+        if self.store_trouble:
+            reason = "STORE_OUT_OF_MEMORY" if "OOM" in self.store_trouble else "STORE_UNAVAILABLE"
+            message = f"the store takes no writes ({self.store_trouble}); repeat the step with the same seq"
+            return Unavailable(reason, message, retry_after_ms=500)
+        return DeadlineExceeded("DEADLINE_EXCEEDED", "the step's time was up; repeat it with the same seq")
+
+    # Drain
+
+    async def drain(self, deadline: float) -> None:
+        """Tells the streams, finishes what was accepted and makes everything durable."""
+        self.draining = True
+        for stream in list(self.streams.values()):
+            stream.send(event_frame(stream_pb2.EventFrame.TYPE_DRAINING))
+        while (self.queue.waiting_rows or self._advances or self.rows_in_flight()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        await self.residency.flush_all(deadline)
+        for stream in list(self.streams.values()):
+            stream.end()
+
+
+def taken_over() -> Refusal:
+    return Aborted("TAKEN_OVER", "a newer open holds this session")
+
+
+def closed() -> Refusal:
+    return Aborted("SESSION_CLOSED", "the session was closed by another client, or has expired")
+
+
+def _lost(verdict: Verdict) -> Refusal:
+    return taken_over() if verdict.fenced else closed()
+
+
+def _bad_handles(rows: NDArray[np.int32]) -> Refused:
+    if (rows >= 0).all():
+        return []
+    refused: Refused = [(rows == TAKEN_OVER, taken_over()), (rows == CLOSED, closed())]
+    unknown = NotFound("INVALID_HANDLE", "no session of this stream has this handle; open it first")
+    return [pair for pair in [*refused, (rows == -1, unknown)] if pair[0].any()]
+
+
+def _not_finite(inputs: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_] | None:
+    """Rows with NaN or infinity; None where there are none."""
+    if dtype == "bfloat16":
+        # Exponent bits all set.
+        bad = (inputs.view(np.uint16) & 0x7F80) == 0x7F80
+    elif dtype in ("float32", "float16"):
+        bad = ~np.isfinite(np.ascontiguousarray(inputs).view(dtype))
+    else:
+        return None
+    return bad.any(axis=1) if bad.any() else None

@@ -1,0 +1,299 @@
+"""The engine thread: takes what is ready, advances it, keeps the outputs, and hands the commit to the store.
+
+The only thread that runs cells and writes arenas. What it finds is told to the event loop through `Answers`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engram_service.catalog import Catalog, Served
+from engram_service.engine.records import pack_records
+from engram_service.metrics import Metrics
+from engram_service.scheduler import Tick
+from engram_service.sessions.admission import FEEDBACK
+from engram_service.sessions.table import SessionTable
+from engram_service.store import CommitJob, MetaFields, Store, Verdict
+from engram_service.work import WorkQueue
+
+log = logging.getLogger(__name__)
+
+_INLINE_ROWS_MAX = 16  # a commit so small is sent from this thread when nothing waits: it saves two thread switches
+
+
+@dataclass(eq=False, slots=True)
+class Advance:
+    """A tick after its computation: what the event loop needs to answer it."""
+
+    served: Served
+    tick: Tick
+    outputs: NDArray[np.uint8]  # [rows, output_nbytes]
+    started: float
+    computed: float = 0.0
+    committing: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # row of the tick for each row of the job
+    unanswered: int = 0  # rows whose answer has not been handed to a stream
+    answered: NDArray[np.bool_] | None = None  # rows that were answered by a deadline; event loop only
+
+
+class Answers(Protocol):
+    """Called from the engine and committer threads."""
+
+    def advanced(self, advance: Advance) -> None:
+        """Before the commit: the tick is under way to the store."""
+
+    def volatile(self, advance: Advance, rows: NDArray[np.intp]) -> None:
+        """These rows of the tick may be answered before they are durable (durability interval)."""
+
+    def committed(self, advance: Advance, job_rows: NDArray[np.intp], verdict: Verdict) -> None:
+        """The store's word on these rows of the tick's job."""
+
+    def flushed(self, sessions: NDArray[Any], seqs: NDArray[np.uint64], verdict: Verdict) -> None:
+        """The store's word on an interval commit."""
+
+    def failed(self, served: Served, tick: Tick, error: Exception) -> None:
+        """The cell raised: nothing of the tick was committed."""
+
+
+class Engine:
+    """One thread for one device."""
+
+    def __init__(
+        self, queue: WorkQueue, table: SessionTable, catalog: Catalog, store: Store, answers: Answers, metrics: Metrics,
+        meta: Callable[[int], MetaFields], threads: int,
+    ) -> None:  # fmt: skip
+        self._queue = queue
+        self._table = table
+        self._catalog = catalog
+        self._store = store
+        self._answers = answers
+        self._metrics = metrics
+        self._meta = meta
+        self._threads = threads
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        while (work := self._queue.take()) is not None:
+            if callable(work):
+                work()
+                continue
+            model, tick = work
+            served = self._catalog.models[model]
+            try:
+                advance, states = self._advance(served, tick)
+            except Exception as error:  # the cell's own failure; the engine must live on
+                log.exception("a tick of %s failed", served.reference)
+                self._answers.failed(served, tick, error)
+            else:
+                self._commit(advance, states)
+
+    def _advance(self, served: Served, tick: Tick) -> tuple[Advance, NDArray[np.uint8]]:
+        """Runs the tick's waves. The new states are in the arena, and come back packed for each session's last row."""
+        started = time.monotonic()
+        slots = self._table.slot[tick.rows]
+        inputs = _inputs(tick)
+        feedback = (tick.flags & FEEDBACK).astype(np.bool_) if served.bundle.generates else None
+        if feedback is not None and not feedback.any():
+            feedback = None
+        if tick.last is None:
+            result = served.runner.step(slots, inputs, feedback)
+            outputs, states = result.outputs, result.states
+        else:
+            outputs = np.empty((len(tick), served.arena.output_nbytes), np.uint8)
+            for wave in tick.waves:
+                result = served.runner.step(slots[wave], inputs[wave], None if feedback is None else feedback[wave])
+                outputs[wave] = result.outputs
+            states = served.arena.packed(slots[tick.last])
+        served.arena.keep(slots, tick.seqs, outputs)
+        last = slice(None) if tick.last is None else tick.last
+        with self._queue.lock:  # columns move when the table grows
+            self._table.computed[tick.rows[last]] = tick.seqs[last]
+        advance = Advance(served, tick, outputs, started, time.monotonic(), unanswered=len(tick))
+        self._observe(advance)
+        return advance, states
+
+    def _commit(self, advance: Advance, states: NDArray[np.uint8]) -> None:
+        self._answers.advanced(advance)
+        job = self._tick_job(advance, states)
+        if job is None:
+            return
+        if len(advance.committing) <= _INLINE_ROWS_MAX and self._queue.quiet():
+            self._store.commit(job)
+        else:
+            self._store.submit(job)
+
+    def _tick_job(self, advance: Advance, states: NDArray[np.uint8]) -> CommitJob | None:
+        """The commit of the tick's sessions of durability step; rows of the others are answered at once."""
+        tick = advance.tick
+        last = np.arange(len(tick)) if tick.last is None else tick.last
+        interval = self._table.interval[tick.rows]
+        if interval.any():
+            self._answers.volatile(advance, np.flatnonzero(interval))
+            kept = ~interval[last]
+            last, states = last[kept], states[kept]
+        if not len(last):
+            return None
+        advance.committing = last
+
+        def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
+            self._answers.committed(advance, rows, verdict)
+
+        return self._job(advance.served, tick.rows[last], tick.seqs[last], states, done)
+
+    def flushed(self, sessions: NDArray[Any], seqs: NDArray[np.uint64], verdict: Verdict) -> None:
+        """The store's word on an interval commit."""
+
+    def failed(self, served: Served, tick: Tick, error: Exception) -> None:
+        """The cell raised: nothing of the tick was committed."""
+
+
+class Engine:
+    """One thread for one device."""
+
+    def __init__(
+        self, queue: WorkQueue, table: SessionTable, catalog: Catalog, store: Store, answers: Answers, metrics: Metrics,
+        meta: Callable[[int], MetaFields], threads: int,
+    ) -> None:  # fmt: skip
+        self._queue = queue
+        self._table = table
+        self._catalog = catalog
+        self._store = store
+        self._answers = answers
+        self._metrics = metrics
+        self._meta = meta
+        self._threads = threads
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        while (work := self._queue.take()) is not None:
+            if callable(work):
+                work()
+                continue
+            model, tick = work
+            served = self._catalog.models[model]
+            try:
+                advance, states = self._advance(served, tick)
+            except Exception as error:  # the cell's own failure; the engine must live on
+                log.exception("a tick of %s failed", served.reference)
+                self._answers.failed(served, tick, error)
+            else:
+                self._commit(advance, states)
+
+    def _advance(self, served: Served, tick: Tick) -> tuple[Advance, NDArray[np.uint8]]:
+        """Runs the tick's waves. The new states are in the arena, and come back packed for each session's last row."""
+        started = time.monotonic()
+        slots = self._table.slot[tick.rows]
+        inputs = _inputs(tick)
+        feedback = (tick.flags & FEEDBACK).astype(np.bool_) if served.bundle.generates else None
+        if feedback is not None and not feedback.any():
+            feedback = None
+        if tick.last is None:
+            result = served.runner.step(slots, inputs, feedback)
+            outputs, states = result.outputs, result.states
+        else:
+            outputs = np.empty((len(tick), served.arena.output_nbytes), np.uint8)
+            for wave in tick.waves:
+                result = served.runner.step(slots[wave], inputs[wave], None if feedback is None else feedback[wave])
+                outputs[wave] = result.outputs
+            states = served.arena.packed(slots[tick.last])
+        served.arena.keep(slots, tick.seqs, outputs)
+        last = slice(None) if tick.last is None else tick.last
+        with self._queue.lock:  # columns move when the table grows
+            self._table.computed[tick.rows[last]] = tick.seqs[last]
+        advance = Advance(served, tick, outputs, started, time.monotonic(), unanswered=len(tick))
+        self._observe(advance)
+        return advance, states
+
+    def _commit(self, advance: Advance, states: NDArray[np.uint8]) -> None:
+        self._answers.advanced(advance)
+        job = self._tick_job(advance, states)
+        if job is None:
+            return
+        if len(advance.committing) <= _INLINE_ROWS_MAX and self._queue.quiet():
+            self._store.commit(job)
+        else:
+            self._store.submit(job)
+
+    def _tick_job(self, advance: Advance, slots: NDArray[np.int32], states: NDArray[np.uint8] | None) -> CommitJob | None:
+        """The commit of the tick's sessions of durability step; the others are answered at once."""
+        tick, table = advance.tick, self._table
+        last = np.arange(len(tick)) if tick.last is None else tick.last
+        interval = table.interval[tick.rows]
+        if interval.any():
+            self._answers.volatile(advance, np.flatnonzero(interval))
+            kept = ~interval[last]
+            if states is not None:
+                states = states[kept]
+            last = last[kept]
+        if not len(last):
+            return None
+        advance.committing = last
+        sessions = tick.rows[last]
+        packed = advance.served.arena.packed(slots[last]) if states is None else states
+        return self._job_of(advance.served, sessions, tick.seqs[last], slots[last], packed,
+                            lambda rows, verdict: self._answers.committed(advance, rows, verdict))  # fmt: skip
+
+    def flush(self, served: Served, sessions: NDArray[np.int32]) -> None:
+        """Commits sessions as the arena holds them (durability interval). A job of the queue: engine thread only."""
+        sessions = sessions[self._table.slot[sessions] >= 0]
+        seqs = self._table.computed[sessions]
+        slots = self._table.slot[sessions]
+
+        def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
+            self._answers.flushed(sessions[rows], seqs[rows], verdict)
+
+        self._store.submit(self._job(served, sessions, seqs, served.arena.packed(slots), done))
+
+    def _job(
+        self, served: Served, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], states: NDArray[np.uint8],
+        done: Callable[[NDArray[np.intp], Verdict], None],
+    ) -> CommitJob:  # fmt: skip
+        table = self._table
+        values = pack_records(served, table.slot[sessions], seqs, table.acked[sessions], table.epoch[sessions], states)
+        self._metrics.commit_rows.inc(len(sessions))
+        self._metrics.commit_bytes.inc(sum(block.nbytes for _, block in values))
+        return CommitJob(
+            tags=table.tag[sessions],
+            tokens=table.token[sessions],
+            values=values,
+            ttl_ms=table.ttl_ms[sessions],
+            meta=lambda row: self._meta(int(sessions[row])),
+            done=done,
+        )
+
+    def _observe(self, advance: Advance) -> None:
+        rows, metrics, name = len(advance.tick), self._metrics, advance.served.bundle.name
+        metrics.ticks.labels(name).inc()
+        metrics.tick_rows.labels(name).observe(rows)
+        metrics.tick_busy_seconds.inc(advance.computed - advance.started)
+        metrics.stage_seconds.labels("queue").observe(advance.started - advance.tick.parts[0].batch.arrived)
+        metrics.stage_seconds.labels("compute").observe(advance.computed - advance.started)
+
+
+def _inputs(tick: Tick) -> NDArray[np.uint8]:
+    blocks = [
+        part.batch.inputs if len(part.index) == len(part.batch.rows) else part.batch.inputs[part.index] for part in tick.parts
+    ]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)

@@ -1,0 +1,106 @@
+"""Runs a cell over slots of an arena, in batch shapes that keep every row's bits the same.
+
+A row must not feel who shares its batch (promise 5). The probe at load finds a floor: from that many rows on, every batch
+gives a row the same bits, so smaller batches are padded up to it. Where it finds none, batches are cut into tiles of one
+fixed shape, which is slower and just as exact. On a GPU a batch is padded to one of a few buckets, each a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engram_service.engine.arena import Arena, from_bytes, to_bytes
+
+_TILE_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The batch shapes that a cell may be run in: `floor` rows or more (None: only whole tiles), or given buckets."""
+
+    floor: int | None
+    buckets: tuple[int, ...] = ()
+
+    def cut(self, rows: int) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, padded rows) of each cell call that together cover `rows`."""
+        if self.floor is None:
+            for start in range(0, rows, _TILE_ROWS):
+                yield start, min(start + _TILE_ROWS, rows), _TILE_ROWS
+        elif not self.buckets:
+            yield 0, rows, max(rows, self.floor)
+        else:
+            most = self.buckets[-1]
+            for start in range(0, rows, most):
+                stop = min(start + most, rows)
+                yield start, stop, next(bucket for bucket in self.buckets if bucket >= stop - start)
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """What a batched step left: rows of bytes, in the order of the slots that were given."""
+
+    outputs: NDArray[np.uint8]  # [n, output_nbytes]
+    states: NDArray[np.uint8]  # [n, state_nbytes]
+
+
+class Runner:
+    """Advances slots of one arena on the CPU; CudaRunner does the same with graphs."""
+
+    def __init__(self, arena: Arena, shapes: Shapes) -> None:
+        self.arena = arena
+        self.shapes = shapes
+        self._state_type = type(arena.bundle.cell.initial_state(1))
+
+    def step(self, slots: NDArray[np.int32], inputs: NDArray[np.uint8], feedback: NDArray[np.bool_] | None) -> Advanced:
+        """One step of each slot. inputs: uint8 [n, input_nbytes]; rows set in `feedback` use the last output instead."""
+        pieces = [self._call(slots, inputs, feedback, *cut) for cut in self.shapes.cut(len(slots))]
+        if len(pieces) == 1:
+            return pieces[0]
+        return Advanced(np.concatenate([p.outputs for p in pieces]), np.concatenate([p.states for p in pieces]))
+
+    def _call(
+        self,
+        slots: NDArray[np.int32],
+        inputs: NDArray[np.uint8],
+        feedback: NDArray[np.bool_] | None,
+        start: int,
+        stop: int,
+        padded: int,
+    ) -> Advanced:
+        index, x, fed = self._padded(slots[start:stop], inputs[start:stop], None if feedback is None else feedback[start:stop], padded)
+        arena, rows = self.arena, stop - start
+        with torch.inference_mode():
+            where = torch.from_numpy(index)
+            value = from_bytes(x, arena.bundle.input)
+            if fed is not None and arena.last is not None:
+                mask = torch.from_numpy(fed).view(-1, *[1] * (value.dim() - 1))
+                value = torch.where(mask, arena.last.index_select(0, where).view_as(value), value)
+            state = self._state_type(*(tensor.index_select(0, where) for tensor in arena.state))
+            output, after = arena.bundle.cell(value, state)
+            for tensor, new in zip(arena.state, after, strict=True):
+                tensor.index_copy_(0, where, new)
+            if arena.last is not None:
+                arena.last.index_copy_(0, where, output)
+            return Advanced(to_bytes(output[:rows]), arena.pack([new[:rows] for new in after]))
+
+    def _padded(
+        self, slots: NDArray[np.int32], inputs: NDArray[np.uint8], feedback: NDArray[np.bool_] | None, padded: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.bool_] | None]:
+        rows = len(slots)
+        index = np.full(padded, self.arena.capacity, np.int64)
+        index[:rows] = slots
+        if padded == rows:
+            return index, inputs, feedback
+        x = np.zeros((padded, inputs.shape[1]), np.uint8)
+        x[:rows] = inputs
+        fed: NDArray[Any] | None = None
+        if feedback is not None:
+            fed = np.zeros(padded, np.bool_)
+            fed[:rows] = feedback
+        return index, x, fed

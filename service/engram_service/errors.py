@@ -1,0 +1,99 @@
+"""What the server refuses, as one small tree. Every refusal carries its gRPC status code and its reason.
+
+    Refusal                    the root: code, reason, message, retry_after_ms, metadata
+      InvalidArgument          INVALID_ARGUMENT      the request can never succeed as it is
+      NotFound                 NOT_FOUND
+      AlreadyExists            ALREADY_EXISTS
+      FailedPrecondition       FAILED_PRECONDITION   right request, wrong state
+      Aborted                  ABORTED               someone else has the session now
+      ResourceExhausted        RESOURCE_EXHAUSTED    a limit; try again after retry_after_ms
+      DeadlineExceeded         DEADLINE_EXCEEDED
+      Unavailable              UNAVAILABLE           the store or this server is not there just now
+      DataLoss                 DATA_LOSS
+      Internal                 INTERNAL
+
+A refusal travels in two ways: api/status.py turns it into a gRPC status with google.rpc details, and `detail()` turns it
+into the ErrorDetail of a stream's row. Reasons are the names of engram.v1.ErrorReason without their prefix.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import grpc
+
+from engram.v1 import error_pb2
+
+
+class Refusal(Exception):
+    """A request, or a row, that was not done; nothing of it was applied unless the subclass says otherwise."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+    def __init__(self, reason: str, message: str, *, retry_after_ms: int = 0, **metadata: object) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.retry_after_ms = retry_after_ms
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    def detail(self) -> error_pb2.ErrorDetail:
+        """The refusal as a row's error inside a stream."""
+        return error_pb2.ErrorDetail(
+            code=int(self.code.value[0]),
+            reason=self.reason,
+            message=self.message,
+            retry_after_ms=self.retry_after_ms,
+            metadata=self.metadata,
+        )
+
+
+class InvalidArgument(Refusal):
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class NotFound(Refusal):
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class AlreadyExists(Refusal):
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class FailedPrecondition(Refusal):
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class Aborted(Refusal):
+    code = grpc.StatusCode.ABORTED
+
+
+class ResourceExhausted(Refusal):
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class DeadlineExceeded(Refusal):
+    """The time was up. A row that was already computed when it ran out may still be committed."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Unavailable(Refusal):
+    """The store or the server is away. A row that was already computed may still be committed: repeat its seq."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DataLoss(Refusal):
+    code = grpc.StatusCode.DATA_LOSS
+
+
+class Internal(Refusal):
+    code = grpc.StatusCode.INTERNAL
+
+
+def of_detail(detail: error_pb2.ErrorDetail) -> Refusal:
+    """The refusal that a row's ErrorDetail stands for."""
+    by_code = {int(kind.code.value[0]): kind for kind in Refusal.__subclasses__()}
+    kind = by_code.get(detail.code, Internal)
+    return kind(detail.reason, detail.message, retry_after_ms=detail.retry_after_ms, **dict(detail.metadata))

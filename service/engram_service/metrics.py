@@ -1,0 +1,58 @@
+"""Every metric of the server, in one place. Observed once a tick or a frame, never once a row; no label grows with users."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+class Metrics:
+    """Counters and histograms that the path updates, and gauges that are read when somebody looks."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self.sessions = gauge("sessions", "Sessions known to this server, by where their state is", "residency")
+        self.sessions_opened = counter("sessions_opened", "Sessions created or carried on", "how")
+        self.sessions_closed = counter("sessions_closed", "Sessions closed and deleted")
+        self.sessions_expired = counter("sessions_expired", "Sessions found expired or deleted while attached")
+        self.sessions_taken_over = counter("sessions_taken_over", "Sessions that a newer open took from a stream of this server")
+        self.sessions_fenced = counter("sessions_fenced", "Commits refused by the store because another server holds the session")
+        self.steps = counter("steps", "Steps by what became of them", "model", "outcome")
+        self.ticks = counter("ticks", "Batched cell calls over ready rows", "model")
+        self.tick_rows = histogram("tick_rows", "Rows in a tick", _ROWS, "model")
+        self.tick_busy_seconds = counter("tick_busy_seconds", "Seconds that the engine spent in ticks: its rate is the utilisation")
+        self.stage_seconds = histogram("stage_seconds", "Seconds by stage, one observation a tick", _SECONDS, "stage")
+        self.commit_bytes = counter("commit_bytes", "Bytes of records sent to Redis")
+        self.commit_rows = counter("commit_rows", "Records sent to Redis")
+        self.rows_in_flight = gauge("rows_in_flight", "Rows accepted whose answer has not left")
+        self.rows_refused = counter("rows_refused", "Rows refused, by reason", "reason")
+        self.streams = gauge("streams", "Open client streams")
+        self.redis_up = gauge("redis_up", "1 while Redis takes commits")
+        self.redis_memory_bytes = gauge("redis_memory_bytes", "used_memory of Redis")
+        self.device_memory_bytes = gauge("device_memory_bytes", "Memory of the arenas", "device")
+        self.model_loads = counter("model_loads", "Bundles loaded or refused", "outcome")
+
+    def read_with(self, gauge: Gauge, read: Callable[[], float], *labels: str) -> None:
+        """Lets a gauge call `read` when it is scraped."""
+        (gauge.labels(*labels) if labels else gauge).set_function(read)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"engram_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"engram_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"engram_{name}", text, labels, buckets=buckets, registry=self.registry)

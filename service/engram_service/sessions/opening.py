@@ -1,0 +1,338 @@
+"""Opens, attaches and closes: how sessions come to a stream, and how they leave it. Event loop only.
+
+An open claims every session in the store, whoever held it before: the claim's new token fences the former holder. On this
+server, the rows of the former stream are dropped or finished first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+import unicodedata
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram.v1 import stream_pb2
+from engram_service.catalog import Served
+from engram_service.core import Core, closed, taken_over
+from engram_service.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Refusal,
+    ResourceExhausted,
+    Unavailable,
+)
+from engram_service.sessions.admission import column
+from engram_service.sessions.streams import CLOSED, TAKEN_OVER, Stream
+from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, StoreUnavailable, session_tag
+
+log = logging.getLogger(__name__)
+
+VOID_HANDLE = 0xFFFFFFFF
+_ID_BYTES_MAX = 128
+_IDS_MAX = 4096  # of one OpenFrame
+_RETRY_S = 0.1
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What an OpenFrame or AttachFrame asks for."""
+
+    model: str
+    version: str
+    ids: Sequence[str]
+    interval: bool
+    client_id: int
+    ttl_ms: int
+    attach: bool
+
+
+@dataclass(slots=True)
+class Opened:
+    """What became of it, row by row."""
+
+    handles: NDArray[np.uint32]
+    seqs: NDArray[np.uint64]
+    acked: NDArray[np.uint64]
+    created: NDArray[np.uint8]
+    ids: list[str]
+    served: Served | None = None
+    errors: dict[int, Refusal] = field(default_factory=dict)
+
+    @classmethod
+    def refused(cls, count: int, ids: list[str], refusal: Refusal | None) -> Opened:
+        """Every row refused; with no refusal, every row still open."""
+        zeros = np.zeros(count, np.uint64)
+        errors = {} if refusal is None else dict.fromkeys(range(count), refusal)
+        return cls(np.full(count, VOID_HANDLE, np.uint32), zeros, zeros.copy(), np.zeros(count, np.uint8), ids, None, errors)
+
+
+class Sessions:
+    """Claims sessions for streams and lets go of them."""
+
+    def __init__(self, core: Core, store: Store) -> None:
+        self._core = core
+        self._store = store
+        self._held: set[str] = set()  # ids that an open, close or move works on
+        self._freed = asyncio.Condition()
+
+    async def open(self, stream: Stream, wanted: Wanted, timeout_s: float | None = None) -> Opened:
+        """Claims the sessions for a stream. Raises Refusal where nothing of the request can be done."""
+        core = self._core
+        deadline = time.monotonic() + (timeout_s or core.settings.step_timeout_s)
+        if core.draining:
+            raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=50)
+        if len(wanted.ids) > _IDS_MAX:
+            raise InvalidArgument("FRAME_TOO_LARGE", f"{len(wanted.ids)} sessions in one frame; send at most {_IDS_MAX}")
+        if len(core.table) + len(wanted.ids) > core.settings.sessions_max:
+            message = f"this server has {core.settings.sessions_max} sessions, its limit"
+            raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
+        served = core.catalog.resolve(wanted.model, wanted.version)
+        ids = [given or secrets.token_urlsafe(12) for given in wanted.ids]
+        result = Opened.refused(len(ids), ids, None)
+        result.errors = {i: refusal for i, refusal in enumerate(check_ids(ids)) if refusal is not None}
+        good = [i for i in range(len(ids)) if i not in result.errors]
+        async with self.hold([ids[i] for i in good], deadline):
+            requests = [self._request(served, wanted, ids[i]) for i in good]
+            claims = await self.call(deadline, self._store.claim, requests)
+            self._apply(stream, wanted, served, good, requests, claims, result)
+        return result
+
+    def hold(self, ids: Sequence[str], deadline: float) -> _Hold:
+        """Keeps others from opening, closing or moving these sessions, and waits until none of their steps is under way."""
+        return _Hold(self, ids, deadline)
+
+    async def close(self, stream: Stream, frame: stream_pb2.CloseFrame) -> list[tuple[int, Refusal]]:
+        """Deletes the records of these sessions, or only lets go of them; returns what was refused."""
+        handles = column(frame.handles, np.uint32, "handles")
+        rows = stream.rows_of(handles)  # type: ignore[arg-type]
+        errors: list[tuple[int, Refusal]] = []
+        for i in np.flatnonzero(rows < 0).tolist():
+            why = {TAKEN_OVER: taken_over(), CLOSED: closed()}.get(int(rows[i]))
+            errors.append((i, why or NotFound("INVALID_HANDLE", f"no session of this stream has handle {handles[i]}")))
+        known = np.unique(rows[rows >= 0])
+        ids = [self._core.table.id_of(row) for row in known.tolist()]
+        deadline = time.monotonic() + self._core.settings.step_timeout_s
+        for handle in handles[rows >= 0].tolist():
+            stream.void(handle, CLOSED)
+        async with self.hold(ids, deadline):
+            if not frame.detach:
+                await self.call(deadline, self._delete, ids)
+                self._core.metrics.sessions_closed.inc(len(ids))
+            for session_id in ids:
+                row = self._core.table.find(session_id)
+                if row is not None:
+                    self._core.residency.remove(row)
+        return errors
+
+    async def delete(self, session_id: str) -> None:
+        """Closes a session whoever holds it. Raises NotFound."""
+        deadline = time.monotonic() + self._core.settings.step_timeout_s
+        async with self.hold([session_id], deadline):
+            existed = await self.call(deadline, self._delete, [session_id])
+            row = self._core.table.find(session_id)
+            if row is not None:
+                self._core.dismiss(np.array([row], np.int32), CLOSED)
+        if not existed[0]:
+            raise NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
+        self._core.metrics.sessions_closed.inc()
+
+    def _delete(self, ids: Sequence[str]) -> list[bool]:
+        return [self._store.delete(session_id) for session_id in ids]
+
+    async def call(self, deadline: float, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs a blocking call of the store in a thread; while the store is away, again until the deadline."""
+        while True:
+            try:
+                await self._core.written_back(deadline)
+                return await asyncio.to_thread(work, *arguments)
+            except StoreUnavailable as error:
+                if time.monotonic() + _RETRY_S > deadline:
+                    raise Unavailable("STORE_UNAVAILABLE", f"the store cannot be reached ({error})", retry_after_ms=500) from error
+                await asyncio.sleep(_RETRY_S)
+
+    def _request(self, served: Served, wanted: Wanted, session_id: str) -> ClaimRequest:
+        ttl_ms = wanted.ttl_ms or self._core.settings.session_ttl_s * 1000
+        return ClaimRequest(
+            session_id=session_id, model=wanted.model, version=wanted.version, create_version=served.bundle.version,
+            fingerprint=served.bundle.fingerprint, client_id=wanted.client_id, attach=wanted.attach,
+            token=secrets.token_hex(8), ttl_ms=ttl_ms, initial=served.layout.initial(1, int(time.time() * 1000)),
+        )  # fmt: skip
+
+    def _apply(
+        self, stream: Stream, wanted: Wanted, served: Served, good: Sequence[int], requests: Sequence[ClaimRequest],
+        claims: Sequence[ClaimResult], result: Opened,
+    ) -> None:  # fmt: skip
+        """Enters the claims into the table, model version by model version."""
+        groups: dict[int, tuple[Served, list[int]]] = {}
+        for k, claim in enumerate(claims):
+            try:
+                version = self._version_of(wanted, served, claim)
+                groups.setdefault(version.index, (version, []))[1].append(k)
+            except Refusal as refusal:
+                result.errors[good[k]] = refusal
+                self._forget(requests[k].session_id)
+        for version, members in groups.values():
+            self._enter(stream, wanted, version, [good[k] for k in members], [requests[k] for k in members],
+                        [claims[k] for k in members], result)  # fmt: skip
+            result.served = version
+
+    def _version_of(self, wanted: Wanted, served: Served, claim: ClaimResult) -> Served:
+        """The model version that a claimed session is on. Raises Refusal if the claim failed or it cannot be served."""
+        match claim.status:
+            case ClaimStatus.CREATED:
+                return served
+            case ClaimStatus.NOT_FOUND:
+                raise NotFound("SESSION_NOT_FOUND", "there is no such session; it was closed or has expired")
+            case ClaimStatus.TAKEN_OVER:
+                raise taken_over()
+            case ClaimStatus.OTHER_MODEL:
+                asked = wanted.model + (f"/{wanted.version}" if wanted.version else "")
+                message = f"the session is one of {claim.model}/{claim.version}, not of {asked}; close it, move it, or use another id"
+                raise FailedPrecondition("SESSION_OF_OTHER_MODEL", message, model=claim.model, version=claim.version)
+            case ClaimStatus.CARRIED:
+                pass
+        version = self._core.catalog.resolve(wanted.model, claim.version)
+        if version.bundle.fingerprint != claim.fingerprint:
+            message = (
+                f"the session was written by other weights of {version.reference}"
+                f" (fingerprint {claim.fingerprint[:8]}, served {version.bundle.fingerprint[:8]}); serve those or move the session"
+            )
+            raise FailedPrecondition("FINGERPRINT_MISMATCH", message)
+        return version
+
+    def _enter(
+        self, stream: Stream, wanted: Wanted, served: Served, places: Sequence[int], requests: Sequence[ClaimRequest],
+        claims: Sequence[ClaimResult], result: Opened,
+    ) -> None:  # fmt: skip
+        core, table = self._core, self._core.table
+        records = served.layout.unpack([claim.record for claim in claims])
+        sound = [k for k in range(len(claims)) if k not in records.errors]
+        for k, reason in records.errors.items():
+            message = f"the session's record cannot be used ({reason}); close the session to start over"
+            result.errors[places[k]] = DataLoss("RECORD_CORRUPTED", message)
+            self._forget(requests[k].session_id)
+        rows = np.empty(len(sound), np.int32)
+        for n, k in enumerate(sound):
+            request, claim, place = requests[k], claims[k], places[k]
+            row = self._row(request.session_id)
+            rows[n] = row
+            table.tag[row] = np.frombuffer(session_tag(request.session_id), np.uint8)
+            table.token[row] = np.frombuffer(request.token.encode(), np.uint8)
+            table.epoch[row] = claim.epoch
+            table.client_id[row] = wanted.client_id
+            table.created_ms[row] = claim.created_ms
+            table.ttl_ms[row] = request.ttl_ms
+            table.losses[row] = self._store.losses
+            table.handle[row] = result.handles[place] = stream.name(row)
+            result.created[place] = claim.status is ClaimStatus.CREATED
+        if not len(rows):
+            return
+        kept = records.only(sound)
+        table.model[rows] = served.index
+        table.stream[rows] = stream.id
+        table.interval[rows] = wanted.interval
+        for name in ("admitted", "computed", "applied", "durable"):
+            getattr(table, name)[rows] = kept.seq
+        table.acked[rows] = kept.acked
+        table.used[rows] = core.residency.clock()
+        at = np.array([places[k] for k in sound])
+        result.seqs[at], result.acked[at] = kept.seq, kept.acked
+        advanced = np.flatnonzero(kept.seq > 0)
+        if len(advanced):
+            core.residency.place_if_room(served, rows[advanced], kept.only(advanced.tolist()))
+        new = int(result.created[at].sum())
+        core.metrics.sessions_opened.labels("created").inc(new)
+        core.metrics.sessions_opened.labels("carried_on").inc(len(rows) - new)
+
+    def _row(self, session_id: str) -> int:
+        """A clean row for a session: a former holder on this server is told that it was taken over."""
+        table = self._core.table
+        row = table.find(session_id)
+        if row is not None:
+            self._core.dismiss(np.array([row], np.int32), TAKEN_OVER)
+        with self._core.queue.lock:
+            return table.add(session_id)
+
+    def _forget(self, session_id: str) -> None:
+        """After a claim that failed in the store: what this server may have thought of the session is out of date."""
+        row = self._core.table.find(session_id)
+        if row is not None and self._core.table.stream[row] < 0:
+            self._core.residency.remove(row)
+
+
+class _Hold:
+    """An async context: the ids are this task's alone, their waiting steps are dropped, none is under way."""
+
+    def __init__(self, sessions: Sessions, ids: Sequence[str], deadline: float) -> None:
+        self._sessions = sessions
+        self._ids = set(ids)
+        self._deadline = deadline
+
+    async def __aenter__(self) -> None:
+        sessions, core = self._sessions, self._sessions._core
+        try:
+            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())), sessions._freed:
+                await sessions._freed.wait_for(lambda: not (sessions._held & self._ids))
+                sessions._held |= self._ids
+        except TimeoutError:
+            raise core.late() from None
+        try:
+            rows = np.array([row for name in self._ids if (row := core.table.find(name)) is not None], np.int32)
+            if len(rows):
+                await self._quiet(rows)
+        except BaseException:
+            await self._release()
+            raise
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._release()
+
+    async def _quiet(self, rows: NDArray[np.int32]) -> None:
+        core = self._sessions._core
+        core.table.opening[rows] = True
+        core.hand_over(rows)
+        await core.quiesce(rows, self._deadline)
+        while len(dirty := np.intersect1d(core.residency.dirty(), rows)) and core.store_trouble == "":
+            core.residency.flush(dirty)
+            await core.quiesce(rows, self._deadline)
+
+    async def _release(self) -> None:
+        sessions, core = self._sessions, self._sessions._core
+        for name in self._ids:
+            row = core.table.find(name)
+            if row is not None:
+                core.table.opening[row] = False
+        async with sessions._freed:
+            sessions._held -= self._ids
+            sessions._freed.notify_all()
+
+
+def check_ids(ids: Sequence[str]) -> list[Refusal | None]:
+    """For each id, why it cannot be used; None where it can."""
+    seen: set[str] = set()
+    checked: list[Refusal | None] = []
+    for session_id in ids:
+        checked.append(_check_id(session_id, session_id in seen))
+        seen.add(session_id)
+    return checked
+
+
+def _check_id(session_id: str, repeated: bool) -> Refusal | None:
+    if not session_id or len(session_id.encode()) > _ID_BYTES_MAX:
+        return InvalidArgument("INVALID_SESSION_ID", f"a session id has 1 to {_ID_BYTES_MAX} bytes of UTF-8")
+    if any(unicodedata.category(char) in ("Cc", "Zs", "Zl", "Zp") for char in session_id):
+        return InvalidArgument("INVALID_SESSION_ID", f"session id {session_id!r} has white space or control characters")
+    if repeated:
+        return InvalidArgument("INVALID_SESSION_ID", f"session id {session_id!r} stands twice in the frame")
+    return None
+
+

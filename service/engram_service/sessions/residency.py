@@ -1,0 +1,291 @@
+"""Which sessions are in the arena: brings them in before their steps, commits the volatile ones, lets idle ones go.
+
+Event loop only; what touches the arena is posted to the engine, in order with the ticks that need it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_service.catalog import Served
+from engram_service.sessions.table import NO_SLOT, NO_STREAM
+from engram_service.store import Records, Store, StoreUnavailable, Verdict
+
+if TYPE_CHECKING:
+    from engram_service.core import Core
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_S = 0.05
+_LOAD_RETRY_S = 0.1
+_SPARE_SLOTS = 4  # part of the arena (1/n) that opens leave free for sessions that step
+
+
+class Residency:
+    """Slots of all arenas."""
+
+    def __init__(self, core: Core, store: Store) -> None:
+        self._core = core
+        self._store = store
+        self._started = time.monotonic()
+        self._wanting: dict[int, deque[int]] = {}  # model -> sessions that wait for a slot
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lost = np.empty(0, np.intp)
+
+    def clock(self) -> float:
+        """Seconds since the server started; small enough for float32 columns."""
+        return time.monotonic() - self._started
+
+    # In
+
+    def want(self, served: Served, rows: NDArray[np.int32]) -> None:
+        """Sees to it that these sessions get a slot; until then they are busy and their steps wait."""
+        table = self._core.table
+        missing = rows[(table.slot[rows] == NO_SLOT) & ~table.busy[rows]]
+        if len(missing):
+            missing = np.unique(missing)
+            self._core.queue.hold(missing)
+            self._wanting.setdefault(served.index, deque()).extend(missing.tolist())
+            self.serve_wanting()
+
+    def serve_wanting(self) -> None:
+        """Gives slots to sessions that wait for one, as far as there are slots."""
+        for model, waiting in self._wanting.items():
+            if not waiting:
+                continue
+            served = self._core.catalog.models[model]
+            if served.arena.capacity - served.arena.resident < len(waiting):
+                self._evict(served, len(waiting))
+            slots = served.arena.take(len(waiting))
+            if len(slots):
+                self._bring(served, np.array([waiting.popleft() for _ in slots], np.int32), slots)
+
+    def _bring(self, served: Served, rows: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
+        table = self._core.table
+        table.slot[rows] = slots
+        table.used[rows] = self.clock()
+        new = table.applied[rows] == 0
+        if new.any():
+            fresh = slots[new]
+            self._core.queue.post(lambda: served.arena.reset(fresh))
+            self._core.queue.release(rows[new])
+        if not new.all():
+            self._start(self._load(served, rows[~new], slots[~new]))
+
+    async def _load(self, served: Served, rows: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
+        """Reads records of sessions that this server still holds; without them the sessions are lost to it."""
+        core, table = self._core, self._core.table
+        tags, tokens = table.tag[rows].copy(), table.token[rows].copy()
+        while True:
+            try:
+                values = await asyncio.to_thread(self._store.load, tags, tokens)
+                break
+            except StoreUnavailable:
+                await asyncio.sleep(_LOAD_RETRY_S)
+        found = np.array([value is not None for value in values])
+        records = served.layout.unpack([value for value in values if value is not None])
+        for number, reason in records.errors.items():
+            log.error("a record cannot be used: %s", reason, extra={"session": table.id_of(int(rows[found][number]))})
+        good = np.flatnonzero(found)[[i for i in range(int(found.sum())) if i not in records.errors]]
+        if len(good):
+            self.place(served, rows[good], slots[good], records.only([i for i in range(int(found.sum())) if i not in records.errors]))
+            core.queue.release(rows[good])
+        lost = np.setdiff1d(np.arange(len(rows)), good)
+        if len(lost):
+            verdicts = await asyncio.to_thread(self._store.diagnose, tags[lost], tokens[lost])
+            for row, verdict in zip(rows[lost].tolist(), verdicts, strict=True):
+                core.lose(np.array([row], np.int32), verdict)
+        core.after_release()
+
+    def place(self, served: Served, rows: NDArray[np.int32], slots: NDArray[np.int32], records: Records) -> None:
+        """Puts records into slots; ticks taken from now on find them there."""
+        self._core.table.slot[rows] = slots
+        self._core.table.used[rows] = self.clock()
+
+        def load() -> None:
+            served.arena.reset(slots)
+            stated = np.flatnonzero(~records.initial)
+            if len(stated):
+                served.arena.load(slots[stated], records.states[stated])
+            served.arena.load_outputs(slots, records.seq, records.outputs, records.counts)
+
+        self._core.queue.post(load)
+
+    def place_if_room(self, served: Served, rows: NDArray[np.int32], records: Records) -> None:
+        """After an open: saves a second read, where slots are plenty."""
+        arena = served.arena
+        if arena.capacity - arena.resident - len(rows) > arena.capacity // _SPARE_SLOTS:
+            self.place(served, rows, arena.take(len(rows)), records)
+
+    def with_outputs(self, served: Served, rows: NDArray[np.int32], then: Callable[[], None]) -> None:
+        """Calls `then` once the kept outputs of these sessions can be read (or it is clear that they cannot)."""
+        if (self._core.table.slot[rows] != NO_SLOT).all() and not self._core.table.busy[rows].any():
+            # The job that filled the slot may still be on its way to the engine.
+            loop = asyncio.get_running_loop()
+            self._core.queue.post(lambda: loop.call_soon_threadsafe(then))
+            return
+        self.want(served, rows)
+        self._start(self._await_outputs(rows, then))
+
+    async def _await_outputs(self, rows: NDArray[np.int32], then: Callable[[], None]) -> None:
+        for _ in range(int(self._core.settings.step_timeout_s / _HEARTBEAT_S)):
+            if not self._core.table.busy[rows].any():
+                break
+            await asyncio.sleep(_HEARTBEAT_S)
+        then()
+
+    # Out
+
+    def let_go(self, rows: NDArray[np.int32]) -> None:
+        """The streams of these sessions are gone: what is volatile is committed soon, then the rows are forgotten."""
+        self._core.table.used[rows] = -1e9  # first to be swept
+
+    def remove(self, row: int) -> None:
+        """Forgets a session that this server has no longer. It must not be in a tick."""
+        table = self._core.table
+        served = self._core.catalog.models[int(table.model[row])]
+        self.forget_slots(served, np.array([row], np.int32))
+        waiting = self._wanting.get(served.index)
+        if waiting and row in waiting:
+            waiting.remove(row)
+        with self._core.queue.lock:
+            table.remove(row)
+
+    def forget_slots(self, served: Served, rows: NDArray[Any]) -> None:
+        """Frees the slots; the records have what is needed."""
+        table = self._core.table
+        held = rows[table.slot[rows] != NO_SLOT]
+        served.arena.give_back(table.slot[held])
+        table.slot[held] = NO_SLOT
+
+    def _idle(self, served: Served) -> NDArray[np.intp]:
+        """Resident sessions of a model with nothing under way and nothing volatile, longest unused first."""
+        table = self._core.table
+        high = table.high
+        mask = (table.model[:high] == served.index) & (table.slot[:high] != NO_SLOT) & ~table.busy[:high] & ~table.opening[:high]
+        mask &= (table.admitted[:high] == table.applied[:high]) & (table.applied[:high] == table.durable[:high]) & ~table.flushing[:high]
+        rows = np.flatnonzero(mask)
+        ordered: NDArray[np.intp] = rows[np.argsort(table.used[rows], kind="stable")]
+        return ordered
+
+    def _evict(self, served: Served, count: int) -> None:
+        idle = self._idle(served)[:count]
+        if len(idle):
+            self.forget_slots(served, idle)
+
+    # Durability interval
+
+    def flush_due(self, served: Served, rows: NDArray[np.int32]) -> None:
+        """Commits those that are `interval_steps` ahead of their record."""
+        table = self._core.table
+        ahead = table.applied[rows] - table.durable[rows] >= np.uint64(self._core.settings.interval_steps)
+        if ahead.any():
+            self._flush(served, rows[ahead])
+
+    def _flush(self, served: Served, rows: NDArray[Any]) -> None:
+        table = self._core.table
+        rows = rows[~table.flushing[rows] & (table.slot[rows] != NO_SLOT) & (table.model[rows] == served.index)].astype(np.int32)
+        if len(rows):
+            table.flushing[rows] = True
+            self._core.queue.post(lambda: self._core.engine.flush(served, rows))
+
+    def dirty(self, older_than: float = 0.0) -> NDArray[np.intp]:
+        """Interval sessions whose record is behind by more than `older_than` seconds."""
+        table = self._core.table
+        high = table.high
+        behind = table.interval[:high] & (table.applied[:high] > table.durable[:high]) & (table.model[:high] >= 0)
+        behind &= table.dirty_since[:high] <= self.clock() - older_than
+        return np.flatnonzero(behind)
+
+    def flush(self, rows: NDArray[Any]) -> None:
+        """Commits these sessions now."""
+        for model in np.unique(self._core.table.model[rows]).tolist():
+            self._flush(self._core.catalog.models[model], rows)
+
+    async def flush_all(self, deadline: float) -> None:
+        while len(rows := self.dirty()) and time.monotonic() < deadline:
+            self.flush(rows)
+            await asyncio.sleep(0.005)
+
+    def on_flushed(self, rows: NDArray[Any], seqs: NDArray[np.uint64], verdict: Verdict) -> None:
+        core, table = self._core, self._core.table
+        table.flushing[rows] = False
+        if not verdict.ok:
+            core.lose_when_free(rows, verdict)
+            return
+        table.durable[rows] = seqs
+        table.dirty_since[rows] = self.clock()
+        core.tell_durable(rows)
+        core.after_release()
+
+    # A store that has lost its data
+
+    def write_back(self) -> None:
+        """Commits every resident session that is not in a tick (those write themselves back when their commit fails)."""
+        table = self._core.table
+        rows = np.flatnonzero((table.slot[: table.high] != NO_SLOT) & ~table.busy[: table.high])
+        self.flush(rows)
+        self._lost = rows
+
+    @property
+    def writing_back(self) -> bool:
+        if len(self._lost) and not self._core.table.flushing[self._lost].any():
+            self._lost = self._lost[:0]
+        return len(self._lost) > 0
+
+    # Heartbeat
+
+    async def beat(self) -> None:
+        """Interval commits, and the eviction of idle sessions; runs until cancelled."""
+        settings = self._core.settings
+        sweep_at = self.clock()
+        while True:
+            await asyncio.sleep(min(_HEARTBEAT_S, settings.interval_ms / 2000))
+            if len(rows := self.dirty(settings.interval_ms / 1000)):
+                self.flush(rows)
+            self.serve_wanting()
+            if self.clock() >= sweep_at:
+                self._sweep(self.clock() - settings.resident_idle_s)
+                await self._touch()
+                sweep_at = self.clock() + 1.0
+
+    async def _touch(self) -> None:
+        """Renews the hashes of sessions that step on and on without an open; a commit renews the record alone."""
+        table = self._core.table
+        high, clock = table.high, self.clock()
+        old = (clock - table.touched[:high]) * 1000 > table.ttl_ms[:high] / 4
+        rows = np.flatnonzero(old & (table.used[:high] > table.touched[:high]) & (table.model[:high] >= 0))
+        if len(rows):
+            table.touched[rows] = clock
+            try:
+                await asyncio.to_thread(self._store.touch, table.tag[rows].copy(), table.ttl_ms[rows].copy())
+            except StoreUnavailable:
+                table.touched[rows] = -1.0
+
+    def _sweep(self, unused_since: float) -> None:
+        """Frees the slots of idle sessions, and forgets those that no stream holds."""
+        table = self._core.table
+        for served in self._core.catalog.models:
+            idle = self._idle(served)
+            old = idle[table.used[idle] < unused_since]
+            if len(old):
+                self.forget_slots(served, old)
+                served.arena.trim()
+        high = table.high
+        alone = (table.stream[:high] == NO_STREAM) & (table.model[:high] >= 0) & (table.slot[:high] == NO_SLOT)
+        alone &= ~table.busy[:high] & ~table.opening[:high] & ~table.flushing[:high]
+        for row in np.flatnonzero(alone).tolist():
+            self.remove(row)
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

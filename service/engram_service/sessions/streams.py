@@ -1,0 +1,129 @@
+"""One client stream, as the core sees it: its handles, what it has in flight, and where its answers go.
+
+Event loop only. api/stream.py makes one for each gRPC stream and api/unary.py one for all unary steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram.v1 import stream_pb2
+from engram_service.errors import Refusal
+
+UNKNOWN = -1
+TAKEN_OVER = -2
+CLOSED = -3
+
+
+class Stream:
+    """Handles are dense numbers from 0; `rows` maps them to rows of the session table, or to why they are void."""
+
+    def __init__(self, stream_id: int, rows_in_flight_max: int) -> None:
+        self.id = stream_id
+        self.in_flight = 0  # rows accepted whose answer has not been written
+        self.ended = False
+        self._rows_in_flight_max = rows_in_flight_max
+        self._rows = np.full(16, UNKNOWN, np.int32)
+        self._handles = 0
+        self._outbox: deque[tuple[stream_pb2.StreamResponse, int]] = deque()
+        self._written = asyncio.Event()
+        self._posted = asyncio.Event()
+
+    # Handles
+
+    def name(self, row: int) -> int:
+        """A new handle for a session-table row."""
+        if self._handles == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.full(len(self._rows), UNKNOWN, np.int32)])
+        self._rows[self._handles] = row
+        self._handles += 1
+        return self._handles - 1
+
+    def void(self, handle: int, why: int) -> None:
+        self._rows[handle] = why
+
+    def rows_of(self, handles: NDArray[np.uint32]) -> NDArray[np.int32]:
+        """Session-table rows; negative where a handle is unknown or void."""
+        known = handles < self._handles
+        if known.all():
+            return self._rows[handles]
+        return np.where(known, self._rows[np.where(known, handles, 0)], UNKNOWN).astype(np.int32)
+
+    def attached(self) -> NDArray[np.int32]:
+        rows = self._rows[: self._handles]
+        return rows[rows >= 0]
+
+    # Answers
+
+    def send(self, response: stream_pb2.StreamResponse, rows: int = 0) -> None:
+        """Queues a frame that answers `rows` rows. The queue is bounded by the rows in flight."""
+        if self.ended:
+            self.in_flight -= rows
+            return
+        self._outbox.append((response, rows))
+        self._posted.set()
+
+    async def next(self) -> tuple[stream_pb2.StreamResponse, int] | None:
+        """The next frame to write; None once the stream has ended and all is written."""
+        while not self._outbox:
+            if self.ended:
+                return None
+            self._posted.clear()
+            await self._posted.wait()
+        return self._outbox.popleft()
+
+    def wrote(self, rows: int) -> None:
+        self.in_flight -= rows
+        self._written.set()
+
+    async def room(self) -> None:
+        """Returns when another frame may be read: gRPC's flow control holds the client back until then."""
+        while self.in_flight >= self._rows_in_flight_max and not self.ended:
+            self._written.clear()
+            await self._written.wait()
+
+    def end(self) -> None:
+        self.ended = True
+        self._posted.set()
+        self._written.set()
+
+
+def outputs_frame(
+    handles: NDArray[Any], seqs: NDArray[Any], outputs: NDArray[np.uint8] | None, durable: NDArray[Any] | None
+) -> stream_pb2.StreamResponse:
+    return stream_pb2.StreamResponse(
+        outputs=stream_pb2.OutputsFrame(
+            handles=handles.tobytes(),
+            seqs=seqs.tobytes(),
+            outputs=b"" if outputs is None else outputs.tobytes(),
+            durable_seqs=b"" if durable is None else durable.tobytes(),
+        )
+    )
+
+
+def errors_frame(
+    handles: NDArray[np.uint32], seqs: NDArray[np.uint64], refused: list[tuple[NDArray[np.bool_], Refusal]]
+) -> stream_pb2.StreamResponse:
+    """The refused rows, each with the first refusal whose mask it is in."""
+    index = np.full(len(handles), -1, np.int64)
+    for number, (mask, _) in enumerate(refused):
+        index[mask & (index < 0)] = number
+    rows = np.flatnonzero(index >= 0)
+    return stream_pb2.StreamResponse(
+        errors=stream_pb2.ErrorsFrame(
+            handles=handles[rows].tobytes(),
+            seqs=seqs[rows].tobytes(),
+            error_indexes=index[rows].astype(np.uint32).tobytes(),
+            errors=[refusal.detail() for _, refusal in refused],
+        )
+    )
+
+
+def event_frame(kind: stream_pb2.EventFrame.Type, handles: NDArray[Any] | None = None) -> stream_pb2.StreamResponse:
+    data = b"" if handles is None else handles.astype(np.uint32).tobytes()
+    return stream_pb2.StreamResponse(event=stream_pb2.EventFrame(type=kind, handles=data))

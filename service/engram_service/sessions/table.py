@@ -1,0 +1,123 @@
+"""The sessions that this server knows, as columns: row i of every column is one session.
+
+Written by the event loop alone, but for `busy` and `computed`: the engine thread sets them under the queue's lock. An
+idle session costs one row here (some 300 bytes with its id) and nothing else, so columns are as narrow as they can be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_SLOT = -1
+NO_STREAM = -1
+TAG_NBYTES = 22
+TOKEN_NBYTES = 16
+
+_COLUMNS: dict[str, tuple[Any, tuple[int, ...], int]] = {
+    # name: (dtype, row shape, value of an unused row)
+    "tag": (np.uint8, (TAG_NBYTES,), 0),  # names the session's keys
+    "token": (np.uint8, (TOKEN_NBYTES,), 0),  # this server's claim
+    "epoch": (np.uint64, (), 0),
+    "client_id": (np.uint64, (), 0),
+    "created_ms": (np.uint64, (), 0),
+    "ttl_ms": (np.uint64, (), 0),
+    "losses": (np.uint16, (), 0),  # the store's count of losses at the claim
+    "touched": (np.float32, (), 0.0),  # when the hash's time was renewed, seconds on the table's clock
+    "model": (np.int16, (), -1),  # index in the catalog
+    "slot": (np.int32, (), NO_SLOT),  # row in the model's arena
+    "stream": (np.int32, (), NO_STREAM),  # stream that the session is attached to
+    "handle": (np.uint32, (), 0),  # its name there
+    "admitted": (np.uint64, (), 0),  # last seq accepted
+    "computed": (np.uint64, (), 0),  # last seq whose state is in the arena
+    "applied": (np.uint64, (), 0),  # last seq answered, or ready to be
+    "acked": (np.uint64, (), 0),  # last seq whose output the client has
+    "durable": (np.uint64, (), 0),  # last seq in Redis
+    "interval": (np.bool_, (), False),  # durability interval
+    "busy": (np.bool_, (), False),  # in a tick, or waiting for its slot: no row of it may start
+    "opening": (np.bool_, (), False),  # an open, close or move has it: no row of it is admitted
+    "flushing": (np.bool_, (), False),  # an interval commit is on its way
+    "dirty_since": (np.float32, (), 0.0),  # seconds on the table's clock; interval sessions
+    "used": (np.float32, (), 0.0),  # seconds on the table's clock; for eviction
+}
+
+
+class SessionTable:
+    """Columns of sessions, grown by half when full; freed rows are used again."""
+
+    tag: NDArray[np.uint8]
+    token: NDArray[np.uint8]
+    epoch: NDArray[np.uint64]
+    client_id: NDArray[np.uint64]
+    created_ms: NDArray[np.uint64]
+    ttl_ms: NDArray[np.uint64]
+    losses: NDArray[np.uint16]
+    touched: NDArray[np.float32]
+    model: NDArray[np.int16]
+    slot: NDArray[np.int32]
+    stream: NDArray[np.int32]
+    handle: NDArray[np.uint32]
+    admitted: NDArray[np.uint64]
+    computed: NDArray[np.uint64]
+    applied: NDArray[np.uint64]
+    acked: NDArray[np.uint64]
+    durable: NDArray[np.uint64]
+    interval: NDArray[np.bool_]
+    busy: NDArray[np.bool_]
+    opening: NDArray[np.bool_]
+    flushing: NDArray[np.bool_]
+    dirty_since: NDArray[np.float32]
+    used: NDArray[np.float32]
+
+    def __init__(self, capacity: int = 1024) -> None:
+        self.ids: list[str | None] = []
+        self._row_of: dict[str, int] = {}
+        self._free: list[int] = []
+        for name, (dtype, shape, unused) in _COLUMNS.items():
+            setattr(self, name, np.full((capacity, *shape), unused, dtype))
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    @property
+    def high(self) -> int:
+        """One more than the greatest row ever in use: columns are valid below it."""
+        return len(self.ids)
+
+    def find(self, session_id: str) -> int | None:
+        return self._row_of.get(session_id)
+
+    def id_of(self, row: int) -> str:
+        session_id = self.ids[row]
+        if session_id is None:
+            raise KeyError(row)
+        return session_id
+
+    def add(self, session_id: str) -> int:
+        """A new row with every column at its unused value. Callers hold the queue's lock: columns may move."""
+        if self._free:
+            row = self._free.pop()
+            self.ids[row] = session_id
+        else:
+            row = len(self.ids)
+            if row == len(self.model):
+                self._grow()
+            self.ids.append(session_id)
+        self._row_of[session_id] = row
+        return row
+
+    def remove(self, row: int) -> None:
+        del self._row_of[self.id_of(row)]
+        self.ids[row] = None
+        for name, (_, _, unused) in _COLUMNS.items():
+            getattr(self, name)[row] = unused
+        self._free.append(row)
+
+    def _grow(self) -> None:
+        for name, (dtype, shape, unused) in _COLUMNS.items():
+            old = getattr(self, name)
+            new = np.full((len(old) + len(old) // 2, *shape), unused, dtype)
+            new[: len(old)] = old
+            setattr(self, name, new)

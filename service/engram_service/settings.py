@@ -1,0 +1,169 @@
+"""Everything that can be set, each default written once. Flags > ENGRAM_* environment > engram.toml > defaults.
+
+`engram serve --help`, docs/operations.md and the parsing of all three sources come from the fields of Settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+
+class SettingError(Exception):
+    """A setting that cannot be used. The message names the setting, where it came from, and why."""
+
+
+def _setting(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "choices": tuple(choices)})
+
+
+def _data_home() -> str:
+    return str(Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "engram")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The server's settings. Units are last in the names."""
+
+    models: str = _setting("", "directory of bundles, <name>/<version>/; watched for new ones")
+    listen: str = _setting("127.0.0.1:50051", "address of the gRPC service, HOST:PORT")
+    http: str = _setting("127.0.0.1:9464", "address of /metrics and /healthz, HOST:PORT")
+    redis_url: str = _setting("", "redis://, rediss://, unix:// or redis+cluster:// URL; none: a private Redis in the data directory")
+    data_dir: str = _setting("", "directory of the private Redis; none: engram in the user's data home")
+    device: str = _setting("auto", "auto, cpu or cuda:N")
+    shipped_models: bool = _setting(True, "serve the bundles that come with the package too")
+    models_poll_s: float = _setting(2.0, "seconds between looks at the models directory")
+
+    durability: str = _setting("step", "default durability of sessions", ("step", "interval"))
+    interval_steps: int = _setting(256, "durability interval: commit after so many steps")
+    interval_ms: int = _setting(200, "durability interval: commit after so many milliseconds")
+    session_ttl_s: int = _setting(604_800, "seconds until an unused session expires")
+
+    redis_ack: str = _setting("memory", "what a commit waits for", ("memory", "replicated", "disk"))
+    redis_replicas: int = _setting(1, "redis_ack = replicated: how many replicas must have a commit")
+    redis_ack_timeout_ms: int = _setting(1000, "redis_ack = replicated or disk: how long one wait may take")
+    redis_connections: int = _setting(2, "connections that commit side by side")
+    redis_maxmemory_mb: int = _setting(0, "limit of the private Redis; 0: none")
+    redis_appendfsync: str = _setting("everysec", "appendfsync of the private Redis", ("always", "everysec", "no"))
+
+    threads: int = _setting(0, "torch threads for one tick on the CPU; 0: half of the cores, at least one")
+    tick_rows_max: int = _setting(1024, "most rows in one tick")
+    tick_run_max: int = _setting(16, "most consecutive steps of one session in one tick")
+    arena_mb: int = _setting(256, "memory of one model's arena")
+    arena_slots_max: int = _setting(16_384, "most resident sessions of one model")
+    resident_idle_s: float = _setting(15.0, "an idle session leaves the arena after so many seconds")
+
+    frame_rows_max: int = _setting(16_384, "most rows in one frame")
+    frame_bytes_max: int = _setting(16 << 20, "most bytes in one frame")
+    stream_rows_max: int = _setting(32_768, "rows in flight of one stream before it is read no further")
+    queue_rows_max: int = _setting(262_144, "rows in flight of all streams before steps are refused")
+    sessions_max: int = _setting(1_000_000, "sessions attached to this server")
+    streams_max: int = _setting(4096, "streams of this server")
+    step_timeout_s: float = _setting(30.0, "time for a step that names none")
+    drain_timeout_s: float = _setting(20.0, "time to finish accepted steps after SIGTERM")
+
+    log_level: str = _setting("info", "least level that is logged", ("debug", "info", "warning", "error"))
+    log_format: str = _setting("auto", "auto is human on a terminal, else json", ("auto", "human", "json"))
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            choices = item.metadata["choices"]
+            value = getattr(self, item.name)
+            if choices and value not in choices:
+                raise SettingError(f"{item.name} = {value!r}: choose one of {', '.join(choices)}")
+            if isinstance(value, int | float) and value < 0:
+                raise SettingError(f"{item.name} = {value}: must not be negative")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("listen", "http"):
+            split_address(getattr(self, name), name)
+        if self.device not in ("auto", "cpu") and not (self.device.startswith("cuda:") and self.device[5:].isdigit()):
+            raise SettingError(f"device = {self.device!r}: use auto, cpu or cuda:N")
+        if self.models and not Path(self.models).is_dir():
+            raise SettingError(f"models = {self.models!r}: no such directory")
+
+    def model_directories(self) -> list[Path]:
+        """Where bundles are looked for; earlier directories win."""
+        from engram_models import shipped_models_dir
+
+        own = [Path(self.models)] if self.models else []
+        return own + ([shipped_models_dir()] if self.shipped_models or not own else [])
+
+    def data_directory(self) -> Path:
+        return Path(self.data_dir or _data_home())
+
+    def torch_threads(self) -> int:
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+_AT_LEAST_ONE = (
+    "interval_steps", "interval_ms", "session_ttl_s", "redis_connections", "tick_rows_max", "tick_run_max", "arena_mb",
+    "arena_slots_max", "frame_rows_max", "frame_bytes_max", "stream_rows_max", "queue_rows_max", "sessions_max",
+    "streams_max", "redis_replicas", "redis_ack_timeout_ms",
+)  # fmt: skip
+
+
+def split_address(address: str, name: str) -> tuple[str, int]:
+    """HOST:PORT as a pair; [IPv6]:PORT too. Raises SettingError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise SettingError(f"{name} = {address!r}: give HOST:PORT, such as 127.0.0.1:50051")
+    return host.strip("[]"), int(port)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each setting, and --config."""
+    parser.add_argument("--config", metavar="FILE", help="engram.toml with settings by name")
+    for item in fields(Settings):
+        shown = "" if item.default == "" else f" (default: {item.default})"
+        choices = f"; one of {', '.join(item.metadata['choices'])}" if item.metadata["choices"] else ""
+        parser.add_argument(
+            "--" + item.name.replace("_", "-"), dest=item.name, metavar="VALUE", help=item.metadata["help"] + choices + shown
+        )
+
+
+def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
+    """The settings from all sources. Raises SettingError for a value or a name that cannot be used."""
+    kinds = get_type_hints(Settings)
+    values: dict[str, Any] = {}
+    config = flags.get("config") or environment.get("ENGRAM_CONFIG")
+    if config:
+        for name, value in _read_file(Path(config)).items():
+            if name not in kinds:
+                raise SettingError(f"{name} in {config}: there is no such setting")
+            values[name] = _convert(name, str(value).lower() if isinstance(value, bool) else str(value), kinds[name], config)
+    for name, kind in kinds.items():
+        variable = "ENGRAM_" + name.upper()
+        if variable in environment:
+            values[name] = _convert(name, environment[variable], kind, variable)
+        if flags.get(name) is not None:
+            values[name] = _convert(name, flags[name], kind, "--" + name.replace("_", "-"))
+    return Settings(**values)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingError(f"config = {str(path)!r}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingError(f"config = {str(path)!r}: not toml: {error}") from error
+
+
+def _convert(name: str, text: str, kind: type, source: str) -> Any:
+    if kind is bool:
+        if text.lower() in ("true", "1", "yes", "on"):
+            return True
+        if text.lower() in ("false", "0", "no", "off"):
+            return False
+        raise SettingError(f"{name} = {text!r} (from {source}): use true or false")
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise SettingError(f"{name} = {text!r} (from {source}): not {'a whole number' if kind is int else 'a number'}") from error

@@ -1,0 +1,171 @@
+"""The committers: threads that write ticks to Redis and say what became of each row.
+
+A commit is repeated until Redis has said something about every row: under its token it may be written twice, and as one
+session has one commit under way at most, never out of order. A connection whose fate is unknown is killed at the server
+before its commands are sent again on another one: what it had still buffered must not come after later commits.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import redis
+from numpy.typing import NDArray
+
+from engram_service.store.packing import commands, read_replies
+from engram_service.store.types import CommitJob, StoreSettings, Verdict
+
+log = logging.getLogger(__name__)
+
+_BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
+_TIMEOUT_S = 5.0  # without a reply for so long, a connection is given up
+_LOST: tuple[type[Exception], ...] = (redis.exceptions.RedisError, OSError)
+
+Diagnose = Callable[[CommitJob, NDArray[np.intp]], Sequence[Verdict]]
+
+
+class Link:
+    """One connection for commits; not shared between threads."""
+
+    def __init__(self, pool: redis.ConnectionPool, settings: StoreSettings) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._connection: Any = None
+        self._id = 0
+        self._doubtful: list[int] = []  # ids of connections that may still have commands of ours buffered
+
+    def exchange(self, buffer: memoryview, count: int) -> list[bytes] | None:
+        """Sends `count` commands; their replies, or None if all are OK. Raises RedisError or OSError."""
+        connection = self._ready()
+        try:
+            connection.send_packed_command([buffer], check_health=False)
+            replies = read_replies(connection._sock, count)
+            return replies if self._acknowledged(connection) else [b"-UNACKNOWLEDGED fewer copies than asked for"] * count
+        except BaseException:
+            self.drop()
+            raise
+
+    def _acknowledged(self, connection: Any) -> bool:
+        """Whether what was sent is as safe as was asked for."""
+        settings = self._settings
+        if settings.ack == "memory":
+            return True
+        if settings.ack == "replicated":
+            connection.send_command("WAIT", settings.replicas, settings.ack_timeout_ms)
+            return int(connection.read_response()) >= settings.replicas
+        connection.send_command("WAITAOF", 1, 0, settings.ack_timeout_ms)
+        return int(connection.read_response()[0]) >= 1
+
+    def drop(self) -> None:
+        if self._connection is not None:
+            self._doubtful.append(self._id)
+            self._connection.disconnect()
+            self._connection = None
+
+    def _ready(self) -> Any:
+        if self._connection is None:
+            connection: Any = self._pool.make_connection()
+            connection.connect()
+            for doubtful in self._doubtful:
+                connection.send_command("CLIENT", "KILL", "ID", doubtful)
+                connection.read_response()
+            self._doubtful.clear()
+            connection.send_command("CLIENT", "ID")
+            self._id = int(connection.read_response())
+            self._connection = connection
+        return self._connection
+
+
+class Committers:
+    """A few committer threads, and a way to commit in the calling thread."""
+
+    def __init__(self, url: str, settings: StoreSettings, diagnose: Diagnose, trouble: Callable[[str], None]) -> None:
+        self._diagnose = diagnose
+        self._trouble = trouble  # called with why commits fail, and with "" when they go through again
+        self._troubled = False
+        self._closed = threading.Event()
+        self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._pool = redis.ConnectionPool.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, protocol=2)
+        self._inline = Link(self._pool, settings)
+        self._threads = [
+            threading.Thread(target=self._run, args=(Link(self._pool, settings),), name=f"commit-{n}", daemon=True)
+            for n in range(settings.connections)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: CommitJob) -> None:
+        self._jobs.put(_Pending(job))
+
+    def commit(self, job: CommitJob) -> None:
+        """Commits in the calling thread (always the same one); if Redis is in trouble, the committers go on with it."""
+        pending = _Pending(job)
+        if self._troubled or not self._try(self._inline, pending):
+            self._jobs.put(pending)
+
+    def close(self) -> None:
+        self._closed.set()
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def _run(self, link: Link) -> None:
+        while (pending := self._jobs.get()) is not None:
+            attempt = 0
+            while not self._try(link, pending) and not self._closed.wait(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]):
+                attempt += 1
+        link.drop()
+
+    def _try(self, link: Link, pending: _Pending) -> bool:
+        """Writes what is still to be written of a job; whether all of it is settled now."""
+        failure = ""
+        try:
+            for rows, values in pending.blocks():
+                job = pending.job
+                for part, buffer in commands(job.tags[rows], job.tokens[rows], values, job.ttl_ms[rows]):
+                    failure = self._settle(pending, rows[part], link.exchange(buffer, len(part))) or failure
+        except _LOST as error:
+            failure = str(error) or type(error).__name__
+        except Exception:
+            log.exception("a commit failed in a way that was not foreseen; it is tried again")
+            failure = "unforeseen failure"
+        if failure or self._troubled:
+            self._troubled = bool(failure)
+            self._trouble(failure)
+        return not failure
+
+    def _settle(self, pending: _Pending, rows: NDArray[np.intp], replies: list[bytes] | None) -> str:
+        """Tells the job what became of rows; returns why some must be written again, or nothing."""
+        if replies is None:
+            pending.done(rows, Verdict.OK)
+            return ""
+        kinds = np.array([b"+" if reply == b"+OK" else b"-" if reply.startswith(b"-") else b"0" for reply in replies])
+        if (written := rows[kinds == b"+"]).size:
+            pending.done(written, Verdict.OK)
+        if (missing := rows[kinds == b"0"]).size:
+            verdicts = np.array(self._diagnose(pending.job, missing), dtype=object)
+            for verdict in set(verdicts):
+                pending.done(missing[verdicts == verdict], verdict)
+        failed = next((reply for reply in replies if reply.startswith(b"-")), b"")
+        return failed[1:].decode(errors="replace")
+
+
+class _Pending:
+    """A job and which of its rows Redis has not settled yet."""
+
+    def __init__(self, job: CommitJob) -> None:
+        self.job = job
+        self._open = np.ones(len(job.tags), np.bool_)
+
+    def blocks(self) -> list[tuple[NDArray[np.intp], NDArray[np.uint8]]]:
+        if self._open.all():
+            return self.job.values
+        return [(rows[left], values[left]) for rows, values in self.job.values if (left := self._open[rows]).any()]
+
+    def done(self, rows: NDArray[np.intp], verdict: Verdict) -> None:
+        self._open[rows] = False
+        self.job.done(rows, verdict)

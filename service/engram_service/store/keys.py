@@ -1,0 +1,31 @@
+"""The names of things in Redis.
+
+    engram:{TAG}           hash    i id, m "name/version", f fingerprint, t token, h client id, e epoch, c created, l ttl (ms)
+    engram:{TAG}:TOKEN     string  the record, under the claim's token; see record.py
+    engram:generation      string  random; gone or different: this Redis has lost its data
+
+TAG is a hash of the session id, so that keys of all sessions are equally long (a tick's commit is then one numpy array),
+and the braces put both keys of a session into one slot of a Redis Cluster.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+
+META_PREFIX = b"engram:{"
+META_NBYTES = len(META_PREFIX) + 22 + 1
+GENERATION = b"engram:generation"
+
+
+def session_tag(session_id: str) -> bytes:
+    """22 ASCII bytes: base64url of a 128-bit BLAKE2b."""
+    return base64.urlsafe_b64encode(hashlib.blake2b(session_id.encode(), digest_size=16).digest()).rstrip(b"=")
+
+
+def meta_key(tag: bytes) -> bytes:
+    return META_PREFIX + tag + b"}"
+
+
+def record_key(tag: bytes, token: bytes) -> bytes:
+    return META_PREFIX + tag + b"}:" + token

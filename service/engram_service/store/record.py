@@ -1,0 +1,191 @@
+"""The record: what Redis keeps of a session, as one string. Packed and read for many sessions at once.
+
+    header 64 bytes | state | unacknowledged outputs, oldest first | zeros to a multiple of 8
+
+The checksum in the header is the sum of the record's 64-bit words, each times an odd constant of its place, modulo 2^64
+(multilinear hashing): a changed word always changes it, and numpy computes it for a whole tick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = 0x4D52474E  # "NGRM"
+SCHEMA = 1
+INITIAL = 1  # flag: the session is new, its state is the schema's initial one and is not stored
+
+HEADER = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("schema", "<u2"),
+        ("flags", "<u2"),
+        ("fingerprint", "<u8"),  # first 8 bytes of the bundle's fingerprint
+        ("seq", "<u8"),
+        ("acked", "<u8"),
+        ("epoch", "<u8"),
+        ("count", "<u4"),  # outputs that follow the state: of seqs seq-count+1 .. seq
+        ("state_nbytes", "<u4"),
+        ("commit_ms", "<u8"),  # Unix time
+        ("checksum", "<u8"),
+    ]
+)
+assert HEADER.itemsize == 64
+_CHECKSUM_WORD = HEADER.fields["checksum"][1] // 8  # type: ignore[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Unpacked records as columns; rows named in `errors` are zero."""
+
+    seq: NDArray[np.uint64]
+    acked: NDArray[np.uint64]
+    epoch: NDArray[np.uint64]
+    commit_ms: NDArray[np.uint64]
+    initial: NDArray[np.bool_]
+    states: NDArray[np.uint8]  # [n, state_nbytes]
+    counts: NDArray[np.uint32]
+    outputs: NDArray[np.uint8]  # [n, greatest count, output_nbytes], oldest first
+    errors: dict[int, str]  # row -> why it cannot be used
+
+    def only(self, rows: Sequence[int]) -> Records:
+        at = np.asarray(rows, np.intp)
+        return Records(self.seq[at], self.acked[at], self.epoch[at], self.commit_ms[at], self.initial[at], self.states[at],
+                       self.counts[at], self.outputs[at], {})  # fmt: skip
+
+
+class RecordLayout:
+    """Packs and reads the records of one model version."""
+
+    def __init__(self, fingerprint: str, state_nbytes: int, output_nbytes: int) -> None:
+        self.fingerprint = int.from_bytes(bytes.fromhex(fingerprint)[:8], "little")
+        self.state_nbytes = state_nbytes
+        self.output_nbytes = output_nbytes
+
+    def pack(
+        self, seq: NDArray[Any], acked: NDArray[Any], epoch: NDArray[Any], states: NDArray[np.uint8], counts: NDArray[Any],
+        outputs: NDArray[np.uint8], now_ms: int,
+    ) -> NDArray[np.uint8]:  # fmt: skip
+        """Records, uint8 [n, bytes]. states [n, state_nbytes]; outputs [n, capacity, output_nbytes], zero beyond counts."""
+        rows, body = len(seq), HEADER.itemsize + self.state_nbytes
+        kept = outputs.shape[1] * self.output_nbytes
+        values = np.empty((rows, _padded(body + kept)), np.uint8)
+        header = self._header(values)
+        header["flags"] = 0
+        header["seq"], header["acked"], header["epoch"], header["count"] = seq, acked, epoch, counts
+        header["state_nbytes"] = self.state_nbytes
+        header["commit_ms"] = now_ms
+        values[:, HEADER.itemsize : body] = states
+        values[:, body : body + kept] = outputs.reshape(rows, kept)
+        values[:, body + kept :] = 0
+        header["checksum"] = checksums(values)
+        return values
+
+    def initial(self, epoch: int, now_ms: int) -> bytes:
+        """The record of a new session: the header alone."""
+        values = np.zeros((1, HEADER.itemsize), np.uint8)
+        header = self._header(values)
+        header["flags"] = INITIAL
+        header["epoch"], header["commit_ms"] = epoch, now_ms
+        header["checksum"] = checksums(values)
+        return values.tobytes()
+
+    def refingerprinted(self, record: bytes) -> bytes:
+        """The same record as one of this layout's model version (a move between versions of equal schema)."""
+        values = np.frombuffer(record, np.uint8).reshape(1, -1).copy()
+        self._header(values)["fingerprint"] = self.fingerprint
+        values[:, : HEADER.itemsize].view(HEADER)["checksum"] = checksums(values)
+        return values.tobytes()
+
+    def unpack(self, values: Sequence[bytes]) -> Records:
+        """Records as columns; what cannot be used is named in `errors` and disturbs no other row."""
+        rows = len(values)
+        errors: dict[int, str] = {}
+        header = np.zeros(rows, HEADER)
+        states = np.zeros((rows, self.state_nbytes), np.uint8)
+        bodies: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []
+        lengths = np.fromiter((len(value) for value in values), np.int64, rows)
+        for length in np.unique(lengths):
+            at = np.flatnonzero(lengths == length)
+            if length < HEADER.itemsize or length % 8:
+                errors.update((int(i), f"{length} bytes are not a record") for i in at)
+                continue
+            block = np.frombuffer(b"".join([values[i] for i in at]), np.uint8).reshape(len(at), int(length))
+            head = np.ascontiguousarray(block[:, : HEADER.itemsize]).view(HEADER)[:, 0]
+            sound = self._check(at, head, block, errors)
+            at, head, block = at[sound], head[sound], block[sound]
+            header[at] = head
+            if length >= HEADER.itemsize + self.state_nbytes:
+                states[at] = block[:, HEADER.itemsize : HEADER.itemsize + self.state_nbytes]
+                bodies.append((at, block[:, HEADER.itemsize + self.state_nbytes :]))
+        counts = header["count"].copy()
+        outputs = np.zeros((rows, int(counts.max(initial=0)), self.output_nbytes), np.uint8)
+        for at, tail in bodies:
+            room = min(tail.shape[1] // self.output_nbytes if self.output_nbytes else 0, outputs.shape[1])
+            outputs[at, :room] = tail[:, : room * self.output_nbytes].reshape(len(at), room, self.output_nbytes)
+        initial = (header["flags"] & INITIAL).astype(np.bool_)
+        return Records(header["seq"].copy(), header["acked"].copy(), header["epoch"].copy(), header["commit_ms"].copy(), initial,
+                       states, counts, outputs, errors)  # fmt: skip
+
+    def _check(
+        self, at: NDArray[np.intp], head: NDArray[Any], block: NDArray[np.uint8], errors: dict[int, str]
+    ) -> NDArray[np.bool_]:
+        """Which rows of a block of equally long records are sound."""
+        length = block.shape[1]
+        initial = (head["flags"] & INITIAL).astype(np.bool_)
+        need = np.where(initial, HEADER.itemsize, HEADER.itemsize + self.state_nbytes + head["count"].astype(np.int64) * self.output_nbytes)
+        checks = (
+            (head["magic"] == MAGIC, "no record's magic number"),
+            (head["schema"] == SCHEMA, "written by another version of Engram"),
+            (head["checksum"] == checksums(block), "the checksum does not fit"),
+            (head["fingerprint"] == self.fingerprint, "written by another model"),
+            (initial | (head["state_nbytes"] == self.state_nbytes), "the state has another size"),
+            (need <= length, "cut short"),
+        )
+        sound = np.ones(len(at), np.bool_)
+        for good, why in checks:
+            errors.update((int(at[i]), why) for i in np.flatnonzero(sound & ~good))
+            sound &= good
+        return sound
+
+    def _header(self, values: NDArray[np.uint8]) -> NDArray[Any]:
+        """The headers of records, as a writable column of structs, with what all of them share filled in."""
+        header: NDArray[Any] = np.ndarray((len(values),), HEADER, values.data, 0, (values.strides[0],))
+        header["magic"], header["schema"], header["fingerprint"] = MAGIC, SCHEMA, self.fingerprint
+        return header
+
+
+def read_headers(values: Sequence[bytes]) -> NDArray[Any]:
+    """Headers alone, unchecked, for listings; zero where there is none."""
+    return np.frombuffer(b"".join(value[:64].ljust(64, b"\0") for value in values), HEADER)
+
+
+def checksums(values: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Checksums of records uint8 [n, multiple of 8], their own checksum field left out."""
+    words = np.ascontiguousarray(values).view("<u8")
+    factors = _factors(words.shape[1])
+    sums: NDArray[np.uint64] = np.einsum("ij,j->i", words, factors)
+    return sums
+
+
+_FACTORS: dict[int, NDArray[np.uint64]] = {}
+
+
+def _factors(count: int) -> NDArray[np.uint64]:
+    """Odd constants, the same on every machine (SplitMix64); 0 at the place of the checksum itself."""
+    if count not in _FACTORS:
+        place = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (place ^ (place >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        factors = (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
+        factors[_CHECKSUM_WORD] = 0
+        _FACTORS[count] = factors
+    return _FACTORS[count]
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // 8) * 8

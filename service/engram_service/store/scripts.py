@@ -1,0 +1,80 @@
+"""The scripts that change a session's keys together. Each touches the keys of one session (or copies one to another).
+
+KEYS[1] is the session's hash; records are named from it and the token, in the same cluster slot.
+"""
+
+from __future__ import annotations
+
+# Claims a session for a new token: the record is renamed, so that commits under the old token find nothing.
+# ARGV: token, model, version ("" any), version to create, fingerprint, client id, ttl ms, now ms, attach (0/1), id, initial record
+CLAIM = """
+local k = KEYS[1]
+local m = redis.call('HMGET', k, 't', 'm', 'f', 'h', 'e', 'c')
+local old = m[1] and k .. ':' .. m[1]
+local record = old and redis.call('GET', old)
+if m[1] and not record then redis.call('DEL', k) end
+if not record then
+  if ARGV[9] == '1' then return {'NOT_FOUND'} end
+  redis.call('HSET', k, 'i', ARGV[10], 'm', ARGV[2] .. '/' .. ARGV[4], 'f', ARGV[5], 't', ARGV[1], 'h', ARGV[6], 'e', 1, 'c', ARGV[8])
+  redis.call('SET', k .. ':' .. ARGV[1], ARGV[11], 'PX', ARGV[7])
+  redis.call('PEXPIRE', k, ARGV[7] * 2)
+  return {'CREATED', ARGV[2] .. '/' .. ARGV[4], ARGV[5], 1, ARGV[8], ARGV[11]}
+end
+local name, version = string.match(m[2], '^(.*)/([^/]*)$')
+if name ~= ARGV[2] or (ARGV[3] ~= '' and version ~= ARGV[3]) then return {'OTHER_MODEL', m[2], m[3]} end
+if ARGV[9] == '1' and m[4] ~= ARGV[6] then return {'TAKEN_OVER'} end
+local new = k .. ':' .. ARGV[1]
+redis.call('RENAME', old, new)
+redis.call('PEXPIRE', new, ARGV[7])
+redis.call('PEXPIRE', k, ARGV[7] * 2)
+redis.call('HSET', k, 't', ARGV[1], 'h', ARGV[6])
+return {'CARRIED', m[2], m[3], redis.call('HINCRBY', k, 'e', 1), m[6], record}
+"""
+
+# Writes a record that Redis has lost, if nobody has claimed the session meanwhile.
+# ARGV: token, record, ttl ms, id, model reference, fingerprint, client id, epoch, created ms
+RESTORE = """
+local k = KEYS[1]
+local t = redis.call('HGET', k, 't')
+if t and t ~= ARGV[1] then return 0 end
+if not t then
+  redis.call('HSET', k, 'i', ARGV[4], 'm', ARGV[5], 'f', ARGV[6], 't', ARGV[1], 'h', ARGV[7], 'e', ARGV[8], 'c', ARGV[9])
+end
+redis.call('SET', k .. ':' .. ARGV[1], ARGV[2], 'PX', ARGV[3])
+redis.call('PEXPIRE', k, ARGV[3] * 2)
+return 1
+"""
+
+DELETE = """
+local t = redis.call('HGET', KEYS[1], 't')
+if not t then return 0 end
+local had = redis.call('DEL', KEYS[1] .. ':' .. t)
+redis.call('DEL', KEYS[1])
+return had
+"""
+
+# Creates a session from a record. ARGV: token, record, ttl ms, id, model reference, fingerprint, now ms
+CREATE = """
+local k = KEYS[1]
+local t = redis.call('HGET', k, 't')
+if t and redis.call('EXISTS', k .. ':' .. t) == 1 then return 0 end
+redis.call('DEL', k)
+redis.call('HSET', k, 'i', ARGV[4], 'm', ARGV[5], 'f', ARGV[6], 't', ARGV[1], 'h', 0, 'e', 1, 'c', ARGV[7])
+redis.call('SET', k .. ':' .. ARGV[1], ARGV[2], 'PX', ARGV[3])
+redis.call('PEXPIRE', k, ARGV[3] * 2)
+return 1
+"""
+
+# Puts another record and model reference in place, under a new token. ARGV: old token, new token, record, reference, fingerprint
+REWRITE = """
+local k = KEYS[1]
+if redis.call('HGET', k, 't') ~= ARGV[1] then return 0 end
+local ttl = redis.call('PTTL', k .. ':' .. ARGV[1])
+if ttl == -2 then return 0 end
+redis.call('DEL', k .. ':' .. ARGV[1])
+redis.call('SET', k .. ':' .. ARGV[2], ARGV[3])
+if ttl > 0 then redis.call('PEXPIRE', k .. ':' .. ARGV[2], ttl) end
+redis.call('HSET', k, 't', ARGV[2], 'm', ARGV[4], 'f', ARGV[5], 'h', 0)
+redis.call('HINCRBY', k, 'e', 1)
+return 1
+"""

@@ -1,0 +1,286 @@
+"""The store: claims, loads and management calls on Redis. Blocking and thread-safe; commits go through Committers.
+
+A watcher thread looks after Redis every half second: is it there, has it lost its data, how much memory does it use.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import redis
+from numpy.typing import NDArray
+
+from engram_service.store import scripts
+from engram_service.store.committer import Committers
+from engram_service.store.keys import GENERATION, META_PREFIX, meta_key, record_key, session_tag
+from engram_service.store.record import read_headers
+from engram_service.store.types import (
+    ClaimRequest,
+    ClaimResult,
+    ClaimStatus,
+    CommitJob,
+    SessionInfo,
+    StoreError,
+    StoreSettings,
+    StoreUnavailable,
+    Verdict,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_CALL_TIMEOUT_S = 5.0
+_WATCH_S = 0.5
+_WATCH_TIMEOUT_S = 1.0
+
+
+class Store:
+    """One Redis. `on_trouble(why)` is called from other threads when it stops and when it starts (empty) taking writes,
+    `on_loss()` when it has lost its data."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        self.settings = settings
+        self.losses = 0  # how often Redis was found to have lost its data
+        self.used_memory_bytes = 0
+        self.on_trouble: Callable[[str], None] = lambda why: None
+        self.on_loss: Callable[[], None] = lambda: None
+        self._generation = b""
+        self._trouble = {"commit": "", "watch": ""}
+        self._lock = threading.Lock()
+        self._redis = _client(settings.url, _CALL_TIMEOUT_S)
+        self._watched = _client(settings.url, _WATCH_TIMEOUT_S)
+        self._claim, self._restore, self._delete, self._create, self._rewrite = (
+            self._redis.register_script(text)
+            for text in (scripts.CLAIM, scripts.RESTORE, scripts.DELETE, scripts.CREATE, scripts.REWRITE)
+        )
+        self._committers = Committers(settings.url, settings, self._diagnose_job, lambda why: self._note("commit", why))
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="store-watch", daemon=True)
+
+    def start(self) -> None:
+        """Checks that Redis can do what is asked of it, if it is there; begins to watch it. Raises StoreError."""
+        try:
+            version = str(self._redis.info("server").get("redis_version", "0"))
+            if self.settings.ack == "disk" and tuple(int(part) for part in version.split(".")[:2]) < (7, 2):
+                raise StoreError(
+                    f"redis_ack = disk needs WAITAOF (Redis 7.2 or newer, this is {version}); with the private Redis, set "
+                    "redis_appendfsync = always instead"
+                )
+            self._check_generation(self._redis)
+        except redis.exceptions.AuthenticationError as error:
+            raise StoreError(f"Redis refuses the credentials in redis_url: {error}") from error
+        except (redis.exceptions.RedisError, OSError) as error:
+            self._note("watch", _why(error))
+        self._watcher.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._committers.close()
+        self._redis.close()
+        self._watched.close()
+
+    # The path of a step
+
+    def submit(self, job: CommitJob) -> None:
+        """Hands a commit to the committer threads; never blocks."""
+        self._committers.submit(job)
+
+    def commit(self, job: CommitJob) -> None:
+        """Commits a small job in the engine's thread, which saves two switches between threads."""
+        self._committers.commit(job)
+
+    def load(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]) -> list[bytes | None]:
+        """Records under these claims; None where there is none."""
+        keys = [record_key(tag.tobytes(), token.tobytes()) for tag, token in zip(tags, tokens, strict=True)]
+        return self._call(lambda: self._pipelined(keys, lambda pipe, key: pipe.get(key)))
+
+    def diagnose(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]) -> list[Verdict]:
+        """What became of sessions whose record is not under our claim: FENCED or GONE."""
+        keys = [meta_key(tag.tobytes()) for tag in tags]
+        held = self._call(lambda: self._pipelined(keys, lambda pipe, key: pipe.hget(key, "t")))
+        return [
+            Verdict.GONE if now is None or now == token.tobytes() else Verdict.FENCED for now, token in zip(held, tokens, strict=True)
+        ]
+
+    def _diagnose_job(self, job: CommitJob, rows: NDArray[np.intp]) -> list[Verdict]:
+        """The same for rows of a commit; a record that Redis has lost is written back."""
+        self._check_generation(self._redis)
+        verdicts = self.diagnose(job.tags[rows], job.tokens[rows])
+        held = self._pipelined([meta_key(job.tags[row].tobytes()) for row in rows], lambda pipe, key: pipe.hget(key, "t"))
+        for n, row in enumerate(rows.tolist()):
+            meta = job.meta(row)
+            # Our own claim without a record was evicted or half deleted; no claim at all may be a loss since we claimed.
+            if held[n] == job.tokens[row].tobytes() or (held[n] is None and meta.losses < self.losses):
+                block, at = next((values, np.flatnonzero(index == row)) for index, values in job.values if row in index)
+                written = self._restore(
+                    keys=[meta_key(job.tags[row].tobytes())],
+                    args=[job.tokens[row].tobytes(), block[at[0]].tobytes(), int(job.ttl_ms[row]), meta.session_id, meta.reference,
+                          meta.fingerprint, meta.client_id, meta.epoch, meta.created_ms],
+                )  # fmt: skip
+                verdicts[n] = Verdict.OK if written else Verdict.FENCED
+        return verdicts
+
+    # Claims
+
+    def claim(self, requests: Sequence[ClaimRequest]) -> list[ClaimResult]:
+        """Takes sessions over, or creates them. Raises StoreUnavailable; then some may have been claimed: claim again."""
+
+        def run() -> list[Any]:
+            if self._check_generation(self._redis):
+                raise redis.exceptions.ConnectionError("Redis has lost its data; living sessions are being written back")
+            now_ms = int(time.time() * 1000)
+            return self._pipelined(requests, lambda pipe, request: self._claim(
+                keys=[meta_key(session_tag(request.session_id))],
+                args=[request.token, request.model, request.version, request.create_version, request.fingerprint, request.client_id,
+                      request.ttl_ms, now_ms, int(request.attach), request.session_id, request.initial],
+                client=pipe,
+            ))  # fmt: skip
+
+        return [_claimed(reply) for reply in self._call(run)]
+
+    def touch(self, tags: NDArray[np.uint8], ttl_ms: NDArray[np.uint64]) -> None:
+        """Keeps the hashes of sessions in use; their records' time is renewed by every commit."""
+        pairs = [(meta_key(tag.tobytes()), int(ttl) * 2) for tag, ttl in zip(tags, ttl_ms, strict=True)]
+        self._call(lambda: self._pipelined(pairs, lambda pipe, pair: pipe.pexpire(*pair)))
+
+    # Management
+
+    def describe(self, session_id: str, with_record: bool = False) -> SessionInfo | None:
+        """A session's hash and record header (or whole record); None if there is no such session."""
+        found = self._call(lambda: self._describe([meta_key(session_tag(session_id))], with_record))
+        return found[0] if found else None
+
+    def list(self, cursor: int, count: int) -> tuple[int, list[SessionInfo]]:
+        """About `count` sessions, and the cursor of the next page (0: no more)."""
+
+        def run() -> tuple[int, list[SessionInfo]]:
+            found: list[SessionInfo] = []
+            at = cursor
+            while True:
+                at, keys = self._redis.scan(at, match=META_PREFIX + b"*}", count=max(count, 10))  # type: ignore[misc]
+                found.extend(self._describe(list(keys), False))
+                if at == 0 or len(found) >= count:
+                    return at, found
+
+        return self._call(run)
+
+    def delete(self, session_id: str) -> bool:
+        """Ends a session whoever holds it; whether it existed."""
+        return bool(self._call(lambda: self._delete(keys=[meta_key(session_tag(session_id))])))
+
+    def create(self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int) -> bool:
+        """A session that stands where `record` stands; False if the id is in use."""
+        args = [secrets.token_hex(8), record, ttl_ms, session_id, reference, fingerprint, int(time.time() * 1000)]
+        return bool(self._call(lambda: self._create(keys=[meta_key(session_tag(session_id))], args=args)))
+
+    def rewrite(self, info: SessionInfo, reference: str, fingerprint: str, record: bytes) -> bool:
+        """Puts another record in place, under a new claim; False if the session was claimed since `info` was read."""
+        args = [info.token, secrets.token_hex(8), record, reference, fingerprint]
+        return bool(self._call(lambda: self._rewrite(keys=[meta_key(session_tag(info.session_id))], args=args)))
+
+    def _describe(self, keys: Sequence[bytes], with_record: bool) -> list[SessionInfo]:
+        metas = self._pipelined(keys, lambda pipe, key: pipe.hmget(key, "i", "m", "f", "t", "e", "c"))
+        known = [(key, meta) for key, meta in zip(keys, metas, strict=True) if meta[0] is not None]
+        names = [key + b":" + meta[3] for key, meta in known]
+        records = self._pipelined(names, lambda pipe, name: pipe.get(name) if with_record else pipe.getrange(name, 0, 63))
+        times = self._pipelined(names, lambda pipe, name: pipe.pttl(name))
+        headers = read_headers([record or b"" for record in records])
+        return [
+            _info(meta, headers[n], int(times[n]), records[n] if with_record else b"")
+            for n, (_, meta) in enumerate(known)
+            if records[n]
+        ]
+
+    # Watching
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_WATCH_S):
+            try:
+                self._check_generation(self._watched)
+                self.used_memory_bytes = int(self._watched.info("memory")["used_memory"])
+                self._note("watch", "")
+            except (redis.exceptions.RedisError, OSError) as error:
+                self._note("watch", _why(error))
+
+    def _check_generation(self, client: redis.Redis) -> bool:
+        """Whether Redis was found, just now, to have lost its data."""
+        with self._lock:
+            proposed = secrets.token_hex(8).encode()
+            client.set(GENERATION, proposed, nx=True)
+            found = client.get(GENERATION)
+            if not isinstance(found, bytes) or found == self._generation:
+                return False
+            lost, self._generation = self._generation != b"", found
+            if lost:
+                self.losses += 1
+        if lost:
+            log.warning("Redis has lost its data; living sessions are written back")
+            self.on_loss()
+        return lost
+
+    def _note(self, source: str, why: str) -> None:
+        if self._trouble[source] == why:
+            return
+        before = self._trouble["commit"] or self._trouble["watch"]
+        self._trouble[source] = why
+        if not why:  # one of the two got through: Redis is there
+            self._trouble["commit" if source == "watch" and "OOM" not in self._trouble["commit"] else source] = ""
+        after = self._trouble["commit"] or self._trouble["watch"]
+        if after != before:
+            self.on_trouble(after)
+
+    def _pipelined(self, items: Sequence[Any], add: Callable[[Any, Any], object]) -> list[Any]:
+        if not items:
+            return []
+        pipe = self._redis.pipeline(transaction=False)
+        for item in items:
+            add(pipe, item)
+        return list(pipe.execute())
+
+    def _call(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise StoreUnavailable(_why(error)) from error
+
+
+def _client(url: str, timeout_s: float) -> redis.Redis:
+    try:
+        return redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, protocol=2)
+    except ValueError as error:
+        raise StoreError(f"redis_url cannot be used: {error}") from error
+
+
+def _why(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _reference(text: bytes) -> tuple[str, str]:
+    model, _, version = text.decode().rpartition("/")
+    return model, version
+
+
+def _claimed(reply: Sequence[Any]) -> ClaimResult:
+    status = ClaimStatus(reply[0].decode())
+    if status in (ClaimStatus.NOT_FOUND, ClaimStatus.TAKEN_OVER):
+        return ClaimResult(status)
+    model, version = _reference(reply[1])
+    if status is ClaimStatus.OTHER_MODEL:
+        return ClaimResult(status, model, version, reply[2].decode())
+    return ClaimResult(status, model, version, reply[2].decode(), int(reply[3]), int(reply[4]), reply[5])
+
+
+def _info(meta: Sequence[bytes], header: Any, ttl_ms: int, record: bytes) -> SessionInfo:
+    model, version = _reference(meta[1])
+    return SessionInfo(
+        session_id=meta[0].decode(), model=model, version=version, fingerprint=meta[2].decode(), token=meta[3].decode(),
+        epoch=int(meta[4]), created_ms=int(meta[5]), seq=int(header["seq"]), acked=int(header["acked"]),
+        commit_ms=int(header["commit_ms"]), ttl_ms=ttl_ms, record=record,
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""What goes into the store and what comes out. Plain data; the rules are in the modules that use it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class StoreUnavailable(Exception):
+    """Redis cannot be reached, or takes no writes just now. Nothing is known of what the call did; it may be repeated."""
+
+
+class StoreError(Exception):
+    """The store cannot be used as it is configured. The message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """How to reach Redis, and what a commit means."""
+
+    url: str
+    ack: str = "memory"  # memory, replicated (WAIT) or disk (WAITAOF)
+    replicas: int = 1
+    ack_timeout_ms: int = 1000
+    connections: int = 2
+
+
+class ClaimStatus(enum.Enum):
+    CREATED = "CREATED"
+    CARRIED = "CARRIED"
+    NOT_FOUND = "NOT_FOUND"  # an attach to a session that is not there
+    OTHER_MODEL = "OTHER_MODEL"
+    TAKEN_OVER = "TAKEN_OVER"  # an attach to a session that another client has opened
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRequest:
+    session_id: str
+    model: str
+    version: str  # empty: any
+    create_version: str
+    fingerprint: str
+    client_id: int
+    attach: bool
+    token: str  # 16 hex digits, new
+    ttl_ms: int
+    initial: bytes  # the record if the session is new
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimResult:
+    status: ClaimStatus
+    model: str = ""
+    version: str = ""
+    fingerprint: str = ""
+    epoch: int = 0
+    created_ms: int = 0
+    record: bytes = b""
+
+
+class Verdict(enum.Enum):
+    """The store's word on one commit."""
+
+    OK = "ok"
+    FENCED = "fenced"  # somebody else has claimed the session
+    GONE = "gone"  # closed by somebody else, or expired
+
+    @property
+    def ok(self) -> bool:
+        return self is Verdict.OK
+
+    @property
+    def fenced(self) -> bool:
+        return self is Verdict.FENCED
+
+
+@dataclass(frozen=True, slots=True)
+class MetaFields:
+    """What a session's hash holds, for a record that must be written back; `losses` is Store.losses at the claim."""
+
+    session_id: str
+    reference: str
+    fingerprint: str
+    client_id: int
+    epoch: int
+    created_ms: int
+    losses: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitJob:
+    """Records of many sessions to write, each under its claim's token.
+
+    `done` is called from a committer thread, maybe several times, with the rows concerned: each row once.
+    """
+
+    tags: NDArray[np.uint8]  # [n, 22]
+    tokens: NDArray[np.uint8]  # [n, 16]
+    values: list[tuple[NDArray[np.intp], NDArray[np.uint8]]]  # (rows, uint8 [rows, record bytes]); each row in one block
+    ttl_ms: NDArray[np.uint64]
+    meta: Callable[[int], MetaFields]
+    done: Callable[[NDArray[np.intp], Verdict], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A session as its hash and its record's header have it."""
+
+    session_id: str
+    model: str
+    version: str
+    fingerprint: str
+    token: str
+    epoch: int
+    created_ms: int
+    seq: int
+    acked: int
+    commit_ms: int
+    ttl_ms: int  # left; negative: none
+    record: bytes = b""  # only where it was asked for
+
+

@@ -1,0 +1,96 @@
+"""What waits for the engine: one scheduler a model, and jobs that touch an arena outside a tick.
+
+The one place where the event loop and the engine thread meet. The loop adds; the engine takes whenever it is free, so all
+that has gathered by then goes at once. `lock` guards the schedulers and the `busy` column.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_service.scheduler import Batch, Scheduler, Tick
+from engram_service.sessions.table import SessionTable
+
+Job = Callable[[], None]
+
+
+class WorkQueue:
+    """Ready rows and jobs; `take` blocks until there is something to do."""
+
+    def __init__(self, table: SessionTable, rows_max: int, run_max: int) -> None:
+        self.lock = threading.Condition()
+        self._table = table
+        self._rows_max = rows_max
+        self._run_max = run_max
+        self._schedulers: dict[int, Scheduler] = {}
+        self._jobs: deque[Job] = deque()
+        self._turn = 0
+        self._closed = False
+
+    @property
+    def waiting_rows(self) -> int:
+        return sum(scheduler.waiting_rows for scheduler in list(self._schedulers.values()))
+
+    def add(self, model: int, batch: Batch) -> None:
+        with self.lock:
+            if model not in self._schedulers:
+                self._schedulers[model] = Scheduler(self._rows_max, self._run_max)
+            self._schedulers[model].add(batch)
+            self.lock.notify()
+
+    def post(self, job: Job) -> None:
+        """Runs before any tick that is taken later, in the order of posting."""
+        with self.lock:
+            self._jobs.append(job)
+            self.lock.notify()
+
+    def release(self, rows: NDArray[Any]) -> None:
+        """These sessions' next rows may go."""
+        with self.lock:
+            self._table.busy[rows] = False
+            self.lock.notify()
+
+    def hold(self, rows: NDArray[Any]) -> None:
+        with self.lock:
+            self._table.busy[rows] = True
+
+    def drop(self, wanted: Callable[[Batch], NDArray[np.bool_]]) -> list[tuple[Batch, NDArray[np.intp]]]:
+        """Takes out waiting rows of every model; see Scheduler.drop."""
+        with self.lock:
+            return [found for scheduler in self._schedulers.values() for found in scheduler.drop(wanted)]
+
+    def take(self) -> Job | tuple[int, Tick] | None:
+        """The next job, else the next tick and its model; None once the queue is closed and empty of jobs."""
+        with self.lock:
+            while True:
+                if self._jobs:
+                    return self._jobs.popleft()
+                if found := self._next_tick():
+                    return found
+                if self._closed:
+                    return None
+                self.lock.wait()
+
+    def quiet(self) -> bool:
+        """Whether nothing waits: what follows may be done in this thread without keeping anyone."""
+        return not self._jobs and not self.waiting_rows
+
+    def close(self) -> None:
+        with self.lock:
+            self._closed = True
+            self.lock.notify_all()
+
+    def _next_tick(self) -> tuple[int, Tick] | None:
+        models = list(self._schedulers)
+        for offset in range(len(models)):
+            model = models[(self._turn + offset) % len(models)]
+            if tick := self._schedulers[model].next(self._table.busy):
+                self._turn = (self._turn + offset + 1) % len(models)
+                return model, tick
+        return None
