@@ -47,7 +47,7 @@ class Server:
         for method in SERVICE.methods:
             if method.name == "Stream":
                 handlers[method.name] = grpc.stream_stream_rpc_method_handler(
-                    stream, request_deserializer=None, response_serializer=_serialize
+                    stream.handle, request_deserializer=None, response_serializer=_serialize
                 )
             else:
                 handlers[method.name] = _unary(method, getattr(unary, _snake(method.name)), settings)

@@ -28,7 +28,7 @@ class StreamHandler:
         self._core = core
         self._sessions = sessions
 
-    async def __call__(self, requests: Any, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
+    async def handle(self, requests: Any, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
         try:
             stream = self._core.connect()
         except Refusal as refusal:

@@ -1,0 +1,91 @@
+"""Rows of a model's input and output, between numpy arrays and bytes. Refuses what does not fit before it is sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from engram._errors import InvalidInput
+from engram._types import TensorSpec
+
+_BFLOAT16 = "bfloat16"
+
+
+class RowCodec:
+    """One tensor's rows. bfloat16, which numpy lacks, is float32 for the caller.
+
+    Attributes:
+        dtype: what the caller sees.
+        shape: one row, without the batch dimension.
+        nbytes: one row on the wire.
+    """
+
+    def __init__(self, spec: TensorSpec, what: str) -> None:
+        self.what = what
+        self.shape = spec.shape
+        self._bfloat16 = spec.dtype == _BFLOAT16
+        self.dtype: np.dtype[Any] = np.dtype(np.float32 if self._bfloat16 else spec.dtype)
+        self._wire = np.dtype(np.uint16) if self._bfloat16 else self.dtype.newbyteorder("<")
+        self.nbytes = spec.size * self._wire.itemsize
+        self.name = spec.dtype
+
+    def one(self, x: ArrayLike) -> NDArray[np.uint8]:
+        """One row as bytes, uint8 [nbytes]. Raises InvalidInput."""
+        return self._encode(x, self.shape, self._text(self.shape)).reshape(self.nbytes)
+
+    def many(self, x: ArrayLike, rows: int | None = None) -> NDArray[np.uint8]:
+        """Rows [n, *shape] as bytes, uint8 [n, nbytes]; `rows` is how many there must be. Raises InvalidInput."""
+        array = np.asarray(x)
+        count = array.shape[0] if array.ndim else 0
+        wanted = count if rows is None else rows
+        text = self._text(("n" if rows is None else rows, *self.shape))
+        return self._encode(array, (wanted, *self.shape), text).reshape(wanted, self.nbytes)
+
+    def decode(self, data: bytes, rows: int) -> NDArray[Any]:
+        """Rows [rows, *shape], read-only where no conversion was needed. Raises ValueError if the length does not fit."""
+        values = np.frombuffer(data, self._wire)
+        if self._bfloat16:
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.reshape(rows, *self.shape)
+
+    def empty(self, rows: int) -> NDArray[Any]:
+        """Room for `rows` rows; zeros, so that what is never filled is not somebody's memory."""
+        return np.zeros((rows, *self.shape), self.dtype)
+
+    def _encode(self, x: ArrayLike, shape: tuple[int, ...], wanted: str) -> NDArray[np.uint8]:
+        try:
+            array = np.asarray(x)
+        except ValueError as error:
+            raise InvalidInput(f"{self.what} must be {wanted}; got a ragged list", reason="INVALID_INPUT_WIDTH") from error
+        if array.shape != shape:
+            got = f"{array.dtype}{list(array.shape)}"
+            raise InvalidInput(f"{self.what} must be {wanted}; got {got}", reason="INVALID_INPUT_WIDTH")
+        if array.dtype != self.dtype:
+            array = self._cast(array, x, wanted)
+        if self._bfloat16:
+            array = _to_bfloat16(array)
+        return np.ascontiguousarray(array, self._wire).reshape(-1).view(np.uint8)
+
+    def _cast(self, array: NDArray[Any], x: ArrayLike, wanted: str) -> NDArray[Any]:
+        """Safe casts, and two that everyone expects: float64 to a narrower float, and plain Python numbers."""
+        plain = not hasattr(x, "dtype")
+        floats = array.dtype.kind == "f" and self.dtype.kind == "f"
+        numbers = plain and array.dtype.kind in "biu" and self.dtype.kind == "f"
+        if np.can_cast(array.dtype, self.dtype, "safe") or (floats and array.dtype.itemsize >= 8) or numbers:
+            return array.astype(self.dtype)
+        raise InvalidInput(
+            f"{self.what} must be {wanted}; got {array.dtype}, which does not convert safely; convert it yourself",
+            reason="INVALID_INPUT_DTYPE",
+        )
+
+    def _text(self, shape: tuple[Any, ...]) -> str:
+        return f"{self.name}[{', '.join(map(str, shape))}]"
+
+
+def _to_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """Rounds to nearest, ties to even, as hardware does; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)

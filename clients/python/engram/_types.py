@@ -1,0 +1,119 @@
+"""What the server says of models, sessions and itself, as frozen dataclasses. Built from protobuf here alone."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from dataclasses import dataclass
+
+from google.protobuf import timestamp_pb2
+
+from engram.v1 import model_pb2, service_pb2, session_pb2, stream_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype (float32, float16, bfloat16, int64 or bool) and shape of a tensor, without the batch dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: str = ""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @classmethod
+    def of(cls, spec: model_pb2.TensorSpec) -> TensorSpec:
+        return cls(spec.name, spec.dtype, tuple(spec.shape), spec.role)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One version of one served model."""
+
+    name: str
+    version: str
+    kind: str
+    fingerprint: str
+    input: TensorSpec
+    output: TensorSpec
+    state: tuple[TensorSpec, ...]
+    generates: bool
+    allows_non_finite: bool
+    latest: bool
+    description: str
+
+    @classmethod
+    def of(cls, model: model_pb2.Model) -> ModelInfo:
+        return cls(
+            name=model.name,
+            version=model.version,
+            kind=model.kind,
+            fingerprint=model.fingerprint,
+            input=TensorSpec.of(model.input),
+            output=TensorSpec.of(model.output),
+            state=tuple(TensorSpec.of(spec) for spec in model.state),
+            generates=model.generates,
+            allows_non_finite=model.allows_non_finite,
+            latest=model.latest,
+            description=model.description,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A session as its committed record has it. Times are UTC; None where the server did not say."""
+
+    id: str
+    model: str
+    version: str
+    fingerprint: str
+    seq: int
+    acknowledged_seq: int
+    epoch: int
+    created: datetime.datetime | None
+    committed: datetime.datetime | None
+    expires: datetime.datetime | None
+    residency: str
+    """"stored" (in Redis alone), "device" (in a server's arena too) or "" (unknown)."""
+
+    @classmethod
+    def of(cls, session: session_pb2.Session) -> SessionInfo:
+        return cls(
+            id=session.id,
+            model=session.model,
+            version=session.version,
+            fingerprint=session.fingerprint,
+            seq=session.seq,
+            acknowledged_seq=session.acknowledged_seq,
+            epoch=session.epoch,
+            created=_time(session.create_time) if session.HasField("create_time") else None,
+            committed=_time(session.commit_time) if session.HasField("commit_time") else None,
+            expires=_time(session.expire_time) if session.HasField("expire_time") else None,
+            residency=_RESIDENCY.get(session.residency, ""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server says of itself."""
+
+    version: str
+    device: str
+    frame_bytes_max: int
+    durability: str
+
+    @classmethod
+    def of(cls, server: service_pb2.GetServerResponse) -> ServerInfo:
+        return cls(server.server_version, server.device, server.frame_bytes_max, _DURABILITY.get(server.durability, ""))
+
+
+_RESIDENCY = {session_pb2.Session.RESIDENCY_STORED: "stored", session_pb2.Session.RESIDENCY_DEVICE: "device"}
+_DURABILITY = {stream_pb2.DURABILITY_STEP: "step", stream_pb2.DURABILITY_INTERVAL: "interval"}
+
+
+def _time(stamp: timestamp_pb2.Timestamp) -> datetime.datetime:
+    return stamp.ToDatetime(tzinfo=datetime.timezone.utc)
