@@ -1,0 +1,74 @@
+# Every chore of the repository, once. People, pre-commit and CI call the same targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := $(shell cd proto && find . -name '*.proto' | sed 's|^\./||' | sort)
+GENERATED := clients/python
+CODE := clients/python service models tests tools
+
+.PHONY: help install proto lint format check proto-lint proto-check types test test-all demo bench gpu clean
+
+help:
+	@echo "make install   .venv with everything; the targets below call it themselves"
+	@echo "make demo      stream real digits through a server that is killed half way"
+	@echo "make test      the quick suite, under five minutes"
+	@echo "make check     ruff, format, mypy --strict, proto lint, generated code"
+	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
+	@echo "make proto     regenerate engram.v1 from proto/"
+	@echo "make bench     measure, and write docs/benchmarks/"
+	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
+	@echo "make test-all  the slow tests too"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Engram needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev]'
+	@touch $@
+
+proto: $(STAMP)
+	$(BIN)/python tools/generate.py $(GENERATED)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+proto-lint: $(STAMP)
+	$(BIN)/python tools/lint_proto.py
+
+proto-check: $(STAMP)
+	$(BIN)/python tools/generate.py --check $(GENERATED)
+
+check: lint types proto-lint proto-check
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not gpu" --timeout 900
+
+demo: $(STAMP)
+	$(BIN)/engram demo
+
+bench: $(STAMP)
+	$(BIN)/python tools/benchmark.py
+
+gpu: $(STAMP)
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'
+	$(BIN)/python -m pytest -q -m gpu --timeout 600
+	$(BIN)/python tools/benchmark.py --device cuda:0
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
