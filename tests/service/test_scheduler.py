@@ -1,0 +1,121 @@
+"""The scheduler: order, one run a session and tick, fairness, nothing lost. Pure, so it is tested without a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram_service.scheduler import Batch, Scheduler, Tick
+
+
+@dataclass
+class Sender:
+    id: int
+
+
+def batch(stream: int, rows: list[int], seqs: list[int], deadline: float = np.inf) -> Batch:
+    column = np.array(rows, np.int32)
+    unique = len(set(rows)) == len(rows)
+    inputs = np.array(seqs, np.uint8).reshape(-1, 1)
+    return Batch(Sender(stream), column, np.array(seqs, np.uint64), np.zeros(len(rows), np.uint8), inputs, unique, 0.0, deadline)
+
+
+def test_all_that_is_ready_goes_at_once() -> None:
+    scheduler, busy = Scheduler(100, 16), np.zeros(10, np.bool_)
+    scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
+    scheduler.add(batch(2, [3, 4], [1, 1]))
+    tick = scheduler.next(busy)
+    assert tick is not None and tick.rows.tolist() == [0, 1, 2, 3, 4]
+    assert busy[:5].all() and not busy[5:].any()
+    assert tick.waves == [None] and tick.last is None
+    assert scheduler.next(busy) is None and scheduler.waiting_rows == 0
+
+
+def test_a_busy_session_waits_and_the_others_go() -> None:
+    scheduler, busy = Scheduler(100, 16), np.zeros(4, np.bool_)
+    busy[1] = True
+    scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
+    tick = scheduler.next(busy)
+    assert tick is not None and tick.rows.tolist() == [0, 2]
+    assert scheduler.next(busy) is None and scheduler.waiting_rows == 1
+    busy[:] = False
+    tick = scheduler.next(busy)
+    assert tick is not None and tick.rows.tolist() == [1]
+
+
+def test_a_run_of_one_session_goes_in_waves() -> None:
+    scheduler, busy = Scheduler(100, 3), np.zeros(4, np.bool_)
+    scheduler.add(batch(1, [0, 0, 1, 0, 0], [1, 2, 1, 3, 4]))
+    tick = scheduler.next(busy)
+    assert tick is not None
+    assert [(int(r), int(s)) for r, s in zip(tick.rows, tick.seqs, strict=True)] == [(0, 1), (0, 2), (1, 1), (0, 3)]
+    assert [wave.tolist() for wave in tick.waves if wave is not None] == [[0, 2], [1], [3]]
+    assert tick.last is not None and tick.last.tolist() == [2, 3]
+
+
+def test_streams_share_a_full_tick() -> None:
+    scheduler, busy = Scheduler(64, 1), np.zeros(2000, np.bool_)
+    scheduler.add(batch(1, list(range(1000)), [1] * 1000))
+    scheduler.add(batch(2, [1500, 1501], [1, 1]))
+    tick = scheduler.next(busy)
+    assert tick is not None and len(tick) == 64
+    assert {1500, 1501} <= set(tick.rows.tolist()), "a small stream must not wait for a large one"
+
+
+def test_drop_takes_rows_out() -> None:
+    scheduler, busy = Scheduler(100, 16), np.zeros(4, np.bool_)
+    scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
+    dropped = scheduler.drop(lambda waiting: waiting.rows[waiting.waiting] == 1)
+    assert [index.tolist() for _, index in dropped] == [[1]] and scheduler.waiting_rows == 2
+    tick = scheduler.next(busy)
+    assert tick is not None and tick.rows.tolist() == [0, 2]
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> list[tuple[int, list[int]]]:
+    """Frames of a few streams; each session belongs to one stream. Sessions may repeat within a frame."""
+    frames: list[tuple[int, list[int]]] = []
+    for _ in range(draw(st.integers(1, 12))):
+        stream = draw(st.integers(0, 2))
+        frames.append((stream, [stream * 4 + draw(st.integers(0, 3)) for _ in range(draw(st.integers(1, 9)))]))
+    return frames
+
+
+@settings(max_examples=300, deadline=None)
+@given(arrivals(), st.integers(1, 20), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_every_session_advances_in_order_and_nothing_is_lost(
+    frames: list[tuple[int, list[int]]], rows_max: int, run_max: int, random: object
+) -> None:
+    scheduler, busy = Scheduler(rows_max, run_max), np.zeros(16, np.bool_)
+    sent, done = np.zeros(16, np.int64), np.zeros(16, np.int64)
+    under_way: list[Tick] = []
+    queue = list(frames)
+    while queue or scheduler.waiting_rows or under_way:
+        if queue:
+            stream, rows = queue.pop(0)
+            seqs = []
+            for row in rows:
+                sent[row] += 1
+                seqs.append(int(sent[row]))
+            scheduler.add(batch(stream, rows, seqs))
+        tick = scheduler.next(busy)
+        if tick is not None:
+            assert 0 < len(tick) <= rows_max
+            _, counts = np.unique(tick.rows, return_counts=True)
+            assert counts.max() <= run_max
+            under_way.append(tick)
+        if under_way and (tick is None or random.random() < 0.5):  # type: ignore[attr-defined]
+            finished = under_way.pop(0)
+            waves = [np.arange(len(finished)) if wave is None else wave for wave in finished.waves]
+            assert np.array_equal(np.sort(np.concatenate(waves)), np.arange(len(finished)))
+            for wave in waves:
+                assert len(np.unique(finished.rows[wave])) == len(wave)
+                assert np.array_equal(finished.seqs[wave], done[finished.rows[wave]] + 1), "a step ran out of order"
+                done[finished.rows[wave]] += 1
+            last = np.arange(len(finished)) if finished.last is None else finished.last
+            assert np.array_equal(finished.seqs[last], done[finished.rows[last]])
+            busy[finished.rows] = False
+    assert np.array_equal(sent, done)
