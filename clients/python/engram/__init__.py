@@ -1,5 +1,89 @@
-"""Engram: recurrent models served as living sessions."""
+"""Engram's Python SDK: recurrent models served as living sessions.
+
+    async with engram.AsyncClient("127.0.0.1:50051") as client:
+        session = await client.open("digits-reader", session_id="cam-7")
+        y = await session.step(x)
+
+`Client` is the same for programs without an event loop. Importing this package is cheap: what needs gRPC and numpy is
+loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from engram._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from engram._blocking import BlockingSession, Client
+    from engram._client import AsyncClient
+    from engram._errors import (
+        Aborted,
+        AccessDenied,
+        AlreadyExists,
+        ClientClosed,
+        DataLoss,
+        DeadlineExceeded,
+        EngramError,
+        FailedPrecondition,
+        Internal,
+        InvalidInput,
+        NotFound,
+        ResourceExhausted,
+        SessionClosed,
+        TakenOver,
+        Unavailable,
+        Unsupported,
+    )
+    from engram._options import ClientOptions
+    from engram._session import Session
+    from engram._types import ModelInfo, ServerInfo, SessionInfo, TensorSpec
+
+__all__ = [
+    "Aborted",
+    "AccessDenied",
+    "AlreadyExists",
+    "AsyncClient",
+    "BlockingSession",
+    "Client",
+    "ClientClosed",
+    "ClientOptions",
+    "DataLoss",
+    "DeadlineExceeded",
+    "EngramError",
+    "FailedPrecondition",
+    "Internal",
+    "InvalidInput",
+    "ModelInfo",
+    "NotFound",
+    "ResourceExhausted",
+    "ServerInfo",
+    "Session",
+    "SessionClosed",
+    "SessionInfo",
+    "TakenOver",
+    "TensorSpec",
+    "Unavailable",
+    "Unsupported",
+    "__version__",
+]
+
+_HOMES = {
+    "_blocking": ("BlockingSession", "Client"),
+    "_client": ("AsyncClient",),
+    "_options": ("ClientOptions",),
+    "_session": ("Session",),
+    "_types": ("ModelInfo", "ServerInfo", "SessionInfo", "TensorSpec"),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'engram' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"engram.{_MODULES.get(name, '_errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

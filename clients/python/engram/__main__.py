@@ -1,7 +1,8 @@
-"""`python -m engram`: the same as `engram`."""
+"""`python -m engram` is `engram`."""
 
 import sys
 
 from engram._cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

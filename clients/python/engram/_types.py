@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from google.protobuf import timestamp_pb2
 
-from engram.v1 import model_pb2, service_pb2, session_pb2, stream_pb2
+from engram.v1 import model_pb2, session_pb2, stream_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class ServerInfo:
     durability: str
 
     @classmethod
-    def of(cls, server: service_pb2.GetServerResponse) -> ServerInfo:
+    def of(cls, server: session_pb2.GetServerResponse) -> ServerInfo:
         return cls(server.server_version, server.device, server.frame_bytes_max, _DURABILITY.get(server.durability, ""))
 
 

@@ -1,0 +1,286 @@
+"""The blocking client: AsyncClient on an event loop in a thread of its own. Nothing is implemented twice."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from numpy.typing import ArrayLike, NDArray
+
+from engram._client import AsyncClient
+from engram._errors import ClientClosed
+from engram._options import ClientOptions
+from engram._session import UNSET, Session
+from engram._types import ModelInfo, ServerInfo, SessionInfo
+
+_T = TypeVar("_T")
+
+
+class _Loop:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engram-client", daemon=True)
+        self._thread.start()
+
+    def wait(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Runs it there; its result here. Interrupting the wait cancels the work."""
+        if not self._thread.is_alive():
+            work.close()
+            raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def iterate(self, items: AsyncIterator[_T]) -> Iterator[_T]:
+        """The items, one by one as they are asked for."""
+        end = object()
+
+        async def following() -> Any:
+            return await anext(items, end)
+
+        try:
+            while (item := self.wait(following())) is not end:
+                yield item
+        finally:
+            closing = getattr(items, "aclose", None)
+            if closing is not None and self._thread.is_alive():
+                self.wait(closing())
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+class Client:
+    """AsyncClient for programs without an event loop; the same names, blocking. May be used from many threads at once:
+    steps that are ready together leave as one frame.
+
+        with engram.Client("127.0.0.1:50051") as client:
+            session = client.open("digits-reader", session_id="cam-7")
+            y = session.step(x)
+    """
+
+    def __init__(self, addresses: str | Sequence[str], options: ClientOptions | None = None) -> None:
+        self._client = AsyncClient(addresses, options)
+        self._loop = _Loop()
+        self.sessions = BlockingSessions(self)
+        self.models = BlockingModels(self)
+
+    @property
+    def options(self) -> ClientOptions:
+        """How this client behaves."""
+        return self._client.options
+
+    def __enter__(self) -> Client:
+        try:
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def connect(self) -> None:
+        """See AsyncClient.connect."""
+        self._loop.wait(self._client.connect())
+
+    def close(self) -> None:
+        """See AsyncClient.aclose."""
+        try:
+            self._loop.wait(self._client.aclose())
+        except ClientClosed:
+            return
+        finally:
+            self._loop.stop()
+
+    def open(
+        self,
+        model: str,
+        session_id: str | None = None,
+        *,
+        version: str = "",
+        durability: str | None = None,
+        timeout: float | None = UNSET,
+    ) -> BlockingSession:
+        """See AsyncClient.open."""
+        work = self._client.open(model, session_id, version=version, durability=durability, timeout=timeout)
+        return BlockingSession(self, self._loop.wait(work))
+
+    def open_many(
+        self,
+        model: str,
+        session_ids: Sequence[str] | int,
+        *,
+        version: str = "",
+        durability: str | None = None,
+        timeout: float | None = UNSET,
+    ) -> list[BlockingSession]:
+        """See AsyncClient.open_many."""
+        work = self._client.open_many(model, session_ids, version=version, durability=durability, timeout=timeout)
+        return [BlockingSession(self, session) for session in self._loop.wait(work)]
+
+    def step_many(
+        self, sessions: Sequence[BlockingSession], X: ArrayLike, *, timeout: float | None = UNSET
+    ) -> NDArray[Any]:
+        """See AsyncClient.step_many."""
+        return self._loop.wait(self._client.step_many([one._session for one in sessions], X, timeout=timeout))
+
+    def close_many(self, sessions: Sequence[BlockingSession], *, timeout: float | None = UNSET) -> None:
+        """See AsyncClient.close_many."""
+        self._loop.wait(self._client.close_many([one._session for one in sessions], timeout=timeout))
+
+    def detach_many(self, sessions: Sequence[BlockingSession], *, timeout: float | None = UNSET) -> None:
+        """See AsyncClient.detach_many."""
+        self._loop.wait(self._client.detach_many([one._session for one in sessions], timeout=timeout))
+
+    def server(self, *, timeout: float | None = UNSET) -> ServerInfo:
+        """See AsyncClient.server."""
+        return self._loop.wait(self._client.server(timeout=timeout))
+
+
+class BlockingSession:
+    """See Session: the same names, blocking."""
+
+    def __init__(self, client: Client, session: Session) -> None:
+        self._client = client
+        self._loop = client._loop
+        self._session = session
+
+    def __repr__(self) -> str:
+        return repr(self._session)
+
+    @property
+    def id(self) -> str:
+        """See Session.id."""
+        return self._session.id
+
+    @property
+    def seq(self) -> int:
+        """See Session.seq."""
+        return self._session.seq
+
+    @property
+    def durable_seq(self) -> int:
+        """See Session.durable_seq."""
+        return self._session.durable_seq
+
+    @property
+    def model(self) -> ModelInfo:
+        """See Session.model."""
+        return self._session.model
+
+    def step(self, x: ArrayLike, *, timeout: float | None = UNSET) -> NDArray[Any]:
+        """See Session.step."""
+        return self._loop.wait(self._session.step(x, timeout=timeout))
+
+    def run(self, X: ArrayLike, *, timeout: float | None = UNSET) -> NDArray[Any]:
+        """See Session.run."""
+        return self._loop.wait(self._session.run(X, timeout=timeout))
+
+    def absorb(self, X: ArrayLike, *, timeout: float | None = UNSET) -> None:
+        """See Session.absorb."""
+        self._loop.wait(self._session.absorb(X, timeout=timeout))
+
+    def generate(self, k: int, *, timeout: float | None = UNSET) -> NDArray[Any]:
+        """See Session.generate."""
+        return self._loop.wait(self._session.generate(k, timeout=timeout))
+
+    def stream(
+        self,
+        source: Iterable[ArrayLike] | AsyncIterable[ArrayLike],
+        *,
+        ahead: int = 64,
+        timeout: float | None = UNSET,
+    ) -> Iterator[NDArray[Any]]:
+        """See Session.stream. The source is read in another thread."""
+        return self._loop.iterate(self._session.stream(source, ahead=ahead, timeout=timeout))
+
+    def state(self, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
+        """See Session.state."""
+        return self._loop.wait(self._session.state(timeout=timeout))
+
+    def fork(self, session_id: str | None = None, *, timeout: float | None = UNSET) -> BlockingSession:
+        """See Session.fork."""
+        return BlockingSession(self._client, self._loop.wait(self._session.fork(session_id, timeout=timeout)))
+
+    def close(self, *, timeout: float | None = UNSET) -> None:
+        """See Session.close."""
+        self._loop.wait(self._session.close(timeout=timeout))
+
+    def detach(self, *, timeout: float | None = UNSET) -> None:
+        """See Session.detach."""
+        self._loop.wait(self._session.detach(timeout=timeout))
+
+
+class BlockingSessions:
+    """See Sessions: the same names, blocking."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self, model: str = "", *, timeout: float | None = UNSET) -> Iterator[SessionInfo]:
+        """See Sessions.list."""
+        return self._client._loop.iterate(self._client._client.sessions.list(model, timeout=timeout))
+
+    def get(self, session_id: str, *, timeout: float | None = UNSET) -> SessionInfo:
+        """See Sessions.get."""
+        return self._client._loop.wait(self._client._client.sessions.get(session_id, timeout=timeout))
+
+    def state(self, session_id: str, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
+        """See Sessions.state."""
+        return self._client._loop.wait(self._client._client.sessions.state(session_id, timeout=timeout))
+
+    def fork(
+        self, session_id: str, new_session_id: str | None = None, *, timeout: float | None = UNSET
+    ) -> SessionInfo:
+        """See Sessions.fork."""
+        return self._client._loop.wait(self._client._client.sessions.fork(session_id, new_session_id, timeout=timeout))
+
+    def close(self, session_id: str, *, timeout: float | None = UNSET) -> None:
+        """See Sessions.close."""
+        self._client._loop.wait(self._client._client.sessions.close(session_id, timeout=timeout))
+
+    def move(self, session_id: str, version: str, *, timeout: float | None = UNSET) -> SessionInfo:
+        """See Sessions.move."""
+        return self._client._loop.wait(self._client._client.sessions.move(session_id, version, timeout=timeout))
+
+    def export(self, session_id: str, *, timeout: float | None = UNSET) -> bytes:
+        """See Sessions.export."""
+        return self._client._loop.wait(self._client._client.sessions.export(session_id, timeout=timeout))
+
+    def import_(self, data: bytes, session_id: str | None = None, *, timeout: float | None = UNSET) -> SessionInfo:
+        """See Sessions.import_."""
+        return self._client._loop.wait(self._client._client.sessions.import_(data, session_id, timeout=timeout))
+
+
+class BlockingModels:
+    """See Models: the same names, blocking."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self, *, timeout: float | None = UNSET) -> list[ModelInfo]:
+        """See Models.list."""
+        return self._client._loop.wait(self._client._client.models.list(timeout=timeout))
+
+    def get(self, model: str, version: str = "", *, timeout: float | None = UNSET) -> ModelInfo:
+        """See Models.get."""
+        return self._client._loop.wait(self._client._client.models.get(model, version, timeout=timeout))
+
+    def reload(self, *, timeout: float | None = UNSET) -> tuple[list[ModelInfo], list[str]]:
+        """See Models.reload."""
+        return self._client._loop.wait(self._client._client.models.reload(timeout=timeout))

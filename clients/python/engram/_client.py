@@ -1,0 +1,388 @@
+"""The client: opens sessions and steps many at once. The blocking one of _blocking.py is made of this one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Sequence
+from operator import attrgetter
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+from google.protobuf.message import Message
+from numpy.typing import ArrayLike, NDArray
+
+from engram._arrays import RowCodec
+from engram._calls import Call
+from engram._core import Core, ModelLink
+from engram._errors import (
+    RETRYABLE,
+    ClientClosed,
+    DeadlineExceeded,
+    EngramError,
+    InvalidInput,
+    SessionClosed,
+    of_detail,
+)
+from engram._frames import close_frame
+from engram._link import Link, StreamLost
+from engram._manage import Models, Sessions
+from engram._options import ClientOptions
+from engram._session import UNSET, Session
+from engram._table import VOID_HANDLE
+from engram._types import ModelInfo, ServerInfo
+from engram.v1 import session_pb2, stream_pb2
+
+_OPEN_ROWS = 1024  # sessions in one OpenFrame
+_GOODBYE_S = 5.0
+_DURABILITIES = {
+    None: stream_pb2.DURABILITY_UNSPECIFIED,
+    "step": stream_pb2.DURABILITY_STEP,
+    "interval": stream_pb2.DURABILITY_INTERVAL,
+}
+_UID = attrgetter("_uid")
+
+_Response = TypeVar("_Response", bound=Message)
+
+
+class AsyncClient:
+    """A client of one Engram service, on the running event loop. One client holds one stream.
+
+        async with engram.AsyncClient("127.0.0.1:50051") as client:
+            session = await client.open("digits-reader", session_id="cam-7")
+            y = await session.step(x)
+
+    Args:
+        addresses: "host:port", or several that serve the same sessions; a DNS name is resolved by gRPC.
+        options: see ClientOptions.
+
+    A lost connection is taken up again at any of the addresses; sessions are carried on, unanswered steps are sent again
+    with their numbers, so that each is applied once, and callers only see that it took longer. Errors that may pass are
+    tried again until the call's `timeout` (seconds; None: no limit; not given: the option timeout_s).
+    """
+
+    def __init__(self, addresses: str | Sequence[str], options: ClientOptions | None = None) -> None:
+        self.options = options or ClientOptions()
+        self.addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
+        if not self.addresses:
+            raise InvalidInput("AsyncClient needs at least one address", reason="INVALID_ARGUMENT")
+        self.sessions = Sessions(self)
+        self.models = Models(self)
+        self._client_id = secrets.randbits(63) | 1
+        self._link: Link | None = None
+        self._closed = False
+        self._open_sessions: dict[int, Session] = {}
+
+    async def __aenter__(self) -> AsyncClient:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def connect(self) -> None:
+        """Returns when there is a connection. Raises Unavailable when there is none in time. Done by `async with`."""
+        await self._linked().up()
+
+    async def aclose(self) -> None:
+        """Lets go of all sessions, which keeps their records, and ends the stream."""
+        link, self._closed = self._link, True
+        if link is None:
+            return
+        alive = [session for session in self._open_sessions.values() if not link.core.table.lost[session._slot]]
+        if alive and link._up.is_set():
+            with contextlib.suppress(EngramError, StreamLost):
+                await self._let_go(alive, detach=True, timeout=_GOODBYE_S)
+        await link.close()
+
+    # Sessions
+
+    async def open(
+        self,
+        model: str,
+        session_id: str | None = None,
+        *,
+        version: str = "",
+        durability: str | None = None,
+        timeout: float | None = UNSET,
+    ) -> Session:
+        """Creates a session, or carries it on where it stood.
+
+        Args:
+            model: its name.
+            session_id: 1 to 128 bytes of UTF-8 without white space; None: the server makes one.
+            version: of the model; "": the one an existing session is on, else the latest.
+            durability: "step" (each step is in Redis before its answer), "interval", or None for the server's default.
+
+        A session that this client has open already is returned as it is. The newest open wins: another client that had
+        the session gets TakenOver.
+        """
+        opened = await self._open(model, [session_id or ""], version, self._durability(durability), timeout)
+        return opened[0]
+
+    async def open_many(
+        self,
+        model: str,
+        session_ids: Sequence[str] | int,
+        *,
+        version: str = "",
+        durability: str | None = None,
+        timeout: float | None = UNSET,
+    ) -> list[Session]:
+        """Like `open`, for many sessions (or for so many new ones) in a few frames. If one fails, its error is raised, and
+        those that were opened with it are let go."""
+        ids = [""] * session_ids if isinstance(session_ids, int) else list(session_ids)
+        named = [session_id for session_id in ids if session_id]
+        if len(set(named)) < len(named):
+            raise InvalidInput("open_many got a session id twice", reason="INVALID_SESSION_ID")
+        return await self._open(model, ids, version, self._durability(durability), timeout)
+
+    async def step_many(
+        self, sessions: Sequence[Session], X: ArrayLike, *, timeout: float | None = UNSET
+    ) -> NDArray[Any]:
+        """One step of each of many sessions of one model: inputs [n, *input shape] -> outputs [n, *output shape].
+
+        If rows fail, the others are still applied; the error of the first is raised, with `rows` and `outputs` set.
+        """
+        core = self._linked().core
+        table = core.table
+        uids = np.fromiter(map(_UID, sessions), np.int64, len(sessions))
+        if not len(uids):
+            return np.zeros((0,), np.float32)
+        slots = uids - table.base
+        if int(slots.min()) < 1 or int(slots.max()) >= table.count:
+            self._explain(sessions)
+        if table.lost[slots].any():
+            raise table.error_of(int(slots[np.argmax(table.lost[slots])]))
+        models = table.model[slots]
+        if (models != models[0]).any():
+            raise InvalidInput("step_many takes sessions of one model version and durability", reason="INVALID_ARGUMENT")
+        link = core.models[int(models[0])]
+        inputs = link.input.many(X, len(slots)).copy()
+        call = Call(len(slots), inputs, link.output.empty(len(slots)), 0, True, core.loop.create_future(), core.loop.time())
+        outputs: NDArray[Any] = await core.submit(call, slots, self._timeout(timeout))
+        return outputs
+
+    async def close_many(self, sessions: Sequence[Session], *, timeout: float | None = UNSET) -> None:
+        """Ends sessions and deletes their records, in one frame."""
+        await self._let_go(sessions, detach=False, timeout=timeout)
+
+    async def detach_many(self, sessions: Sequence[Session], *, timeout: float | None = UNSET) -> None:
+        """Lets go of sessions and keeps their records, in one frame."""
+        await self._let_go(sessions, detach=True, timeout=timeout)
+
+    async def server(self, *, timeout: float | None = UNSET) -> ServerInfo:
+        """What the server says of itself."""
+        response = await self._unary("GetServer", session_pb2.GetServerRequest(), session_pb2.GetServerResponse, timeout)
+        return ServerInfo.of(response)
+
+    # Inside
+
+    @property
+    def _core(self) -> Core:
+        if self._link is None:
+            raise ClientClosed("the client is not connected; use `async with`", reason="CLIENT_CLOSED")
+        return self._link.core
+
+    def _linked(self) -> Link:
+        if self._closed:
+            raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
+        if self._link is None:
+            self._link = Link(self.addresses, self.options, self._client_id, (self._client_id & 0x3FFFFFFF) << 32)
+        return self._link
+
+    def _timeout(self, timeout: float | None) -> float | None:
+        if self._closed:
+            raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
+        return self.options.timeout_s if timeout == UNSET else timeout
+
+    def _durability(self, name: str | None) -> int:
+        if name not in _DURABILITIES:
+            raise InvalidInput(f'durability is "step" or "interval"; got {name!r}', reason="INVALID_ARGUMENT")
+        return _DURABILITIES[name]
+
+    async def _unary(
+        self, method: str, request: Message, response_type: type[_Response], timeout: float | None
+    ) -> _Response:
+        return await self._linked().unary(method, request, response_type, self._timeout(timeout))
+
+    def _explain(self, sessions: Sequence[Session]) -> None:
+        """Raises the error for a session that cannot be stepped by this client."""
+        for session in sessions:
+            if session._client is not self:
+                message = f"session {session.id!r} is of another client"
+                raise InvalidInput(message, reason="INVALID_HANDLE")
+            session._live()
+
+    async def _open(
+        self, model: str, ids: Sequence[str], version: str, durability: int, timeout: float | None
+    ) -> list[Session]:
+        link = self._linked()
+        limit_s = self._timeout(timeout)
+        opened: list[Session | EngramError | None] = [self._already(model, name, version) for name in ids]
+        new = [row for row, session in enumerate(opened) if session is None]
+        deadline = None if limit_s is None else link.loop.time() + limit_s
+        chunks = [new[start : start + _OPEN_ROWS] for start in range(0, len(new), _OPEN_ROWS)]
+        results = await asyncio.gather(
+            *(self._open_chunk(model, [ids[row] for row in chunk], version, durability, deadline) for chunk in chunks),
+            return_exceptions=True,
+        )
+        for chunk, result in zip(chunks, results, strict=True):
+            if isinstance(result, BaseException) and not isinstance(result, EngramError):
+                raise result
+            for place, row in enumerate(chunk):
+                opened[row] = result if isinstance(result, EngramError) else result[place]
+        failed = next((one for one in opened if isinstance(one, EngramError)), None)
+        good = [one for one in opened if isinstance(one, Session)]
+        if failed is None:
+            return good
+        with contextlib.suppress(EngramError):
+            created = {id(opened[row]) for row in new}
+            await self._let_go([session for session in good if id(session) in created], detach=True, timeout=_GOODBYE_S)
+        raise failed
+
+    def _already(self, model: str, session_id: str, version: str) -> Session | None:
+        if self._link is None or not session_id:
+            return None
+        core = self._link.core
+        slot = core.table.by_id.get(session_id)
+        if slot is None or slot not in self._open_sessions:
+            return None
+        info = core.models[int(core.table.model[slot])].info
+        fits = info.name == model and version in ("", info.version)
+        return self._open_sessions[slot] if fits else None
+
+    async def _open_chunk(
+        self, model: str, ids: Sequence[str], version: str, durability: int, deadline: float | None
+    ) -> list[Session | EngramError]:
+        """One OpenFrame, again while it may succeed later, for the rows that have not succeeded yet."""
+        link = self._linked()
+        opened: list[Session | EngramError | None] = [None] * len(ids)
+        attempt = 0
+        while left := [row for row, one in enumerate(opened) if one is None]:
+            frame = stream_pb2.OpenFrame(
+                model=model, version=version, session_ids=[ids[row] for row in left],
+                durability=stream_pb2.Durability.Name(durability),  # type: ignore[arg-type]
+                client_id=self._client_id, ttl_ms=self._ttl_ms(),
+            )  # fmt: skip
+            answer = await self._request(stream_pb2.StreamRequest(open=frame), deadline)
+            if answer is None:
+                continue  # the stream was lost: an open may be repeated
+            for row, one in zip(left, self._take_opened(model, frame.session_ids, answer.opened, durability), strict=True):
+                opened[row] = one
+            attempt += 1
+            wait = self._again(opened, attempt, deadline)
+            if wait is not None:
+                await asyncio.sleep(wait)
+        return [one for one in opened if one is not None]
+
+    def _again(self, opened: list[Session | EngramError | None], attempt: int, deadline: float | None) -> float | None:
+        """Clears the rows to be tried again, and says how long to wait first; None: there are none."""
+        again = [row for row, one in enumerate(opened) if isinstance(one, EngramError) and one.code in RETRYABLE]
+        if not again:
+            return None
+        hints = [one.retry_after or 0.0 for one in opened if isinstance(one, EngramError)]
+        link = self._linked()
+        wait = max(*hints, link._backoff(attempt))
+        if deadline is not None and link.loop.time() + wait >= deadline:
+            return None
+        for row in again:
+            opened[row] = None
+        return wait
+
+    async def _request(
+        self, request: stream_pb2.StreamRequest, deadline: float | None
+    ) -> stream_pb2.StreamResponse | None:
+        """A request on the stream; None if the stream was lost first. Raises DeadlineExceeded, Unavailable."""
+        link = self._linked()
+        try:
+            async with asyncio.timeout_at(deadline):
+                await link.up()
+                return await link.request(request)
+        except StreamLost:
+            return None
+        except TimeoutError as error:
+            if isinstance(error, EngramError):
+                raise
+            raise DeadlineExceeded("the timeout passed before the server answered") from None
+
+    def _take_opened(
+        self, model: str, ids: Sequence[str], answer: stream_pb2.OpenedFrame, durability: int
+    ) -> list[Session | EngramError]:
+        refused = {row.row: of_detail(row.error) for row in answer.errors}
+        core = self._core
+        index = self._model_index(answer, durability) if answer.HasField("model") else -1
+        handles = np.frombuffer(answer.handles, "<u4").tolist()
+        seqs = np.frombuffer(answer.seqs, "<i8").tolist()
+        opened: list[Session | EngramError] = []
+        for row, given in enumerate(ids):
+            session_id = answer.session_ids[row] if answer.session_ids else given
+            if row in refused or index < 0:
+                error = refused.get(row) or of_detail(stream_pb2.RowError().error)
+                error.metadata.setdefault("session", session_id)
+                opened.append(error)
+                continue
+            former = self._open_sessions.pop(core.table.by_id.get(session_id, -1), None)
+            if former is not None:
+                former._let_go(SessionClosed("the session was opened again here", reason="SESSION_CLOSED"))
+            interval = durability == stream_pb2.DURABILITY_INTERVAL
+            slot = core.enter(session_id, index, answer.window, interval, handles[row], seqs[row])
+            session = self._open_sessions[slot] = Session(self, slot, session_id)
+            opened.append(session)
+        return opened
+
+    def _model_index(self, answer: stream_pb2.OpenedFrame, durability: int) -> int:
+        """The link for this model version and durability; a new one for the first session of it."""
+        core, info = self._core, ModelInfo.of(answer.model)
+        for index, link in enumerate(core.models):
+            if link.info.name == info.name and link.info.fingerprint == info.fingerprint and link.durability == durability:
+                if link.info.version == info.version:
+                    return index
+        row = RowCodec(info.input, f"the input of {info.name}")
+        by_bytes = max(1, self.options.frame_bytes_max // max(1, row.nbytes))
+        limits = [self.options.frame_rows_max, by_bytes, *([answer.rows_max] if answer.rows_max else [])]
+        output = RowCodec(info.output, f"the output of {info.name}")
+        core.models.append(ModelLink(info, durability, self._ttl_ms(), row, output, min(limits)))
+        return len(core.models) - 1
+
+    def _ttl_ms(self) -> int:
+        return int((self.options.ttl_s or 0) * 1000)
+
+    async def _let_go(self, sessions: Sequence[Session], detach: bool, timeout: float | None) -> None:
+        """Closes or detaches, again after a lost stream; sessions that are gone already count as let go."""
+        link = self._link
+        if link is None or not sessions:
+            return
+        table = link.core.table
+        limit_s = self.options.timeout_s if timeout == UNSET else timeout
+        deadline = None if limit_s is None else link.loop.time() + limit_s
+        mine = [session for session in sessions if session._uid >= 0 and session._client is self]
+        while alive := [session for session in mine if session._uid >= 0 and not table.lost[session._slot]]:
+            async with asyncio.timeout_at(deadline):
+                await link.up()
+            slots = np.array([session._slot for session in alive])
+            handles = table.handle[slots]
+            if (handles == VOID_HANDLE).any():
+                continue
+            try:
+                async with asyncio.timeout_at(deadline):
+                    answer = await link.request(close_frame(handles, detach))
+            except StreamLost:
+                continue
+            errors = [of_detail(row.error) for row in answer.closed.errors]
+            self._forget(alive, detach)
+            bad = next((error for error in errors if error.code in RETRYABLE or error.code == "INTERNAL"), None)
+            if bad is not None:
+                raise bad
+        self._forget(mine, detach)
+
+    def _forget(self, sessions: Sequence[Session], detach: bool) -> None:
+        what = "let go of" if detach else "closed"
+        for session in sessions:
+            if session._uid >= 0:
+                self._open_sessions.pop(session._slot, None)
+                session._let_go(SessionClosed(f"the session was {what} here", reason="SESSION_CLOSED"))

@@ -1,0 +1,460 @@
+"""The client's logic without any I/O: which rows go into the next frame, where answers belong, what is sent again.
+
+    submit_*      callers' rows go into the outbox
+    frames        the rows that may go now, as frames; _link.py writes them
+    receive       an answer from the server, read by _link.py
+    lost, attached, dropped    what _link.py tells of the stream
+
+Everything runs on one event loop. The parts: _table.py (sessions as columns), _outbox.py (what is to be sent), _log.py
+(what was sent and is not settled), _calls.py (who waits), _recovery.py (refused rows, resends, replays).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram._arrays import RowCodec
+from engram._calls import Call, Gather
+from engram._errors import DataLoss, DeadlineExceeded, EngramError, make_error, of_detail
+from engram._frames import acknowledge_frame, steps_frames
+from engram._log import Part, SentLog
+from engram._options import ClientOptions
+from engram._outbox import Outbox
+from engram._recovery import Recovery
+from engram._table import VOID_HANDLE, SessionTable
+from engram._types import ModelInfo
+from engram.v1 import stream_pb2
+
+_BY_EVENT = {
+    stream_pb2.EventFrame.TYPE_TAKEN_OVER: (10, "TAKEN_OVER", "a newer open holds this session"),
+    stream_pb2.EventFrame.TYPE_CLOSED: (10, "SESSION_CLOSED", "the session was closed by another client, or has expired"),
+    stream_pb2.EventFrame.TYPE_LOST: (15, "RECORD_CORRUPTED", "the session's record is gone or unusable"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLink:
+    """A model version as this client's sessions use it; sessions of one link attach together."""
+
+    info: ModelInfo
+    durability: int
+    ttl_ms: int
+    input: RowCodec
+    output: RowCodec
+    rows_max: int
+
+
+class BadFrame(Exception):
+    """The server sent what cannot be, or refused a whole frame: the stream is given up and taken up again."""
+
+
+class Core:
+    """See the module. `wake` is called when there may be something to send; `draining` when the server goes away."""
+
+    def __init__(
+        self, options: ClientOptions, base: int, loop: asyncio.AbstractEventLoop, wake: Callable[[], None],
+        draining: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.options = options
+        self.loop = loop
+        self.table = SessionTable(base)
+        self.models: list[ModelLink] = []
+        self.log = SentLog(self.table, options.buffer_bytes_max)
+        self.calls: dict[int, Call] = {}  # with rows sent and unanswered
+        self.outbox = Outbox(self.table, self.log, self.calls, options.frame_rows_max)
+        self.recovery = Recovery(self)
+        self.live: set[Call] = set()  # whom somebody waits for
+        self.due: list[Part] = []
+        self._wake = wake
+        self._draining = draining
+        self._by_handle = np.full(64, -1, np.int64)
+        self._live_max = 1024
+        self._early_parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any] | None]] = []
+
+    # Callers
+
+    def submit_step(self, slot: int, row: NDArray[np.uint8], timeout_s: float | None) -> asyncio.Future[NDArray[Any]]:
+        """One row of one session; rows that are submitted before the next frame leaves go together."""
+        future: asyncio.Future[NDArray[Any]] = self.loop.create_future()
+        model = int(self.table.model[slot])
+        gather = self.outbox.gather(model)
+        if gather is None:
+            gather = Gather(self.models[model].output, self.loop)
+            self.outbox.put_gather(model, gather)
+            self._enlist(gather)
+        gather.add(slot, row, future)
+        gather.deadline = math.inf if timeout_s is None else max(gather.deadline, self.loop.time() + timeout_s)
+        if timeout_s is not None:
+            timer = self.loop.call_later(timeout_s, _expire_one, gather, future)
+            future.add_done_callback(lambda _: timer.cancel())
+        self._wake()
+        return future
+
+    def submit(self, call: Call, slots: NDArray[np.int64] | int, timeout_s: float | None) -> asyncio.Future[Any]:
+        """A call's rows: one of each session of `slots`, or all of one session."""
+        self._enlist(call)
+        call.deadline = math.inf if timeout_s is None else self.loop.time() + timeout_s
+        if isinstance(slots, int):
+            self.outbox.put_long(call, slots)
+        else:
+            self.outbox.put_wide(call, slots)
+        if timeout_s is not None:
+            timer = self.loop.call_later(timeout_s, _expire, call)
+            call.future.add_done_callback(lambda _: timer.cancel())
+        self._wake()
+        return call.future
+
+    def _enlist(self, call: Call) -> None:
+        self.live.add(call)
+        if isinstance(call, Gather):
+            # Callers may give up one by one, which nobody is told of: looked through now and then.
+            if len(self.live) > self._live_max:
+                self.live = {other for other in self.live if other is call or other.waiting()}
+                self._live_max = max(1024, 2 * len(self.live))
+            return
+        call.future.add_done_callback(lambda _: self.live.discard(call))
+
+    def fail_waiting(self, error: EngramError, since: float, limit_s: float) -> None:
+        """Fails the calls that have waited for a connection, from `since` on or from their start, longer than the limit."""
+        now = self.loop.time()
+        for call in list(self.live):
+            if not call.waiting():
+                self.live.discard(call)
+            elif now - max(since, call.started) >= limit_s:
+                call.fail(error.copy())
+                self.live.discard(call)
+
+    # Frames out
+
+    @property
+    def pending(self) -> bool:
+        return self.outbox.pending or bool(self.due)
+
+    def wake(self) -> None:
+        self._wake()
+
+    def collect(self) -> None:
+        """Decides what goes now."""
+        self.due += self.outbox.take()
+
+    def frames(self) -> list[stream_pb2.StreamRequest]:
+        """What is to be written now."""
+        self.collect()
+        due, self.due = self.due, []
+        by_model: dict[int, list[Part]] = {}
+        for part in due:
+            here = self.table.handle[part.slots] != VOID_HANDLE
+            if not here.all():
+                part = part.only(here)  # sessions that were lost meanwhile
+            if len(part.slots):
+                by_model.setdefault(part.model, []).append(part)
+        frames: list[stream_pb2.StreamRequest] = []
+        for model, parts in by_model.items():
+            frames += steps_frames(self.table, parts, self.models[model].rows_max, self.loop.time())
+        return frames
+
+    def idle_acknowledgements(self) -> stream_pb2.StreamRequest | None:
+        """Acknowledges what was answered, of sessions that were as idle the last time this was called."""
+        table, count = self.table, self.table.count
+        answered = table.answered[:count]
+        idle = (answered > table.acked[:count]) & (answered == table.noticed[:count]) & ~table.held[:count]
+        table.noticed[:count] = answered
+        slots = np.flatnonzero(idle & ~table.lost[:count])
+        return acknowledge_frame(table, slots) if len(slots) else None
+
+    # Answers
+
+    def receive(self, response: stream_pb2.StreamResponse) -> None:
+        """An answer to rows, or an event. Raises BadFrame where it cannot be one."""
+        kind = response.WhichOneof("frame")
+        if kind == "outputs":
+            self._on_outputs(response.outputs)
+        elif kind == "errors":
+            self._on_errors(response.errors)
+        elif kind == "durable":
+            self._on_durable(response.durable)
+        elif kind == "event":
+            self._on_event(response.event)
+
+    def _slots(self, handles: bytes) -> NDArray[np.int64]:
+        numbers = np.frombuffer(handles, "<u4")
+        known = numbers < len(self._by_handle)
+        if known.all():
+            return self._by_handle[numbers]
+        return np.where(known, self._by_handle[np.where(known, numbers, 0)], -1)
+
+    def _on_outputs(self, frame: stream_pb2.OutputsFrame) -> None:
+        slots, seqs = self._slots(frame.handles), np.frombuffer(frame.seqs, "<i8")
+        if not len(slots):
+            return
+        known = slots >= 0
+        values: NDArray[Any] | None = None
+        if frame.outputs:
+            model = int(self.table.model[slots[np.argmax(known)]])
+            values = self.models[model].output.decode(frame.outputs, len(slots))
+        if frame.durable_seqs:
+            # Says too, where the durability was left to the server, that it is the interval one.
+            self.table.interval[slots[known]] = True
+            self._raise_durable(slots, np.frombuffer(frame.durable_seqs, "<i8"))
+        if not known.all():
+            slots, seqs = slots[known], seqs[known]
+            values = None if values is None else values[known]
+        if bool((seqs == self.table.confirmed[slots] + 1).all()):
+            # Each row is its session's next: so no session has two.
+            self._accept(slots, seqs, values)
+        else:
+            self._sort_out(slots, seqs, values)
+        while self._early_parts and self._retry_early():
+            pass
+        self.log.trim()
+        if self.outbox.pending:
+            self._wake()
+
+    def _sort_out(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> bool:
+        """Takes the rows that come next in their sessions, keeps those that came early, drops those that came twice."""
+        order = np.lexsort((seqs, slots))
+        slots, seqs = slots[order], seqs[order]
+        values = None if values is None else values[order]
+        new = seqs > self.table.confirmed[slots]
+        if not new.all():
+            slots, seqs, values = slots[new], seqs[new], None if values is None else values[new]
+        if not len(slots):
+            return False
+        starts = np.flatnonzero(np.concatenate(([True], slots[1:] != slots[:-1])))
+        rank = np.arange(len(slots)) - np.repeat(starts, np.diff(np.append(starts, len(slots))))
+        next_one = seqs == self.table.confirmed[slots] + 1 + rank
+        if next_one.all():
+            self._accept(slots, seqs, values)
+            return True
+        # Quiet rows and others come in frames of their own, and may overtake one another.
+        early = ~next_one
+        self._early_parts.append((slots[early], seqs[early], None if values is None else values[early]))
+        np.maximum.at(self.table.seen, slots[early], seqs[early])
+        if next_one.any():
+            self._accept(slots[next_one], seqs[next_one], None if values is None else values[next_one])
+        return bool(next_one.any())
+
+    def _retry_early(self) -> bool:
+        parts, self._early_parts = self._early_parts, []
+        progress = [self._sort_out(*part) for part in parts]
+        return any(progress)
+
+    def _accept(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> None:
+        """Rows in order, each its session's next after the one before."""
+        table = self.table
+        table.confirmed[slots] = seqs
+        fresh = seqs > table.answered[slots]
+        if fresh.all():
+            table.answered[slots] = seqs
+            self._deliver(slots, seqs, values)
+        elif fresh.any():
+            # The others were answered before a crash and are only replayed.
+            fresh_slots, fresh_seqs = slots[fresh], seqs[fresh]
+            table.answered[fresh_slots] = fresh_seqs
+            self._deliver(fresh_slots, fresh_seqs, None if values is None else values[fresh])
+        parked = slots[table.parked[slots]]
+        if len(parked):
+            self.outbox.wake(parked.tolist())
+            self._wake()
+        if self.recovery.active:
+            held = slots[table.held[slots]]
+            if len(held):
+                np.maximum.at(table.seen, slots, seqs)
+                self.recovery.progressed(np.unique(held).tolist())
+
+    def _deliver(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> None:
+        table = self.table
+        while len(slots):
+            in_head = (seqs <= table.head_last[slots]) & (table.head_call[slots] != 0)
+            if in_head.all():
+                self._deliver_heads(slots, seqs, values)
+                return
+            if not in_head.any():
+                raise BadFrame("an answer to a step that was not sent")
+            self._deliver_heads(slots[in_head], seqs[in_head], None if values is None else values[in_head])
+            rest = ~in_head
+            slots, seqs, values = slots[rest], seqs[rest], None if values is None else values[rest]
+
+    def _deliver_heads(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> None:
+        table = self.table
+        calls = table.head_call[slots]
+        at = table.head_at[slots] + (seqs - table.head_first[slots])
+        if bool((calls == calls[0]).all()):
+            self._settle(int(calls[0]), at, values)
+        else:
+            order = np.argsort(calls, kind="stable")
+            cuts = np.flatnonzero(np.diff(calls[order])) + 1
+            for group in np.split(order, cuts):
+                self._settle(int(calls[group[0]]), at[group], None if values is None else values[group])
+        ended = slots[seqs == table.head_last[slots]]
+        table.head_call[ended] = 0
+        for slot in ended[table.more[ended]].tolist():
+            self.next_span(slot)
+
+    def _settle(self, identity: int, at: NDArray[np.int64], values: NDArray[Any] | None) -> None:
+        call = self.calls[identity]
+        call.settle(at, values)
+        self.closed_rows(call)
+
+    def closed_rows(self, call: Call) -> None:
+        """After rows of a call were answered or refused."""
+        if call.open <= 0:
+            self.calls.pop(call.id, None)
+            if isinstance(call, Gather) and not call.waiting():
+                self.live.discard(call)
+
+    def next_span(self, slot: int) -> None:
+        """The head of a session is done: the next span becomes the head."""
+        table = self.table
+        spans = table.spans[slot]
+        first, last, call, at = spans.popleft()
+        table.head_first[slot], table.head_last[slot], table.head_call[slot], table.head_at[slot] = first, last, call, at
+        if not spans:
+            del table.spans[slot]
+            table.more[slot] = False
+
+    def _on_errors(self, frame: stream_pb2.ErrorsFrame) -> None:
+        errors = [of_detail(detail) for detail in frame.errors]
+        if not frame.handles:
+            raise BadFrame(f"the server could not use a frame: {errors[0] if errors else 'no reason given'}")
+        slots = self._slots(frame.handles).tolist()
+        seqs = np.frombuffer(frame.seqs, "<i8").tolist()
+        indexes = np.frombuffer(frame.error_indexes, "<u4").tolist()
+        for slot, seq, index in zip(slots, seqs, indexes, strict=True):
+            if slot >= 0:
+                self.recovery.refused(slot, seq, errors[index])
+        self.recovery.settle_refusals()
+
+    def _on_durable(self, frame: stream_pb2.DurableFrame) -> None:
+        slots = self._slots(frame.handles)
+        self._raise_durable(slots, np.frombuffer(frame.durable_seqs, "<i8"))
+        self.log.trim()
+        if self.outbox.pending:
+            self._wake()
+
+    def _raise_durable(self, slots: NDArray[np.int64], seqs: NDArray[np.int64]) -> None:
+        known = slots >= 0
+        np.maximum.at(self.table.durable, slots[known], seqs[known])
+
+    def _on_event(self, frame: stream_pb2.EventFrame) -> None:
+        if frame.type == stream_pb2.EventFrame.TYPE_DRAINING:
+            self.table.held[self.table.attached()] = True
+            self._draining()
+            return
+        told = _BY_EVENT.get(frame.type)
+        if told is None:
+            return
+        for slot in self._slots(frame.handles).tolist():
+            if slot >= 0:
+                self.lose(slot, make_error(told[0], told[2], told[1]))
+
+    # Sessions come and go
+
+    def enter(self, session_id: str, model: int, window: int, interval: bool, handle: int, seq: int) -> int:
+        """A session that was opened; its slot."""
+        table = self.table
+        slot = table.add(session_id, self.log.oldest)
+        table.model[slot], table.window[slot], table.interval[slot] = model, max(1, window), interval
+        for name in ("sent", "answered", "durable", "acked", "noticed"):
+            getattr(table, name)[slot] = seq
+        self.attached(np.array([slot]), np.array([handle]), np.array([seq]))
+        return slot
+
+    def attached(self, slots: NDArray[np.int64], handles: NDArray[Any], seqs: NDArray[np.int64]) -> None:
+        """These sessions have handles on this stream, and stand at these seqs: what is missing is sent again."""
+        table = self.table
+        if not len(slots):
+            return
+        top = int(handles.max())
+        if top >= len(self._by_handle):
+            more = np.full(max(top + 1, 2 * len(self._by_handle)) - len(self._by_handle), -1, np.int64)
+            self._by_handle = np.concatenate([self._by_handle, more])
+        self._by_handle[handles] = slots
+        table.handle[slots] = handles
+        table.confirmed[slots] = np.minimum(table.answered[slots], seqs)
+        safe = np.where(table.interval[slots], table.durable[slots], table.answered[slots])
+        for slot in slots[(seqs < safe) | (seqs > table.sent[slots])].tolist():
+            self.diverged(slot, int(seqs[slots == slot][0]))
+        good = slots[~table.lost[slots]]
+        # What a record holds is durable.
+        table.durable[good] = np.maximum(table.durable[good], np.minimum(seqs[~table.lost[slots]], table.answered[good]))
+        self.recovery.resend(good)
+
+    def diverged(self, slot: int, seq: int) -> None:
+        """The session is not where it must be: nothing that this client has can put it right."""
+        answered = int(self.table.answered[slot])
+        message = (
+            f"the session stands at step {seq} and this client had answers up to {answered}: the store has lost steps, or"
+            " somebody else made some; open the session again to go on from there"
+        )
+        metadata = {"seq": str(seq), "answered_seq": str(answered)}
+        self.lose(slot, DataLoss(message, reason="STATE_REWOUND", metadata=metadata))
+
+    def lost(self) -> None:
+        """The stream is gone: nothing is on its way any more."""
+        table = self.table
+        table.handle[: table.count] = VOID_HANDLE
+        table.held[1 : table.count] = True
+        table.seen[: table.count] = 0
+        self._by_handle.fill(-1)
+        self._early_parts.clear()
+        self.due.clear()  # in the log, and sent again from there
+        self.recovery.reset()
+
+    def lose(self, slot: int, error: EngramError) -> None:
+        """A session is no longer ours: its calls fail, the others are not touched."""
+        table = self.table
+        if table.lost[slot] or slot not in table.ids:
+            return
+        self.collect()
+        table.errors[slot] = error
+        table.lost[slot] = table.held[slot] = True
+        if table.by_id.get(table.ids[slot]) == slot:
+            del table.by_id[table.ids[slot]]
+        handle = int(table.handle[slot])
+        if handle != VOID_HANDLE:
+            self._by_handle[handle] = -1
+            table.handle[slot] = VOID_HANDLE
+        self.recovery.drop(slot)
+        while table.head_call[slot]:
+            call = self.calls[int(table.head_call[slot])]
+            at, rows = int(table.head_at[slot]), int(table.head_last[slot] - max(table.head_first[slot], table.answered[slot] + 1)) + 1
+            at += int(table.head_last[slot] - table.head_first[slot]) + 1 - rows
+            call.open -= rows
+            call.refuse(at, error.copy())
+            self.closed_rows(call)
+            table.head_call[slot] = 0
+            if table.more[slot]:
+                self.next_span(slot)
+        for item in self.outbox.forget(slot):
+            item.call.refuse(item.at, error.copy())
+        self.log.trim()
+
+    def release(self, slot: int, error: EngramError) -> None:
+        """The session was closed or let go by its owner here: its slot is free."""
+        self.lose(slot, error)
+        self.table.spans.pop(slot, None)
+        self.table.free(slot, self.log.newest)
+
+
+def _expire(call: Call) -> None:
+    if call.waiting():
+        call.fail(_timed_out(call))
+
+
+def _expire_one(gather: Gather, future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(_timed_out(gather))
+
+
+def _timed_out(call: Call) -> EngramError:
+    if call.trouble is not None:
+        return call.trouble.copy()
+    return DeadlineExceeded("the timeout passed before the answer came; steps that were sent may still be applied")

@@ -1,0 +1,150 @@
+"""What was sent and may have to be sent again: parts, oldest first, each the columns of rows sent together.
+
+A row leaves the log when it is settled: answered, and for interval durability also durable. Used by _core.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram._calls import FEEDBACK
+from engram._table import SessionTable
+
+
+@dataclass(slots=True)
+class Part:
+    """Rows of one model, sent together.
+
+    Attributes:
+        slots, firsts, lasts: int64 [n]; the seqs of a row, more than one where it repeats.
+        inputs: uint8 [n, input bytes], or None where the rows run on their own output.
+        flags: uint8 [n], or one number for all rows.
+    """
+
+    model: int
+    slots: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+    lasts: NDArray[np.int64]
+    inputs: NDArray[np.uint8] | None
+    flags: NDArray[np.uint8] | int
+    deadline: float = math.inf  # of the last caller who waits for one of them
+    mark: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return 24 * len(self.slots) + (0 if self.inputs is None else self.inputs.nbytes)
+
+    def only(self, index: NDArray[np.intp] | NDArray[np.bool_] | slice) -> Part:
+        """Some of the rows."""
+        inputs = None if self.inputs is None else self.inputs[index]
+        flags = self.flags if isinstance(self.flags, int) else self.flags[index]
+        return Part(self.model, self.slots[index], self.firsts[index], self.lasts[index], inputs, flags, self.deadline, self.mark)
+
+    def flag_column(self) -> NDArray[np.uint8]:
+        return np.full(len(self.slots), self.flags, np.uint8) if isinstance(self.flags, int) else self.flags
+
+
+class SentLog:
+    """Bounded by its user, who looks at `full`."""
+
+    def __init__(self, table: SessionTable, bytes_max: int) -> None:
+        self._table = table
+        self._bytes_max = bytes_max
+        self._parts: deque[Part] = deque()
+        self._marks = 0
+        self._compact_at = bytes_max // 2
+        self.nbytes = 0
+
+    @property
+    def full(self) -> bool:
+        return self.nbytes >= self._bytes_max
+
+    @property
+    def oldest(self) -> int:
+        """The mark of the oldest part kept; every smaller mark has left the log."""
+        return self._parts[0].mark if self._parts else self._marks + 1
+
+    @property
+    def newest(self) -> int:
+        return self._marks
+
+    def append(self, part: Part) -> None:
+        self._marks += 1
+        part.mark = self._marks
+        self._parts.append(part)
+        self.nbytes += part.nbytes
+
+    def trim(self) -> None:
+        """Drops the oldest parts whose rows are all settled; when much is held up behind one row, the settled rows too."""
+        parts, table = self._parts, self._table
+        while parts and bool((parts[0].lasts <= table.settled(parts[0].slots)).all()):
+            self.nbytes -= parts.popleft().nbytes
+        if self.nbytes > self._compact_at:
+            self._compact()
+
+    def _compact(self) -> None:
+        kept: deque[Part] = deque()
+        for part in self._parts:
+            alive = part.lasts > self._table.settled(part.slots)
+            if alive.all():
+                kept.append(part)
+            elif alive.any():
+                kept.append(part.only(alive))
+        self._parts = kept
+        self.nbytes = sum(part.nbytes for part in kept)
+        # Looked at again only when as much has been added again: each row is moved a bounded number of times.
+        self._compact_at = min(self._bytes_max, max(self._bytes_max // 2, self.nbytes + self._bytes_max // 8))
+
+    def after(self, slots: NDArray[np.int64], seqs: NDArray[np.int64]) -> list[Part]:
+        """The rows of these sessions after these seqs, repeats written out; one part a model, by session and seq."""
+        wanted = np.full(self._table.capacity, np.iinfo(np.int64).max)
+        wanted[slots] = seqs
+        found: dict[int, list[Part]] = {}
+        for part in self._parts:
+            hit = part.lasts > wanted[part.slots]
+            if hit.any():
+                found.setdefault(part.model, []).append(part if hit.all() else part.only(hit))
+        return [_merge(model, parts, wanted) for model, parts in found.items()]
+
+    def renumber(self, slot: int, first: int, moves: list[tuple[int, int, int]]) -> None:
+        """Rewrites a session's rows from seq `first` on: (from, to, less) moves seqs down; what no move names is dropped."""
+        for index, part in enumerate(self._parts):
+            hit = (part.slots == slot) & (part.lasts >= first)
+            if not hit.any():
+                continue
+            part = Part(part.model, part.slots.copy(), part.firsts.copy(), part.lasts.copy(), part.inputs, part.flags, mark=part.mark)
+            for row in np.flatnonzero(hit).tolist():
+                less = [move[2] for move in moves if move[0] <= part.firsts[row] <= move[1]]
+                if less:
+                    part.firsts[row] -= less[0]
+                    part.lasts[row] -= less[0]
+                else:
+                    part.slots[row] = 0
+            self._parts[index] = part
+
+
+def _merge(model: int, parts: list[Part], wanted: NDArray[np.int64]) -> Part:
+    width = next((part.inputs.shape[1] for part in parts if part.inputs is not None), 0)
+    slots = np.concatenate([part.slots for part in parts])
+    firsts = np.concatenate([part.firsts for part in parts])
+    lasts = np.concatenate([part.lasts for part in parts])
+    flags = np.concatenate([part.flag_column() for part in parts])
+    inputs = np.concatenate(
+        [np.zeros((len(part.slots), width), np.uint8) if part.inputs is None else part.inputs for part in parts]
+    )
+    counts = lasts - firsts + 1
+    if (counts > 1).any():
+        source = np.repeat(np.arange(len(slots)), counts)
+        offset = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
+        slots, inputs, flags = slots[source], inputs[source], flags[source]
+        firsts = firsts[source] + offset
+        flags = np.where(offset > 0, flags | FEEDBACK, flags).astype(np.uint8)
+    order = np.lexsort((firsts, slots))
+    order = order[firsts[order] > wanted[slots[order]]]
+    seqs = firsts[order]
+    return Part(model, slots[order], seqs, seqs, inputs[order] if width else None, flags[order])

@@ -1,0 +1,112 @@
+"""Management: sessions and models as the server has them, by unary calls. `client.sessions` and `client.models`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram._arrays import RowCodec
+from engram._session import UNSET
+from engram._types import ModelInfo, SessionInfo, TensorSpec
+from engram.v1 import session_pb2
+
+if TYPE_CHECKING:
+    from engram._client import AsyncClient
+
+_PAGE = 500
+
+
+class Sessions:
+    """Sessions by id, whoever has them open. Every method takes `timeout` and raises EngramError."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def list(self, model: str = "", *, timeout: float | None = UNSET) -> AsyncIterator[SessionInfo]:
+        """All sessions, or those of one model, page by page."""
+        token = ""
+        while True:
+            request = session_pb2.ListSessionsRequest(page_size=_PAGE, page_token=token, model=model)
+            response = await self._client._unary("ListSessions", request, session_pb2.ListSessionsResponse, timeout)
+            for session in response.sessions:
+                yield SessionInfo.of(session)
+            token = response.next_page_token
+            if not token:
+                return
+
+    async def get(self, session_id: str, *, timeout: float | None = UNSET) -> SessionInfo:
+        """One session."""
+        request = session_pb2.GetSessionRequest(session_id=session_id)
+        response = await self._client._unary("GetSession", request, session_pb2.GetSessionResponse, timeout)
+        return SessionInfo.of(response.session)
+
+    async def state(self, session_id: str, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
+        """The state tensors by name, as they stand in Redis; bfloat16 as float32."""
+        request = session_pb2.GetSessionStateRequest(session_id=session_id)
+        response = await self._client._unary("GetSessionState", request, session_pb2.GetSessionStateResponse, timeout)
+        state: dict[str, NDArray[Any]] = {}
+        for tensor in response.tensors:
+            codec = RowCodec(TensorSpec.of(tensor.spec), f"state {tensor.spec.name}")
+            state[tensor.spec.name] = np.array(codec.decode(tensor.data, 1)[0])
+        return state
+
+    async def fork(
+        self, session_id: str, new_session_id: str | None = None, *, timeout: float | None = UNSET
+    ) -> SessionInfo:
+        """A new session that stands where this one stands; without an id the server makes one."""
+        request = session_pb2.ForkSessionRequest(session_id=session_id, new_session_id=new_session_id or "")
+        response = await self._client._unary("ForkSession", request, session_pb2.ForkSessionResponse, timeout)
+        return SessionInfo.of(response.session)
+
+    async def close(self, session_id: str, *, timeout: float | None = UNSET) -> None:
+        """Ends a session and deletes its record; whoever has it open is told."""
+        request = session_pb2.CloseSessionRequest(session_id=session_id)
+        await self._client._unary("CloseSession", request, session_pb2.CloseSessionResponse, timeout)
+
+    async def move(self, session_id: str, version: str, *, timeout: float | None = UNSET) -> SessionInfo:
+        """Moves a session to another version of its model with the same state schema."""
+        request = session_pb2.MoveSessionRequest(session_id=session_id, version=version)
+        response = await self._client._unary("MoveSession", request, session_pb2.MoveSessionResponse, timeout)
+        return SessionInfo.of(response.session)
+
+    async def export(self, session_id: str, *, timeout: float | None = UNSET) -> bytes:
+        """The session as self-contained bytes for `import_`."""
+        request = session_pb2.ExportSessionRequest(session_id=session_id)
+        response = await self._client._unary("ExportSession", request, session_pb2.ExportSessionResponse, timeout)
+        return response.data
+
+    async def import_(
+        self, data: bytes, session_id: str | None = None, *, timeout: float | None = UNSET
+    ) -> SessionInfo:
+        """A session out of exported bytes, under its own id or another."""
+        request = session_pb2.ImportSessionRequest(data=data, session_id=session_id or "")
+        response = await self._client._unary("ImportSession", request, session_pb2.ImportSessionResponse, timeout)
+        return SessionInfo.of(response.session)
+
+
+class Models:
+    """What is served. Every method takes `timeout` and raises EngramError."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def list(self, *, timeout: float | None = UNSET) -> list[ModelInfo]:
+        """Every version of every model."""
+        request = session_pb2.ListModelsRequest()
+        response = await self._client._unary("ListModels", request, session_pb2.ListModelsResponse, timeout)
+        return [ModelInfo.of(model) for model in response.models]
+
+    async def get(self, model: str, version: str = "", *, timeout: float | None = UNSET) -> ModelInfo:
+        """One version of one model; the latest if none is named."""
+        request = session_pb2.GetModelRequest(model=model, version=version)
+        response = await self._client._unary("GetModel", request, session_pb2.GetModelResponse, timeout)
+        return ModelInfo.of(response.model)
+
+    async def reload(self, *, timeout: float | None = UNSET) -> tuple[list[ModelInfo], list[str]]:
+        """Looks at the models directory now; what is served, and what is wrong with the rest."""
+        request = session_pb2.ReloadModelsRequest()
+        response = await self._client._unary("ReloadModels", request, session_pb2.ReloadModelsResponse, timeout)
+        return [ModelInfo.of(model) for model in response.models], list(response.errors)

@@ -1,0 +1,65 @@
+"""The wire: channels and calls, typed. The only module of the SDK that makes gRPC objects; _link.py uses it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from engram._options import ClientOptions
+from engram.v1 import stream_pb2
+
+SERVICE = "/engram.v1.EngramService/"
+
+StreamCall = grpc.aio.StreamStreamCall[stream_pb2.StreamRequest, stream_pb2.StreamResponse]
+_Response = TypeVar("_Response", bound=Message)
+
+
+def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
+    """A channel of its own connection to one server."""
+    keepalive_ms = int(options.keepalive_s * 1000)
+    arguments = [
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", keepalive_ms // 2),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.max_receive_message_length", options.message_bytes_max),
+        ("grpc.max_send_message_length", -1),
+        # Channels otherwise share connections, and with them the waits after failures of one another.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+    ]
+    if options.credentials is not None:
+        return grpc.aio.secure_channel(address, options.credentials, options=arguments)
+    return grpc.aio.insecure_channel(address, options=arguments)
+
+
+def open_stream(channel: grpc.aio.Channel, options: ClientOptions) -> StreamCall:
+    """Begins EngramService.Stream."""
+    multi = channel.stream_stream(
+        SERVICE + "Stream",
+        request_serializer=stream_pb2.StreamRequest.SerializeToString,
+        response_deserializer=stream_pb2.StreamResponse.FromString,
+    )
+    call: StreamCall = multi(metadata=tuple(options.metadata))
+    return call
+
+
+async def call_unary(
+    channel: grpc.aio.Channel,
+    method: str,
+    request: Message,
+    response_type: type[_Response],
+    timeout_s: float | None,
+    options: ClientOptions,
+) -> _Response:
+    """One unary call. Raises grpc.aio.AioRpcError."""
+    multi = channel.unary_unary(
+        SERVICE + method,
+        request_serializer=type(request).SerializeToString,
+        response_deserializer=response_type.FromString,
+    )
+    response: _Response = await multi(request, timeout=timeout_s, metadata=tuple(options.metadata))
+    return response

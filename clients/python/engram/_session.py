@@ -1,0 +1,193 @@
+"""A session, as a caller has it. AsyncClient.open makes them; everything is done by the client's core and link."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from numpy.typing import ArrayLike, NDArray
+
+from engram._calls import FEEDBACK, QUIET, Call
+from engram._errors import EngramError, FailedPrecondition, InvalidInput, SessionClosed
+from engram._source import inputs_of
+from engram._types import ModelInfo
+
+if TYPE_CHECKING:
+    from engram._client import AsyncClient
+
+UNSET: Final = -1.0  # a timeout that was not given: the client's default
+
+
+class Session:
+    """One sequence on one model version; made by `AsyncClient.open`.
+
+    Steps of one session are applied in the order in which they were called. A step that fails for good (a NaN, say) is as
+    if it had not been made: steps called after it are applied all the same. A call of many rows (`run`, `absorb`) stops at
+    its first failing row; `error.metadata["row"]` says which. A cancelled or timed-out step that had left already may still
+    be applied; its output is dropped and the session goes on.
+
+    Every method takes `timeout` in seconds (None: no limit; not given: the client's) and raises EngramError.
+    """
+
+    def __init__(self, client: AsyncClient, slot: int, session_id: str) -> None:
+        self._client = client
+        self._slot = slot
+        self._uid = client._core.table.base + slot
+        self._id = session_id
+        self._last_seq = 0
+
+    def __repr__(self) -> str:
+        return f"<engram session {self._id!r} at step {self.seq}>"
+
+    @property
+    def id(self) -> str:
+        """The session's id."""
+        return self._id
+
+    @property
+    def seq(self) -> int:
+        """The number of the last step whose answer has arrived; 0 before the first."""
+        return self._last_seq if self._uid < 0 else int(self._client._core.table.answered[self._slot])
+
+    @property
+    def durable_seq(self) -> int:
+        """The number of the last answered step known to be safe in Redis: `seq`, unless durability is "interval"."""
+        if self._uid < 0:
+            return self._last_seq
+        table = self._client._core.table
+        return min(self.seq, int(table.durable[self._slot])) if table.interval[self._slot] else self.seq
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model version that the session is on."""
+        return self._client._core.models[self._model_index].info
+
+    async def step(self, x: ArrayLike, *, timeout: float | None = UNSET) -> NDArray[Any]:
+        """One input [*input shape] -> its output [*output shape]. Steps that are ready together leave as one frame."""
+        client, slot = self._client, self._live()
+        core = client._core
+        row = core.models[core.table.model[slot]].input.one(x)
+        return await core.submit_step(slot, row, client._timeout(timeout))
+
+    async def run(self, X: ArrayLike, *, timeout: float | None = UNSET) -> NDArray[Any]:
+        """Inputs [T, *input shape] -> outputs [T, *output shape], pipelined."""
+        link = self._client._core.models[self._model_index]
+        inputs = link.input.many(X)
+        outputs = link.output.empty(len(inputs))
+        await self._submit(len(inputs), inputs, outputs, 0, timeout)
+        return outputs
+
+    async def absorb(self, X: ArrayLike, *, timeout: float | None = UNSET) -> None:
+        """Takes inputs [T, *input shape] in without giving outputs."""
+        inputs = self._client._core.models[self._model_index].input.many(X)
+        await self._submit(len(inputs), inputs, None, QUIET, timeout)
+
+    async def generate(self, k: int, *, timeout: float | None = UNSET) -> NDArray[Any]:
+        """k further outputs [k, *output shape], each the next one's input; the first input is the last output."""
+        link = self._client._core.models[self._model_index]
+        if k < 0:
+            raise InvalidInput(f"generate takes the number of outputs, 0 or more; got {k}", reason="INVALID_ARGUMENT")
+        if not link.info.generates:
+            message = f"model {link.info.name} cannot run on its own output: its output is not of its input's shape"
+            raise FailedPrecondition(message, reason="CANNOT_GENERATE")
+        outputs = link.output.empty(k)
+        await self._submit(k, None, outputs, FEEDBACK, timeout)
+        return outputs
+
+    async def stream(
+        self,
+        source: Iterable[ArrayLike] | AsyncIterable[ArrayLike],
+        *,
+        ahead: int = 64,
+        timeout: float | None = UNSET,
+    ) -> AsyncIterator[NDArray[Any]]:
+        """One output for each input of any (async) iterable, in order, as soon as it is there.
+
+        At most `ahead` steps are on their way at once; the source is not read further meanwhile. A plain iterable that is no
+        list or array is read in a thread of its own. What the source raises is raised here, after the outputs of all inputs
+        before it. Ends with the source; leaving the loop early leaves the session usable.
+        """
+        outputs: deque[asyncio.Task[NDArray[Any]]] = deque()
+        inputs = inputs_of(source)
+        next_input: asyncio.Task[ArrayLike] | None = None
+        failure: BaseException | None = None
+        ended = False
+        try:
+            while not ended or outputs:
+                if next_input is None and not ended and len(outputs) < ahead:
+                    next_input = asyncio.ensure_future(anext(inputs))  # type: ignore[arg-type]
+                waiting: set[asyncio.Task[Any]] = {outputs[0]} if outputs else set()
+                if next_input is not None:
+                    waiting.add(next_input)
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if next_input is not None and next_input.done():
+                    error = next_input.exception()
+                    if error is not None:
+                        ended, failure = True, None if isinstance(error, StopAsyncIteration) else error
+                    else:
+                        outputs.append(asyncio.ensure_future(self.step(next_input.result(), timeout=timeout)))
+                    next_input = None
+                while outputs and outputs[0].done():
+                    yield outputs.popleft().result()
+            if failure is not None:
+                raise failure
+        finally:
+            for task in (*outputs, *(() if next_input is None else (next_input,))):
+                task.cancel()
+            await asyncio.gather(*outputs, *(() if next_input is None else (next_input,)), return_exceptions=True)
+            await inputs.aclose()  # type: ignore[attr-defined]
+
+    async def state(self, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
+        """The state tensors by name, without the batch dimension, as they stand in Redis now."""
+        self._live()
+        return await self._client.sessions.state(self._id, timeout=timeout)
+
+    async def fork(self, session_id: str | None = None, *, timeout: float | None = UNSET) -> Session:
+        """A new session, opened, that stands where this one stands in Redis now."""
+        index = self._model_index
+        info = await self._client.sessions.fork(self._id, session_id, timeout=timeout)
+        link = self._client._core.models[index]
+        opened = await self._client._open(link.info.name, [info.id], info.version, link.durability, timeout)
+        return opened[0]
+
+    async def close(self, *, timeout: float | None = UNSET) -> None:
+        """Ends the session and deletes its record. Closing twice is no error."""
+        await self._client._let_go([self], detach=False, timeout=timeout)
+
+    async def detach(self, *, timeout: float | None = UNSET) -> None:
+        """Lets go of the session and keeps its record: `open` carries on from there."""
+        await self._client._let_go([self], detach=True, timeout=timeout)
+
+    async def _submit(
+        self, rows: int, inputs: NDArray[Any] | None, outputs: NDArray[Any] | None, flags: int, timeout: float | None
+    ) -> None:
+        slot = self._live()
+        if not rows:
+            return
+        core = self._client._core
+        # Copied: the caller may change the array while steps still wait, or are kept for a replay.
+        kept = None if inputs is None else inputs.copy()
+        call = Call(rows, kept, outputs, flags, False, core.loop.create_future(), core.loop.time())
+        await core.submit(call, slot, self._client._timeout(timeout))
+
+    @property
+    def _model_index(self) -> int:
+        return int(self._client._core.table.model[self._live()])
+
+    def _live(self) -> int:
+        """The slot. Raises what the session was lost to."""
+        if self._uid < 0:
+            raise SessionClosed(f"session {self._id!r} was closed here", reason="SESSION_CLOSED")
+        table = self._client._core.table
+        if table.lost[self._slot]:
+            raise table.error_of(self._slot)
+        return self._slot
+
+    def _let_go(self, error: EngramError) -> None:
+        """The slot is given back; the object is void."""
+        if self._uid >= 0:
+            self._last_seq = self.seq
+            self._uid = -1
+            self._client._core.release(self._slot, error)
