@@ -11,6 +11,7 @@ from engram_models.bundle import (
     write_bundle,
 )
 from engram_models.cell import Cell, State
+from engram_models.digits import Digits, heldout_digits
 from engram_models.importers import bundle_from_torch
 from engram_models.probe import batch_floor
 from engram_models.recurrent import GRU, LSTM, GRUResetAfter, PeepholeLSTM, VanillaRNN
@@ -23,6 +24,7 @@ __all__ = [
     "BundleError",
     "BundleRef",
     "Cell",
+    "Digits",
     "GRUResetAfter",
     "PeepholeLSTM",
     "Repository",
@@ -31,6 +33,7 @@ __all__ = [
     "VanillaRNN",
     "batch_floor",
     "bundle_from_torch",
+    "heldout_digits",
     "load_bundle",
     "shipped_models_dir",
     "version_key",

@@ -100,7 +100,9 @@ class Repository:
 
 def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
     """Orders versions with their numbers as numbers: 2 before 10, 1.9 before 1.10."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.findall(r"\d+|[^\d._-]+", version))
+    return tuple(
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.findall(r"\d+|[^\d._-]+", version)
+    )
 
 
 def shipped_models_dir() -> Path:
@@ -129,6 +131,7 @@ def write_bundle(
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
     try:
         save_file({**weights, **_record_check(cell)}, temporary / "weights.safetensors")
+        (temporary / "weights.safetensors").chmod(0o644)  # safetensors gives it to its writer alone
         (temporary / "model.toml").write_text(_toml(manifest))
         temporary.chmod(0o755)
         temporary.rename(target)
@@ -147,7 +150,9 @@ def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
     _load_weights(path, cell, weights)
     fingerprint = _fingerprint(cell, weights)
     if manifest["fingerprint"] != fingerprint:
-        raise BundleError(f"{path}: fingerprint {manifest['fingerprint']} is recorded, {fingerprint} is what the files give")
+        raise BundleError(
+            f"{path}: fingerprint {manifest['fingerprint']} is recorded, {fingerprint} is what the files give"
+        )
     cell.to(device).eval().requires_grad_(False)
     _verify_check(path, cell, tensors)
     return Bundle(
@@ -239,7 +244,10 @@ def _verify_check(path: Path, cell: Cell, tensors: Mapping[str, Tensor]) -> None
         outputs, states = _run(cell, inputs.to(device), [tensor.to(device) for tensor in before])
     except (RuntimeError, TypeError) as error:
         raise BundleError(f"{path}: the check vector does not run: {error}") from error
-    for what, got, want in [("outputs", outputs, expected), *zip([s.name for s in cell.state_schema], states, after, strict=True)]:
+    for what, got, want in [
+        ("outputs", outputs, expected),
+        *zip([s.name for s in cell.state_schema], states, after, strict=True),
+    ]:
         difference = (got.cpu().double() - want.double()).abs().max().item() if want.numel() else 0.0
         if not difference <= CHECK_TOLERANCE:
             raise BundleError(

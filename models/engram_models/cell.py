@@ -28,7 +28,9 @@ class Cell(nn.Module):
     config: Mapping[str, Any]
     state_type: Any
 
-    def declare(self, input: TensorSpec, output: TensorSpec, state: tuple[TensorSpec, ...], config: Mapping[str, Any]) -> None:
+    def declare(
+        self, input: TensorSpec, output: TensorSpec, state: tuple[TensorSpec, ...], config: Mapping[str, Any]
+    ) -> None:
         """Called once by a subclass's constructor, with all that the contract asks for."""
         self.input, self.output, self.state_schema, self.config = input, output, state, dict(config)
         self.state_type = NamedTuple("State", [(spec.name, Tensor) for spec in state])
@@ -43,7 +45,9 @@ class Cell(nn.Module):
         """Whether outputs can be fed back as inputs."""
         return (self.input.dtype, self.input.shape) == (self.output.dtype, self.output.shape)
 
-    def initial_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
         """The schema's initial values, [batch, *shape] each; `dtype` replaces float32 (gradient checks use float64)."""
         tensors = (
             torch.full(

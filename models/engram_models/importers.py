@@ -12,17 +12,27 @@ from torch import Tensor, nn
 from engram_models.recurrent import LSTM, GRUResetAfter, GRUResetAfterLayer, Layer, RecurrentCell, VanillaRNN
 
 
-def bundle_from_torch(module: nn.RNN | nn.GRU | nn.LSTM, head: nn.Linear | None = None, activation: str = "none") -> RecurrentCell:
+def bundle_from_torch(
+    module: nn.RNN | nn.GRU | nn.LSTM, head: nn.Linear | None = None, activation: str = "none"
+) -> RecurrentCell:
     """A cell that computes what `module` and then `head` and `activation` compute, ready for write_bundle.
 
     Raises ValueError for what the cell contract has no place for: bidirectional modules and projections. Checked by running
     both on random input: a difference above 1e-5 is a ValueError too.
     """
     if module.bidirectional or getattr(module, "proj_size", 0):
-        raise ValueError("bidirectional modules and projections cannot be stepped online; import one direction without projection")
+        raise ValueError(
+            "bidirectional modules and projections cannot be stepped online; import one direction without projection"
+        )
     if head is not None and head.in_features != module.hidden_size:
         raise ValueError(f"the head takes {head.in_features} values, the module gives {module.hidden_size}")
-    sizes = (module.input_size, module.hidden_size, module.num_layers, None if head is None else head.out_features, activation)
+    sizes = (
+        module.input_size,
+        module.hidden_size,
+        module.num_layers,
+        None if head is None else head.out_features,
+        activation,
+    )
     if isinstance(module, nn.LSTM):
         cell: RecurrentCell = LSTM(*sizes)
     elif isinstance(module, nn.GRU):

@@ -18,7 +18,9 @@ _STEPS = 2
 _ROWS_WATCHED = 4
 
 
-def batch_floor(cell: Cell, device: torch.device | str, batch_max: int, sizes: Iterable[int] | None = None) -> int | None:
+def batch_floor(
+    cell: Cell, device: torch.device | str, batch_max: int, sizes: Iterable[int] | None = None
+) -> int | None:
     """The least floor F such that every tried batch of F rows or more gives watched rows equal bits; None if none does.
 
     Tries sizes up to `batch_max` (or `sizes`: the only ones that will be used), several places of a row in the batch, and
@@ -49,8 +51,12 @@ class _Rows:
     def __init__(self, cell: Cell, device: torch.device | str, generator: torch.Generator) -> None:
         self._cell = cell
         self._device = device
-        self._inputs = [self._random(cell.input.shape, cell.input.torch_dtype, _ROWS_WATCHED, generator) for _ in range(_STEPS)]
-        self._state = [self._random(spec.shape, spec.torch_dtype, _ROWS_WATCHED, generator) for spec in cell.state_schema]
+        self._inputs = [
+            self._random(cell.input.shape, cell.input.torch_dtype, _ROWS_WATCHED, generator) for _ in range(_STEPS)
+        ]
+        self._state = [
+            self._random(spec.shape, spec.torch_dtype, _ROWS_WATCHED, generator) for spec in cell.state_schema
+        ]
 
     def run(self, size: int, generator: torch.Generator) -> list[list[torch.Tensor]]:
         """For each watched row, its outputs and states after every step; each row at a place of its own among neighbours."""
@@ -76,11 +82,15 @@ class _Rows:
         batch[place] = row
         return batch
 
-    def _random(self, shape: tuple[int, ...], dtype: torch.dtype, rows: int, generator: torch.Generator) -> torch.Tensor:
+    def _random(
+        self, shape: tuple[int, ...], dtype: torch.dtype, rows: int, generator: torch.Generator
+    ) -> torch.Tensor:
         if dtype.is_floating_point:
             return torch.randn((rows, *shape), generator=generator).to(dtype).to(self._device)
         return torch.randint(0, 2, (rows, *shape), generator=generator).to(dtype).to(self._device)
 
 
 def _equal(one: list[list[torch.Tensor]], other: list[list[torch.Tensor]]) -> bool:
-    return all(torch.equal(a, b) for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True))
+    return all(
+        torch.equal(a, b) for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True)
+    )

@@ -36,7 +36,9 @@ class Layer(nn.Module):
         super().__init__()
         self.input_size, self.hidden_size = input_size, hidden_size
         bound = 1 / sqrt(hidden_size)
-        self.weight = nn.Parameter(torch.empty(self.gates * hidden_size, input_size + hidden_size).uniform_(-bound, bound))
+        self.weight = nn.Parameter(
+            torch.empty(self.gates * hidden_size, input_size + hidden_size).uniform_(-bound, bound)
+        )
         self.bias = nn.Parameter(torch.empty(self.gates * hidden_size).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, state: State) -> State:
@@ -75,7 +77,9 @@ class GRULayer(Layer):
     def forward(self, x: Tensor, state: State) -> State:
         (s,) = state
         split = 2 * self.hidden_size
-        r, z = torch.sigmoid(functional.linear(torch.cat((x, s), 1), self.weight[:split], self.bias[:split])).chunk(2, 1)
+        r, z = torch.sigmoid(functional.linear(torch.cat((x, s), 1), self.weight[:split], self.bias[:split])).chunk(
+            2, 1
+        )
         n = torch.tanh(functional.linear(torch.cat((x, r * s), 1), self.weight[split:], self.bias[split:]))
         return (n + z * (s - n),)
 
@@ -97,7 +101,9 @@ class GRUResetAfterLayer(Layer):
     def forward(self, x: Tensor, state: State) -> State:
         (s,) = state
         split, inputs = 2 * self.hidden_size, self.input_size
-        r, z = torch.sigmoid(functional.linear(torch.cat((x, s), 1), self.weight[:split], self.bias[:split])).chunk(2, 1)
+        r, z = torch.sigmoid(functional.linear(torch.cat((x, s), 1), self.weight[:split], self.bias[:split])).chunk(
+            2, 1
+        )
         from_input = functional.linear(x, self.weight[split:, :inputs], self.bias[split:])
         from_state = functional.linear(s, self.weight[split:, inputs:], self.bias_n)
         n = torch.tanh(from_input + r * from_state)
@@ -148,7 +154,13 @@ class RecurrentCell(Cell):
     layer_type: ClassVar[type[Layer]]
 
     def __init__(
-        self, input_size: int, hidden_size: int, layers: int = 1, output_size: int | None = None, activation: str = "none", **options: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        layers: int = 1,
+        output_size: int | None = None,
+        activation: str = "none",
+        **options: Any,
     ) -> None:
         super().__init__()
         if min(input_size, hidden_size, layers, output_size or 1) < 1:
@@ -160,7 +172,13 @@ class RecurrentCell(Cell):
         self.head = None if output_size is None else nn.Linear(hidden_size, output_size)
         self.activate = _HEADS[activation]
         names = [f"{name}{number}" for number in range(layers) for name in self.layer_type.states]
-        config = {"input_size": input_size, "hidden_size": hidden_size, "layers": layers, "activation": activation, **options}
+        config = {
+            "input_size": input_size,
+            "hidden_size": hidden_size,
+            "layers": layers,
+            "activation": activation,
+            **options,
+        }
         self.declare(
             TensorSpec("input", "float32", (input_size,)),
             TensorSpec("output", "float32", (output_size or hidden_size,)),
