@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, cast
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Cell(nn.Module):
     ) -> None:
         """Called once by a subclass's constructor, with all that the contract asks for."""
         self.input, self.output, self.state_schema, self.config = input, output, state, dict(config)
-        self.state_type = NamedTuple("State", [(spec.name, Tensor) for spec in state])
+        self.state_type = _state_type([spec.name for spec in state])
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Cell:
@@ -71,3 +72,7 @@ class Cell(nn.Module):
             y, state = self(x, state)
             outputs.append(y)
         return torch.stack(outputs, 1), state
+
+
+def _state_type(names: Sequence[str]) -> Any:
+    return namedtuple("State", names)

@@ -20,7 +20,7 @@ def bundle_from_torch(
     Raises ValueError for what the cell contract has no place for: bidirectional modules and projections. Checked by running
     both on random input: a difference above 1e-5 is a ValueError too.
     """
-    if module.bidirectional or getattr(module, "proj_size", 0):
+    if module.bidirectional or module.proj_size:
         raise ValueError(
             "bidirectional modules and projections cannot be stepped online; import one direction without projection"
         )
@@ -53,7 +53,8 @@ def _copy_layer(module: nn.RNN | nn.GRU | nn.LSTM, number: int, layer: Layer) ->
     w_ih, w_hh = (getattr(module, f"weight_{name}_l{number}") for name in ("ih", "hh"))
     layer.weight.copy_(torch.cat((w_ih, w_hh), 1))
     zeros = torch.zeros(len(w_ih))
-    b_ih, b_hh = (getattr(module, f"bias_{name}_l{number}") if module.bias else zeros for name in ("ih", "hh"))
+    weights = dict(module.named_parameters())
+    b_ih, b_hh = (getattr(module, f"bias_{name}_l{number}") if "bias_ih_l0" in weights else zeros for name in ("ih", "hh"))
     if isinstance(layer, GRUResetAfterLayer):
         split = 2 * layer.hidden_size
         layer.bias.copy_(torch.cat((b_ih[:split] + b_hh[:split], b_ih[split:])))

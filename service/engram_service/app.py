@@ -33,7 +33,7 @@ from engram_service.work import WorkQueue
 
 log = logging.getLogger(__name__)
 
-_SWITCH_INTERVAL_S = 0.001  # the event loop and the engine share the interpreter: neither may wait long for it
+_SWITCH_INTERVAL_S = 0.0002  # the event loop and the engine share the interpreter: neither may wait long for it
 _STOP_GRACE_S = 1.0
 
 
@@ -56,7 +56,9 @@ async def serve(settings: Settings) -> None:
         core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, settings.torch_threads())
         sessions = Sessions(core, store)
         unary = UnaryStream(core, sessions)
-        server = Server(settings, StreamHandler(core, sessions), UnaryHandlers(core, sessions, store, unary, str(device)))
+        server = Server(
+            settings, StreamHandler(core, sessions), UnaryHandlers(core, sessions, store, unary, str(device))
+        )
         _expose(metrics, core, store, device)
 
         for problem in await catalog.reload():
@@ -67,11 +69,21 @@ async def serve(settings: Settings) -> None:
         http = _Http(settings.http, metrics)
         stack.callback(http.stop)
         port = await server.start()
-        loop.add_signal_handler(signal.SIGHUP, lambda: background.create_task(catalog.reload()))
-        log.info("engram %s serves on %s (port %d), metrics on %s, device %s", __version__, settings.listen, port, settings.http, device)
+        log.info(
+            "engram %s serves on %s (port %d), metrics on %s, device %s",
+            __version__,
+            settings.listen,
+            port,
+            settings.http,
+            device,
+        )
 
         async with asyncio.TaskGroup() as background:
-            tasks = [background.create_task(work) for work in (core.sweep(), core.residency.beat(), catalog.watch(), unary.run())]
+            loop.add_signal_handler(signal.SIGHUP, lambda: background.create_task(catalog.reload()))
+            tasks = [
+                background.create_task(work)
+                for work in (core.sweep(), core.residency.beat(), catalog.watch(), unary.run())
+            ]
             await stop.wait()
             log.info("draining")
             await server.set_serving(False)
@@ -87,12 +99,16 @@ async def serve(settings: Settings) -> None:
 async def _store(settings: Settings, stack: AsyncExitStack) -> Store:
     url = settings.redis_url
     if not url:
-        private = PrivateRedis(PrivateSettings(settings.data_directory(), settings.redis_appendfsync, settings.redis_maxmemory_mb))
+        private = PrivateRedis(
+            PrivateSettings(settings.data_directory(), settings.redis_appendfsync, settings.redis_maxmemory_mb)
+        )
         await asyncio.to_thread(private.start)
         stack.callback(private.stop)
         url = private.url
     store = Store(
-        StoreSettings(url, settings.redis_ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections)
+        StoreSettings(
+            url, settings.redis_ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections
+        )
     )
     stack.callback(store.close)
     return store
@@ -140,7 +156,7 @@ class _Http:
         registry = metrics.registry
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802 (the base class's name)
+            def do_GET(self) -> None:
                 if self.path.split("?")[0] == "/metrics":
                     self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
                 elif self.path == "/healthz":

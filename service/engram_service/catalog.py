@@ -73,9 +73,11 @@ class Catalog:
         if not any(known == name for known, _ in self._by_key):
             names = ", ".join(sorted({known for known, _ in self._by_key})) or "none"
             raise NotFound("MODEL_NOT_FOUND", f"no model {name!r} is served; there are: {names}", model=name)
-        raise NotFound("VERSION_NOT_FOUND", f"model {name!r} has no version {version!r}; it has: {', '.join(versions)}", model=name)
+        raise NotFound(
+            "VERSION_NOT_FOUND", f"model {name!r} has no version {version!r}; it has: {', '.join(versions)}", model=name
+        )
 
-    def list(self) -> list[model_pb2.Model]:
+    def describe_all(self) -> list[model_pb2.Model]:
         ordered = sorted(self._by_key.values(), key=lambda served: (served.bundle.name, served.index))
         return [self.describe(served) for served in ordered]
 
@@ -103,7 +105,14 @@ class Catalog:
                 if (ref.name, ref.version) not in self._by_key and self._failed.get(ref.path, ("",))[0] != _stamp(ref):
                     await self._load(ref)
             self._versions = _versions([ref for ref in found if (ref.name, ref.version) in self._by_key])
-            return [*errors, *(f"{ref.name}/{ref.version}: {self._failed[ref.path][1]}" for ref in found if ref.path in self._failed)]
+            return [
+                *errors,
+                *(
+                    f"{ref.name}/{ref.version}: {self._failed[ref.path][1]}"
+                    for ref in found
+                    if ref.path in self._failed
+                ),
+            ]
 
     async def watch(self) -> None:
         """Reloads when something in the directories changes; runs until cancelled."""
@@ -124,23 +133,39 @@ class Catalog:
         self.models.append(served)
         self._by_key[ref.name, ref.version] = served
         self._metrics.model_loads.labels("loaded").inc()
-        log.info("model %s loaded, floor %s, arena of %d slots", served.reference, served.runner.shapes.floor, served.arena.capacity)
+        log.info(
+            "model %s loaded, floor %s, arena of %d slots",
+            served.reference,
+            served.runner.shapes.floor,
+            served.arena.capacity,
+        )
 
     def _build(self, ref: BundleRef, index: int) -> Served:
         bundle = load_bundle(ref.path, self._device)
         window = max(_WINDOW_MIN, min(_WINDOW_MAX, _WINDOW_BYTES // bundle.output.nbytes))
         state_nbytes = sum(spec.nbytes for spec in bundle.state)
         slot_nbytes = state_nbytes + (window + 1) * bundle.output.nbytes
-        capacity = max(self._settings.tick_rows_max, min(self._settings.arena_slots_max, (self._settings.arena_mb << 20) // slot_nbytes))
+        capacity = max(
+            self._settings.tick_rows_max,
+            min(self._settings.arena_slots_max, (self._settings.arena_mb << 20) // slot_nbytes),
+        )
         arena = Arena(bundle, capacity, window, self._device)
-        runner = CudaRunner(arena, self._shapes(bundle)) if self._device.type == "cuda" else Runner(arena, self._shapes(bundle))
-        return Served(index, bundle, arena, runner, RecordLayout(bundle.fingerprint, state_nbytes, bundle.output.nbytes))
+        runner = (
+            CudaRunner(arena, self._shapes(bundle))
+            if self._device.type == "cuda"
+            else Runner(arena, self._shapes(bundle))
+        )
+        return Served(
+            index, bundle, arena, runner, RecordLayout(bundle.fingerprint, state_nbytes, bundle.output.nbytes)
+        )
 
     def _shapes(self, bundle: Bundle) -> Shapes:
         rows_max = self._settings.tick_rows_max
         floor = batch_floor(bundle.cell, self._device, rows_max)
         if floor is None:
-            log.warning("model %s/%s: no batch floor found, rows run in tiles of one shape", bundle.name, bundle.version)
+            log.warning(
+                "model %s/%s: no batch floor found, rows run in tiles of one shape", bundle.name, bundle.version
+            )
         if self._device.type != "cuda" or floor is None:
             return Shapes(floor)
         return Shapes(floor, tuple(bucket for bucket in _CUDA_BUCKETS if floor <= bucket <= rows_max) or (rows_max,))

@@ -59,7 +59,13 @@ class Core:
     """Admits steps, answers them, and keeps the columns that say where every session stands."""
 
     def __init__(
-        self, settings: Settings, table: SessionTable, queue: WorkQueue, catalog: Catalog, store: Store, metrics: Metrics
+        self,
+        settings: Settings,
+        table: SessionTable,
+        queue: WorkQueue,
+        catalog: Catalog,
+        store: Store,
+        metrics: Metrics,
     ) -> None:
         self.table = table
         self.queue = queue
@@ -85,7 +91,9 @@ class Core:
             raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
         if len(self.streams) >= self.settings.streams_max:
             limit = self.settings.streams_max
-            raise ResourceExhausted("TOO_MANY_STREAMS", f"this server has {limit} streams, its limit", retry_after_ms=1000)
+            raise ResourceExhausted(
+                "TOO_MANY_STREAMS", f"this server has {limit} streams, its limit", retry_after_ms=1000
+            )
         self._streams_made += 1
         stream = Stream(self._streams_made, self.settings.stream_rows_max)
         self.streams[stream.id] = stream
@@ -122,7 +130,10 @@ class Core:
             return
         stream.in_flight += len(columns)
         if columns.acked is not None:
-            self._acknowledge(rows if columns.source is None else stream.rows_of(column(frame.handles, np.uint32, "handles")), columns.acked)
+            self._acknowledge(
+                rows if columns.source is None else stream.rows_of(column(frame.handles, np.uint32, "handles")),
+                columns.acked,
+            )
         self._admit(stream, served, rows, columns, inputs, refused, now, self._deadline(frame.timeout_ms, now))
 
     def acknowledge(self, stream: Stream, frame: stream_pb2.AcknowledgeFrame) -> None:
@@ -157,14 +168,17 @@ class Core:
         """Input rows as bytes, uint8 [n, input_nbytes]."""
         spec = served.bundle.input
         if frame.dtype and frame.dtype != spec.dtype:
-            raise InvalidArgument("INVALID_INPUT_DTYPE", f"model {served.reference} takes {spec.dtype}, not {frame.dtype}")
+            raise InvalidArgument(
+                "INVALID_INPUT_DTYPE", f"model {served.reference} takes {spec.dtype}, not {frame.dtype}"
+            )
         rows = len(frame.handles) // 4
         if not frame.inputs and bool((columns.flags & FEEDBACK).all()):
             return np.zeros((len(columns), spec.nbytes), np.uint8)
         if len(frame.inputs) != rows * spec.nbytes:
             expected = f"{rows} rows of {spec.dtype}{list(spec.shape)} are {rows * spec.nbytes} bytes"
             raise InvalidArgument(
-                "INVALID_INPUT_WIDTH", f"column inputs has {len(frame.inputs)} bytes; for model {served.reference}, {expected}"
+                "INVALID_INPUT_WIDTH",
+                f"column inputs has {len(frame.inputs)} bytes; for model {served.reference}, {expected}",
             )
         inputs = np.frombuffer(frame.inputs, np.uint8).reshape(rows, spec.nbytes)
         return inputs if columns.source is None else inputs[columns.source]
@@ -189,7 +203,9 @@ class Core:
         classes = classify(rows, seqs, table.admitted[safe], out)
         if classes.gap.any():
             nexts = table.admitted[safe[classes.gap][0]] + 1
-            message = f"the next step of this session is {nexts}; send steps in order (metadata: the first row refused so)"
+            message = (
+                f"the next step of this session is {nexts}; send steps in order (metadata: the first row refused so)"
+            )
             gap = FailedPrecondition("SEQ_GAP", message, next_seq=nexts, seq=seqs[classes.gap][0])
             refused.append((classes.gap, gap))
         if classes.repeated.any():
@@ -218,16 +234,25 @@ class Core:
         spec = served.bundle.input
         fed = (columns.flags & FEEDBACK).astype(np.bool_)
         if fed.any() and not served.bundle.generates:
-            message = f"model {served.reference} gives {served.bundle.output.shape} and takes {spec.shape}: it cannot run on its own output"
+            sizes = f"gives {list(served.bundle.output.shape)} and takes {list(spec.shape)}"
+            message = f"model {served.reference} {sizes}: it cannot run on its own output"
             refused.append((fed, FailedPrecondition("CANNOT_GENERATE", message)))
-        if not served.bundle.allows_non_finite and (bad := _not_finite(inputs, spec.dtype)) is not None and (bad & ~fed).any():
+        if (
+            not served.bundle.allows_non_finite
+            and (bad := _not_finite(inputs, spec.dtype)) is not None
+            and (bad & ~fed).any()
+        ):
             message = "the input has NaN or infinity, which this model does not allow; nothing was applied"
             refused.append((bad & ~fed, InvalidArgument("NON_FINITE_INPUT", message)))
         safe = np.where(rows >= 0, rows, 0)
         window = served.arena.window
-        full = (columns.seqs > table.acked[safe] + np.uint64(window)) & (columns.seqs > table.admitted[safe]) & (rows >= 0)
+        full = (
+            (columns.seqs > table.acked[safe] + np.uint64(window)) & (columns.seqs > table.admitted[safe]) & (rows >= 0)
+        )
         if full.any():
-            message = f"{window} outputs of this session are not acknowledged, the limit; acknowledge those that have arrived"
+            message = (
+                f"{window} outputs of this session are not acknowledged, the limit; acknowledge those that have arrived"
+            )
             refused.append((full, ResourceExhausted("REPLY_WINDOW_FULL", message, retry_after_ms=_RETRY_MS)))
         if table.opening[safe].any():
             held = table.opening[safe] & (rows >= 0)
@@ -260,7 +285,9 @@ class Core:
         if len(silent):
             self._send_outputs(stream, sessions[silent], seqs[silent], None)
         if len(loud):
-            self.residency.with_outputs(served, sessions[loud], lambda: self._send_kept(stream, served, sessions[loud], seqs[loud]))
+            self.residency.with_outputs(
+                served, sessions[loud], lambda: self._send_kept(stream, served, sessions[loud], seqs[loud])
+            )
 
     def _send_kept(self, stream: Stream, served: Served, sessions: NDArray[np.int32], seqs: NDArray[np.uint64]) -> None:
         slots = self.table.slot[sessions]
@@ -345,7 +372,9 @@ class Core:
                 rows = rows[~advance.answered[rows]]
             if len(rows):
                 groups.setdefault(part.batch.stream.id, (part.batch.stream, []))[1].append(rows)
-        return [(stream, pieces[0] if len(pieces) == 1 else np.concatenate(pieces)) for stream, pieces in groups.values()]
+        return [
+            (stream, pieces[0] if len(pieces) == 1 else np.concatenate(pieces)) for stream, pieces in groups.values()
+        ]
 
     def _send_rows(self, stream: Stream, advance: Advance, rows: NDArray[np.intp]) -> None:
         tick = advance.tick
@@ -385,7 +414,9 @@ class Core:
         self.residency.forget_slots(served, sessions)
         self.table.admitted[sessions] = self.table.durable[sessions]
         self.table.applied[sessions] = self.table.durable[sessions]
-        self._refuse_index(advance, None, Internal("INTERNAL", f"the model failed on this batch: {type(error).__name__}"))
+        self._refuse_index(
+            advance, None, Internal("INTERNAL", f"the model failed on this batch: {type(error).__name__}")
+        )
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions))
         self.queue.release(sessions)
 
@@ -491,12 +522,13 @@ class Core:
         for stream_id in np.unique(table.stream[sessions]).tolist():
             if stream := self.streams.get(stream_id):
                 mine = sessions[table.stream[sessions] == stream_id]
-                durable = stream_pb2.DurableFrame(handles=table.handle[mine].tobytes(), durable_seqs=table.durable[mine].tobytes())
+                durable = stream_pb2.DurableFrame(
+                    handles=table.handle[mine].tobytes(), durable_seqs=table.durable[mine].tobytes()
+                )
                 stream.send(stream_pb2.StreamResponse(durable=durable))
 
     def dismiss(self, sessions: NDArray[Any], why: int) -> None:
         """Tells the streams that hold these sessions, voids their handles and forgets the rows (none may be in a tick)."""
-        table = self.table
         refusal = taken_over() if why == TAKEN_OVER else closed()
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), refusal)
         self.detach(sessions, why)

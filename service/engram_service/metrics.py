@@ -27,12 +27,18 @@ class Metrics:
         self.sessions_opened = counter("sessions_opened", "Sessions created or carried on", "how")
         self.sessions_closed = counter("sessions_closed", "Sessions closed and deleted")
         self.sessions_expired = counter("sessions_expired", "Sessions found expired or deleted while attached")
-        self.sessions_taken_over = counter("sessions_taken_over", "Sessions that a newer open took from a stream of this server")
-        self.sessions_fenced = counter("sessions_fenced", "Commits refused by the store because another server holds the session")
+        self.sessions_taken_over = counter(
+            "sessions_taken_over", "Sessions that a newer open took from a stream of this server"
+        )
+        self.sessions_fenced = counter(
+            "sessions_fenced", "Commits refused by the store because another server holds the session"
+        )
         self.steps = counter("steps", "Steps by what became of them", "model", "outcome")
         self.ticks = counter("ticks", "Batched cell calls over ready rows", "model")
         self.tick_rows = histogram("tick_rows", "Rows in a tick", _ROWS, "model")
-        self.tick_busy_seconds = counter("tick_busy_seconds", "Seconds that the engine spent in ticks: its rate is the utilisation")
+        self.tick_busy_seconds = counter(
+            "tick_busy_seconds", "Seconds that the engine spent in ticks: its rate is the utilisation"
+        )
         self.stage_seconds = histogram("stage_seconds", "Seconds by stage, one observation a tick", _SECONDS, "stage")
         self.commit_bytes = counter("commit_bytes", "Bytes of records sent to Redis")
         self.commit_rows = counter("commit_rows", "Records sent to Redis")

@@ -33,7 +33,9 @@ class Settings:
     models: str = _setting("", "directory of bundles, <name>/<version>/; watched for new ones")
     listen: str = _setting("127.0.0.1:50051", "address of the gRPC service, HOST:PORT")
     http: str = _setting("127.0.0.1:9464", "address of /metrics and /healthz, HOST:PORT")
-    redis_url: str = _setting("", "redis://, rediss://, unix:// or redis+cluster:// URL; none: a private Redis in the data directory")
+    redis_url: str = _setting(
+        "", "redis://, rediss://, unix:// or redis+cluster:// URL; none: a private Redis in the data directory"
+    )
     data_dir: str = _setting("", "directory of the private Redis; none: engram in the user's data home")
     device: str = _setting("auto", "auto, cpu or cuda:N")
     shipped_models: bool = _setting(True, "serve the bundles that come with the package too")
@@ -124,7 +126,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         shown = "" if item.default == "" else f" (default: {item.default})"
         choices = f"; one of {', '.join(item.metadata['choices'])}" if item.metadata["choices"] else ""
         parser.add_argument(
-            "--" + item.name.replace("_", "-"), dest=item.name, metavar="VALUE", help=item.metadata["help"] + choices + shown
+            "--" + item.name.replace("_", "-"),
+            dest=item.name,
+            metavar="VALUE",
+            help=item.metadata["help"] + choices + shown,
         )
 
 
@@ -137,7 +142,9 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> S
         for name, value in _read_file(Path(config)).items():
             if name not in kinds:
                 raise SettingError(f"{name} in {config}: there is no such setting")
-            values[name] = _convert(name, str(value).lower() if isinstance(value, bool) else str(value), kinds[name], config)
+            values[name] = _convert(
+                name, str(value).lower() if isinstance(value, bool) else str(value), kinds[name], config
+            )
     for name, kind in kinds.items():
         variable = "ENGRAM_" + name.upper()
         if variable in environment:
@@ -166,4 +173,6 @@ def _convert(name: str, text: str, kind: type, source: str) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise SettingError(f"{name} = {text!r} (from {source}): not {'a whole number' if kind is int else 'a number'}") from error
+        raise SettingError(
+            f"{name} = {text!r} (from {source}): not {'a whole number' if kind is int else 'a number'}"
+        ) from error

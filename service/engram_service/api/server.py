@@ -43,7 +43,7 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ]
         )
-        handlers: dict[str, grpc.RpcMethodHandler] = {}
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for method in SERVICE.methods:
             if method.name == "Stream":
                 handlers[method.name] = grpc.stream_stream_rpc_method_handler(
@@ -84,20 +84,24 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-def _unary(method: Any, handle: Callable[[Any, float], Awaitable[Message]], settings: Settings) -> grpc.RpcMethodHandler:
+def _unary(
+    method: Any, handle: Callable[[Any, float], Awaitable[Message]], settings: Settings
+) -> grpc.RpcMethodHandler[Any, Any]:
     from google.protobuf import message_factory
 
     request_type = message_factory.GetMessageClass(method.input_type)
 
     async def call(data: bytes, context: grpc.aio.ServicerContext[bytes, Message]) -> Message:
-        left = context.time_remaining()
+        left: float | None = context.time_remaining()
         left_s = settings.step_timeout_s if left is None else min(left, settings.step_timeout_s)
         try:
             if left_s <= 0:
                 raise DeadlineExceeded("DEADLINE_EXCEEDED", "the call's deadline had passed when it arrived")
             return await handle(request_type.FromString(data), left_s)
         except DecodeError:
-            await abort(context, InvalidArgument("INVALID_FRAME", f"the bytes are not an {method.input_type.full_name}"))
+            await abort(
+                context, InvalidArgument("INVALID_FRAME", f"the bytes are not an {method.input_type.full_name}")
+            )
         except Refusal as refusal:
             await abort(context, refusal)
         except asyncio.CancelledError:

@@ -48,7 +48,7 @@ class StreamHandler:
         try:
             while True:
                 await stream.room()
-                data = await context.read()
+                data: Any = await context.read()
                 if data is grpc.aio.EOF:
                     break
                 if slow := self._handle(stream, data):
@@ -106,8 +106,8 @@ class StreamHandler:
             opened = Opened.refused(count, list(frame.session_ids), refusal)
         except Exception as error:
             log.exception("an open failed", extra={"stream": stream.id})
-            refusal = Internal("INTERNAL", f"the server failed on this open: {type(error).__name__}")
-            opened = Opened.refused(count, list(frame.session_ids), refusal)
+            failure = Internal("INTERNAL", f"the server failed on this open: {type(error).__name__}")
+            opened = Opened.refused(count, list(frame.session_ids), failure)
         made = any(not given for given in frame.session_ids)
         response = stream_pb2.OpenedFrame(
             request_id=frame.request_id,
@@ -150,5 +150,3 @@ def trace_of(context: Any) -> str:
         if key == "traceparent" and isinstance(value, str) and len(value.split("-")) == 4:
             return value.split("-")[1]
     return ""
-
-

@@ -17,7 +17,15 @@ from engram_service.api.unary_stream import Asked, UnaryStream
 from engram_service.catalog import Served
 from engram_service.core import Core
 from engram_service.engine.arena import from_bytes
-from engram_service.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound, Refusal, Unavailable
+from engram_service.errors import (
+    AlreadyExists,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Refusal,
+    Unavailable,
+)
 from engram_service.sessions.opening import Sessions, check_ids
 from engram_service.sessions.table import NO_SLOT
 from engram_service.store import Records, SessionInfo, Store
@@ -49,8 +57,20 @@ class UnaryHandlers:
             raise InvalidArgument("INVALID_INPUT_WIDTH", "no input rows and nothing to generate")
         if rows + request.generate > min(_STEP_ROWS_MAX, served.arena.window):
             limit = min(_STEP_ROWS_MAX, served.arena.window)
-            raise InvalidArgument("FRAME_TOO_LARGE", f"{rows + request.generate} steps in one call; at most {limit}, or use the stream")
-        asked = Asked(request.session_id, model, request.version, inputs, rows, request.seq, request.quiet, request.generate, left_s)
+            raise InvalidArgument(
+                "FRAME_TOO_LARGE", f"{rows + request.generate} steps in one call; at most {limit}, or use the stream"
+            )
+        asked = Asked(
+            request.session_id,
+            model,
+            request.version,
+            inputs,
+            rows,
+            request.seq,
+            request.quiet,
+            request.generate,
+            left_s,
+        )
         seq, outputs = await self._unary.step(asked)
         spec = served.bundle.output
         response = session_pb2.StepResponse(seq=seq)
@@ -62,51 +82,72 @@ class UnaryHandlers:
                 response.outputs.extend(from_bytes(outputs, spec).float().flatten().tolist())
         return response
 
-    async def get_session(self, request: session_pb2.GetSessionRequest, left_s: float) -> session_pb2.GetSessionResponse:
+    async def get_session(
+        self, request: session_pb2.GetSessionRequest, left_s: float
+    ) -> session_pb2.GetSessionResponse:
         return session_pb2.GetSessionResponse(session=self._session(await self._info(request.session_id)))
 
-    async def list_sessions(self, request: session_pb2.ListSessionsRequest, left_s: float) -> session_pb2.ListSessionsResponse:
+    async def list_sessions(
+        self, request: session_pb2.ListSessionsRequest, left_s: float
+    ) -> session_pb2.ListSessionsResponse:
         size = min(request.page_size or _PAGE_DEFAULT, _PAGE_MAX)
         if request.page_token and not request.page_token.isdigit():
             raise InvalidArgument("INVALID_ARGUMENT", "page_token is not one that this server gave")
-        cursor, found = await self._call(left_s, self._store.list, int(request.page_token or 0), size)
+        cursor, found = await self._call(left_s, self._store.page, int(request.page_token or 0), size)
         sessions = [self._session(info) for info in found if request.model in ("", info.model)]
         return session_pb2.ListSessionsResponse(sessions=sessions, next_page_token=str(cursor) if cursor else "")
 
-    async def close_session(self, request: session_pb2.CloseSessionRequest, left_s: float) -> session_pb2.CloseSessionResponse:
+    async def close_session(
+        self, request: session_pb2.CloseSessionRequest, left_s: float
+    ) -> session_pb2.CloseSessionResponse:
         _check_id(request.session_id)
         await self._sessions.delete(request.session_id)
         return session_pb2.CloseSessionResponse()
 
-    async def fork_session(self, request: session_pb2.ForkSessionRequest, left_s: float) -> session_pb2.ForkSessionResponse:
+    async def fork_session(
+        self, request: session_pb2.ForkSessionRequest, left_s: float
+    ) -> session_pb2.ForkSessionResponse:
         info = await self._committed(request.session_id, left_s)
         new = request.new_session_id or secrets.token_urlsafe(12)
         await self._create(new, f"{info.model}/{info.version}", info.fingerprint, info.record, left_s)
         return session_pb2.ForkSessionResponse(session=self._session(await self._info(new)))
 
-    async def move_session(self, request: session_pb2.MoveSessionRequest, left_s: float) -> session_pb2.MoveSessionResponse:
+    async def move_session(
+        self, request: session_pb2.MoveSessionRequest, left_s: float
+    ) -> session_pb2.MoveSessionResponse:
         """The session's present stream, if it has one, is told that it was taken over; the next open is on the new version."""
         info = await self._committed(request.session_id, left_s)
-        old, new = self._core.catalog.resolve(info.model, info.version), self._core.catalog.resolve(info.model, request.version)
+        old, new = (
+            self._core.catalog.resolve(info.model, info.version),
+            self._core.catalog.resolve(info.model, request.version),
+        )
         if (old.bundle.state, old.bundle.output) != (new.bundle.state, new.bundle.output):
             message = f"{old.reference} and {new.reference} have different state schemas or outputs"
             raise FailedPrecondition("INCOMPATIBLE_VERSION", message)
         self._unpacked(old, info)
         record = new.layout.refingerprinted(info.record)
         if not await self._call(left_s, self._store.rewrite, info, new.reference, new.bundle.fingerprint, record):
-            raise Unavailable("STORE_UNAVAILABLE", "the session was opened or closed meanwhile; try again", retry_after_ms=50)
+            raise Unavailable(
+                "STORE_UNAVAILABLE", "the session was opened or closed meanwhile; try again", retry_after_ms=50
+            )
         return session_pb2.MoveSessionResponse(session=self._session(await self._info(request.session_id)))
 
-    async def export_session(self, request: session_pb2.ExportSessionRequest, left_s: float) -> session_pb2.ExportSessionResponse:
+    async def export_session(
+        self, request: session_pb2.ExportSessionRequest, left_s: float
+    ) -> session_pb2.ExportSessionResponse:
         info = await self._committed(request.session_id, left_s)
         return session_pb2.ExportSessionResponse(data=_exported(info))
 
-    async def import_session(self, request: session_pb2.ImportSessionRequest, left_s: float) -> session_pb2.ImportSessionResponse:
+    async def import_session(
+        self, request: session_pb2.ImportSessionRequest, left_s: float
+    ) -> session_pb2.ImportSessionResponse:
         exported_id, model, version, record = _imported(request.data)
         served = self._core.catalog.resolve(model, version)
         records = served.layout.unpack([record])
         if records.errors:
-            raise InvalidArgument("INVALID_EXPORT", f"the exported session does not fit {served.reference}: {records.errors[0]}")
+            raise InvalidArgument(
+                "INVALID_EXPORT", f"the exported session does not fit {served.reference}: {records.errors[0]}"
+            )
         new = request.session_id or exported_id
         await self._create(new, served.reference, served.bundle.fingerprint, record, left_s)
         return session_pb2.ImportSessionResponse(session=self._session(await self._info(new)))
@@ -129,22 +170,29 @@ class UnaryHandlers:
             start += own.nbytes
         return response
 
-    async def list_models(self, request: session_pb2.ListModelsRequest, left_s: float) -> session_pb2.ListModelsResponse:
-        return session_pb2.ListModelsResponse(models=self._core.catalog.list())
+    async def list_models(
+        self, request: session_pb2.ListModelsRequest, left_s: float
+    ) -> session_pb2.ListModelsResponse:
+        return session_pb2.ListModelsResponse(models=self._core.catalog.describe_all())
 
     async def get_model(self, request: session_pb2.GetModelRequest, left_s: float) -> session_pb2.GetModelResponse:
         served = self._core.catalog.resolve(request.model, request.version)
         return session_pb2.GetModelResponse(model=self._core.catalog.describe(served))
 
-    async def reload_models(self, request: session_pb2.ReloadModelsRequest, left_s: float) -> session_pb2.ReloadModelsResponse:
+    async def reload_models(
+        self, request: session_pb2.ReloadModelsRequest, left_s: float
+    ) -> session_pb2.ReloadModelsResponse:
         errors = await self._core.catalog.reload()
-        return session_pb2.ReloadModelsResponse(models=self._core.catalog.list(), errors=errors)
+        return session_pb2.ReloadModelsResponse(models=self._core.catalog.describe_all(), errors=errors)
 
     async def get_server(self, request: session_pb2.GetServerRequest, left_s: float) -> session_pb2.GetServerResponse:
         settings = self._core.settings
         default = stream_pb2.DURABILITY_INTERVAL if settings.durability == "interval" else stream_pb2.DURABILITY_STEP
         return session_pb2.GetServerResponse(
-            server_version=__version__, device=self._device, frame_bytes_max=settings.frame_bytes_max, durability=default
+            server_version=__version__,
+            device=self._device,
+            frame_bytes_max=settings.frame_bytes_max,
+            durability=default,
         )
 
     async def _call(self, left_s: float, work: Any, *arguments: Any) -> Any:
@@ -152,7 +200,9 @@ class UnaryHandlers:
 
     async def _info(self, session_id: str, with_record: bool = False) -> SessionInfo:
         _check_id(session_id)
-        info: SessionInfo | None = await self._call(self._core.settings.step_timeout_s, self._store.describe, session_id, with_record)
+        info: SessionInfo | None = await self._call(
+            self._core.settings.step_timeout_s, self._store.describe, session_id, with_record
+        )
         if info is None:
             raise NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
         return info
@@ -214,7 +264,9 @@ def _inputs(request: session_pb2.StepRequest, served: Served) -> tuple[bytes, in
         data = values.view(torch.uint8).numpy().tobytes() if len(values) else b""
     if len(data) % spec.nbytes:
         sizes = f"{len(data) // spec.torch_dtype.itemsize} values are not whole rows of {spec.size}"
-        raise InvalidArgument("INVALID_INPUT_WIDTH", f"model {served.reference} takes {list(spec.shape)} values a step: {sizes}")
+        raise InvalidArgument(
+            "INVALID_INPUT_WIDTH", f"model {served.reference} takes {list(spec.shape)} values a step: {sizes}"
+        )
     return data, len(data) // spec.nbytes
 
 

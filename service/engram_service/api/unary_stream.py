@@ -143,4 +143,3 @@ class UnaryStream:
             call = self._calls.pop((int(handles[i]), int(seqs[i])), None)
             if call is not None and not call.done.done():
                 call.done.set_exception(of_detail(frame.errors[int(indexes[i])]))
-

@@ -31,7 +31,9 @@ class Arena:
         self.last = self._tensor(bundle.output) if bundle.generates else None
         self._ring = self._host((capacity + 1, window, self.output_nbytes))
         self._free = list(range(capacity - 1, -1, -1))
-        self._initial = [torch.full((1, *spec.shape), spec.initial, dtype=spec.torch_dtype, device=device) for spec in bundle.state]
+        self._initial = [
+            torch.full((1, *spec.shape), spec.initial, dtype=spec.torch_dtype, device=device) for spec in bundle.state
+        ]
         self.reset(np.array([capacity]))
 
     # Slots: event loop only.
@@ -80,7 +82,9 @@ class Arena:
             tensor.index_copy_(0, index, from_bytes(block, spec).to(self.device))
             start += spec.nbytes
 
-    def load_outputs(self, slots: NDArray[np.int32], seqs: NDArray[np.uint64], outputs: NDArray[np.uint8], counts: NDArray[Any]) -> None:
+    def load_outputs(
+        self, slots: NDArray[np.int32], seqs: NDArray[np.uint64], outputs: NDArray[np.uint8], counts: NDArray[Any]
+    ) -> None:
         """Fills the rings: row i holds the outputs of seqs[i]-counts[i]+1 .. seqs[i], oldest first."""
         for k in range(outputs.shape[1]):
             rows = np.flatnonzero(counts > k)

@@ -64,7 +64,7 @@ class CudaRunner(Runner):
         index = torch.full((rows,), arena.capacity, dtype=torch.int64, device=device)
         inputs = torch.zeros((rows, *spec.shape), dtype=spec.torch_dtype, device=device)
         feedback = torch.zeros(rows, dtype=torch.bool, device=device)
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -75,7 +75,9 @@ class CudaRunner(Runner):
             outputs, states = self._body(index, inputs, feedback)
         return _Graph(graph, index, inputs, feedback, outputs, states)
 
-    def _body(self, index: torch.Tensor, inputs: torch.Tensor, feedback: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _body(
+        self, index: torch.Tensor, inputs: torch.Tensor, feedback: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         arena = self.arena
         value = inputs
         if arena.last is not None:
@@ -90,5 +92,3 @@ class CudaRunner(Runner):
         rows = len(index)
         packed = torch.cat([new.contiguous().view(rows, -1).view(torch.uint8) for new in after], 1)
         return output.contiguous().view(rows, -1).view(torch.uint8), packed
-
-

@@ -39,7 +39,9 @@ class Advance:
     outputs: NDArray[np.uint8]  # [rows, output_nbytes]
     started: float
     computed: float = 0.0
-    committing: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # row of the tick for each row of the job
+    committing: NDArray[np.intp] = field(
+        default_factory=lambda: np.empty(0, np.intp)
+    )  # row of the tick for each row of the job
     unanswered: int = 0  # rows whose answer has not been handed to a stream
     answered: NDArray[np.bool_] | None = None  # rows that were answered by a deadline; event loop only
 
@@ -194,6 +196,7 @@ class Engine:
 
 def _inputs(tick: Tick) -> NDArray[np.uint8]:
     blocks = [
-        part.batch.inputs if len(part.index) == len(part.batch.rows) else part.batch.inputs[part.index] for part in tick.parts
+        part.batch.inputs if len(part.index) == len(part.batch.rows) else part.batch.inputs[part.index]
+        for part in tick.parts
     ]
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)

@@ -31,7 +31,9 @@ def pack_records(
     for rows, capacity in _by_capacity(counts):
         kept = counts[rows]
         outputs = _outputs(served, slots[rows], seqs[rows], kept, capacity)
-        blocks.append((rows, served.layout.pack(seqs[rows], acked[rows], epochs[rows], states[rows], kept, outputs, now_ms)))
+        blocks.append(
+            (rows, served.layout.pack(seqs[rows], acked[rows], epochs[rows], states[rows], kept, outputs, now_ms))
+        )
     return blocks
 
 

@@ -73,7 +73,9 @@ class Runner:
         stop: int,
         padded: int,
     ) -> Advanced:
-        index, x, fed = self._padded(slots[start:stop], inputs[start:stop], None if feedback is None else feedback[start:stop], padded)
+        index, x, fed = self._padded(
+            slots[start:stop], inputs[start:stop], None if feedback is None else feedback[start:stop], padded
+        )
         arena, rows = self.arena, stop - start
         with torch.inference_mode():
             where = torch.from_numpy(index)

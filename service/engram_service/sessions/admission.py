@@ -7,12 +7,15 @@ session in its frame: they would leave a gap.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
 from engram_service.errors import InvalidArgument
+
+Number = TypeVar("Number", bound=np.generic)
 
 QUIET = 1
 FEEDBACK = 2
@@ -34,12 +37,12 @@ class StepColumns:
         return len(self.handles)
 
 
-def column(data: bytes, dtype: type[np.generic], name: str, rows: int | None = None) -> NDArray[np.generic]:
+def column(data: bytes, dtype: type[Number], name: str, rows: int | None = None) -> NDArray[Number]:
     """A bytes field as an array, without a copy. Raises InvalidArgument where the length is not a whole number of rows."""
     width = np.dtype(dtype).itemsize
     if len(data) % width:
         raise InvalidArgument("INVALID_FRAME", f"column {name} has {len(data)} bytes, not a multiple of {width}")
-    values = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
+    values: NDArray[Number] = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
     if rows is not None and len(values) != rows:
         raise InvalidArgument("INVALID_FRAME", f"column {name} has {len(values)} rows, handles has {rows}")
     return values
@@ -55,18 +58,24 @@ def read_columns(frame: stream_pb2.StepsFrame, rows_max: int) -> StepColumns:
     flags = column(frame.flags, np.uint8, "flags", rows) if frame.flags else np.zeros(rows, np.uint8)
     acked = column(frame.acknowledged_seqs, np.uint64, "acknowledged_seqs", rows) if frame.acknowledged_seqs else None
     if np.any(flags & ~np.uint8(_FLAGS_KNOWN)):
-        raise InvalidArgument("INVALID_FRAME", "column flags has bits that are not known: use 1 (quiet) and 2 (feedback)")
+        raise InvalidArgument(
+            "INVALID_FRAME", "column flags has bits that are not known: use 1 (quiet) and 2 (feedback)"
+        )
     if not frame.repeats:
         return StepColumns(handles, seqs, flags, frame.inputs, None, acked)
     repeats = column(frame.repeats, np.uint32, "repeats", rows)
     total = rows + int(repeats.sum(dtype=np.uint64))
     if total > rows_max:
-        raise InvalidArgument("FRAME_TOO_LARGE", f"with its repeats the frame has {total} rows; at most {rows_max} in one frame")
+        raise InvalidArgument(
+            "FRAME_TOO_LARGE", f"with its repeats the frame has {total} rows; at most {rows_max} in one frame"
+        )
     source = np.repeat(np.arange(rows), repeats.astype(np.intp) + 1)
     # The first copy of a row is the row itself; the others run on the output of the one before.
     offset = np.arange(total) - np.searchsorted(source, source)
     written_flags = flags[source] | np.where(offset > 0, FEEDBACK, 0).astype(np.uint8)
-    return StepColumns(handles[source], seqs[source] + offset.astype(np.uint64), written_flags, frame.inputs, source, acked)
+    return StepColumns(
+        handles[source], seqs[source] + offset.astype(np.uint64), written_flags, frame.inputs, source, acked
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +126,6 @@ def _classify_unique(seqs: NDArray[np.uint64], expected: NDArray[np.uint64], ref
 
 def _count_before(mask: NDArray[np.bool_], starts: NDArray[np.intp], segment: NDArray[np.intp]) -> NDArray[np.intp]:
     """For each row, how many rows of its segment before it are set in `mask`."""
-    running = np.cumsum(mask) - mask
+    running: NDArray[np.intp] = np.cumsum(mask) - mask
     before: NDArray[np.intp] = running - running[starts][segment]
     return before

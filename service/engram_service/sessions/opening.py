@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 import unicodedata
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,9 @@ class Opened:
         """Every row refused; with no refusal, every row still open."""
         zeros = np.zeros(count, np.uint64)
         errors = {} if refusal is None else dict.fromkeys(range(count), refusal)
-        return cls(np.full(count, VOID_HANDLE, np.uint32), zeros, zeros.copy(), np.zeros(count, np.uint8), ids, None, errors)
+        return cls(
+            np.full(count, VOID_HANDLE, np.uint32), zeros, zeros.copy(), np.zeros(count, np.uint8), ids, None, errors
+        )
 
 
 class Sessions:
@@ -91,7 +93,9 @@ class Sessions:
         if core.draining:
             raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=50)
         if len(wanted.ids) > _IDS_MAX:
-            raise InvalidArgument("FRAME_TOO_LARGE", f"{len(wanted.ids)} sessions in one frame; send at most {_IDS_MAX}")
+            raise InvalidArgument(
+                "FRAME_TOO_LARGE", f"{len(wanted.ids)} sessions in one frame; send at most {_IDS_MAX}"
+            )
         if len(core.table) + len(wanted.ids) > core.settings.sessions_max:
             message = f"this server has {core.settings.sessions_max} sessions, its limit"
             raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
@@ -113,7 +117,7 @@ class Sessions:
     async def close(self, stream: Stream, frame: stream_pb2.CloseFrame) -> list[tuple[int, Refusal]]:
         """Deletes the records of these sessions, or only lets go of them; returns what was refused."""
         handles = column(frame.handles, np.uint32, "handles")
-        rows = stream.rows_of(handles)  # type: ignore[arg-type]
+        rows = stream.rows_of(handles)
         errors: list[tuple[int, Refusal]] = []
         for i in np.flatnonzero(rows < 0).tolist():
             why = {TAKEN_OVER: taken_over(), CLOSED: closed()}.get(int(rows[i]))
@@ -156,7 +160,9 @@ class Sessions:
                 return await asyncio.to_thread(work, *arguments)
             except StoreUnavailable as error:
                 if time.monotonic() + _RETRY_S > deadline:
-                    raise Unavailable("STORE_UNAVAILABLE", f"the store cannot be reached ({error})", retry_after_ms=500) from error
+                    raise Unavailable(
+                        "STORE_UNAVAILABLE", f"the store cannot be reached ({error})", retry_after_ms=500
+                    ) from error
                 await asyncio.sleep(_RETRY_S)
 
     def _request(self, served: Served, wanted: Wanted, session_id: str) -> ClaimRequest:
@@ -196,7 +202,8 @@ class Sessions:
                 raise taken_over()
             case ClaimStatus.OTHER_MODEL:
                 asked = wanted.model + (f"/{wanted.version}" if wanted.version else "")
-                message = f"the session is one of {claim.model}/{claim.version}, not of {asked}; close it, move it, or use another id"
+                own = f"{claim.model}/{claim.version}"
+                message = f"the session is one of {own}, not of {asked}; close it, move it, or use another id"
                 raise FailedPrecondition("SESSION_OF_OTHER_MODEL", message, model=claim.model, version=claim.version)
             case ClaimStatus.CARRIED:
                 pass
@@ -334,5 +341,3 @@ def _check_id(session_id: str, repeated: bool) -> Refusal | None:
     if repeated:
         return InvalidArgument("INVALID_SESSION_ID", f"session id {session_id!r} stands twice in the frame")
     return None
-
-

@@ -96,7 +96,12 @@ class Residency:
             log.error("a record cannot be used: %s", reason, extra={"session": table.id_of(int(rows[found][number]))})
         good = np.flatnonzero(found)[[i for i in range(int(found.sum())) if i not in records.errors]]
         if len(good):
-            self.place(served, rows[good], slots[good], records.only([i for i in range(int(found.sum())) if i not in records.errors]))
+            self.place(
+                served,
+                rows[good],
+                slots[good],
+                records.only([i for i in range(int(found.sum())) if i not in records.errors]),
+            )
             core.queue.release(rows[good])
         lost = np.setdiff1d(np.arange(len(rows)), good)
         if len(lost):
@@ -130,7 +135,7 @@ class Residency:
         if (self._core.table.slot[rows] != NO_SLOT).all() and not self._core.table.busy[rows].any():
             # The job that filled the slot may still be on its way to the engine.
             loop = asyncio.get_running_loop()
-            self._core.queue.post(lambda: loop.call_soon_threadsafe(then))
+            self._core.queue.post(lambda: _in_loop(loop, then))
             return
         self.want(served, rows)
         self._start(self._await_outputs(rows, then))
@@ -170,8 +175,17 @@ class Residency:
         """Resident sessions of a model with nothing under way and nothing volatile, longest unused first."""
         table = self._core.table
         high = table.high
-        mask = (table.model[:high] == served.index) & (table.slot[:high] != NO_SLOT) & ~table.busy[:high] & ~table.opening[:high]
-        mask &= (table.admitted[:high] == table.applied[:high]) & (table.applied[:high] == table.durable[:high]) & ~table.flushing[:high]
+        mask = (
+            (table.model[:high] == served.index)
+            & (table.slot[:high] != NO_SLOT)
+            & ~table.busy[:high]
+            & ~table.opening[:high]
+        )
+        mask &= (
+            (table.admitted[:high] == table.applied[:high])
+            & (table.applied[:high] == table.durable[:high])
+            & ~table.flushing[:high]
+        )
         rows = np.flatnonzero(mask)
         ordered: NDArray[np.intp] = rows[np.argsort(table.used[rows], kind="stable")]
         return ordered
@@ -192,7 +206,9 @@ class Residency:
 
     def _flush(self, served: Served, rows: NDArray[Any]) -> None:
         table = self._core.table
-        rows = rows[~table.flushing[rows] & (table.slot[rows] != NO_SLOT) & (table.model[rows] == served.index)].astype(np.int32)
+        rows = rows[~table.flushing[rows] & (table.slot[rows] != NO_SLOT) & (table.model[rows] == served.index)].astype(
+            np.int32
+        )
         if len(rows):
             table.flushing[rows] = True
             self._core.queue.post(lambda: self._core.engine.flush(served, rows))
@@ -289,3 +305,7 @@ class Residency:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:
+    loop.call_soon_threadsafe(then)

@@ -16,7 +16,7 @@ NO_STREAM = -1
 TAG_NBYTES = 22
 TOKEN_NBYTES = 16
 
-_COLUMNS: dict[str, tuple[Any, tuple[int, ...], int]] = {
+_COLUMNS: dict[str, tuple[Any, tuple[int, ...], float]] = {
     # name: (dtype, row shape, value of an unused row)
     "tag": (np.uint8, (TAG_NBYTES,), 0),  # names the session's keys
     "token": (np.uint8, (TOKEN_NBYTES,), 0),  # this server's claim

@@ -45,7 +45,9 @@ class Link:
         try:
             connection.send_packed_command([buffer], check_health=False)
             replies = read_replies(connection._sock, count)
-            return replies if self._acknowledged(connection) else [b"-UNACKNOWLEDGED fewer copies than asked for"] * count
+            return (
+                replies if self._acknowledged(connection) else [b"-UNACKNOWLEDGED fewer copies than asked for"] * count
+            )
         except BaseException:
             self.drop()
             raise
@@ -90,7 +92,9 @@ class Committers:
         self._troubled = False
         self._closed = threading.Event()
         self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
-        self._pool = redis.ConnectionPool.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, protocol=2)
+        self._pool = redis.ConnectionPool.from_url(
+            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, protocol=2
+        )
         self._inline = Link(self._pool, settings)
         self._threads = [
             threading.Thread(target=self._run, args=(Link(self._pool, settings),), name=f"commit-{n}", daemon=True)

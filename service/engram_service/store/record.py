@@ -114,7 +114,7 @@ class RecordLayout:
             if length < HEADER.itemsize or length % 8:
                 errors.update((int(i), f"{length} bytes are not a record") for i in at)
                 continue
-            block = np.frombuffer(b"".join([values[i] for i in at]), np.uint8).reshape(len(at), int(length))
+            block = np.frombuffer(b"".join([values[i] for i in at.tolist()]), np.uint8).reshape(len(at), int(length))
             head = np.ascontiguousarray(block[:, : HEADER.itemsize]).view(HEADER)[:, 0]
             sound = self._check(at, head, block, errors)
             at, head, block = at[sound], head[sound], block[sound]
@@ -137,7 +137,11 @@ class RecordLayout:
         """Which rows of a block of equally long records are sound."""
         length = block.shape[1]
         initial = (head["flags"] & INITIAL).astype(np.bool_)
-        need = np.where(initial, HEADER.itemsize, HEADER.itemsize + self.state_nbytes + head["count"].astype(np.int64) * self.output_nbytes)
+        need = np.where(
+            initial,
+            HEADER.itemsize,
+            HEADER.itemsize + self.state_nbytes + head["count"].astype(np.int64) * self.output_nbytes,
+        )
         checks = (
             (head["magic"] == MAGIC, "no record's magic number"),
             (head["schema"] == SCHEMA, "written by another version of Engram"),

@@ -15,7 +15,8 @@ local record = old and redis.call('GET', old)
 if m[1] and not record then redis.call('DEL', k) end
 if not record then
   if ARGV[9] == '1' then return {'NOT_FOUND'} end
-  redis.call('HSET', k, 'i', ARGV[10], 'm', ARGV[2] .. '/' .. ARGV[4], 'f', ARGV[5], 't', ARGV[1], 'h', ARGV[6], 'e', 1, 'c', ARGV[8])
+  redis.call('HSET', k, 'i', ARGV[10], 'm', ARGV[2] .. '/' .. ARGV[4], 'f', ARGV[5])
+  redis.call('HSET', k, 't', ARGV[1], 'h', ARGV[6], 'e', 1, 'c', ARGV[8])
   redis.call('SET', k .. ':' .. ARGV[1], ARGV[11], 'PX', ARGV[7])
   redis.call('PEXPIRE', k, ARGV[7] * 2)
   return {'CREATED', ARGV[2] .. '/' .. ARGV[4], ARGV[5], 1, ARGV[8], ARGV[11]}

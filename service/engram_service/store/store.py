@@ -106,14 +106,17 @@ class Store:
         keys = [meta_key(tag.tobytes()) for tag in tags]
         held = self._call(lambda: self._pipelined(keys, lambda pipe, key: pipe.hget(key, "t")))
         return [
-            Verdict.GONE if now is None or now == token.tobytes() else Verdict.FENCED for now, token in zip(held, tokens, strict=True)
+            Verdict.GONE if now is None or now == token.tobytes() else Verdict.FENCED
+            for now, token in zip(held, tokens, strict=True)
         ]
 
     def _diagnose_job(self, job: CommitJob, rows: NDArray[np.intp]) -> list[Verdict]:
         """The same for rows of a commit; a record that Redis has lost is written back."""
         self._check_generation(self._redis)
         verdicts = self.diagnose(job.tags[rows], job.tokens[rows])
-        held = self._pipelined([meta_key(job.tags[row].tobytes()) for row in rows], lambda pipe, key: pipe.hget(key, "t"))
+        held = self._pipelined(
+            [meta_key(job.tags[row].tobytes()) for row in rows], lambda pipe, key: pipe.hget(key, "t")
+        )
         for n, row in enumerate(rows.tolist()):
             meta = job.meta(row)
             # Our own claim without a record was evicted or half deleted; no claim at all may be a loss since we claimed.
@@ -134,7 +137,9 @@ class Store:
 
         def run() -> list[Any]:
             if self._check_generation(self._redis):
-                raise redis.exceptions.ConnectionError("Redis has lost its data; living sessions are being written back")
+                raise redis.exceptions.ConnectionError(
+                    "Redis has lost its data; living sessions are being written back"
+                )
             now_ms = int(time.time() * 1000)
             return self._pipelined(requests, lambda pipe, request: self._claim(
                 keys=[meta_key(session_tag(request.session_id))],
@@ -157,15 +162,15 @@ class Store:
         found = self._call(lambda: self._describe([meta_key(session_tag(session_id))], with_record))
         return found[0] if found else None
 
-    def list(self, cursor: int, count: int) -> tuple[int, list[SessionInfo]]:
+    def page(self, cursor: int, count: int) -> tuple[int, list[SessionInfo]]:
         """About `count` sessions, and the cursor of the next page (0: no more)."""
 
         def run() -> tuple[int, list[SessionInfo]]:
             found: list[SessionInfo] = []
             at = cursor
             while True:
-                at, keys = self._redis.scan(at, match=META_PREFIX + b"*}", count=max(count, 10))  # type: ignore[misc]
-                found.extend(self._describe(list(keys), False))
+                at, keys = self._redis.scan(at, match=META_PREFIX + b"*}", count=max(count, 10))
+                found.extend(self._describe([key for key in keys if isinstance(key, bytes)], False))
                 if at == 0 or len(found) >= count:
                     return at, found
 
@@ -177,19 +182,29 @@ class Store:
 
     def create(self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int) -> bool:
         """A session that stands where `record` stands; False if the id is in use."""
-        args = [secrets.token_hex(8), record, ttl_ms, session_id, reference, fingerprint, int(time.time() * 1000)]
+        args: list[Any] = [
+            secrets.token_hex(8),
+            record,
+            ttl_ms,
+            session_id,
+            reference,
+            fingerprint,
+            int(time.time() * 1000),
+        ]
         return bool(self._call(lambda: self._create(keys=[meta_key(session_tag(session_id))], args=args)))
 
     def rewrite(self, info: SessionInfo, reference: str, fingerprint: str, record: bytes) -> bool:
         """Puts another record in place, under a new claim; False if the session was claimed since `info` was read."""
-        args = [info.token, secrets.token_hex(8), record, reference, fingerprint]
+        args: list[Any] = [info.token, secrets.token_hex(8), record, reference, fingerprint]
         return bool(self._call(lambda: self._rewrite(keys=[meta_key(session_tag(info.session_id))], args=args)))
 
     def _describe(self, keys: Sequence[bytes], with_record: bool) -> list[SessionInfo]:
         metas = self._pipelined(keys, lambda pipe, key: pipe.hmget(key, "i", "m", "f", "t", "e", "c"))
         known = [(key, meta) for key, meta in zip(keys, metas, strict=True) if meta[0] is not None]
         names = [key + b":" + meta[3] for key, meta in known]
-        records = self._pipelined(names, lambda pipe, name: pipe.get(name) if with_record else pipe.getrange(name, 0, 63))
+        records = self._pipelined(
+            names, lambda pipe, name: pipe.get(name) if with_record else pipe.getrange(name, 0, 63)
+        )
         times = self._pipelined(names, lambda pipe, name: pipe.pttl(name))
         headers = read_headers([record or b"" for record in records])
         return [

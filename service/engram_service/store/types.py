@@ -100,7 +100,9 @@ class CommitJob:
 
     tags: NDArray[np.uint8]  # [n, 22]
     tokens: NDArray[np.uint8]  # [n, 16]
-    values: list[tuple[NDArray[np.intp], NDArray[np.uint8]]]  # (rows, uint8 [rows, record bytes]); each row in one block
+    values: list[
+        tuple[NDArray[np.intp], NDArray[np.uint8]]
+    ]  # (rows, uint8 [rows, record bytes]); each row in one block
     ttl_ms: NDArray[np.uint64]
     meta: Callable[[int], MetaFields]
     done: Callable[[NDArray[np.intp], Verdict], None]
@@ -122,5 +124,3 @@ class SessionInfo:
     commit_ms: int
     ttl_ms: int  # left; negative: none
     record: bytes = b""  # only where it was asked for
-
-
