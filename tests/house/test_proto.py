@@ -45,7 +45,9 @@ def test_every_rpc_has_a_request_and_a_response_of_its_own(path: Path) -> None:
     seen: set[str] = set()
     for service, body in _blocks(_code(path), "service"):
         assert service.endswith("Service")
-        for name, request, response in re.findall(r"rpc (\w+)\((?:stream )?(\w+)\) returns \((?:stream )?(\w+)\)", body):
+        for name, request, response in re.findall(
+            r"rpc (\w+)\((?:stream )?(\w+)\) returns \((?:stream )?(\w+)\)", body
+        ):
             assert (request, response) == (f"{name}Request", f"{name}Response")
             assert not {request, response} & seen
             seen |= {request, response}

@@ -1,0 +1,88 @@
+"""The yardstick: the server an engineer writes in a day to serve a recurrent model with its state in Redis.
+
+Unary gRPC on a thread pool; for each call GET the state, run torch on the one row, SET the new state, reply. Nothing in it is
+made slow on purpose: raw bytes for messages and state, no JSON, one connection pool, inference mode, one torch thread (more
+threads make a batch of one slower). It is what `engram bench` compares Engram with. It has none of Engram's promises: two
+calls of one session at once lose a step, and a lost reply applies a step twice when it is tried again.
+
+    request   16 bytes session id + float32[64]      reply   float32[16]
+    Redis     plain:<session id> -> float32[256] h + float32[256] c
+
+    python tests/yardstick/plain_server.py --listen 127.0.0.1:0 --redis-url redis://127.0.0.1:6379
+prints "listening PORT" when it serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import redis
+import torch
+from torch import nn
+
+INPUT, HIDDEN, OUTPUT = 64, 256, 16
+SEED = 20240607  # the weights of engram_service/bench/workload.py
+ID_BYTES = 16
+METHOD = "/plain.Plain/Step"
+
+
+class Model(nn.Module):
+    """One LSTM and a linear head, one row at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.lstm = nn.LSTM(INPUT, HIDDEN)
+        self.head = nn.Linear(HIDDEN, OUTPUT)
+
+    def step(self, x: np.ndarray, state: bytes | None) -> tuple[bytes, bytes]:
+        """x float32[64] and the stored state (None: a new session) to the output and the new state, as bytes."""
+        flat = np.zeros(2 * HIDDEN, np.float32) if state is None else np.frombuffer(state, np.float32).copy()
+        h, c = torch.from_numpy(flat).view(2, 1, 1, HIDDEN)
+        with torch.inference_mode():
+            y, (h, c) = self.lstm(torch.from_numpy(x).view(1, 1, INPUT), (h, c))
+            out = self.head(y)
+        return out.numpy().tobytes(), h.numpy().tobytes() + c.numpy().tobytes()
+
+
+def handler(model: Model, store: redis.Redis) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+    def step(request: bytes, context: grpc.ServicerContext) -> bytes:
+        if len(request) != ID_BYTES + 4 * INPUT:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session id of 16 bytes, then 64 float32")
+        key = b"plain:" + request[:ID_BYTES]
+        x = np.frombuffer(request, np.float32, offset=ID_BYTES).copy()
+        output, state = model.step(x, store.get(key))
+        store.set(key, state)
+        return output
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--listen", default="127.0.0.1:0")
+    parser.add_argument("--redis-url", required=True)
+    parser.add_argument("--workers", type=int, default=16)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    method = grpc.unary_unary_rpc_method_handler(handler(Model(), redis.Redis.from_url(args.redis_url)))
+    server = grpc.server(ThreadPoolExecutor(args.workers))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("plain.Plain", {"Step": method}),))
+    port = server.add_insecure_port(args.listen)
+    server.start()
+    print(f"listening {port}", flush=True)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+    server.stop(1).wait()
+
+
+if __name__ == "__main__":
+    main()
