@@ -44,7 +44,7 @@ def bundle_from_torch(
             _copy_layer(module, number, layer)  # type: ignore[arg-type]
         if head is not None and cell.head is not None:
             cell.head.weight.copy_(head.weight)
-            cell.head.bias.copy_(torch.zeros(head.out_features) if head.bias is None else head.bias)
+            cell.head.bias.copy_(head.state_dict().get("bias", torch.zeros(head.out_features)))
     _compare(module, head, cell)
     return cell
 

@@ -45,11 +45,17 @@ def loop(rows: list[int], seqs: list[int], admitted: dict[int, int], refused: li
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 8), st.booleans()), min_size=1, max_size=20), st.lists(st.integers(0, 4), min_size=5, max_size=5))
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 8), st.booleans()), min_size=1, max_size=20),
+    st.lists(st.integers(0, 4), min_size=5, max_size=5),
+)
 def test_classify_agrees_with_a_loop(given_rows: list[tuple[int, int, bool]], admitted: list[int]) -> None:
     rows, seqs, refused = (list(column) for column in zip(*given_rows, strict=True))
     classes = classify(
-        np.array(rows, np.int32), np.array(seqs, np.uint64), np.array([admitted[row] for row in rows], np.uint64), np.array(refused)
+        np.array(rows, np.int32),
+        np.array(seqs, np.uint64),
+        np.array([admitted[row] for row in rows], np.uint64),
+        np.array(refused),
     )
     kinds = []
     for i in range(len(rows)):
@@ -73,13 +79,22 @@ def test_repeats_become_rows_that_feed_on_themselves() -> None:
         ({"handles": u32(1), "seqs": u64(1, 2)}, "INVALID_FRAME", "seqs has 2 rows"),
         ({"handles": u32(1), "seqs": u64(1), "flags": b"\x01\x01"}, "INVALID_FRAME", "flags has 2 rows"),
         ({"handles": u32(1), "seqs": u64(1), "flags": b"\x80"}, "INVALID_FRAME", "bits that are not known"),
-        ({"handles": u32(1), "seqs": u64(1), "acknowledged_seqs": b"12345678" * 2}, "INVALID_FRAME", "acknowledged_seqs"),
+        (
+            {"handles": u32(1), "seqs": u64(1), "acknowledged_seqs": b"12345678" * 2},
+            "INVALID_FRAME",
+            "acknowledged_seqs",
+        ),
         ({"handles": u32(*range(11)), "seqs": u64(*range(11))}, "FRAME_TOO_LARGE", "at most 10"),
         ({"handles": u32(1), "seqs": u64(1), "repeats": u32(10)}, "FRAME_TOO_LARGE", "with its repeats"),
-        ({"handles": u32(1, 2), "seqs": u64(1, 1), "repeats": u32(2**32 - 1, 2**32 - 1)}, "FRAME_TOO_LARGE", "with its repeats"),
+        (
+            {"handles": u32(1, 2), "seqs": u64(1, 1), "repeats": u32(2**32 - 1, 2**32 - 1)},
+            "FRAME_TOO_LARGE",
+            "with its repeats",
+        ),
     ],
 )
 def test_unusable_frames_are_refused_with_what_is_wrong(columns: dict[str, bytes], reason: str, words: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         read_columns(frame(**columns), 10)
-    assert caught.value.reason == reason and words in caught.value.message
+    assert caught.value.reason == reason
+    assert words in caught.value.message

@@ -20,7 +20,9 @@ def batch(stream: int, rows: list[int], seqs: list[int], deadline: float = np.in
     column = np.array(rows, np.int32)
     unique = len(set(rows)) == len(rows)
     inputs = np.array(seqs, np.uint8).reshape(-1, 1)
-    return Batch(Sender(stream), column, np.array(seqs, np.uint64), np.zeros(len(rows), np.uint8), inputs, unique, 0.0, deadline)
+    return Batch(
+        Sender(stream), column, np.array(seqs, np.uint64), np.zeros(len(rows), np.uint8), inputs, unique, 0.0, deadline
+    )
 
 
 def test_all_that_is_ready_goes_at_once() -> None:
@@ -28,10 +30,14 @@ def test_all_that_is_ready_goes_at_once() -> None:
     scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
     scheduler.add(batch(2, [3, 4], [1, 1]))
     tick = scheduler.next(busy)
-    assert tick is not None and tick.rows.tolist() == [0, 1, 2, 3, 4]
-    assert busy[:5].all() and not busy[5:].any()
-    assert tick.waves == [None] and tick.last is None
-    assert scheduler.next(busy) is None and scheduler.waiting_rows == 0
+    assert tick is not None
+    assert tick.rows.tolist() == [0, 1, 2, 3, 4]
+    assert busy[:5].all()
+    assert not busy[5:].any()
+    assert tick.waves == [None]
+    assert tick.last is None
+    assert scheduler.next(busy) is None
+    assert scheduler.waiting_rows == 0
 
 
 def test_a_busy_session_waits_and_the_others_go() -> None:
@@ -39,11 +45,14 @@ def test_a_busy_session_waits_and_the_others_go() -> None:
     busy[1] = True
     scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
     tick = scheduler.next(busy)
-    assert tick is not None and tick.rows.tolist() == [0, 2]
-    assert scheduler.next(busy) is None and scheduler.waiting_rows == 1
+    assert tick is not None
+    assert tick.rows.tolist() == [0, 2]
+    assert scheduler.next(busy) is None
+    assert scheduler.waiting_rows == 1
     busy[:] = False
     tick = scheduler.next(busy)
-    assert tick is not None and tick.rows.tolist() == [1]
+    assert tick is not None
+    assert tick.rows.tolist() == [1]
 
 
 def test_a_run_of_one_session_goes_in_waves() -> None:
@@ -53,7 +62,8 @@ def test_a_run_of_one_session_goes_in_waves() -> None:
     assert tick is not None
     assert [(int(r), int(s)) for r, s in zip(tick.rows, tick.seqs, strict=True)] == [(0, 1), (0, 2), (1, 1), (0, 3)]
     assert [wave.tolist() for wave in tick.waves if wave is not None] == [[0, 2], [1], [3]]
-    assert tick.last is not None and tick.last.tolist() == [2, 3]
+    assert tick.last is not None
+    assert tick.last.tolist() == [2, 3]
 
 
 def test_streams_share_a_full_tick() -> None:
@@ -61,7 +71,8 @@ def test_streams_share_a_full_tick() -> None:
     scheduler.add(batch(1, list(range(1000)), [1] * 1000))
     scheduler.add(batch(2, [1500, 1501], [1, 1]))
     tick = scheduler.next(busy)
-    assert tick is not None and len(tick) == 64
+    assert tick is not None
+    assert len(tick) == 64
     assert {1500, 1501} <= set(tick.rows.tolist()), "a small stream must not wait for a large one"
 
 
@@ -69,9 +80,11 @@ def test_drop_takes_rows_out() -> None:
     scheduler, busy = Scheduler(100, 16), np.zeros(4, np.bool_)
     scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
     dropped = scheduler.drop(lambda waiting: waiting.rows[waiting.waiting] == 1)
-    assert [index.tolist() for _, index in dropped] == [[1]] and scheduler.waiting_rows == 2
+    assert [index.tolist() for _, index in dropped] == [[1]]
+    assert scheduler.waiting_rows == 2
     tick = scheduler.next(busy)
-    assert tick is not None and tick.rows.tolist() == [0, 2]
+    assert tick is not None
+    assert tick.rows.tolist() == [0, 2]
 
 
 @st.composite

@@ -12,9 +12,12 @@ from engram_service.settings import SettingError, read_settings
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
     config = tmp_path / "engram.toml"
     config.write_text('listen = "127.0.0.1:1"\nhttp = "127.0.0.1:1"\ninterval_ms = 7\nshipped_models = false\n')
-    found = read_settings({"config": str(config), "listen": "127.0.0.1:3"}, {"ENGRAM_LISTEN": "127.0.0.1:2", "ENGRAM_HTTP": "127.0.0.1:2"})
+    found = read_settings(
+        {"config": str(config), "listen": "127.0.0.1:3"}, {"ENGRAM_LISTEN": "127.0.0.1:2", "ENGRAM_HTTP": "127.0.0.1:2"}
+    )
     assert (found.listen, found.http, found.interval_ms) == ("127.0.0.1:3", "127.0.0.1:2", 7)
-    assert found.shipped_models is False and found.durability == "step"
+    assert found.shipped_models is False
+    assert found.durability == "step"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from engram.v1 import model_pb2, session_pb2, stream_pb2
 from engram_service.api.unary_stream import Asked, UnaryStream
 from engram_service.catalog import Served
 from engram_service.core import Core
-from engram_service.engine.arena import from_bytes
+from engram_service.engine.arena import cast_to_bytes, cast_to_floats
 from engram_service.errors import (
     AlreadyExists,
     DataLoss,
@@ -79,7 +79,7 @@ class UnaryHandlers:
             if request.raw:
                 response.raw_outputs = outputs.tobytes()
             else:
-                response.outputs.extend(from_bytes(outputs, spec).float().flatten().tolist())
+                response.outputs.extend(cast_to_floats(outputs, spec))
         return response
 
     async def get_session(
@@ -258,10 +258,7 @@ def _inputs(request: session_pb2.StepRequest, served: Served) -> tuple[bytes, in
     if request.raw_inputs:
         data = request.raw_inputs
     else:
-        import torch
-
-        values = torch.tensor(np.array(request.inputs, np.float32)).to(spec.torch_dtype)
-        data = values.view(torch.uint8).numpy().tobytes() if len(values) else b""
+        data = cast_to_bytes(np.array(request.inputs, np.float32), spec)
     if len(data) % spec.nbytes:
         sizes = f"{len(data) // spec.torch_dtype.itemsize} values are not whole rows of {spec.size}"
         raise InvalidArgument(

@@ -149,3 +149,14 @@ def from_bytes(rows: NDArray[np.uint8], spec: TensorSpec) -> torch.Tensor:
     if not rows.flags.writeable:
         rows = rows.copy()
     return torch.from_numpy(rows).view(spec.torch_dtype).view(len(rows), *spec.shape)
+
+
+def cast_to_bytes(values: NDArray[np.float32], spec: TensorSpec) -> bytes:
+    """Numbers as bytes of a tensor's dtype."""
+    return to_bytes(torch.from_numpy(values).to(spec.torch_dtype).view(-1, 1)).tobytes()
+
+
+def cast_to_floats(rows: NDArray[np.uint8], spec: TensorSpec) -> list[float]:
+    """Rows of bytes as numbers, flattened."""
+    floats: list[float] = from_bytes(rows, spec).float().flatten().tolist()
+    return floats
