@@ -18,13 +18,14 @@ INPUT, OUTPUT = 64, 16
 POOL = 64
 
 
-async def session(
-    call: grpc.aio.UnaryUnaryMultiCallable, name: bytes, inputs: np.ndarray, until: list[float]
-) -> list[tuple[float, float]]:
-    """Steps until the time in `until`; returns (finished, took) of every step in seconds."""
+Times = list[tuple[float, float]]
+
+
+async def session(call: grpc.aio.UnaryUnaryMultiCallable, name: bytes, inputs: np.ndarray, until: float) -> Times:
+    """Steps until the time `until`; returns (finished, took) of every step in seconds."""
     times = []
     row = 0
-    while (begun := time.monotonic()) < until[0]:
+    while (begun := time.monotonic()) < until:
         await call(name + inputs[row % POOL].tobytes())
         row += 1
         times.append((time.monotonic(), time.monotonic() - begun))
@@ -55,9 +56,9 @@ async def load(args: argparse.Namespace) -> dict[str, object]:
         difference = await check(call, inputs) if args.check else -1.0
         names = [b"%08x%08x" % (args.seed, number) for number in range(args.sessions)]
         start = time.monotonic() + args.warm_up
-        until = [start + args.seconds]
+        until = start + args.seconds
         done = await asyncio.gather(*(session(call, name, inputs, until) for name in names))
-    took = np.array([took for times in done for finished, took in times if start <= finished < until[0]])
+    took = np.array([took for times in done for finished, took in times if start <= finished < until])
     p50, p99 = np.percentile(took, (50, 99)) * 1000 if len(took) else (0.0, 0.0)
     return {"steps": len(took), "seconds": args.seconds, "latencies_ms": [p50, p99], "difference": difference}
 

@@ -9,6 +9,7 @@ import time
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -259,7 +260,7 @@ def _scrape(http: str) -> dict[str, float]:
     return values
 
 
-def _server_figures(load: _Load) -> dict[str, object]:
+def _server_figures(load: _Load) -> dict[str, Any]:
     after = load.after
     delta = {name: value - load.before.get(name, 0.0) for name, value in after.items()}
     ticks = delta.get("engram_ticks_total", 0.0)
