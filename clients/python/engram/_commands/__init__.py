@@ -1,0 +1,1 @@
+"""Subcommands of the SDK: `engram stream` and `engram sessions`."""

@@ -1,0 +1,121 @@
+"""Real servers for tests: `engram serve` as a subprocess, with a private Redis in a directory of its own."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+START_S = 60.0
+STOP_S = 30.0
+
+
+class ServerProcess:
+    """`engram serve` on fixed ports; may be stopped, killed and started again on the same ports and data."""
+
+    def __init__(self, directory: pathlib.Path, *flags: str) -> None:
+        self.directory = directory
+        self.flags = flags
+        self.port, self.http_port = free_port(), free_port()
+        self.log = directory / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> ServerProcess:
+        """Starts it and waits until it answers."""
+        command = [
+            sys.executable, "-m", "engram", "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
+            "--data-dir", str(self.directory / "data"), *self.flags,
+        ]  # fmt: skip
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"})
+        self._wait_ready()
+        return self
+
+    def stop(self) -> int:
+        """SIGTERM, as an operator stops it; its exit code."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the server did not stop within {STOP_S} s\n{self.tail()}") from None
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """kill -9."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def restart(self) -> None:
+        """kill -9, then a start on the same ports and data."""
+        self.kill()
+        self.start()
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+    def _wait_ready(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + START_S
+        with grpc.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            call = channel.unary_unary("/engram.v1.EngramService/GetServer")
+            while time.monotonic() < deadline:
+                if self._process.poll() is not None:
+                    raise AssertionError(f"the server ended with {self._process.returncode}\n{self.tail()}")
+                try:
+                    call(b"", timeout=1.0)
+                    return
+                except grpc.RpcError:
+                    time.sleep(0.05)
+        raise AssertionError(f"the server did not answer within {START_S} s\n{self.tail()}")
+
+    def __enter__(self) -> ServerProcess:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One server for all tests that leave it alone."""
+    with ServerProcess(tmp_path_factory.mktemp("shared")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(tmp_path: pathlib.Path) -> Iterator[ServerProcess]:
+    """A server of the test's own, to kill, stop and start again."""
+    with ServerProcess(tmp_path) as one:
+        yield one
