@@ -1,0 +1,164 @@
+"""`engram models list|show|check`: what bundles there are, what one is, and whether one can be served here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engram_models.bundle import Bundle, BundleRef
+    from engram_models.spec import TensorSpec
+
+HELP = "the models on disk: list them, show one, check whether one can be served"
+_BATCH_MAX = 1024
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="every version of every model")
+    show = actions.add_parser("show", help="everything about one version")
+    check = actions.add_parser("check", help="load one version, verify it, and find how it may be batched here")
+    for action in (show, check):
+        action.add_argument("model", metavar="MODEL", help="NAME (the latest version), NAME/VERSION, or the path of a bundle")
+    check.add_argument("--batch-max", type=int, default=_BATCH_MAX, help=f"largest batch to try (default: {_BATCH_MAX})")
+    check.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
+    for action in (listing, show, check):
+        action.add_argument("--models", type=Path, metavar="DIR", help="directory of bundles (default: the shipped ones)")
+        action.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from engram_models.bundle import BundleError
+
+    action = {"list": _list, "show": _show, "check": _check}[args.action]
+    try:
+        return action(args)
+    except BundleError as error:
+        if args.json:
+            print(json.dumps({"ok": False, "error": str(error)}))
+        print(f"engram models {args.action}: {error}", file=sys.stderr)
+        return 1
+
+
+def _list(args: argparse.Namespace) -> int:
+    refs, errors = _scan(args.models)
+    latest = {ref.name: ref.version for ref in refs}  # ascending: the last one stays
+    rows = [_row(ref, latest, errors) for ref in refs]
+    if args.json:
+        print(json.dumps({"models": rows, "errors": errors}, indent=2))
+    else:
+        _table(rows)
+    for error in errors:
+        print(f"engram models list: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def _row(ref: BundleRef, latest: dict[str, str], errors: list[str]) -> dict[str, Any]:
+    """One line of the list. A bundle that does not load is listed too, with dashes, and its error is added to `errors`."""
+    from engram_models.bundle import BundleError, load_bundle
+
+    row: dict[str, Any] = {"name": ref.name, "version": ref.version, "latest": latest[ref.name] == ref.version}
+    try:
+        bundle = load_bundle(ref.path)
+    except BundleError as error:
+        errors.append(str(error))
+        return row
+    described = _described(bundle)
+    return row | {key: described[key] for key in ("kind", "input", "output", "state_bytes", "fingerprint")}
+
+
+def _show(args: argparse.Namespace) -> int:
+    bundle = _load(args)
+    described = _described(bundle)
+    if args.json:
+        print(json.dumps(described, indent=2))
+        return 0
+    config = ", ".join(f"{key} {value}" for key, value in described["config"].items())
+    state = [_spec_line(spec) for spec in bundle.state]
+    lines = {**described, "input": _spec_line(bundle.input), "output": _spec_line(bundle.output), "config": config, "state": state}
+    for key, value in lines.items():
+        for number, item in enumerate(value if isinstance(value, list) else [value]):
+            print(f"{key if number == 0 else '':<18} {item}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    import torch
+
+    from engram_models.probe import batch_floor
+
+    bundle = _load(args, args.device)
+    floor = batch_floor(bundle.cell, args.device, args.batch_max)
+    found = {
+        "ok": True, "model": f"{bundle.name}/{bundle.version}", "fingerprint": bundle.fingerprint, "check_vector": "passed",
+        "batch_floor": floor, "batch_max": args.batch_max, "device": args.device, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    batches = "no floor: rows run in tiles of one shape" if floor is None else f"same bits in any batch of {floor} rows or more"
+    print(f"{found['model']}  fingerprint {bundle.fingerprint}")
+    print(f"check vector  passed\nbatches       {batches} (tried up to {args.batch_max}, {args.device}, {found['threads']} threads)")
+    return 0
+
+
+def _scan(directory: Path | None) -> tuple[list[BundleRef], list[str]]:
+    from engram_models.bundle import Repository, shipped_models_dir
+
+    return Repository([directory or shipped_models_dir()]).scan()
+
+
+def _load(args: argparse.Namespace, device: str = "cpu") -> Bundle:
+    from engram_models.bundle import load_bundle
+
+    return load_bundle(_find(args.model, args.models), device)
+
+
+def _find(model: str, directory: Path | None) -> Path:
+    from engram_models.bundle import BundleError
+
+    refs, errors = _scan(directory)
+    name, _, version = model.partition("/")
+    matching: Sequence[BundleRef] = [ref for ref in refs if ref.name == name and version in ("", ref.version)]
+    if matching:
+        return matching[-1].path
+    if (Path(model) / "model.toml").exists():
+        return Path(model).resolve()
+    known = ", ".join(sorted({f"{ref.name}/{ref.version}" for ref in refs})) or "; ".join(errors) or "none"
+    raise BundleError(f"no model {model!r} and no bundle at that path; there are: {known}")
+
+
+def _described(bundle: Bundle) -> dict[str, Any]:
+    return {
+        "name": bundle.name, "version": bundle.version, "kind": bundle.kind, "description": bundle.description,
+        "fingerprint": bundle.fingerprint, "input": _shape(bundle.input), "output": _shape(bundle.output),
+        "state": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "role": s.role, "initial": s.initial} for s in bundle.state],
+        "state_bytes": bundle.state_nbytes, "generates": bundle.generates, "allows_non_finite": bundle.allows_non_finite,
+        "parameters": sum(parameter.numel() for parameter in bundle.cell.parameters()), "config": dict(bundle.cell.config),
+        "path": str(bundle.path),
+    }  # fmt: skip
+
+
+def _shape(spec: TensorSpec) -> dict[str, Any]:
+    return {"dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+def _spec_line(spec: TensorSpec) -> str:
+    shape = "x".join(map(str, spec.shape)) or "scalar"
+    return f"{spec.name} {spec.dtype} {shape}" + (f", {spec.role}, initially {spec.initial:g}" if spec.role else "")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> None:
+    header = ("NAME", "VERSION", "KIND", "INPUT", "OUTPUT", "STATE BYTES", "FINGERPRINT")
+    cells = [header]
+    for row in rows:
+        sizes = ["x".join(map(str, row[key]["shape"])) if key in row else "-" for key in ("input", "output")]
+        version = f"{row['version']} (latest)" if row["latest"] else row["version"]
+        cells.append((row["name"], version, row.get("kind", "-"), *sizes, str(row.get("state_bytes", "-")), row.get("fingerprint", "does not load")))  # type: ignore[arg-type]  # fmt: skip
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    for line in cells:
+        print("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
