@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import IO
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from engram_service.store.types import StoreError
 
@@ -141,7 +143,8 @@ class PrivateRedis:
             return False
 
     def _client(self) -> redis.Redis:
-        return redis.Redis(unix_socket_path=str(self._socket), socket_timeout=2.0, single_connection_client=False)
+        # No retries: whether Redis is there at this moment is the question, and redis-py's own back off for seconds.
+        return redis.Redis(unix_socket_path=str(self._socket), socket_timeout=2.0, retry=Retry(NoBackoff(), 0))
 
     def _log_tail(self) -> str:
         try:
