@@ -1,0 +1,88 @@
+"""`make bench`: `engram bench` for 1, 64, 1024 and 8192 sessions and both durabilities, and for 256 connections of one session.
+
+Writes docs/benchmarks/<name>.md and .json with the machine's description. Takes some five minutes; the machine should have
+nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from engram_service.bench.measure import Options, Result, measure
+from engram_service.bench.plain import PlainResult
+from engram_service.bench.report import machine, table, verdict
+
+DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+SESSIONS = (1, 64, 1024, 8192)
+SEPARATE = 256
+PLAIN_SESSIONS_MAX = 1024  # beyond, the plain server is only slower, and its callers wait for seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--name", help="of the files (default: the device and the number of cores)")
+    args = parser.parse_args()
+    described = machine()
+    name = args.name or f"{'cpu' if args.device == 'auto' else args.device.replace(':', '')}-{described['cores']}-cores"
+    results = run(args.device, args.seconds)
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    (DIRECTORY / f"{name}.md").write_text(page(results, described, args.seconds))
+    found = {"machine": described, "results": [one.as_dict() for one in results]}
+    (DIRECTORY / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(table(results))
+    print(verdict(results))
+    return 0 if all(one.outputs_equal for one in results) else 1
+
+
+def run(device: str, seconds: float) -> list[Result]:
+    """Every case; the plain server is measured once for each number of sessions."""
+    results: list[Result] = []
+    for sessions, connections in (*((count, 0) for count in SESSIONS), (SEPARATE, SEPARATE)):
+        plain: PlainResult | None = None
+        for durability in ("step", "interval"):
+            options = Options(
+                sessions=sessions, connections=connections, durability=durability, seconds=seconds, device=device,
+                plain=sessions <= PLAIN_SESSIONS_MAX and plain is None,
+            )  # fmt: skip
+            result = measure(options, say, plain)
+            results.append(result)
+            print(table([result]), file=sys.stderr, flush=True)
+            if plain is None and result.plain_steps_per_s and result.plain_p50_ms:
+                plain = PlainResult(result.plain_steps_per_s, result.plain_p50_ms, 0.0)
+    return results
+
+
+def page(results: list[Result], described: dict[str, str], seconds: float) -> str:
+    lines = [
+        "# Benchmark",
+        "",
+        f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}. Client processes, server and Redis share this machine:",
+        "",
+        *(f"- {key}: {value}" for key, value in described.items()),
+        "",
+        "W: one LSTM, input 64, hidden 256, linear head to 16, float32. Closed loop: a session sends its next input after its",
+        f"output; windows of {seconds:g} s after a warm-up. *ceiling*: the same cell in plain torch, the same batch size, no",
+        "serving, measured in the same run with the best number of threads. *plain*: the server of `tests/yardstick`, measured in",
+        "the same run. With durability *step* each answer left after Redis had its state; with *interval* Redis has it within",
+        "200 ms or 256 steps.",
+        "",
+        table(results),
+        "",
+        verdict(results),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
