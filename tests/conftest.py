@@ -44,7 +44,9 @@ class ServerProcess:
             "--data-dir", str(self.directory / "data"), *self.flags,
         ]  # fmt: skip
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"})
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"}
+            )
         self._wait_ready()
         return self
 

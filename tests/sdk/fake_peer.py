@@ -95,7 +95,9 @@ class FakePeer:
                 if kind in ("open", "attach"):
                     queue.put_nowait(self._open(getattr(request, kind), names, kind == "attach"))
                 elif kind == "close":
-                    queue.put_nowait(stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=request.close.request_id)))
+                    queue.put_nowait(
+                        stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=request.close.request_id))
+                    )
                 elif kind == "steps":
                     self.frames += 1
                     answers = self._steps(request.steps, names)
@@ -139,7 +141,11 @@ class FakePeer:
         seqs = np.frombuffer(frame.seqs, "<u8")
         self.rows += len(handles)
         self.frame_rows.append(len(handles))
-        inputs = np.frombuffer(frame.inputs, "<f4").reshape(len(handles), -1) if frame.inputs else np.zeros((len(handles), self.width), "f4")
+        inputs = (
+            np.frombuffer(frame.inputs, "<f4").reshape(len(handles), -1)
+            if frame.inputs
+            else np.zeros((len(handles), self.width), "f4")
+        )
         acked = np.frombuffer(frame.acknowledged_seqs, "<u8")
         repeats = np.frombuffer(frame.repeats, "<u4") if frame.repeats else np.zeros(len(handles), "<u4")
         flags = np.frombuffer(frame.flags, "u1") if frame.flags else np.zeros(len(handles), "u1")
@@ -157,7 +163,9 @@ class FakePeer:
                     refused.append((handle, step, error_pb2.ErrorDetail(code=9, reason="SEQ_GAP", message="gap")))
                 elif step <= record.seq:
                     if step <= record.acked and not quiet:
-                        refused.append((handle, step, error_pb2.ErrorDetail(code=9, reason="SEQ_ACKNOWLEDGED", message="gone")))
+                        refused.append(
+                            (handle, step, error_pb2.ErrorDetail(code=9, reason="SEQ_ACKNOWLEDGED", message="gone"))
+                        )
                     else:
                         done.append((handle, step, None if quiet else record.outputs[step]))
                 else:

@@ -14,7 +14,9 @@ import engram
 
 
 async def main() -> None:
-    peer = subprocess.Popen([sys.executable, str(pathlib.Path(__file__).with_name("fake_peer.py"))], stdout=subprocess.PIPE, text=True)
+    peer = subprocess.Popen(
+        [sys.executable, str(pathlib.Path(__file__).with_name("fake_peer.py"))], stdout=subprocess.PIPE, text=True
+    )
     assert peer.stdout is not None
     try:
         address = f"127.0.0.1:{peer.stdout.readline().strip()}"

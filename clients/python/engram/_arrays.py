@@ -58,7 +58,9 @@ class RowCodec:
         try:
             array = np.asarray(x)
         except ValueError as error:
-            raise InvalidInput(f"{self.what} must be {wanted}; got a ragged list", reason="INVALID_INPUT_WIDTH") from error
+            raise InvalidInput(
+                f"{self.what} must be {wanted}; got a ragged list", reason="INVALID_INPUT_WIDTH"
+            ) from error
         if array.shape != shape:
             got = f"{array.dtype}{list(array.shape)}"
             raise InvalidInput(f"{self.what} must be {wanted}; got {got}", reason="INVALID_INPUT_WIDTH")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from engram._session import UNSET, Session
 from engram._types import ModelInfo, ServerInfo, SessionInfo
 
 _T = TypeVar("_T")
+
+_END_S = 0.5
 
 
 class _Loop:
@@ -42,23 +45,46 @@ class _Loop:
     def iterate(self, items: AsyncIterator[_T]) -> Iterator[_T]:
         """The items, one by one as they are asked for."""
         end = object()
+        running: list[asyncio.Task[Any]] = []
 
         async def following() -> Any:
+            task = asyncio.current_task()
+            assert task is not None  # a coroutine runs in one
+            running[:] = [task]
             return await anext(items, end)
+
+        async def ending() -> None:
+            # An interrupted wait leaves the step towards the next item to be cancelled first.
+            for task in running:
+                task.cancel()
+                await asyncio.wait([task])
+            if isinstance(items, AsyncGenerator):
+                await items.aclose()
 
         try:
             while (item := self.wait(following())) is not end:
                 yield item
         finally:
-            closing = getattr(items, "aclose", None)
-            if closing is not None and self._thread.is_alive():
-                self.wait(closing())
+            if self._thread.is_alive():
+                self.wait(ending())
 
     def stop(self) -> None:
+        """Ends what still runs there, gRPC's own tasks with it, and the thread."""
         if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+
+async def _end_tasks() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=_END_S)  # gRPC's tasks end by themselves once a call has its status
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 class Client:
@@ -244,9 +270,7 @@ class BlockingSessions:
         """See Sessions.state."""
         return self._client._loop.wait(self._client._client.sessions.state(session_id, timeout=timeout))
 
-    def fork(
-        self, session_id: str, new_session_id: str | None = None, *, timeout: float | None = UNSET
-    ) -> SessionInfo:
+    def fork(self, session_id: str, new_session_id: str | None = None, *, timeout: float | None = UNSET) -> SessionInfo:
         """See Sessions.fork."""
         return self._client._loop.wait(self._client._client.sessions.fork(session_id, new_session_id, timeout=timeout))
 
@@ -281,6 +305,6 @@ class BlockingModels:
         """See Models.get."""
         return self._client._loop.wait(self._client._client.models.get(model, version, timeout=timeout))
 
-    def reload(self, *, timeout: float | None = UNSET) -> tuple[list[ModelInfo], list[str]]:
+    def reload(self, *, timeout: float | None = UNSET) -> tuple[builtins.list[ModelInfo], builtins.list[str]]:
         """See Models.reload."""
         return self._client._loop.wait(self._client._client.models.reload(timeout=timeout))

@@ -160,10 +160,14 @@ class AsyncClient:
             raise table.error_of(int(slots[np.argmax(table.lost[slots])]))
         models = table.model[slots]
         if (models != models[0]).any():
-            raise InvalidInput("step_many takes sessions of one model version and durability", reason="INVALID_ARGUMENT")
+            raise InvalidInput(
+                "step_many takes sessions of one model version and durability", reason="INVALID_ARGUMENT"
+            )
         link = core.models[int(models[0])]
         inputs = link.input.many(X, len(slots)).copy()
-        call = Call(len(slots), inputs, link.output.empty(len(slots)), 0, True, core.loop.create_future(), core.loop.time())
+        call = Call(
+            len(slots), inputs, link.output.empty(len(slots)), 0, True, core.loop.create_future(), core.loop.time()
+        )
         outputs: NDArray[Any] = await core.submit(call, slots, self._timeout(timeout))
         return outputs
 
@@ -177,7 +181,9 @@ class AsyncClient:
 
     async def server(self, *, timeout: float | None = UNSET) -> ServerInfo:
         """What the server says of itself."""
-        response = await self._unary("GetServer", session_pb2.GetServerRequest(), session_pb2.GetServerResponse, timeout)
+        response = await self._unary(
+            "GetServer", session_pb2.GetServerRequest(), session_pb2.GetServerResponse, timeout
+        )
         return ServerInfo.of(response)
 
     # Inside
@@ -260,19 +266,20 @@ class AsyncClient:
         self, model: str, ids: Sequence[str], version: str, durability: int, deadline: float | None
     ) -> list[Session | EngramError]:
         """One OpenFrame, again while it may succeed later, for the rows that have not succeeded yet."""
-        link = self._linked()
         opened: list[Session | EngramError | None] = [None] * len(ids)
         attempt = 0
         while left := [row for row, one in enumerate(opened) if one is None]:
             frame = stream_pb2.OpenFrame(
                 model=model, version=version, session_ids=[ids[row] for row in left],
-                durability=stream_pb2.Durability.Name(durability),  # type: ignore[arg-type]
+                durability=stream_pb2.Durability.Name(durability),
                 client_id=self._client_id, ttl_ms=self._ttl_ms(),
             )  # fmt: skip
             answer = await self._request(stream_pb2.StreamRequest(open=frame), deadline)
             if answer is None:
                 continue  # the stream was lost: an open may be repeated
-            for row, one in zip(left, self._take_opened(model, frame.session_ids, answer.opened, durability), strict=True):
+            for row, one in zip(
+                left, self._take_opened(model, frame.session_ids, answer.opened, durability), strict=True
+            ):
                 opened[row] = one
             attempt += 1
             wait = self._again(opened, attempt, deadline)
@@ -339,7 +346,11 @@ class AsyncClient:
         """The link for this model version and durability; a new one for the first session of it."""
         core, info = self._core, ModelInfo.of(answer.model)
         for index, link in enumerate(core.models):
-            if link.info.name == info.name and link.info.fingerprint == info.fingerprint and link.durability == durability:
+            if (
+                link.info.name == info.name
+                and link.info.fingerprint == info.fingerprint
+                and link.durability == durability
+            ):
                 if link.info.version == info.version:
                     return index
         row = RowCodec(info.input, f"the input of {info.name}")

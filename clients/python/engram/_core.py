@@ -34,7 +34,11 @@ from engram.v1 import stream_pb2
 
 _BY_EVENT = {
     stream_pb2.EventFrame.TYPE_TAKEN_OVER: (10, "TAKEN_OVER", "a newer open holds this session"),
-    stream_pb2.EventFrame.TYPE_CLOSED: (10, "SESSION_CLOSED", "the session was closed by another client, or has expired"),
+    stream_pb2.EventFrame.TYPE_CLOSED: (
+        10,
+        "SESSION_CLOSED",
+        "the session was closed by another client, or has expired",
+    ),
     stream_pb2.EventFrame.TYPE_LOST: (15, "RECORD_CORRUPTED", "the session's record is gone or unusable"),
 }
 
@@ -186,9 +190,12 @@ class Core:
     def _slots(self, handles: bytes) -> NDArray[np.int64]:
         numbers = np.frombuffer(handles, "<u4")
         known = numbers < len(self._by_handle)
+        slots: NDArray[np.int64]
         if known.all():
-            return self._by_handle[numbers]
-        return np.where(known, self._by_handle[np.where(known, numbers, 0)], -1)
+            slots = self._by_handle[numbers]
+            return slots
+        slots = np.where(known, self._by_handle[np.where(known, numbers, 0)], -1)
+        return slots
 
     def _on_outputs(self, frame: stream_pb2.OutputsFrame) -> None:
         slots, seqs = self._slots(frame.handles), np.frombuffer(frame.seqs, "<i8")
@@ -315,7 +322,12 @@ class Core:
         table = self.table
         spans = table.spans[slot]
         first, last, call, at = spans.popleft()
-        table.head_first[slot], table.head_last[slot], table.head_call[slot], table.head_at[slot] = first, last, call, at
+        table.head_first[slot], table.head_last[slot], table.head_call[slot], table.head_at[slot] = (
+            first,
+            last,
+            call,
+            at,
+        )
         if not spans:
             del table.spans[slot]
             table.more[slot] = False
@@ -384,7 +396,9 @@ class Core:
             self.diverged(slot, int(seqs[slots == slot][0]))
         good = slots[~table.lost[slots]]
         # What a record holds is durable.
-        table.durable[good] = np.maximum(table.durable[good], np.minimum(seqs[~table.lost[slots]], table.answered[good]))
+        table.durable[good] = np.maximum(
+            table.durable[good], np.minimum(seqs[~table.lost[slots]], table.answered[good])
+        )
         self.recovery.resend(good)
 
     def diverged(self, slot: int, seq: int) -> None:
@@ -425,7 +439,10 @@ class Core:
         self.recovery.drop(slot)
         while table.head_call[slot]:
             call = self.calls[int(table.head_call[slot])]
-            at, rows = int(table.head_at[slot]), int(table.head_last[slot] - max(table.head_first[slot], table.answered[slot] + 1)) + 1
+            at, rows = (
+                int(table.head_at[slot]),
+                int(table.head_last[slot] - max(table.head_first[slot], table.answered[slot] + 1)) + 1,
+            )
             at += int(table.head_last[slot] - table.head_first[slot]) + 1 - rows
             call.open -= rows
             call.refuse(at, error.copy())

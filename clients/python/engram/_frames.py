@@ -12,12 +12,13 @@ from engram._log import Part
 from engram._table import SessionTable
 from engram.v1 import stream_pb2
 
-
 _MARGIN_S = 0.25
 _TIMEOUT_MS_MAX = 0xFFFFFFFF
 
 
-def steps_frames(table: SessionTable, parts: Sequence[Part], rows_max: int, now: float) -> Iterator[stream_pb2.StreamRequest]:
+def steps_frames(
+    table: SessionTable, parts: Sequence[Part], rows_max: int, now: float
+) -> Iterator[stream_pb2.StreamRequest]:
     """Frames of parts of one model, in order. What has been answered is acknowledged on the way."""
     part = parts[0] if len(parts) == 1 else _joined(parts)
     weights = part.lasts - part.firsts + 1

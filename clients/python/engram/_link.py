@@ -95,7 +95,9 @@ class Link:
         finally:
             self._requests.pop(body.request_id, None)
 
-    async def unary(self, method: str, request: Message, response_type: type[_Response], timeout_s: float | None) -> _Response:
+    async def unary(
+        self, method: str, request: Message, response_type: type[_Response], timeout_s: float | None
+    ) -> _Response:
         """A unary call, tried again while the server or its store is away. Raises EngramError."""
         deadline = None if timeout_s is None else self.loop.time() + timeout_s
         attempt = 0
@@ -137,7 +139,9 @@ class Link:
             except grpc.aio.AioRpcError as failure:
                 self._trouble = of_rpc_error(failure)
             except (BadFrame, StreamLost, TimeoutError, grpc.aio.UsageError, asyncio.InvalidStateError) as failure:
-                self._trouble = Unavailable(f"the stream to {address} was given up: {failure}", reason="CONNECTION_LOST")
+                self._trouble = Unavailable(
+                    f"the stream to {address} was given up: {failure}", reason="CONNECTION_LOST"
+                )
             finally:
                 was_up = self._up.is_set()
                 self._mark_down()
@@ -198,6 +202,7 @@ class Link:
             response = await call.read()
             if response is grpc.aio.EOF:
                 return  # in order; `read` raises where the status says otherwise
+            assert isinstance(response, stream_pb2.StreamResponse)  # what else `read` returns
             kind = response.WhichOneof("frame")
             if kind in ("opened", "closed"):
                 future = self._requests.get(getattr(response, kind).request_id)
@@ -286,7 +291,7 @@ class Link:
                 model=link.info.name,
                 version=link.info.version,
                 session_ids=[ids[slot] for slot in slots.tolist()],
-                durability=stream_pb2.Durability.Name(link.durability),  # type: ignore[arg-type]
+                durability=stream_pb2.Durability.Name(link.durability),
                 client_id=self.client_id,
                 ttl_ms=link.ttl_ms,
             )

@@ -43,7 +43,16 @@ class Part:
         """Some of the rows."""
         inputs = None if self.inputs is None else self.inputs[index]
         flags = self.flags if isinstance(self.flags, int) else self.flags[index]
-        return Part(self.model, self.slots[index], self.firsts[index], self.lasts[index], inputs, flags, self.deadline, self.mark)
+        return Part(
+            self.model,
+            self.slots[index],
+            self.firsts[index],
+            self.lasts[index],
+            inputs,
+            flags,
+            self.deadline,
+            self.mark,
+        )
 
     def flag_column(self) -> NDArray[np.uint8]:
         return np.full(len(self.slots), self.flags, np.uint8) if isinstance(self.flags, int) else self.flags
@@ -117,7 +126,15 @@ class SentLog:
             hit = (part.slots == slot) & (part.lasts >= first)
             if not hit.any():
                 continue
-            part = Part(part.model, part.slots.copy(), part.firsts.copy(), part.lasts.copy(), part.inputs, part.flags, mark=part.mark)
+            part = Part(
+                part.model,
+                part.slots.copy(),
+                part.firsts.copy(),
+                part.lasts.copy(),
+                part.inputs,
+                part.flags,
+                mark=part.mark,
+            )
             for row in np.flatnonzero(hit).tolist():
                 less = [move[2] for move in moves if move[0] <= part.firsts[row] <= move[1]]
                 if less:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ class Models:
         response = await self._client._unary("GetModel", request, session_pb2.GetModelResponse, timeout)
         return ModelInfo.of(response.model)
 
-    async def reload(self, *, timeout: float | None = UNSET) -> tuple[list[ModelInfo], list[str]]:
+    async def reload(self, *, timeout: float | None = UNSET) -> tuple[builtins.list[ModelInfo], builtins.list[str]]:
         """Looks at the models directory now; what is served, and what is wrong with the rest."""
         request = session_pb2.ReloadModelsRequest()
         response = await self._client._unary("ReloadModels", request, session_pb2.ReloadModelsResponse, timeout)

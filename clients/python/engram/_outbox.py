@@ -186,7 +186,9 @@ class Outbox:
             # One row that repeats: the server runs it on its own output.
             table.row_first[slot] = first
             one = np.array([slot], np.int64)
-            self._add(Part(model, one, np.array([first]), np.array([last]), None, call.flags | FEEDBACK, call.deadline), parts)
+            self._add(
+                Part(model, one, np.array([first]), np.array([last]), None, call.flags | FEEDBACK, call.deadline), parts
+            )
         else:
             table.row_first[slot] = last
             seqs = np.arange(first, last + 1)

@@ -179,7 +179,9 @@ class Recovery:
     def _take_out(self, slot: int, hold: Hold, again: list[int]) -> None:
         core, table = self._core, self._core.table
         if hold.seq <= table.answered[slot]:
-            message = f"step {hold.seq}, which had been answered, was refused when it was replayed: {hold.error.message}"
+            message = (
+                f"step {hold.seq}, which had been answered, was refused when it was replayed: {hold.error.message}"
+            )
             core.lose(slot, DataLoss(message, reason="STATE_REWOUND"))
             return
         identity = int(table.head_call[slot])

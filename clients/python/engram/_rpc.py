@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeAlias, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -13,7 +13,7 @@ from engram.v1 import stream_pb2
 
 SERVICE = "/engram.v1.EngramService/"
 
-StreamCall = grpc.aio.StreamStreamCall[stream_pb2.StreamRequest, stream_pb2.StreamResponse]
+StreamCall: TypeAlias = "grpc.aio.StreamStreamCall[stream_pb2.StreamRequest, stream_pb2.StreamResponse]"
 _Response = TypeVar("_Response", bound=Message)
 
 
@@ -43,8 +43,7 @@ def open_stream(channel: grpc.aio.Channel, options: ClientOptions) -> StreamCall
         request_serializer=stream_pb2.StreamRequest.SerializeToString,
         response_deserializer=stream_pb2.StreamResponse.FromString,
     )
-    call: StreamCall = multi(metadata=tuple(options.metadata))
-    return call
+    return cast(StreamCall, multi(metadata=tuple(options.metadata)))
 
 
 async def call_unary(

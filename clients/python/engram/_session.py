@@ -117,7 +117,7 @@ class Session:
         try:
             while not ended or outputs:
                 if next_input is None and not ended and len(outputs) < ahead:
-                    next_input = asyncio.ensure_future(anext(inputs))  # type: ignore[arg-type]
+                    next_input = asyncio.ensure_future(anext(inputs))
                 waiting: set[asyncio.Task[Any]] = {outputs[0]} if outputs else set()
                 if next_input is not None:
                     waiting.add(next_input)

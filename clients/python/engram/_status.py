@@ -6,10 +6,12 @@ package for a handful of fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import grpc
+import grpc.aio
 
 from engram._errors import EngramError, make_error
 
@@ -27,11 +29,11 @@ class Details:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def of_rpc_error(error: grpc.RpcError) -> EngramError:
-    """The error that a failed RPC stands for; `error` is a grpc.Call too, as grpc's own always are."""
-    code, message, trailing = error.code(), error.details() or "", error.trailing_metadata()  # type: ignore[attr-defined]
+def of_rpc_error(error: grpc.aio.AioRpcError) -> EngramError:
+    """The error that a failed RPC stands for."""
+    code, message = error.code(), error.details() or ""
     details = Details()
-    for key, value in trailing or ():
+    for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
         if key == _STATUS_KEY and isinstance(value, bytes):
             details = read_details(value)
     if code is grpc.StatusCode.UNAVAILABLE and not details.reason:

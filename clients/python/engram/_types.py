@@ -116,4 +116,4 @@ _DURABILITY = {stream_pb2.DURABILITY_STEP: "step", stream_pb2.DURABILITY_INTERVA
 
 
 def _time(stamp: timestamp_pb2.Timestamp) -> datetime.datetime:
-    return stamp.ToDatetime(tzinfo=datetime.timezone.utc)
+    return stamp.ToDatetime(tzinfo=datetime.UTC)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ HELP = "CSV or JSON lines on stdin, one output line for each, as it arrives"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("model", metavar="MODEL", help="name of the model, or NAME/VERSION")
-    parser.add_argument("--session", metavar="ID", default=None, help="carry this session on; none: a new one that is closed at the end")
+    parser.add_argument(
+        "--session", metavar="ID", default=None, help="carry this session on; none: a new one that is closed at the end"
+    )
     parser.add_argument("--durability", choices=("step", "interval"), default=None, help="none: the server's default")
     parser.add_argument("--json", action="store_true", help='every output line as {"seq": N, "output": [...]}')
     add_address(parser)
@@ -59,13 +62,10 @@ def _stream(args: argparse.Namespace) -> int:
     return 0
 
 
-def _inputs(
-    shape: tuple[int, ...], dtype: str, formats: list[bool], failure: list[str]
-) -> Iterator[NDArray[Any]]:
+def _inputs(shape: tuple[int, ...], dtype: str, formats: list[bool], failure: list[str]) -> Iterator[NDArray[Any]]:
     """Inputs as their lines arrive, up to the first bad line. Notes which lines were JSON."""
     number = 0
-    # readline on the byte buffer returns as soon as there is a line, however slowly they come.
-    while line := sys.stdin.buffer.readline():
+    for line in _lines():
         number += 1
         text = line.strip()
         if not text:
@@ -77,6 +77,17 @@ def _inputs(
             return
         formats.append(is_json)
         yield value
+
+
+def _lines() -> Iterator[bytes]:
+    """Lines of stdin as soon as they are there. Not through sys.stdin, whose lock Python wants when it ends, while the
+    thread that reads may be waiting with it for a line that never comes."""
+    rest = b""
+    while data := os.read(0, 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
 
 def _parse(text: str, shape: tuple[int, ...], dtype: str) -> tuple[NDArray[Any], bool]:

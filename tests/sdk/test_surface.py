@@ -1,0 +1,99 @@
+"""The public surface: names, import cost, the pure parts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import engram
+from engram import _errors
+from engram._arrays import RowCodec
+from engram._status import read_details
+from engram._types import TensorSpec
+
+NAMES = {
+    "Aborted", "AccessDenied", "AlreadyExists", "AsyncClient", "BlockingSession", "Client", "ClientClosed", "ClientOptions",
+    "DataLoss", "DeadlineExceeded", "EngramError", "FailedPrecondition", "Internal", "InvalidInput", "ModelInfo", "NotFound",
+    "ResourceExhausted", "ServerInfo", "Session", "SessionClosed", "SessionInfo", "TakenOver", "TensorSpec", "Unavailable",
+    "Unsupported", "__version__",
+}  # fmt: skip
+
+
+def test_exported_names() -> None:
+    assert set(engram.__all__) == NAMES
+    assert all(getattr(engram, name) is not None for name in NAMES)
+    assert set(dir(engram)) == NAMES
+    with pytest.raises(AttributeError):
+        _ = engram.no_such_name  # type: ignore[attr-defined]
+
+
+def test_every_error_is_exported() -> None:
+    tree = {kind for kind in vars(_errors).values() if isinstance(kind, type) and issubclass(kind, engram.EngramError)}
+    assert tree == {getattr(engram, kind.__name__) for kind in tree}
+
+
+def test_blocking_client_has_the_same_names() -> None:
+    def names(kind: type) -> set[str]:
+        return {name for name in vars(kind) if not name.startswith("_")}
+
+    assert names(engram.Client) ^ names(engram.AsyncClient) == {"aclose", "close", "options"}
+    assert names(engram.BlockingSession) == names(engram.Session)
+    from engram import _blocking, _manage
+
+    assert names(_blocking.BlockingSessions) == names(_manage.Sessions)
+    assert names(_blocking.BlockingModels) == names(_manage.Models)
+
+
+def test_import_is_cheap() -> None:
+    code = "import sys, time; t = time.perf_counter(); import engram; t = time.perf_counter() - t; print(t);"
+    code += "engram.AsyncClient; assert not {'torch', 'redis', 'engram_service', 'engram_models'} & set(sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(out) < 0.5
+
+
+def codec(dtype: str = "float32", shape: tuple[int, ...] = (3,)) -> RowCodec:
+    return RowCodec(TensorSpec("x", dtype, shape), "the input")
+
+
+@pytest.mark.parametrize(
+    "given", [[1, 2, 3], np.array([1.0, 2, 3]), np.array([1, 2, 3], np.float16), np.array([1, 2, 3], np.int8)]
+)
+def test_safe_conversions(given: object) -> None:
+    assert codec().one(given).view(np.float32).tolist() == [1, 2, 3]
+
+
+def test_unsafe_conversions_say_what_was_expected() -> None:
+    with pytest.raises(engram.InvalidInput, match=r"float32\[3\]; got int64"):
+        codec().one(np.array([1, 2, 3]))
+    with pytest.raises(engram.InvalidInput, match=r"float32\[5, 3\]; got float64\[4, 3\]"):
+        codec().many(np.zeros((4, 3)), 5)
+    with pytest.raises(engram.InvalidInput, match="int64"):
+        codec("int64").one(np.array([1.5, 2, 3]))
+
+
+def test_bfloat16_rounds_to_nearest_even() -> None:
+    rows = codec("bfloat16")
+    values = np.array([1.0, 1.00390625, 1.01171875], np.float32)
+    assert rows.decode(rows.one(values).tobytes(), 1)[0].tolist() == [1.0, 1.0, 1.015625]
+    assert np.isnan(rows.decode(rows.one([np.nan, 0, 0]).tobytes(), 1)[0][0])
+
+
+def test_status_details() -> None:
+    from google.protobuf import any_pb2, duration_pb2
+
+    def field(number: int, data: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(data)]) + data
+
+    info = field(1, b"QUEUE_FULL") + field(2, b"engram") + field(3, field(1, b"limit") + field(2, b"7"))
+    retry = field(1, duration_pb2.Duration(seconds=1, nanos=500_000_000).SerializeToString())
+    anys = [any_pb2.Any(type_url=f"type.googleapis.com/google.rpc.{name}", value=value).SerializeToString()
+            for name, value in (("ErrorInfo", info), ("RetryInfo", retry))]  # fmt: skip
+    status = b"\x08\x08" + field(2, b"full") + b"".join(field(3, data) for data in anys)
+    details = read_details(status)
+    assert (details.reason, details.retry_after, details.metadata) == ("QUEUE_FULL", 1.5, {"limit": "7"})
+    for cut in range(len(status)):
+        read_details(status[:cut])
+    assert read_details(b"\xff" * 20).reason == ""
