@@ -97,3 +97,16 @@ def test_status_details() -> None:
     for cut in range(len(status)):
         read_details(status[:cut])
     assert read_details(b"\xff" * 20).reason == ""
+
+
+def test_command_line_is_quick_and_says_what_there_is() -> None:
+    code = "import sys; from engram._cli import main; sys.argv = ['engram', '--help']\ntry: main()\n"
+    code += "finally: assert not {'torch', 'redis', 'numpy', 'grpc'} & set(sys.modules), 'heavy'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "stream " in done.stdout
+    assert "one output line for each" in done.stdout
+    assert subprocess.run([sys.executable, "-m", "engram"], capture_output=True, check=False).returncode == 2
+    assert subprocess.run([sys.executable, "-m", "engram", "no-such"], capture_output=True, check=False).returncode == 2
+    version = subprocess.run([sys.executable, "-m", "engram", "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout == f"engram {engram.__version__}\n"

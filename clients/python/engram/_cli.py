@@ -7,8 +7,11 @@ a command with 130, as shells expect; a closed pipe downstream ends it quietly w
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import importlib.util
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -24,33 +27,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {entry.name: entry.value for entry in entry_points(group=_GROUP)}
-    parser, parsers = _parser(commands)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), "")
-    if chosen in commands:
-        # Only the one that is wanted is imported.
-        module = _load(commands[chosen])
-        if module is None:
-            return 1
-        module.configure(parsers[chosen])
-        args = parser.parse_args(arguments)
-        return _run(module, args)
-    parser.parse_args(arguments)
-    parser.print_help()
-    return 2
+    if chosen not in commands:
+        parser = _parser({name: _help(path) for name, path in commands.items()})[0]
+        parser.parse_args(arguments)
+        parser.print_help()
+        return 2
+    # Only the command that is wanted is imported.
+    module = _load(commands[chosen])
+    if module is None:
+        return 1
+    parser, parsers = _parser({chosen: module.HELP})
+    module.configure(parsers[chosen])
+    return _run(module, parser.parse_args(arguments))
 
 
-def _parser(commands: dict[str, str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parser(helps: dict[str, str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(prog="engram", description="Recurrent models served as living sessions.")
     parser.add_argument("--version", action="version", version=f"engram {__version__}")
     group = parser.add_subparsers(metavar="COMMAND", dest="command")
-    return parser, {name: group.add_parser(name, help=_help(commands[name])) for name in sorted(commands)}
+    return parser, {name: group.add_parser(name, help=helps[name]) for name in sorted(helps)}
 
 
 def _help(path: str) -> str:
-    try:
-        return str(importlib.import_module(path).HELP)
-    except ImportError:
-        return "(needs pip install 'engram[server]')"
+    """A command's HELP, read from its source: to import it would load its whole package, torch with it."""
+    package, _, rest = path.partition(".")
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        source = pathlib.Path(folder, *rest.split(".")).with_suffix(".py")
+        if not source.is_file():
+            continue
+        for node in ast.parse(source.read_text("utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HELP":
+                return str(ast.literal_eval(node.value))
+    return ""
 
 
 def _load(path: str) -> ModuleType | None:
