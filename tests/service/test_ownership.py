@@ -1,0 +1,211 @@
+"""One owner: the newest open wins, on one server and on two, and a fenced server's commits fail by themselves."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engram.v1 import session_pb2, stream_pb2
+
+ServerProcess = Any
+Raw = Any
+RedisProcess = Any
+Connect = Callable[[ServerProcess], Raw]
+
+INPUTS = np.random.default_rng(6).random((60, 8), dtype=np.float32)
+TAKEN_OVER = stream_pb2.EventFrame.TYPE_TAKEN_OVER
+
+
+@pytest.fixture
+def pair(
+    tmp_path: pathlib.Path, redis_process: RedisProcess, request: pytest.FixtureRequest
+) -> Iterator[list[ServerProcess]]:
+    """Two servers on one Redis."""
+    server_type = type(request.getfixturevalue("shared_server"))
+    servers = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        servers.append(server_type(tmp_path / name, "--redis-url", redis_process.url))
+    with servers[0], servers[1]:
+        yield servers
+
+
+def handle_of(raw: Raw, session_id: str, seq: int = 0, **fields: Any) -> int:
+    response = raw.open(session_id, **fields)
+    assert not response.errors, response.errors
+    assert np.frombuffer(response.seqs, np.uint64).tolist() == [seq]
+    return int(np.frombuffer(response.handles, np.uint32)[0])
+
+
+def step(raw: Raw, handle: int, seq: int) -> bytes:
+    return bytes(raw.step(handle, seq, INPUTS[seq - 1], acknowledged_seqs=np.array([seq - 1], np.uint64).tobytes()))
+
+
+def test_the_newest_open_wins_and_the_other_is_told(shared_server: ServerProcess, connect: Connect) -> None:
+    first, second = connect(shared_server), connect(shared_server)
+    name = f"mine-{time.time()}"
+    old = handle_of(first, name)
+    step(first, old, 1)
+    new = handle_of(second, name, seq=1)
+    event = first.next("event")
+    assert event.type == TAKEN_OVER and np.frombuffer(event.handles, np.uint32).tolist() == [old]
+    first.steps([old], [2], INPUTS[1][None])
+    assert first.refusal()[0] == "TAKEN_OVER"
+    step(second, new, 2)
+    first.send(attach=stream_pb2.AttachFrame(request_id=1, model="digits-reader", session_ids=[name], client_id=77))
+    assert [row.error.reason for row in first.next("opened").errors] == ["TAKEN_OVER"], "an attach never takes over"
+    first.send(attach=stream_pb2.AttachFrame(request_id=1, model="digits-reader", session_ids=[name], client_id=5))
+    assert not first.next("opened").errors, "the client that opened it last may attach again"
+
+
+def test_one_id_belongs_to_one_model(tmp_path: pathlib.Path, connect: Connect, request: pytest.FixtureRequest) -> None:
+    import engram_models
+
+    models = tmp_path / "models"
+    engram_models.write_bundle(models, "other", "1", engram_models.GRU(3, 4))
+    with type(request.getfixturevalue("shared_server"))(tmp_path, "--models", str(models)) as server:
+        raw = connect(server)
+        handle_of(raw, "shared-id")
+        response = raw.open("shared-id", model="other")
+        assert [row.error.reason for row in response.errors] == ["SESSION_OF_OTHER_MODEL"]
+
+
+def test_two_servers_hand_a_session_back_and_forth(pair: list[ServerProcess], connect: Connect) -> None:
+    raws = [connect(server) for server in pair]
+    lone = handle_of(raws[0], "lone")
+    expected = [step(raws[0], lone, seq) for seq in range(1, 9)]
+    for seq in range(1, 9):
+        handle = handle_of(raws[seq % 2], "wanderer", seq=seq - 1)
+        assert step(raws[seq % 2], handle, seq) == expected[seq - 1]
+
+
+def test_a_server_that_was_asleep_cannot_write(pair: list[ServerProcess], connect: Connect) -> None:
+    one, two = pair
+    raw = connect(one)
+    handle = handle_of(raw, "zombie")
+    expected_handle = handle_of(raw, "undisturbed")
+    expected = [step(raw, expected_handle, seq) for seq in range(1, 6)]
+    assert step(raw, handle, 1) == expected[0]
+    raw.steps([handle], [2], INPUTS[1][None])
+    assert bytes(raw.next("outputs").outputs) == expected[1]
+    subprocess.run(["kill", f"-{signal.SIGSTOP.value}", str(one.pid)], check=True)
+    try:
+        taker = connect(two)
+        taken = handle_of(taker, "zombie", seq=2)
+        raw.steps([handle], [3], INPUTS[50][None])  # another input, which must never be applied
+        assert step(taker, taken, 3) == expected[2]
+    finally:
+        subprocess.run(["kill", f"-{signal.SIGCONT.value}", str(one.pid)], check=True)
+    reason, _ = raw.refusal()
+    assert reason == "TAKEN_OVER"
+    assert step(taker, taken, 4) == expected[3]
+    assert step(raw, expected_handle, 6), "its other sessions go on"
+
+
+def test_a_killed_server_comes_back_with_every_session(server: ServerProcess, connect: Connect) -> None:
+    raw = connect(server)
+    names = [f"s{n}" for n in range(50)]
+    response = raw.open(*names, "reference")
+    handles = np.frombuffer(response.handles, np.uint32).tolist()
+    for seq in range(1, 4):
+        raw.steps(handles, [seq] * 51, np.tile(INPUTS[seq - 1], (51, 1)))
+        count = 0
+        while count < 51:
+            count += len(raw.next("outputs").seqs) // 8
+    last = step(raw, handles[-1], 4)
+    server.restart()
+    raw = connect(server)
+    response = raw.open(*names)
+    assert np.frombuffer(response.seqs, np.uint64).tolist() == [3] * 50
+    for handle in np.frombuffer(response.handles, np.uint32).tolist()[:5]:
+        assert step(raw, handle, 4) == last
+
+
+def test_the_answer_that_was_lost_is_given_after_a_restart(server: ServerProcess, connect: Connect) -> None:
+    raw = connect(server)
+    handle = handle_of(raw, "lost-reply")
+    answers = [step(raw, handle, seq) for seq in (1, 2, 3)]
+    server.restart()
+    raw = connect(server)
+    handle = handle_of(raw, "lost-reply", seq=3)
+    raw.steps([handle] * 3, [1, 2, 3], np.zeros((3, 8), np.float32))
+    outputs = raw.next("outputs")
+    assert np.frombuffer(outputs.seqs, np.uint64).tolist() == [1, 2, 3]
+    assert bytes(outputs.outputs) == b"".join(answers)
+
+
+def test_a_client_killed_in_the_middle_disturbs_nobody(shared_server: ServerProcess, connect: Connect) -> None:
+    raw = connect(shared_server)
+    handle = handle_of(raw, f"neighbour-{time.time()}")
+    program = (
+        "import sys, threading, time, grpc, numpy as np\n"
+        "from engram.v1 import stream_pb2 as s\n"
+        "def frames():\n"
+        "    yield s.StreamRequest(open=s.OpenFrame(request_id=1, model='digits-reader', session_ids=[''], client_id=2))\n"
+        "    seq = 0\n"
+        "    while True:\n"
+        "        seq += 1\n"
+        "        yield s.StreamRequest(steps=s.StepsFrame(handles=bytes(4), seqs=np.array([seq], np.uint64).tobytes(),\n"
+        "            inputs=bytes(32), acknowledged_seqs=np.array([seq - 1], np.uint64).tobytes()))\n"
+        "ch = grpc.insecure_channel(sys.argv[1])\n"
+        "call = ch.stream_stream('/engram.v1.EngramService/Stream', request_serializer=s.StreamRequest.SerializeToString,\n"
+        "    response_deserializer=s.StreamResponse.FromString)(frames())\n"
+        "for n, _ in enumerate(call):\n"
+        "    if n == 20: print('going', flush=True)\n"
+    )
+    client = subprocess.Popen([sys.executable, "-c", program, shared_server.address], stdout=subprocess.PIPE)
+    assert client.stdout is not None and client.stdout.readline() == b"going\n"
+    for seq in range(1, 20):
+        step(raw, handle, seq)
+    client.kill()
+    client.wait()
+    for seq in range(20, 40):
+        step(raw, handle, seq)
+
+
+def test_fork_export_import_and_state(shared_server: ServerProcess, connect: Connect) -> None:
+    raw = connect(shared_server)
+    name = f"source-{time.time()}"
+    handle = handle_of(raw, name, durability=2)
+    for seq in (1, 2, 3):
+        step(raw, handle, seq)
+    fork = raw.unary(
+        "ForkSession", session_pb2.ForkSessionRequest(session_id=name), session_pb2.ForkSessionResponse
+    ).session
+    exported = raw.unary(
+        "ExportSession", session_pb2.ExportSessionRequest(session_id=name), session_pb2.ExportSessionResponse
+    ).data
+    imported = raw.unary(
+        "ImportSession",
+        session_pb2.ImportSessionRequest(data=exported, session_id=name + "-i"),
+        session_pb2.ImportSessionResponse,
+    ).session
+    assert (fork.seq, imported.seq) == (3, 3), "what is volatile is committed before it is copied"
+    states = [
+        raw.unary(
+            "GetSessionState", session_pb2.GetSessionStateRequest(session_id=one), session_pb2.GetSessionStateResponse
+        )
+        for one in (name, fork.id, imported.id)
+    ]
+    assert len({tuple(tensor.data for tensor in state.tensors) for state in states}) == 1
+    expected = step(raw, handle, 4)
+    for one in (fork.id, imported.id):
+        assert step(raw, handle_of(raw, one, seq=3), 4) == expected
+    damaged = bytearray(exported)
+    damaged[len(damaged) // 2] ^= 1
+    import grpc
+
+    with pytest.raises(grpc.RpcError, match="digest"):
+        raw.unary(
+            "ImportSession",
+            session_pb2.ImportSessionRequest(data=bytes(damaged), session_id="d"),
+            session_pb2.ImportSessionResponse,
+        )

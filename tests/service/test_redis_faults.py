@@ -1,0 +1,206 @@
+"""Redis absent, paused, killed, emptied, full, or holding damaged records: nothing acknowledged is lost, reasons are given."""
+
+from __future__ import annotations
+
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engram.v1 import session_pb2
+from engram_service.store.keys import meta_key, session_tag
+
+ServerProcess = Any
+Raw = Any
+RedisProcess = Any
+Connect = Callable[[ServerProcess], Raw]
+
+INPUTS = np.random.default_rng(5).random((60, 8), dtype=np.float32)
+
+
+@pytest.fixture
+def server(
+    tmp_path: pathlib.Path, redis_process: RedisProcess, request: pytest.FixtureRequest
+) -> Iterator[ServerProcess]:
+    """A server on the test's own Redis."""
+    process = _server_type(request)(tmp_path, "--redis-url", redis_process.url)
+    with process:
+        yield process
+
+
+def _server_type(request: pytest.FixtureRequest) -> Any:
+    return type(request.getfixturevalue("shared_server"))
+
+
+def handle_of(raw: Raw, session_id: str = "", **fields: Any) -> int:
+    response = raw.open(session_id, **fields)
+    assert not response.errors, response.errors
+    return int(np.frombuffer(response.handles, np.uint32)[0])
+
+
+def reference(raw: Raw, steps: int) -> list[bytes]:
+    """What an undisturbed session answers."""
+    handle = handle_of(raw)
+    return [_step(raw, handle, seq) for seq in range(1, steps + 1)]
+
+
+def _step(raw: Raw, handle: int, seq: int, **fields: Any) -> bytes:
+    acked = np.array([seq - 1], np.uint64).tobytes()
+    return bytes(raw.step(handle, seq, INPUTS[seq - 1], acknowledged_seqs=acked, **fields))
+
+
+def test_a_paused_redis_is_waited_for(server: ServerProcess, redis_process: RedisProcess, connect: Connect) -> None:
+    raw = connect(server)
+    expected = reference(raw, 4)
+    handle = handle_of(raw, "paused")
+    assert _step(raw, handle, 1) == expected[0]
+    redis_process.pause()
+    raw.steps([handle], [2], INPUTS[1][None], timeout_ms=30_000)
+    time.sleep(1.0)
+    redis_process.go_on()
+    assert bytes(raw.next("outputs").outputs) == expected[1]
+    assert _step(raw, handle, 3) == expected[2]
+
+
+def test_a_paused_redis_beyond_the_deadline_is_unavailable_and_then_found_again(
+    server: ServerProcess, redis_process: RedisProcess, connect: Connect
+) -> None:
+    raw = connect(server)
+    expected = reference(raw, 4)
+    handle = handle_of(raw, "paused-long")
+    assert _step(raw, handle, 1) == expected[0]
+    redis_process.pause()
+    time.sleep(2.5)  # long enough for the server to know
+    raw.steps([handle], [2], INPUTS[1][None], timeout_ms=500)
+    assert raw.refusal() == ("STORE_UNAVAILABLE", [2])
+    redis_process.go_on()
+    assert _step(raw, handle, 2) == expected[1], (
+        "the step that had been computed is answered when it is asked for again"
+    )
+    assert _step(raw, handle, 3) == expected[2]
+
+
+@pytest.mark.parametrize("emptied", [False, True], ids=["restarted", "restarted empty"])
+def test_a_killed_redis_loses_nothing(
+    server: ServerProcess, redis_process: RedisProcess, connect: Connect, emptied: bool
+) -> None:
+    raw, other = connect(server), connect(server)
+    expected = reference(raw, 40)
+    handle, idle = handle_of(raw, "killed"), handle_of(raw, "idle", durability=2)
+    assert _step(raw, idle, 1) == expected[0]
+    answers: list[bytes] = []
+
+    def drive() -> None:
+        for seq in range(1, 41):
+            answers.append(_step(raw, handle, seq, timeout_ms=20_000))
+            time.sleep(0.02)
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    time.sleep(0.3)
+    redis_process.lose_data() if emptied else redis_process.kill()
+    time.sleep(0.3)
+    redis_process.start()
+    driver.join(30)
+    assert answers == expected
+    assert other.get("killed").seq == 40
+    # A session that only sat in the arena is there again too, and can be taken over from the record.
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        opened = other.open("idle")
+        if not opened.errors and np.frombuffer(opened.seqs, np.uint64)[0] == 1:
+            break
+        time.sleep(0.1)
+    assert np.frombuffer(opened.seqs, np.uint64).tolist() == [1]
+    taken = int(np.frombuffer(opened.handles, np.uint32)[0])
+    assert _step(other, taken, 2) == expected[1]
+
+
+def test_an_open_right_after_redis_came_back_empty_carries_on(
+    server: ServerProcess, redis_process: RedisProcess, connect: Connect
+) -> None:
+    raw = connect(server)
+    expected = reference(raw, 3)
+    handle = handle_of(raw, "carried")
+    assert _step(raw, handle, 1) == expected[0]
+    redis_process.lose_data()
+    redis_process.start()
+    again = connect(server)
+    response = again.open("carried")
+    assert np.frombuffer(response.seqs, np.uint64).tolist() == [1], "a living session must not start over"
+    taken = int(np.frombuffer(response.handles, np.uint32)[0])
+    assert _step(again, taken, 2) == expected[1]
+
+
+def test_a_full_redis_says_so_and_goes_on_when_there_is_room(
+    server: ServerProcess, redis_process: RedisProcess, connect: Connect
+) -> None:
+    raw = connect(server)
+    expected = reference(raw, 3)
+    handle = handle_of(raw, "full")
+    assert _step(raw, handle, 1) == expected[0]
+    client = redis_process.client
+    client.config_set("maxmemory-policy", "noeviction")
+    client.config_set("maxmemory", "1")
+    raw.steps([handle], [2], INPUTS[1][None], timeout_ms=1500)
+    assert raw.refusal() == ("STORE_OUT_OF_MEMORY", [2])
+    client.config_set("maxmemory", "0")
+    assert _step(raw, handle, 2, timeout_ms=20_000) == expected[1]
+
+
+def test_redis_absent_at_start(
+    tmp_path: pathlib.Path, redis_process: RedisProcess, connect: Connect, request: Any
+) -> None:
+    redis_process.kill()
+    with _server_type(request)(tmp_path, "--redis-url", redis_process.url, "--step-timeout-s", "1") as server:
+        raw = connect(server)
+        response = raw.open("early")
+        assert [row.error.reason for row in response.errors] == ["STORE_UNAVAILABLE"]
+        redis_process.start()
+        deadline = time.monotonic() + 10
+        while raw.open("early").errors:
+            assert time.monotonic() < deadline, "recovery needs no restart"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "other"])
+def test_a_damaged_record_is_refused_and_can_be_closed(
+    server: ServerProcess, redis_process: RedisProcess, connect: Connect, damage: str
+) -> None:
+    raw = connect(server)
+    handle = handle_of(raw, "victim")
+    _step(raw, handle, 1)
+    raw.close()
+    client = redis_process.client
+    key = meta_key(session_tag("victim"))
+    record_name = key + b":" + bytes(client.hget(key, "t") or b"")
+    record = bytearray(client.get(record_name) or b"")
+    if damage == "flipped":
+        record[200] ^= 4
+    elif damage == "short":
+        record = record[: len(record) // 2 // 8 * 8]
+    else:
+        client.hset(key, "f", "0" * 32)
+    client.set(record_name, bytes(record), keepttl=True)
+    again = connect(server)
+    response = again.open("victim", "healthy")
+    assert [(row.row, row.error.reason) for row in response.errors] == [
+        (0, "FINGERPRINT_MISMATCH" if damage == "other" else "RECORD_CORRUPTED")
+    ]
+    healthy = int(np.frombuffer(response.handles, np.uint32)[1])
+    assert len(_step(again, healthy, 1)) == 40
+    again.unary("CloseSession", session_pb2.CloseSessionRequest(session_id="victim"), session_pb2.CloseSessionResponse)
+    assert handle_of(again, "victim") >= 0
+
+
+def test_a_closed_session_stays_closed(server: ServerProcess, connect: Connect) -> None:
+    raw, other = connect(server), connect(server)
+    handle = handle_of(raw, "closing")
+    _step(raw, handle, 1)
+    other.unary("CloseSession", session_pb2.CloseSessionRequest(session_id="closing"), session_pb2.CloseSessionResponse)
+    assert raw.next("event").type == 2  # TYPE_CLOSED
+    raw.steps([handle], [2], INPUTS[1][None])
+    assert raw.refusal()[0] == "SESSION_CLOSED"

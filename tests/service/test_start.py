@@ -1,0 +1,148 @@
+"""How a server starts and stops, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engram.v1 import session_pb2
+
+ServerProcess = Any
+Connect = Callable[[ServerProcess], Any]
+
+
+def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "engram", "serve", *flags], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_a_bad_setting_stops_the_start() -> None:
+    done = serve("--listen", "nonsense")
+    assert done.returncode == 2 and "listen = 'nonsense'" in done.stderr and "Traceback" not in done.stderr
+    done = serve(ENGRAM_DURABILITY="never")
+    assert done.returncode == 2 and "durability = 'never'" in done.stderr
+
+
+def test_a_port_in_use(tmp_path: pathlib.Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken = f"127.0.0.1:{listener.getsockname()[1]}"
+        for flags in (("--listen", taken, "--http", "127.0.0.1:0"), ("--http", taken, "--listen", "127.0.0.1:0")):
+            done = serve(*flags, "--data-dir", str(tmp_path / "data"))
+            assert done.returncode == 1 and taken in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_data_directory_in_use_or_unusable(shared_server: ServerProcess, tmp_path: pathlib.Path) -> None:
+    free = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
+    done = serve(*free, "--data-dir", str(shared_server.directory / "data"))
+    assert done.returncode == 1 and "in use by another server" in done.stderr
+    (tmp_path / "file").write_text("not a directory")
+    done = serve(*free, "--data-dir", str(tmp_path / "file" / "data"))
+    assert done.returncode == 1 and "cannot be used" in done.stderr
+    done = serve(*free, "--redis-url", "http://nowhere")
+    assert done.returncode == 1 and "redis_url" in done.stderr
+
+
+def test_it_stops_cleanly_and_takes_its_redis_along(server: ServerProcess, connect: Connect) -> None:
+    raw = connect(server)
+    handle = int(np.frombuffer(raw.open("kept").handles, np.uint32)[0])
+    raw.step(handle, 1)
+    assert server.stop() == 0
+    assert not (server.directory / "data" / "redis.sock").exists()
+    server.start()
+    assert connect(server).get("kept").seq == 1
+
+
+def test_metrics_and_health(server: ServerProcess, connect: Connect) -> None:
+    raw = connect(server)
+    handle = int(np.frombuffer(raw.open("counted").handles, np.uint32)[0])
+    for seq in range(1, 11):
+        raw.step(handle, seq)
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics") as response:
+        text = response.read().decode()
+    assert 'engram_steps_total{model="digits-reader",outcome="ok"} 10.0' in text
+    assert 'engram_sessions{residency="device"} 1.0' in text
+    assert 'engram_sessions_opened_total{how="created"} 1.0' in text
+    for name in (
+        "engram_tick_rows_bucket",
+        "engram_stage_seconds_count",
+        "engram_commit_bytes_total",
+        "engram_redis_up 1.0",
+    ):
+        assert name in text
+    assert "counted" not in text, "no label grows with users"
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/healthz") as response:
+        assert response.status == 200
+
+
+def test_models_come_and_are_refused_while_it_runs(
+    tmp_path: pathlib.Path, connect: Connect, request: pytest.FixtureRequest
+) -> None:
+    import engram_models
+
+    models = tmp_path / "models"
+    engram_models.write_bundle(models, "own", "1", engram_models.LSTM(3, 4))
+    with type(request.getfixturevalue("shared_server"))(tmp_path, "--models", str(models)) as server:
+        raw = connect(server)
+
+        def reload() -> Any:
+            return raw.unary("ReloadModels", session_pb2.ReloadModelsRequest(), session_pb2.ReloadModelsResponse)
+
+        first = raw.open("a", model="own")
+        raw.step(int(np.frombuffer(first.handles, np.uint32)[0]), 1, np.zeros(3, np.float32))
+        engram_models.write_bundle(models, "own", "2", engram_models.LSTM(3, 4))
+        broken = engram_models.write_bundle(models, "own", "3", engram_models.LSTM(3, 4))
+        (broken / "weights.safetensors").write_bytes(b"nonsense")
+        shutil.copytree(models / "own" / "1", models / "swapped" / "1")
+        shutil.copy(models / "own" / "2" / "weights.safetensors", models / "swapped" / "1")
+        answer = reload()
+        assert {(model.name, model.version) for model in answer.models if model.name == "own"} == {
+            ("own", "1"),
+            ("own", "2"),
+        }
+        assert len(answer.errors) == 2 and any("own/3" in error for error in answer.errors)
+        again = connect(server)
+        response = again.open("a", "b", model="own")
+        assert not response.errors
+        assert again.get("a").version == "1", "a living session stays on its version"
+        assert again.get("b").version == "2"
+        moved = again.unary(
+            "MoveSession", session_pb2.MoveSessionRequest(session_id="a", version="2"), session_pb2.MoveSessionResponse
+        )
+        assert (moved.session.version, moved.session.seq) == ("2", 1)
+        response = again.open("a", model="own")
+        assert np.frombuffer(response.seqs, np.uint64).tolist() == [1]
+        assert len(again.step(int(np.frombuffer(response.handles, np.uint32)[0]), 2, np.zeros(3, np.float32))) == 16
+
+
+def test_a_drain_finishes_what_was_accepted(server: ServerProcess, connect: Connect) -> None:
+    raw = connect(server)
+    handle = int(np.frombuffer(raw.open("drained", durability=2).handles, np.uint32)[0])
+    rows = 32
+    raw.steps([handle] * rows, list(range(1, rows + 1)), np.zeros((rows, 8), np.float32))
+    time.sleep(0.05)
+    server.terminate()
+    answered = 0
+    draining = False
+    while answered < rows or not draining:
+        response = raw.next()
+        assert response is not None
+        answered += len(response.outputs.seqs) // 8
+        draining = draining or response.event.type == 3
+    assert server.stop() == 0
+    server.start()
+    assert connect(server).get("drained").seq == rows, "what was answered is durable, with durability interval too"
