@@ -31,9 +31,11 @@ class RowCodec:
         self.nbytes = spec.size * self._wire.itemsize
         self.name = spec.dtype
 
-    def one(self, x: ArrayLike) -> NDArray[np.uint8]:
-        """One row as bytes, uint8 [nbytes]. Raises InvalidInput."""
-        return self._encode(x, self.shape, self._text(self.shape)).reshape(self.nbytes)
+    def one(self, x: ArrayLike) -> bytes:
+        """One row as bytes: a copy, which the caller's later changes do not reach. Raises InvalidInput."""
+        if type(x) is np.ndarray and x.dtype == self.dtype and x.shape == self.shape and not self._bfloat16:
+            return x.tobytes()
+        return self._encode(x, self.shape, self._text(self.shape)).tobytes()
 
     def many(self, x: ArrayLike, rows: int | None = None) -> NDArray[np.uint8]:
         """Rows [n, *shape] as bytes, uint8 [n, nbytes]; `rows` is how many there must be. Raises InvalidInput."""

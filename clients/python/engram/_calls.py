@@ -6,6 +6,8 @@ A call knows nothing of sessions and seqs: rows are places in it, 0 to rows-1.
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -107,17 +109,24 @@ class Gather(Call):
         self.codec = codec
         self.futures: list[asyncio.Future[NDArray[Any]]] = []
         self.slots: list[int] = []
-        self.pieces: list[NDArray[np.uint8]] = []
+        self.pieces: list[bytes] = []
+        self.deadlines: list[float] = []
+        self.earliest = math.inf
 
-    def add(self, slot: int, row: NDArray[np.uint8], future: asyncio.Future[NDArray[Any]]) -> None:
+    def add(self, slot: int, row: bytes, deadline: float, future: asyncio.Future[NDArray[Any]]) -> None:
         self.slots.append(slot)
         self.pieces.append(row)
+        self.deadlines.append(deadline)
+        if deadline < self.earliest:
+            self.earliest = deadline
+        if deadline > self.deadline:
+            self.deadline = deadline
         self.futures.append(future)
         self.rows += 1
 
     def seal(self) -> None:
         """No more rows: the pieces become one array."""
-        self.inputs = self.pieces[0][None] if self.rows == 1 else np.concatenate(self.pieces).reshape(self.rows, -1)
+        self.inputs = np.frombuffer(b"".join(self.pieces), np.uint8).reshape(self.rows, -1)
         self.pieces.clear()
 
     def wanted(self, at: int) -> bool:
@@ -147,6 +156,17 @@ class Gather(Call):
         for future in self.futures:
             if not future.done():
                 future.set_exception(error.copy())
+
+    def expire(self, now: float, error: Callable[[], EngramError]) -> None:
+        """Fails the rows whose time is up."""
+        self.earliest = math.inf
+        for future, deadline in zip(self.futures, self.deadlines, strict=True):
+            if future.done():
+                continue
+            if deadline <= now:
+                future.set_exception(error())
+            elif deadline < self.earliest:
+                self.earliest = deadline
 
     def waiting(self) -> bool:
         return any(not future.done() for future in self.futures)

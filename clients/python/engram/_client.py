@@ -346,13 +346,9 @@ class AsyncClient:
         """The link for this model version and durability; a new one for the first session of it."""
         core, info = self._core, ModelInfo.of(answer.model)
         for index, link in enumerate(core.models):
-            if (
-                link.info.name == info.name
-                and link.info.fingerprint == info.fingerprint
-                and link.durability == durability
-            ):
-                if link.info.version == info.version:
-                    return index
+            same_version = (link.info.name, link.info.version) == (info.name, info.version)
+            if same_version and link.info.fingerprint == info.fingerprint and link.durability == durability:
+                return index
         row = RowCodec(info.input, f"the input of {info.name}")
         by_bytes = max(1, self.options.frame_bytes_max // max(1, row.nbytes))
         limits = [self.options.frame_rows_max, by_bytes, *([answer.rows_max] if answer.rows_max else [])]

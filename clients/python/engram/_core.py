@@ -15,6 +15,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,9 @@ _BY_EVENT = {
     ),
     stream_pb2.EventFrame.TYPE_LOST: (15, "RECORD_CORRUPTED", "the session's record is gone or unusable"),
 }
+
+
+_PRECISE_S = 1.0  # shorter timeouts of single steps get a timer each
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class Core:
 
     # Callers
 
-    def submit_step(self, slot: int, row: NDArray[np.uint8], timeout_s: float | None) -> asyncio.Future[NDArray[Any]]:
+    def submit_step(self, slot: int, row: bytes, timeout_s: float | None) -> asyncio.Future[NDArray[Any]]:
         """One row of one session; rows that are submitted before the next frame leaves go together."""
         future: asyncio.Future[NDArray[Any]] = self.loop.create_future()
         model = int(self.table.model[slot])
@@ -93,9 +97,8 @@ class Core:
             gather = Gather(self.models[model].output, self.loop)
             self.outbox.put_gather(model, gather)
             self._enlist(gather)
-        gather.add(slot, row, future)
-        gather.deadline = math.inf if timeout_s is None else max(gather.deadline, self.loop.time() + timeout_s)
-        if timeout_s is not None:
+        gather.add(slot, row, math.inf if timeout_s is None else self.loop.time() + timeout_s, future)
+        if timeout_s is not None and timeout_s < _PRECISE_S:
             timer = self.loop.call_later(timeout_s, _expire_one, gather, future)
             future.add_done_callback(lambda _: timer.cancel())
         self._wake()
@@ -124,6 +127,13 @@ class Core:
                 self._live_max = max(1024, 2 * len(self.live))
             return
         call.future.add_done_callback(lambda _: self.live.discard(call))
+
+    def expire(self) -> None:
+        """Fails single rows whose time is up; called now and then, which is precise enough for long timeouts."""
+        now = self.loop.time()
+        for call in list(self.live):
+            if isinstance(call, Gather) and call.earliest <= now:
+                call.expire(now, partial(_timed_out, call))
 
     def fail_waiting(self, error: EngramError, since: float, limit_s: float) -> None:
         """Fails the calls that have waited for a connection, from `since` on or from their start, longer than the limit."""
@@ -213,7 +223,9 @@ class Core:
         if not known.all():
             slots, seqs = slots[known], seqs[known]
             values = None if values is None else values[known]
-        if bool((seqs == self.table.confirmed[slots] + 1).all()):
+        if len(slots) == 1 and self._accept_one(int(slots[0]), int(seqs[0]), values):
+            pass
+        elif bool((seqs == self.table.confirmed[slots] + 1).all()):
             # Each row is its session's next: so no session has two.
             self._accept(slots, seqs, values)
         else:
@@ -275,6 +287,21 @@ class Core:
             if len(held):
                 np.maximum.at(table.seen, slots, seqs)
                 self.recovery.progressed(np.unique(held).tolist())
+
+    def _accept_one(self, slot: int, seq: int, values: NDArray[Any] | None) -> bool:
+        """What `_accept` does, for one row of a session with nothing special about it; whether that was so. A client of one
+        session has such frames alone, and the array operations would be most of what they cost."""
+        table = self.table
+        if seq != table.confirmed[slot] + 1 or seq <= table.answered[slot] or table.held[slot] or table.parked[slot]:
+            return False
+        table.confirmed[slot] = table.answered[slot] = seq
+        identity, at = int(table.head_call[slot]), int(table.head_at[slot] + seq - table.head_first[slot])
+        if seq == table.head_last[slot]:
+            table.head_call[slot] = 0
+            if table.more[slot]:
+                self.next_span(slot)
+        self._settle(identity, np.array([at]), values)
+        return True
 
     def _deliver(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> None:
         table = self.table

@@ -239,6 +239,7 @@ class Link:
         while True:
             await asyncio.sleep(_OUTAGE_CHECK_S)
             now = self.loop.time()
+            self.core.expire()
             if not self._up.is_set():
                 self.core.fail_waiting(self._given_up(), self._down_since, self._patience())
             elif now - last_ack >= self.options.acknowledge_idle_s:
