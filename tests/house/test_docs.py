@@ -1,0 +1,52 @@
+"""The documents do not lie about what a test can look up: settings, files, commands, metrics."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from engram_service.metrics import Metrics
+from engram_service.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+HOMES = ("", "service/engram_service/", "clients/python/engram/", "models/engram_models/", "docs/")
+
+
+def test_operations_names_every_setting_and_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs/operations.md").read_text(), re.M))
+    for item in fields(Settings):
+        shown = str(item.default).lower() if isinstance(item.default, bool) else str(item.default)
+        assert rows.get(item.name) == (f"`{shown}`" if shown else ""), item.name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(path: Path) -> None:
+    text = path.read_text()
+    named = set(re.findall(r"`([\w./-]+\.(?:py|md|toml|txt|svg|proto))`", text)) - {"model.toml", "engram.toml"}
+    named |= set(re.findall(r"\]\((?!http)([^)#]+)", text))
+    for name in named:
+        assert any((ROOT / home / name).exists() for home in HOMES), f"{path.name} names {name}"
+
+
+def test_commands_of_the_readme_exist() -> None:
+    commands = {entry.name for entry in entry_points(group="engram.commands")}
+    named = set(re.findall(r"`engram (\w+)", (ROOT / "README.md").read_text()))
+    assert named <= commands
+
+
+def test_metrics_that_are_named_exist() -> None:
+    known = {family.name for family in Metrics().registry.collect()}
+    for name in re.findall(r"`(engram_\w+)", (ROOT / "docs/operations.md").read_text()):
+        assert name.removesuffix("_total") in known or name in known, name
+
+
+def test_targets_of_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for path in DOCUMENTS:
+        named = set(re.findall(r"`make ([a-z-]+)", path.read_text()))
+        assert named <= targets, path.name
