@@ -45,6 +45,7 @@ class FakePeer:
         self.faults = Faults()
         self.window = window
         self.width, self.out = width, out
+        self.delay_s = 0.0  # before each steps frame is looked at
         self.streams = 0
         self.frames = 0
         self.rows = 0
@@ -99,6 +100,8 @@ class FakePeer:
                         stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=request.close.request_id))
                     )
                 elif kind == "steps":
+                    if self.delay_s:
+                        await asyncio.sleep(self.delay_s)
                     self.frames += 1
                     answers = self._steps(request.steps, names)
                     answered += 1

@@ -164,6 +164,22 @@ def test_timeout_says_what_the_server_said() -> None:
     play(body)
 
 
+def test_default_timeout_of_a_run_is_for_a_server_that_stands_still() -> None:
+    async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
+        session = await client.open("count", "a")
+        peer.delay_s = 0.05
+        assert len(await session.run(np.zeros((160, WIDTH)))) == 160  # takes longer than the timeout, but goes on
+        with pytest.raises(engram.DeadlineExceeded):
+            await session.run(np.zeros((160, WIDTH)), timeout=0.2)
+        peer.delay_s = 60
+        with pytest.raises(engram.DeadlineExceeded):
+            await session.run(np.zeros((160, WIDTH)))
+        with pytest.raises(engram.DeadlineExceeded):
+            await session.detach(timeout=0.1)
+
+    play(body, engram.ClientOptions(timeout_s=0.3))
+
+
 def test_cancelled_callers_leave_the_session_usable() -> None:
     async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
         session = await client.open("count", "a")

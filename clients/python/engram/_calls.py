@@ -29,6 +29,7 @@ class Call:
         flags: QUIET and FEEDBACK, of every row.
         wide: rows are of different sessions, and one that fails leaves the others alone.
         open: rows sent and neither answered nor refused.
+        left: rows neither answered nor refused.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Call:
         self.deadline = 0.0
         self.open = 0
         self.trouble: EngramError | None = None  # the last retryable error: what a timeout will say
-        self._left = rows
+        self.left = rows
         self._errors: dict[int, EngramError] = {}
 
     def wanted(self, at: int) -> bool:
@@ -66,10 +67,10 @@ class Call:
     def settle(self, at: NDArray[np.int64], values: NDArray[Any] | None) -> None:
         """The rows' answers have come."""
         self.open -= len(at)
-        self._left -= len(at)
+        self.left -= len(at)
         if self.outputs is not None and values is not None:
             self.outputs[at] = values
-        if not self._left:
+        if not self.left:
             self._finish()
 
     def refuse(self, at: int, error: EngramError) -> None:
@@ -78,8 +79,8 @@ class Call:
             self.fail(error)
             return
         self._errors[at] = error
-        self._left -= 1
-        if not self._left:
+        self.left -= 1
+        if not self.left:
             self._finish()
 
     def fail(self, error: EngramError) -> None:

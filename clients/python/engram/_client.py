@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from operator import attrgetter
 from types import TracebackType
 from typing import Any, TypeVar
@@ -307,15 +307,11 @@ class AsyncClient:
         """A request on the stream; None if the stream was lost first. Raises DeadlineExceeded, Unavailable."""
         link = self._linked()
         try:
-            async with asyncio.timeout_at(deadline):
+            async with _until(deadline):
                 await link.up()
                 return await link.request(request)
         except StreamLost:
             return None
-        except TimeoutError as error:
-            if isinstance(error, EngramError):
-                raise
-            raise DeadlineExceeded("the timeout passed before the server answered") from None
 
     def _take_opened(
         self, model: str, ids: Sequence[str], answer: stream_pb2.OpenedFrame, durability: int
@@ -369,14 +365,14 @@ class AsyncClient:
         deadline = None if limit_s is None else link.loop.time() + limit_s
         mine = [session for session in sessions if session._uid >= 0 and session._client is self]
         while alive := [session for session in mine if session._uid >= 0 and not table.lost[session._slot]]:
-            async with asyncio.timeout_at(deadline):
+            async with _until(deadline):
                 await link.up()
             slots = np.array([session._slot for session in alive])
             handles = table.handle[slots]
             if (handles == VOID_HANDLE).any():
                 continue
             try:
-                async with asyncio.timeout_at(deadline):
+                async with _until(deadline):
                     answer = await link.request(close_frame(handles, detach))
             except StreamLost:
                 continue
@@ -393,3 +389,15 @@ class AsyncClient:
             if session._uid >= 0:
                 self._open_sessions.pop(session._slot, None)
                 session._let_go(SessionClosed(f"the session was {what} here", reason="SESSION_CLOSED"))
+
+
+@contextlib.asynccontextmanager
+async def _until(deadline: float | None) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded at the deadline (the loop's time; None: never)."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError as error:
+        if isinstance(error, EngramError):
+            raise
+        raise DeadlineExceeded("the timeout passed before the server answered") from None

@@ -104,19 +104,33 @@ class Core:
         self._wake()
         return future
 
-    def submit(self, call: Call, slots: NDArray[np.int64] | int, timeout_s: float | None) -> asyncio.Future[Any]:
-        """A call's rows: one of each session of `slots`, or all of one session."""
+    def submit(
+        self, call: Call, slots: NDArray[np.int64] | int, timeout_s: float | None, while_stuck: bool = False
+    ) -> asyncio.Future[Any]:
+        """A call's rows: one of each session of `slots`, or all of one session. The timeout is for the whole call, or, if
+        `while_stuck`, for a time in which none of its rows is answered."""
         self._enlist(call)
-        call.deadline = math.inf if timeout_s is None else self.loop.time() + timeout_s
+        call.deadline = math.inf if timeout_s is None or while_stuck else self.loop.time() + timeout_s
         if isinstance(slots, int):
             self.outbox.put_long(call, slots)
         else:
             self.outbox.put_wide(call, slots)
         if timeout_s is not None:
-            timer = self.loop.call_later(timeout_s, _expire, call)
-            call.future.add_done_callback(lambda _: timer.cancel())
+            self._arm(call, timeout_s, while_stuck)
         self._wake()
         return call.future
+
+    def _arm(self, call: Call, timeout_s: float, while_stuck: bool) -> None:
+        left = call.left
+
+        def expire() -> None:
+            if while_stuck and call.left < left:
+                self._arm(call, timeout_s, while_stuck)
+            elif call.waiting():
+                call.fail(_timed_out(call))
+
+        timer = self.loop.call_later(timeout_s, expire)
+        call.future.add_done_callback(lambda _: timer.cancel())
 
     def _enlist(self, call: Call) -> None:
         self.live.add(call)
@@ -486,11 +500,6 @@ class Core:
         self.lose(slot, error)
         self.table.spans.pop(slot, None)
         self.table.free(slot, self.log.newest)
-
-
-def _expire(call: Call) -> None:
-    if call.waiting():
-        call.fail(_timed_out(call))
 
 
 def _expire_one(gather: Gather, future: asyncio.Future[Any]) -> None:

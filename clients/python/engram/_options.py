@@ -15,7 +15,8 @@ class ClientOptions:
     """Options of a client; all have defaults that suit most."""
 
     timeout_s: float | None = 60.0
-    """For every call that names no timeout of its own; None: wait as long as it takes."""
+    """For every call that names no timeout of its own; None: wait as long as it takes. For `run`, `absorb` and `generate` it
+    is the time in which not one of their steps is answered; a timeout that is given is for the whole call."""
 
     connect_timeout_s: float = 10.0
     """How long the first connection may take, over all addresses."""

@@ -170,7 +170,8 @@ class Session:
         # Copied: the caller may change the array while steps still wait, or are kept for a replay.
         kept = None if inputs is None else inputs.copy()
         call = Call(rows, kept, outputs, flags, False, core.loop.create_future(), core.loop.time())
-        await core.submit(call, slot, self._client._timeout(timeout))
+        # A long run takes as long as it takes: the client's own timeout is for a server that no longer answers.
+        await core.submit(call, slot, self._client._timeout(timeout), while_stuck=timeout == UNSET)
 
     @property
     def _model_index(self) -> int:
