@@ -302,7 +302,7 @@ class Core:
     # Answers from the engine and the committers: their threads only hand over
 
     def advanced(self, advance: Advance) -> None:
-        self._loop.call_soon_threadsafe(self._advances.add, advance)
+        self._advances.add(advance)  # one operation, safe from any thread; only the sweep and the drain look at it
 
     def volatile(self, advance: Advance, rows: NDArray[np.intp]) -> None:
         self._loop.call_soon_threadsafe(self._answer_volatile, advance, rows)

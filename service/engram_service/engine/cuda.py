@@ -56,7 +56,7 @@ class CudaRunner(Runner):
                 graph.feedback.copy_(torch.from_numpy(mask))
             graph.graph.replay()
             rows = stop - start
-            return Advanced(graph.outputs[:rows].cpu().numpy(), graph.states[:rows].cpu().numpy())
+            return Advanced(graph.outputs[:rows].cpu().numpy(), [graph.states[:rows].cpu().numpy()])
 
     def _capture(self, rows: int) -> _Graph:
         arena, spec = self.arena, self.arena.bundle.input

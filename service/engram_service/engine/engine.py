@@ -104,8 +104,8 @@ class Engine:
             else:
                 self._commit(advance, states)
 
-    def _advance(self, served: Served, tick: Tick) -> tuple[Advance, NDArray[np.uint8]]:
-        """Runs the tick's waves. The new states are in the arena, and come back packed for each session's last row."""
+    def _advance(self, served: Served, tick: Tick) -> tuple[Advance, list[NDArray[np.uint8]]]:
+        """Runs the tick's waves. The new states are in the arena, and come back as bytes for each session's last row."""
         started = time.monotonic()
         slots = self._table.slot[tick.rows]
         inputs = _inputs(tick)
@@ -120,7 +120,7 @@ class Engine:
             for wave in tick.waves:
                 result = served.runner.step(slots[wave], inputs[wave], None if feedback is None else feedback[wave])
                 outputs[wave] = result.outputs
-            states = served.arena.packed(slots[tick.last])
+            states = [served.arena.packed(slots[tick.last])]
         served.arena.keep(slots, tick.seqs, outputs)
         last = slice(None) if tick.last is None else tick.last
         with self._queue.lock:  # columns move when the table grows
@@ -129,7 +129,7 @@ class Engine:
         self._observe(advance)
         return advance, states
 
-    def _commit(self, advance: Advance, states: NDArray[np.uint8]) -> None:
+    def _commit(self, advance: Advance, states: list[NDArray[np.uint8]]) -> None:
         self._answers.advanced(advance)
         job = self._tick_job(advance, states)
         if job is None:
@@ -139,7 +139,7 @@ class Engine:
         else:
             self._store.submit(job)
 
-    def _tick_job(self, advance: Advance, states: NDArray[np.uint8]) -> CommitJob | None:
+    def _tick_job(self, advance: Advance, states: list[NDArray[np.uint8]]) -> CommitJob | None:
         """The commit of the tick's sessions of durability step; rows of the others are answered at once."""
         tick = advance.tick
         last = np.arange(len(tick)) if tick.last is None else tick.last
@@ -147,7 +147,7 @@ class Engine:
         if interval.any():
             self._answers.volatile(advance, np.flatnonzero(interval))
             kept = ~interval[last]
-            last, states = last[kept], states[kept]
+            last, states = last[kept], [block[kept] for block in states]
         if not len(last):
             return None
         advance.committing = last
@@ -166,20 +166,20 @@ class Engine:
         def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
             self._answers.flushed(sessions[rows], seqs[rows], verdict)
 
-        self._store.submit(self._job(served, sessions, seqs, served.arena.packed(slots), done))
+        self._store.submit(self._job(served, sessions, seqs, [served.arena.packed(slots)], done))
 
     def _job(
-        self, served: Served, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], states: NDArray[np.uint8],
+        self, served: Served, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]],
         done: Callable[[NDArray[np.intp], Verdict], None],
     ) -> CommitJob:  # fmt: skip
         table = self._table
-        values = pack_records(served, table.slot[sessions], seqs, table.acked[sessions], table.epoch[sessions], states)
+        blocks = pack_records(served, table.slot[sessions], seqs, table.acked[sessions], table.epoch[sessions], states)
         self._metrics.commit_rows.inc(len(sessions))
-        self._metrics.commit_bytes.inc(sum(block.nbytes for _, block in values))
+        self._metrics.commit_bytes.inc(sum(block.nbytes for _, block in blocks))
         return CommitJob(
             tags=table.tag[sessions],
             tokens=table.token[sessions],
-            values=values,
+            blocks=blocks,
             ttl_ms=table.ttl_ms[sessions],
             meta=lambda row: self._meta(int(sessions[row])),
             done=done,

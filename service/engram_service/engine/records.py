@@ -1,4 +1,4 @@
-"""Packs what a commit writes: header, state and the outputs that the client has not acknowledged. Engine thread only."""
+"""Puts together what a commit writes: header, state and the outputs that the client has not acknowledged. Engine thread only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_service.catalog import Served
+from engram_service.store import RecordBlock
 
 
 def pack_records(
@@ -17,9 +18,9 @@ def pack_records(
     seqs: NDArray[np.uint64],
     acked: NDArray[np.uint64],
     epochs: NDArray[np.uint64],
-    states: NDArray[np.uint8],
-) -> list[tuple[NDArray[np.intp], NDArray[np.uint8]]]:
-    """Records of sessions as blocks of equal length: (rows, uint8 [rows, record bytes]) each.
+    states: list[NDArray[np.uint8]],
+) -> list[tuple[NDArray[np.intp], RecordBlock]]:
+    """Records of sessions as blocks of equal length, with the rows of each.
 
     Rows are put together by how many outputs they keep, rounded up to a power of two, so that a block packs as one array.
     """
@@ -27,12 +28,16 @@ def pack_records(
     # The newest output is always kept: a session that runs on its own output needs it.
     counts = np.clip(seqs - acked, 1, arena.window).astype(np.uint32)
     now_ms = int(time.time() * 1000)
-    blocks: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []
+    blocks: list[tuple[NDArray[np.intp], RecordBlock]] = []
     for rows, capacity in _by_capacity(counts):
+        if len(rows) == len(counts):
+            outputs = _outputs(served, slots, seqs, counts, capacity)
+            return [(rows, RecordBlock(served.layout, seqs, acked, epochs, states, counts, outputs, now_ms))]
         kept = counts[rows]
         outputs = _outputs(served, slots[rows], seqs[rows], kept, capacity)
+        parts = [block[rows] for block in states]
         blocks.append(
-            (rows, served.layout.pack(seqs[rows], acked[rows], epochs[rows], states[rows], kept, outputs, now_ms))
+            (rows, RecordBlock(served.layout, seqs[rows], acked[rows], epochs[rows], parts, kept, outputs, now_ms))
         )
     return blocks
 

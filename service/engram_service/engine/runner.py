@@ -1,7 +1,7 @@
 """Runs a cell over slots of an arena, in batch shapes that keep every row's bits the same.
 
-A row must not feel who shares its batch (promise 5). The probe at load finds a floor: from that many rows on, every batch
-gives a row the same bits, so smaller batches are padded up to it. Where it finds none, batches are cut into tiles of one
+A row must not feel who shares its batch (promise 5). The probe at load finds a floor: batches of a multiple of that many
+rows all give a row the same bits, so batches are padded up to one. Where it finds none, batches are cut into tiles of one
 fixed shape, which is slower and just as exact. On a GPU a batch is padded to one of a few buckets, each a CUDA graph.
 """
 
@@ -22,7 +22,7 @@ _TILE_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The batch shapes that a cell may be run in: `floor` rows or more (None: only whole tiles), or given buckets."""
+    """The batch shapes that a cell may be run in: multiples of `floor` (None: only whole tiles), or given buckets."""
 
     floor: int | None
     buckets: tuple[int, ...] = ()
@@ -33,7 +33,7 @@ class Shapes:
             for start in range(0, rows, _TILE_ROWS):
                 yield start, min(start + _TILE_ROWS, rows), _TILE_ROWS
         elif not self.buckets:
-            yield 0, rows, max(rows, self.floor)
+            yield 0, rows, -(-rows // self.floor) * self.floor
         else:
             most = self.buckets[-1]
             for start in range(0, rows, most):
@@ -46,7 +46,7 @@ class Advanced:
     """What a batched step left: rows of bytes, in the order of the slots that were given."""
 
     outputs: NDArray[np.uint8]  # [n, output_nbytes]
-    states: NDArray[np.uint8]  # [n, state_nbytes]
+    states: list[NDArray[np.uint8]]  # [n, bytes of a state tensor] each, in schema order
 
 
 class Runner:
@@ -62,7 +62,8 @@ class Runner:
         pieces = [self._call(slots, inputs, feedback, *cut) for cut in self.shapes.cut(len(slots))]
         if len(pieces) == 1:
             return pieces[0]
-        return Advanced(np.concatenate([p.outputs for p in pieces]), np.concatenate([p.states for p in pieces]))
+        blocks = zip(*(piece.states for piece in pieces), strict=True)
+        return Advanced(np.concatenate([p.outputs for p in pieces]), [np.concatenate(block) for block in blocks])
 
     def _call(
         self,
@@ -89,7 +90,7 @@ class Runner:
                 tensor.index_copy_(0, where, new)
             if arena.last is not None:
                 arena.last.index_copy_(0, where, output)
-            return Advanced(to_bytes(output[:rows]), arena.pack([new[:rows] for new in after]))
+            return Advanced(to_bytes(output[:rows]), [to_bytes(new[:rows]) for new in after])
 
     def _padded(
         self, slots: NDArray[np.int32], inputs: NDArray[np.uint8], feedback: NDArray[np.bool_] | None, padded: int

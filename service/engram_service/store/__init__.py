@@ -1,7 +1,7 @@
 """Engram's state in Redis: the records, the claims that fence them, and the commits of every tick."""
 
 from engram_service.store.keys import session_tag
-from engram_service.store.record import RecordLayout, Records
+from engram_service.store.record import RecordBlock, RecordLayout, Records
 from engram_service.store.store import Store
 from engram_service.store.types import (
     ClaimRequest,
@@ -22,6 +22,7 @@ __all__ = [
     "ClaimStatus",
     "CommitJob",
     "MetaFields",
+    "RecordBlock",
     "RecordLayout",
     "Records",
     "SessionInfo",

@@ -26,7 +26,7 @@ _BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 _TIMEOUT_S = 5.0  # without a reply for so long, a connection is given up
 _LOST: tuple[type[Exception], ...] = (redis.exceptions.RedisError, OSError)
 
-Diagnose = Callable[[CommitJob, NDArray[np.intp]], Sequence[Verdict]]
+Diagnose = Callable[[CommitJob, NDArray[np.intp], Callable[[int], bytes]], Sequence[Verdict]]
 
 
 class Link:
@@ -151,7 +151,7 @@ class Committers:
         if (written := rows[kinds == b"+"]).size:
             pending.done(written, Verdict.OK)
         if (missing := rows[kinds == b"0"]).size:
-            verdicts = np.array(self._diagnose(pending.job, missing), dtype=object)
+            verdicts = np.array(self._diagnose(pending.job, missing, pending.record), dtype=object)
             for verdict in set(verdicts):
                 pending.done(missing[verdicts == verdict], verdict)
         failed = next((reply for reply in replies if reply.startswith(b"-")), b"")
@@ -159,16 +159,24 @@ class Committers:
 
 
 class _Pending:
-    """A job and which of its rows Redis has not settled yet."""
+    """A job, its records once they are packed, and which of its rows Redis has not settled yet."""
 
     def __init__(self, job: CommitJob) -> None:
         self.job = job
         self._open = np.ones(len(job.tags), np.bool_)
+        self._packed: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []
 
     def blocks(self) -> list[tuple[NDArray[np.intp], NDArray[np.uint8]]]:
+        """Rows still to be written, and their records, uint8 [rows, record bytes]."""
+        if not self._packed:
+            self._packed = [(rows, block.packed()) for rows, block in self.job.blocks]
         if self._open.all():
-            return self.job.values
-        return [(rows[left], values[left]) for rows, values in self.job.values if (left := self._open[rows]).any()]
+            return self._packed
+        return [(rows[left], values[left]) for rows, values in self._packed if (left := self._open[rows]).any()]
+
+    def record(self, row: int) -> bytes:
+        rows, values = next((rows, values) for rows, values in self._packed if row in rows)
+        return bytes(values[np.flatnonzero(rows == row)[0]])
 
     def done(self, rows: NDArray[np.intp], verdict: Verdict) -> None:
         self._open[rows] = False

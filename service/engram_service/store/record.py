@@ -58,6 +58,28 @@ class Records:
                        self.counts[at], self.outputs[at], {})  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class RecordBlock:
+    """What records of equal length are made of; a committer packs them, so that the engine need not wait for it."""
+
+    layout: RecordLayout
+    seq: NDArray[np.uint64]
+    acked: NDArray[np.uint64]
+    epoch: NDArray[np.uint64]
+    states: Sequence[NDArray[np.uint8]]  # [n, bytes of a state tensor], in schema order
+    counts: NDArray[np.uint32]
+    outputs: NDArray[np.uint8]  # [n, capacity, output_nbytes]
+    now_ms: int
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.seq) * self.layout.record_nbytes(self.outputs.shape[1])
+
+    def packed(self) -> NDArray[np.uint8]:
+        """uint8 [n, record bytes]"""
+        return self.layout.pack(self.seq, self.acked, self.epoch, self.states, self.counts, self.outputs, self.now_ms)
+
+
 class RecordLayout:
     """Packs and reads the records of one model version."""
 
@@ -67,23 +89,32 @@ class RecordLayout:
         self.output_nbytes = output_nbytes
 
     def pack(
-        self, seq: NDArray[Any], acked: NDArray[Any], epoch: NDArray[Any], states: NDArray[np.uint8], counts: NDArray[Any],
-        outputs: NDArray[np.uint8], now_ms: int,
+        self, seq: NDArray[Any], acked: NDArray[Any], epoch: NDArray[Any], states: Sequence[NDArray[np.uint8]],
+        counts: NDArray[Any], outputs: NDArray[np.uint8], now_ms: int,
     ) -> NDArray[np.uint8]:  # fmt: skip
-        """Records, uint8 [n, bytes]. states [n, state_nbytes]; outputs [n, capacity, output_nbytes], zero beyond counts."""
+        """Records, uint8 [n, bytes].
+
+        states: blocks [n, ...] of state_nbytes together; outputs: [n, capacity, output_nbytes], zero beyond counts.
+        """
         rows, body = len(seq), HEADER.itemsize + self.state_nbytes
         kept = outputs.shape[1] * self.output_nbytes
-        values = np.empty((rows, _padded(body + kept)), np.uint8)
+        values = np.empty((rows, self.record_nbytes(outputs.shape[1])), np.uint8)
         header = self._header(values)
         header["flags"] = 0
         header["seq"], header["acked"], header["epoch"], header["count"] = seq, acked, epoch, counts
         header["state_nbytes"] = self.state_nbytes
         header["commit_ms"] = now_ms
-        values[:, HEADER.itemsize : body] = states
+        start = HEADER.itemsize
+        for block in states:
+            values[:, start : start + block.shape[1]] = block
+            start += block.shape[1]
         values[:, body : body + kept] = outputs.reshape(rows, kept)
         values[:, body + kept :] = 0
         header["checksum"] = checksums(values)
         return values
+
+    def record_nbytes(self, outputs: int) -> int:
+        return _padded(HEADER.itemsize + self.state_nbytes + outputs * self.output_nbytes)
 
     def initial(self, epoch: int, now_ms: int) -> bytes:
         """The record of a new session: the header alone."""

@@ -110,7 +110,7 @@ class Store:
             for now, token in zip(held, tokens, strict=True)
         ]
 
-    def _diagnose_job(self, job: CommitJob, rows: NDArray[np.intp]) -> list[Verdict]:
+    def _diagnose_job(self, job: CommitJob, rows: NDArray[np.intp], record: Callable[[int], bytes]) -> list[Verdict]:
         """The same for rows of a commit; a record that Redis has lost is written back."""
         self._check_generation(self._redis)
         verdicts = self.diagnose(job.tags[rows], job.tokens[rows])
@@ -121,10 +121,9 @@ class Store:
             meta = job.meta(row)
             # Our own claim without a record was evicted or half deleted; no claim at all may be a loss since we claimed.
             if held[n] == job.tokens[row].tobytes() or (held[n] is None and meta.losses < self.losses):
-                block, at = next((values, np.flatnonzero(index == row)) for index, values in job.values if row in index)
                 written = self._restore(
                     keys=[meta_key(job.tags[row].tobytes())],
-                    args=[job.tokens[row].tobytes(), block[at[0]].tobytes(), int(job.ttl_ms[row]), meta.session_id, meta.reference,
+                    args=[job.tokens[row].tobytes(), record(row), int(job.ttl_ms[row]), meta.session_id, meta.reference,
                           meta.fingerprint, meta.client_id, meta.epoch, meta.created_ms],
                 )  # fmt: skip
                 verdicts[n] = Verdict.OK if written else Verdict.FENCED

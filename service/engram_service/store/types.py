@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_service.store.record import RecordBlock
+
 
 class StoreUnavailable(Exception):
     """Redis cannot be reached, or takes no writes just now. Nothing is known of what the call did; it may be repeated."""
@@ -100,9 +102,7 @@ class CommitJob:
 
     tags: NDArray[np.uint8]  # [n, 22]
     tokens: NDArray[np.uint8]  # [n, 16]
-    values: list[
-        tuple[NDArray[np.intp], NDArray[np.uint8]]
-    ]  # (rows, uint8 [rows, record bytes]); each row in one block
+    blocks: list[tuple[NDArray[np.intp], RecordBlock]]  # rows of the job and their records; each row in one block
     ttl_ms: NDArray[np.uint64]
     meta: Callable[[int], MetaFields]
     done: Callable[[NDArray[np.intp], Verdict], None]
