@@ -132,7 +132,7 @@ def test_a_killed_server_comes_back_with_every_session(server: ServerProcess, co
 def test_the_answer_that_was_lost_is_given_after_a_restart(server: ServerProcess, connect: Connect) -> None:
     raw = connect(server)
     handle = handle_of(raw, "lost-reply")
-    answers = [step(raw, handle, seq) for seq in (1, 2, 3)]
+    answers = [bytes(raw.step(handle, seq, INPUTS[seq - 1])) for seq in (1, 2, 3)]
     server.restart()
     raw = connect(server)
     handle = handle_of(raw, "lost-reply", seq=3)
