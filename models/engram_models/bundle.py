@@ -34,7 +34,11 @@ CHECK_ROWS = 4
 CHECK_STEPS = 3
 CHECK_TOLERANCE = 1e-5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_KEYS = {"format", "kind", "description", "allows_non_finite", "fingerprint", "config", "input", "output", "state"}
+_KEYS: dict[str, type] = {
+    "format": int, "kind": str, "description": str, "allows_non_finite": bool, "fingerprint": str,
+    "config": dict, "input": dict, "output": dict, "state": list,
+}  # fmt: skip
+_KIND_WORDS = {int: "a whole number", str: "a string", bool: "true or false", dict: "a table", list: "tables"}
 
 
 class BundleError(Exception):
@@ -127,14 +131,20 @@ def write_bundle(
         "fingerprint": _fingerprint(cell, weights), "config": dict(cell.config), "input": _spec_table(cell.input),
         "output": _spec_table(cell.output), "state": [_spec_table(spec) for spec in cell.state_schema],
     }  # fmt: skip
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    except OSError as error:
+        raise BundleError(f"{target}: {error.strerror}") from error
     try:
         save_file({**weights, **_record_check(cell)}, temporary / "weights.safetensors")
         (temporary / "weights.safetensors").chmod(0o644)  # safetensors gives it to its writer alone
         (temporary / "model.toml").write_text(_toml(manifest))
         temporary.chmod(0o755)
         temporary.rename(target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise BundleError(f"{target}: {error.strerror or error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -146,7 +156,7 @@ def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
     manifest = _manifest(path / "model.toml")
     cell = _cell(path, manifest)
     tensors = _tensors(path / "weights.safetensors")
-    weights = {key: value for key, value in tensors.items() if key.startswith("weight.")}
+    weights = {key: value for key, value in tensors.items() if not key.startswith("check.")}
     _load_weights(path, cell, weights)
     fingerprint = _fingerprint(cell, weights)
     if manifest["fingerprint"] != fingerprint:
@@ -169,10 +179,13 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path}: not toml: {error}") from error
-    if unknown := set(manifest) - _KEYS:
+    if unknown := set(manifest) - set(_KEYS):
         raise BundleError(f"{path}: there is no key {sorted(unknown)[0]!r}")
-    if missing := _KEYS - set(manifest):
+    if missing := set(_KEYS) - set(manifest):
         raise BundleError(f"{path}: the key {sorted(missing)[0]!r} is missing")
+    for key, kind in _KEYS.items():
+        if not isinstance(manifest[key], kind) or (kind is int and isinstance(manifest[key], bool)):
+            raise BundleError(f"{path}: {key} must be {_KIND_WORDS[kind]}")
     if manifest["format"] != FORMAT:
         raise BundleError(f"{path}: format {manifest['format']}; this version reads {FORMAT}")
     return manifest
@@ -242,12 +255,14 @@ def _verify_check(path: Path, cell: Cell, tensors: Mapping[str, Tensor]) -> None
     device = next(iter(cell.parameters()), torch.empty(0)).device
     try:
         outputs, states = _run(cell, inputs.to(device), [tensor.to(device) for tensor in before])
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, IndexError) as error:
         raise BundleError(f"{path}: the check vector does not run: {error}") from error
     for what, got, want in [
         ("outputs", outputs, expected),
         *zip([s.name for s in cell.state_schema], states, after, strict=True),
     ]:
+        if got.shape != want.shape:
+            raise BundleError(f"{path}: the check vector fails: {what} are {tuple(got.shape)}, not {tuple(want.shape)}")
         difference = (got.cpu().double() - want.double()).abs().max().item() if want.numel() else 0.0
         if not difference <= CHECK_TOLERANCE:
             raise BundleError(
@@ -295,7 +310,9 @@ def _spec_table(spec: TensorSpec) -> dict[str, Any]:
 
 def _toml(manifest: Mapping[str, Any]) -> str:
     """The manifest as toml: plain values first, then its tables."""
-    plain = [f"{key} = {_value(value)}" for key, value in manifest.items() if not isinstance(value, dict | list)]
+    plain = [
+        f"{key} = {_value(value)}" for key, value in manifest.items() if not value or not isinstance(value, dict | list)
+    ]
     lines = [*plain, ""]
     for key, value in manifest.items():
         for table in value if isinstance(value, list) else [value] if isinstance(value, dict) else []:

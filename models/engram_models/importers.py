@@ -54,7 +54,9 @@ def _copy_layer(module: nn.RNN | nn.GRU | nn.LSTM, number: int, layer: Layer) ->
     layer.weight.copy_(torch.cat((w_ih, w_hh), 1))
     zeros = torch.zeros(len(w_ih))
     weights = dict(module.named_parameters())
-    b_ih, b_hh = (getattr(module, f"bias_{name}_l{number}") if "bias_ih_l0" in weights else zeros for name in ("ih", "hh"))
+    b_ih, b_hh = (
+        getattr(module, f"bias_{name}_l{number}") if "bias_ih_l0" in weights else zeros for name in ("ih", "hh")
+    )
     if isinstance(layer, GRUResetAfterLayer):
         split = 2 * layer.hidden_size
         layer.bias.copy_(torch.cat((b_ih[:split] + b_hh[:split], b_ih[split:])))

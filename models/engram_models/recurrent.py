@@ -18,10 +18,41 @@ from torch.nn import functional
 from engram_models.cell import Cell, State
 from engram_models.spec import TensorSpec
 
+_VECTOR = 16  # float32 in the widest vector register
+
+
+def sigma(x: Tensor) -> Tensor:
+    """The logistic function; the same bits for a number wherever in a tensor it stands.
+
+    torch.sigmoid on the CPU rounds the last few numbers of each thread's share in another way than the rest, so that a row's
+    bits would depend on its place. The parts used here instead do not. Training keeps torch.sigmoid: its gradient does
+    not overflow.
+    """
+    if x.requires_grad or x.device.type != "cpu":
+        return torch.sigmoid(x)
+    return torch.neg(x).exp_().add_(1).reciprocal_()
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """W x + b. x [batch, in], weight [out, in], bias [out] -> [batch, out]."""
+    return functional.linear(x, *_widened(weight, bias))[:, : len(bias)]
+
+
+def _widened(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds rows of zeros to weight [..., out, in] and bias [..., out] up to a whole number of vectors.
+
+    Matrix libraries treat the columns that do not fill a vector apart, some by the row's place in the batch.
+    """
+    missing = -weight.shape[-2] % _VECTOR
+    if missing:
+        return functional.pad(weight, (0, 0, 0, missing)), functional.pad(bias, (0, missing))
+    return weight, bias
+
+
 _HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "softmax": lambda y: torch.softmax(y, -1),
-    "sigmoid": torch.sigmoid,
+    "sigmoid": sigma,
 }
 _NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
 
@@ -44,9 +75,21 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, state: State) -> State:
         raise NotImplementedError
 
-    def sums(self, x: Tensor, h: Tensor) -> Tensor:
-        """U x + W h + b for all gates, [batch, gates * hidden]."""
-        return functional.linear(torch.cat((x, h), 1), self.weight, self.bias)
+    def sums(self, x: Tensor, h: Tensor, gates: int) -> Tensor:
+        """U x + W h + b for the first gates, [gates, batch, hidden].
+
+        A batched product, one matrix a gate: on a CPU its blocks go to the threads whole, which is 10-30 % faster than one
+        wide product split by the library, and leaves each gate contiguous for what follows.
+        """
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if gates < self.gates:
+            weight, bias = weight[: gates * self.hidden_size], bias[: gates * self.hidden_size]
+        weight = weight.view(gates, self.hidden_size, -1)
+        bias = bias.view(gates, 1, self.hidden_size)
+        weight, bias = _widened(weight, bias)
+        sums = torch.baddbmm(bias, torch.cat((x, h), 1).expand(gates, -1, -1), weight.transpose(1, 2))
+        return sums[..., : self.hidden_size]
 
 
 class RNNLayer(Layer):
@@ -62,7 +105,7 @@ class RNNLayer(Layer):
         self.phi = _NONLINEARITIES[nonlinearity]
 
     def forward(self, x: Tensor, state: State) -> State:
-        return (self.phi(self.sums(x, state[0])),)
+        return (self.phi(affine(torch.cat((x, state[0]), 1), self.weight, self.bias)),)
 
 
 class GRULayer(Layer):
@@ -77,10 +120,8 @@ class GRULayer(Layer):
     def forward(self, x: Tensor, state: State) -> State:
         (s,) = state
         split = 2 * self.hidden_size
-        r, z = torch.sigmoid(functional.linear(torch.cat((x, s), 1), self.weight[:split], self.bias[:split])).chunk(
-            2, 1
-        )
-        n = torch.tanh(functional.linear(torch.cat((x, r * s), 1), self.weight[split:], self.bias[split:]))
+        r, z = sigma(self.sums(x, s, 2))
+        n = torch.tanh(affine(torch.cat((x, r * s), 1), self.weight[split:], self.bias[split:]))
         return (n + z * (s - n),)
 
 
@@ -101,11 +142,9 @@ class GRUResetAfterLayer(Layer):
     def forward(self, x: Tensor, state: State) -> State:
         (s,) = state
         split, inputs = 2 * self.hidden_size, self.input_size
-        r, z = torch.sigmoid(functional.linear(torch.cat((x, s), 1), self.weight[:split], self.bias[:split])).chunk(
-            2, 1
-        )
-        from_input = functional.linear(x, self.weight[split:, :inputs], self.bias[split:])
-        from_state = functional.linear(s, self.weight[split:, inputs:], self.bias_n)
+        r, z = sigma(self.sums(x, s, 2))
+        from_input = affine(x, self.weight[split:, :inputs], self.bias[split:])
+        from_state = affine(s, self.weight[split:, inputs:], self.bias_n)
         n = torch.tanh(from_input + r * from_state)
         return (n + z * (s - n),)
 
@@ -118,9 +157,10 @@ class LSTMLayer(Layer):
 
     def forward(self, x: Tensor, state: State) -> State:
         h, c = state
-        i, f, g, o = self.sums(x, h).chunk(4, 1)
-        c = torch.addcmul(torch.sigmoid(f) * c, torch.sigmoid(i), torch.tanh(g))
-        return torch.sigmoid(o) * torch.tanh(c), c
+        sums = self.sums(x, h, 4)
+        i, f = sigma(sums[:2])
+        c = torch.addcmul(f * c, i, torch.tanh(sums[2]))
+        return sigma(sums[3]) * torch.tanh(c), c
 
 
 class PeepholeLSTMLayer(LSTMLayer):
@@ -136,12 +176,12 @@ class PeepholeLSTMLayer(LSTMLayer):
 
     def forward(self, x: Tensor, state: State) -> State:
         h, c = state
-        i, f, g, o = self.sums(x, h).chunk(4, 1)
+        i, f, g, o = self.sums(x, h, 4)
         p_i, p_f, p_o = self.peephole
-        i = torch.sigmoid(torch.addcmul(i, p_i, c))
-        f = torch.sigmoid(torch.addcmul(f, p_f, c))
+        i = sigma(torch.addcmul(i, p_i, c))
+        f = sigma(torch.addcmul(f, p_f, c))
         c = torch.addcmul(f * c, i, torch.tanh(g))
-        return torch.sigmoid(torch.addcmul(o, p_o, c)) * torch.tanh(c), c
+        return sigma(torch.addcmul(o, p_o, c)) * torch.tanh(c), c
 
 
 class RecurrentCell(Cell):
@@ -193,7 +233,7 @@ class RecurrentCell(Cell):
             new = layer(x, state[number * per_layer : (number + 1) * per_layer])
             after.extend(new)
             x = new[0]
-        y = self.activate(x if self.head is None else self.head(x))
+        y = self.activate(x if self.head is None else affine(x, self.head.weight, self.head.bias))
         return y, self.state_type(*after)
 
 

@@ -23,11 +23,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", help="everything about one version")
     check = actions.add_parser("check", help="load one version, verify it, and find how it may be batched here")
     for action in (show, check):
-        action.add_argument("model", metavar="MODEL", help="NAME (the latest version), NAME/VERSION, or the path of a bundle")
-    check.add_argument("--batch-max", type=int, default=_BATCH_MAX, help=f"largest batch to try (default: {_BATCH_MAX})")
+        action.add_argument(
+            "model", metavar="MODEL", help="NAME (the latest version), NAME/VERSION, or the path of a bundle"
+        )
+    check.add_argument(
+        "--batch-max", type=int, default=_BATCH_MAX, help=f"largest batch to try (default: {_BATCH_MAX})"
+    )
     check.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
     for action in (listing, show, check):
-        action.add_argument("--models", type=Path, metavar="DIR", help="directory of bundles (default: the shipped ones)")
+        action.add_argument(
+            "--models", type=Path, metavar="DIR", help="directory of bundles (default: the shipped ones)"
+        )
         action.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -79,7 +85,13 @@ def _show(args: argparse.Namespace) -> int:
         return 0
     config = ", ".join(f"{key} {value}" for key, value in described["config"].items())
     state = [_spec_line(spec) for spec in bundle.state]
-    lines = {**described, "input": _spec_line(bundle.input), "output": _spec_line(bundle.output), "config": config, "state": state}
+    lines = {
+        **described,
+        "input": _spec_line(bundle.input),
+        "output": _spec_line(bundle.output),
+        "config": config,
+        "state": state,
+    }
     for key, value in lines.items():
         for number, item in enumerate(value if isinstance(value, list) else [value]):
             print(f"{key if number == 0 else '':<18} {item}")
@@ -100,9 +112,15 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
-    batches = "no floor: rows run in tiles of one shape" if floor is None else f"same bits in any batch of {floor} rows or more"
+    batches = (
+        "no floor: rows run in tiles of one shape"
+        if floor is None
+        else f"same bits in any batch of a multiple of {floor} rows"
+    )
     print(f"{found['model']}  fingerprint {bundle.fingerprint}")
-    print(f"check vector  passed\nbatches       {batches} (tried up to {args.batch_max}, {args.device}, {found['threads']} threads)")
+    print(
+        f"check vector  passed\nbatches       {batches} (tried up to {args.batch_max}, {args.device}, {found['threads']} threads)"
+    )
     return 0
 
 
@@ -136,10 +154,10 @@ def _described(bundle: Bundle) -> dict[str, Any]:
     return {
         "name": bundle.name, "version": bundle.version, "kind": bundle.kind, "description": bundle.description,
         "fingerprint": bundle.fingerprint, "input": _shape(bundle.input), "output": _shape(bundle.output),
-        "state": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "role": s.role, "initial": s.initial} for s in bundle.state],
+        "state": [{"name": s.name, **_shape(s), "role": s.role, "initial": s.initial} for s in bundle.state],
         "state_bytes": bundle.state_nbytes, "generates": bundle.generates, "allows_non_finite": bundle.allows_non_finite,
-        "parameters": sum(parameter.numel() for parameter in bundle.cell.parameters()), "config": dict(bundle.cell.config),
-        "path": str(bundle.path),
+        "parameters": sum(parameter.numel() for parameter in bundle.cell.parameters()),
+        "config": dict(bundle.cell.config), "path": str(bundle.path),
     }  # fmt: skip
 
 
@@ -154,11 +172,12 @@ def _spec_line(spec: TensorSpec) -> str:
 
 def _table(rows: Sequence[dict[str, Any]]) -> None:
     header = ("NAME", "VERSION", "KIND", "INPUT", "OUTPUT", "STATE BYTES", "FINGERPRINT")
-    cells = [header]
+    cells: list[tuple[str, ...]] = [header]
     for row in rows:
         sizes = ["x".join(map(str, row[key]["shape"])) if key in row else "-" for key in ("input", "output")]
-        version = f"{row['version']} (latest)" if row["latest"] else row["version"]
-        cells.append((row["name"], version, row.get("kind", "-"), *sizes, str(row.get("state_bytes", "-")), row.get("fingerprint", "does not load")))  # type: ignore[arg-type]  # fmt: skip
+        version = f"{row['version']} (latest)" if row["latest"] else str(row["version"])
+        rest = (str(row.get("state_bytes", "-")), str(row.get("fingerprint", "does not load")))
+        cells.append((str(row["name"]), version, str(row.get("kind", "-")), *sizes, *rest))
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     for line in cells:
         print("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())

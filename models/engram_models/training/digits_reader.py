@@ -30,7 +30,9 @@ from engram_models.recurrent import LSTM
 from engram_models.training.progress import Progress
 
 NAME = "digits-reader"
-DESCRIPTION = "Reads an 8x8 handwritten digit one row (8 values, 0..1) at a time; ten class probabilities after every row."
+DESCRIPTION = (
+    "Reads an 8x8 handwritten digit one row (8 values, 0..1) at a time; ten class probabilities after every row."
+)
 SPLIT_SEED = 1797
 HELD_OUT_PER_CLASS = 36
 
@@ -131,7 +133,9 @@ def _report(recipe: Recipe, cell: LSTM, trained: Digits, held: Digits, seconds: 
 def main(arguments: list[str] | None = None) -> int:
     default = Recipe()
     parser = argparse.ArgumentParser(prog="digits_reader", description="Trains digits-reader and writes its bundle.")
-    parser.add_argument("--out", type=Path, default=shipped_models_dir(), help="where bundles are (default: the shipped ones)")
+    parser.add_argument(
+        "--out", type=Path, default=shipped_models_dir(), help="where bundles are (default: the shipped ones)"
+    )
     parser.add_argument("--model-version", default="1", help="version to write (default: 1)")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--epochs", type=int, default=default.epochs)

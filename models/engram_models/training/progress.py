@@ -25,5 +25,7 @@ class Progress:
         filled = _WIDTH * done // self._total
         bar = "#" * filled + "-" * (_WIDTH - filled)
         line = f"{self._label} [{bar}] {done}/{self._total}  {note}  {left:.0f} s left"
-        self._out.write(f"\r{line}\x1b[K" if live and done < self._total else f"\r{line}\x1b[K\n" if live else f"{line}\n")
+        self._out.write(
+            f"\r{line}\x1b[K" if live and done < self._total else f"\r{line}\x1b[K\n" if live else f"{line}\n"
+        )
         self._out.flush()
