@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -104,7 +105,8 @@ def measure(options: Options, progress: Progress, plain: PlainResult | None = No
     """Measures once. `plain`: what the plain server did at this many sessions, if it is known. Raises BenchError."""
     _check(options)
     try:
-        work = workload_w() if options.model == W else workload_of(options.model, options.models)
+        device = _device(options.device)
+        work = workload_w(device) if options.model == W else workload_of(options.model, options.models, device)
     except ValueError as error:
         raise BenchError(str(error)) from error
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as scratch:
@@ -119,6 +121,11 @@ def measure(options: Options, progress: Progress, plain: PlainResult | None = No
         progress("starting a private server")
         with LocalServer(directory / "server", models, flags) as server:
             return _measured(options, work, server.address, server.http, directory, progress, plain)
+
+
+def _device(name: str) -> str:
+    """What `auto` means to the server too."""
+    return ("cuda:0" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _check(options: Options) -> None:

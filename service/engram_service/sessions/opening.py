@@ -177,16 +177,23 @@ class Sessions:
         self, stream: Stream, wanted: Wanted, served: Served, good: Sequence[int], requests: Sequence[ClaimRequest],
         claims: Sequence[ClaimResult], result: Opened,
     ) -> None:  # fmt: skip
-        """Enters the claims into the table, model version by model version."""
-        groups: dict[int, tuple[Served, list[int]]] = {}
+        """Enters the claims into the table. One OpenedFrame speaks of one model version: that of its first session."""
+        members: list[int] = []
+        version: Served | None = None
         for k, claim in enumerate(claims):
             try:
-                version = self._version_of(wanted, served, claim)
-                groups.setdefault(version.index, (version, []))[1].append(k)
+                own = self._version_of(wanted, served, claim)
+                version = version or own
+                if own is not version:
+                    message = f"the session is on {own.reference}, others of this frame on {version.reference}; open it by itself"
+                    raise FailedPrecondition(
+                        "SESSION_OF_OTHER_MODEL", message, model=wanted.model, version=own.bundle.version
+                    )
+                members.append(k)
             except Refusal as refusal:
                 result.errors[good[k]] = refusal
                 self._forget(requests[k].session_id)
-        for version, members in groups.values():
+        if version is not None:
             self._enter(stream, wanted, version, [good[k] for k in members], [requests[k] for k in members],
                         [claims[k] for k in members], result)  # fmt: skip
             result.served = version

@@ -6,6 +6,7 @@ Event loop only; what touches the arena is posted to the engine, in order with t
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import time
 from collections import deque
@@ -288,23 +289,33 @@ class Residency:
 
     def _sweep(self, unused_since: float) -> None:
         """Frees the slots of idle sessions, and forgets those that no stream holds."""
-        table = self._core.table
+        table, freed = self._core.table, False
         for served in self._core.catalog.models:
             idle = self._idle(served)
             old = idle[table.used[idle] < unused_since]
             if len(old):
                 self.forget_slots(served, old)
                 served.arena.trim()
+                freed = True
         high = table.high
         alone = (table.stream[:high] == NO_STREAM) & (table.model[:high] >= 0) & (table.slot[:high] == NO_SLOT)
         alone &= ~table.busy[:high] & ~table.opening[:high] & ~table.flushing[:high]
         for row in np.flatnonzero(alone).tolist():
             self.remove(row)
+        if freed or alone.any():
+            _give_memory_back()
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _give_memory_back() -> None:
+    """After a burst the C library keeps freed memory in its pools; idle sessions must not cost what busy ones did."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:
