@@ -1,0 +1,34 @@
+"""Every cell that the package has, in small, odd and layered sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engram_models import GRU, LSTM, Cell, GRUResetAfter, PeepholeLSTM, VanillaRNN, write_bundle
+
+CASES: dict[str, Callable[[], Cell]] = {
+    "rnn-tanh": lambda: VanillaRNN(5, 7, layers=2, output_size=3, activation="softmax"),
+    "rnn-relu": lambda: VanillaRNN(5, 7, nonlinearity="relu"),
+    "gru": lambda: GRU(5, 7, layers=2, output_size=3, activation="sigmoid"),
+    "gru-reset-after": lambda: GRUResetAfter(5, 7, layers=2, output_size=3),
+    "lstm": lambda: LSTM(5, 7, layers=3, output_size=4, activation="softmax"),
+    "lstm-no-head": lambda: LSTM(3, 4),
+    "lstm-peephole": lambda: PeepholeLSTM(5, 7, layers=2, output_size=3, activation="none"),
+}
+
+
+@pytest.fixture(params=CASES)
+def cell(request: pytest.FixtureRequest) -> Cell:
+    """One cell of each sort, seeded, in evaluation mode."""
+    torch.manual_seed(5)
+    return CASES[request.param]().eval()
+
+
+@pytest.fixture
+def bundle_path(tmp_path: Path) -> Path:
+    """A small LSTM's bundle, for spoiling."""
+    torch.manual_seed(5)
+    return write_bundle(tmp_path, "small", "1", LSTM(3, 4, output_size=2), "for tests")
