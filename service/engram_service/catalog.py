@@ -161,14 +161,16 @@ class Catalog:
 
     def _shapes(self, bundle: Bundle) -> Shapes:
         rows_max = self._settings.tick_rows_max
-        floor = batch_floor(bundle.cell, self._device, rows_max)
+        cuda = self._device.type == "cuda"
+        sizes = [bucket for bucket in _CUDA_BUCKETS if bucket <= rows_max] if cuda else None
+        floor = batch_floor(bundle.cell, self._device, rows_max, sizes)
         if floor is None:
             log.warning(
                 "model %s/%s: no batch floor found, rows run in tiles of one shape", bundle.name, bundle.version
             )
-        if self._device.type != "cuda" or floor is None:
+        if sizes is None or floor is None:
             return Shapes(floor)
-        return Shapes(floor, tuple(bucket for bucket in _CUDA_BUCKETS if floor <= bucket <= rows_max) or (rows_max,))
+        return Shapes(floor, tuple(bucket for bucket in sizes if bucket % floor == 0))
 
 
 def _stamp(ref: BundleRef) -> str:

@@ -117,7 +117,8 @@ def test_models_come_and_are_refused_while_it_runs(
         assert len(answer.errors) == 2 and any("own/3" in error for error in answer.errors)
         again = connect(server)
         response = again.open("a", "b", model="own")
-        assert not response.errors
+        assert [row.error.reason for row in response.errors] == ["SESSION_OF_OTHER_MODEL"], "one frame, one version"
+        assert not again.open("b", model="own").errors
         assert again.get("a").version == "1", "a living session stays on its version"
         assert again.get("b").version == "2"
         moved = again.unary(
