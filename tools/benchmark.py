@@ -1,13 +1,14 @@
 """`make bench`: `engram bench` for 1, 64, 1024 and 8192 sessions and both durabilities, and for 256 connections of one session.
 
-Writes docs/benchmarks/<name>.md and .json with the machine's description. Takes some five minutes; the machine should have
-nothing else to do.
+Writes docs/benchmarks/<name>.md and .json with the machine's description, and the table of the README. Takes some five
+minutes; the machine should have nothing else to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,9 @@ from engram_service.bench.measure import Options, Result, measure
 from engram_service.bench.plain import PlainResult
 from engram_service.bench.report import machine, table, verdict
 
-DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+DIRECTORY = ROOT / "docs" / "benchmarks"
+FIGURES = re.compile(r"(<!-- figures -->\n).*(<!-- end of figures -->\n)", re.S)
 SESSIONS = (1, 64, 1024, 8192)
 SEPARATE = 256
 PLAIN_SESSIONS_MAX = 1024  # beyond, the plain server is only slower, and its callers wait for seconds
@@ -35,6 +38,8 @@ def main() -> int:
     (DIRECTORY / f"{name}.md").write_text(page(results, described, args.seconds))
     found = {"machine": described, "results": [one.as_dict() for one in results]}
     (DIRECTORY / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    if args.device == "auto":
+        write_readme(results, described)
     print(table(results))
     print(verdict(results))
     return 0 if all(one.outputs_equal for one in results) else 1
@@ -78,6 +83,13 @@ def page(results: list[Result], described: dict[str, str], seconds: float) -> st
         "",
     ]
     return "\n".join(lines)
+
+
+def write_readme(results: list[Result], described: dict[str, str]) -> None:
+    machine_in_words = f"{described['cores']} cores, {described['processor']}, torch {described['torch']}"
+    text = f"{machine_in_words}. {verdict(results)}\n\n{table(results, short=True)}\n"
+    readme = ROOT / "README.md"
+    readme.write_text(FIGURES.sub(lambda found: found[1] + text + found[2], readme.read_text()))
 
 
 def say(text: str) -> None:

@@ -30,10 +30,14 @@ _COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
 )
 
 
-def table(results: Sequence[Result]) -> str:
-    """A Markdown table, which reads in a terminal too."""
-    rows = [[name for name, _ in _COLUMNS], *([shown(one) for _, shown in _COLUMNS] for one in results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+_SHORT = ("sessions", "connections", "durability", "steps/s", "p50 ms", "p99 ms", "of ceiling", "x plain")
+
+
+def table(results: Sequence[Result], short: bool = False) -> str:
+    """A Markdown table, which reads in a terminal too. `short`: the columns that the README has."""
+    columns = [column for column in _COLUMNS if not short or column[0] in _SHORT]
+    rows = [[name for name, _ in columns], *([shown(one) for _, shown in columns] for one in results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
     lines = [
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
