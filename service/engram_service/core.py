@@ -85,7 +85,7 @@ class Core:
 
     # Streams
 
-    def connect(self) -> Stream:
+    def connect(self, trace: str = "") -> Stream:
         """A new client stream. Raises ResourceExhausted or, while draining, Unavailable."""
         if self.draining:
             raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
@@ -95,7 +95,7 @@ class Core:
                 "TOO_MANY_STREAMS", f"this server has {limit} streams, its limit", retry_after_ms=1000
             )
         self._streams_made += 1
-        stream = Stream(self._streams_made, self.settings.stream_rows_max)
+        stream = Stream(self._streams_made, self.settings.stream_rows_max, trace)
         self.streams[stream.id] = stream
         return stream
 
@@ -553,8 +553,12 @@ class Core:
             if stream is None:
                 continue
             handles = table.handle[mine]
-            for handle in handles.tolist():
+            what = "taken over by a newer open" if why == TAKEN_OVER else "closed or expired"
+            for row, handle in zip(mine.tolist(), handles.tolist(), strict=True):
                 stream.void(handle, why)
+                log.info(
+                    "session %s", what, extra={"session": table.id_of(row), "stream": stream.id, "trace": stream.trace}
+                )
             stream.send(event_frame(kind, handles))
             if why == TAKEN_OVER:
                 self.metrics.sessions_taken_over.inc(len(mine))

@@ -21,7 +21,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line.update({name: getattr(record, name) for name in _FIELDS if hasattr(record, name)})
+        line.update({name: getattr(record, name) for name in _FIELDS if getattr(record, name, "") != ""})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
@@ -32,7 +32,7 @@ class HumanFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        shown = " ".join(f"{name}={getattr(record, name)}" for name in _FIELDS if hasattr(record, name))
+        shown = " ".join(f"{name}={getattr(record, name)}" for name in _FIELDS if getattr(record, name, "") != "")
         return super().format(record) + (f"  [{shown}]" if shown else "")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
+import queue
 import shutil
 import socket
 import subprocess
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engram.v1 import session_pb2
+from engram.v1 import session_pb2, stream_pb2
 
 ServerProcess = Any
 Connect = Callable[[ServerProcess], Any]
@@ -147,3 +149,26 @@ def test_a_drain_finishes_what_was_accepted(server: ServerProcess, connect: Conn
     assert server.stop() == 0
     server.start()
     assert connect(server).get("drained").seq == rows, "what was answered is durable, with durability interval too"
+
+
+def test_log_lines_carry_session_and_trace_and_no_inputs(server: ServerProcess, connect: Connect) -> None:
+    import grpc
+
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    with grpc.insecure_channel(server.address) as channel:
+        stream = channel.stream_stream(
+            "/engram.v1.EngramService/Stream", response_deserializer=stream_pb2.StreamResponse.FromString
+        )
+        requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        call = stream(iter(requests.get, None), metadata=(("traceparent", f"00-{trace}-00f067aa0ba902b7-01"),))
+        frame = stream_pb2.OpenFrame(request_id=1, model="digits-reader", session_ids=["logged"], client_id=1)
+        requests.put(stream_pb2.StreamRequest(open=frame).SerializeToString())
+        next(call)
+        connect(server).open("logged", client_id=2)
+        assert next(call).event.type == stream_pb2.EventFrame.TYPE_TAKEN_OVER
+        requests.put(None)
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert {"session": "logged", "trace": trace}.items() <= next(
+        line for line in lines if "taken over" in line["message"]
+    ).items()
+    assert any(line.get("trace") == trace and line["message"] == "stream opened" for line in lines)

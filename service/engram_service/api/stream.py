@@ -30,17 +30,17 @@ class StreamHandler:
 
     async def handle(self, requests: Any, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
         try:
-            stream = self._core.connect()
+            stream = self._core.connect(trace_of(context))
         except Refusal as refusal:
             await abort(context, refusal)
-        log.debug("stream opened", extra={"stream": stream.id, "trace": trace_of(context)})
+        log.info("stream opened", extra={"stream": stream.id, "trace": stream.trace})
         reader = asyncio.create_task(self._read(stream, context))
         try:
             await _write(stream, context)
         finally:
             reader.cancel()
             self._core.disconnect(stream)
-            log.debug("stream ended", extra={"stream": stream.id})
+            log.info("stream ended", extra={"stream": stream.id, "trace": stream.trace})
 
     async def _read(self, stream: Stream, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
         """Reads until the client has no more frames; then what is under way is answered, and the stream ends."""
