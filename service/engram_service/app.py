@@ -82,7 +82,7 @@ async def serve(settings: Settings) -> None:
             loop.add_signal_handler(signal.SIGHUP, lambda: background.create_task(catalog.reload()))
             tasks = [
                 background.create_task(work)
-                for work in (core.sweep(), core.residency.beat(), catalog.watch(), unary.run())
+                for work in (core.sweep(), core.residency.beat(), catalog.watch(), unary.run(), unary.tidy())
             ]
             await stop.wait()
             log.info("draining")

@@ -172,3 +172,27 @@ def test_log_lines_carry_session_and_trace_and_no_inputs(server: ServerProcess, 
         line for line in lines if "taken over" in line["message"]
     ).items()
     assert any(line.get("trace") == trace and line["message"] == "stream opened" for line in lines)
+
+
+def test_sessions_of_unary_callers_are_let_go(
+    tmp_path: pathlib.Path, connect: Connect, request: pytest.FixtureRequest
+) -> None:
+    with type(request.getfixturevalue("shared_server"))(tmp_path, "--resident-idle-s", "0.5") as server:
+        raw = connect(server)
+
+        def step() -> Any:
+            asked = session_pb2.StepRequest(session_id="now-and-then", model="digits-reader", inputs=[0.5] * 8)
+            return raw.unary("Step", asked, session_pb2.StepResponse)
+
+        def known() -> float:
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics") as response:
+                lines = response.read().decode().splitlines()
+            return sum(float(line.split()[-1]) for line in lines if line.startswith("engram_sessions{"))
+
+        assert step().seq == 1
+        assert known() == 1
+        deadline = time.monotonic() + 10
+        while known():
+            assert time.monotonic() < deadline, "an idle session must cost the server nothing"
+            time.sleep(0.1)
+        assert step().seq == 2

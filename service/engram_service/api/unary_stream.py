@@ -13,9 +13,11 @@ from engram_service.core import Core
 from engram_service.errors import Aborted, of_detail
 from engram_service.sessions.admission import FEEDBACK, QUIET
 from engram_service.sessions.opening import Sessions, Wanted
+from engram_service.sessions.table import NO_STREAM
 
 CLIENT_ID = 1  # of all unary callers: a session without a stream belongs to whoever steps it
 _TRIES = 3
+_TIDY_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +77,19 @@ class UnaryStream:
             elif response.WhichOneof("frame") == "errors":
                 self._refuse(response.errors)
             self._stream.wrote(rows)
+
+    async def tidy(self) -> None:
+        """Lets go of sessions that nobody has stepped for a while, so that they cost nothing; runs until cancelled."""
+        core, table = self._core, self._core.table
+        while True:
+            await asyncio.sleep(_TIDY_S)
+            rows = self._stream.attached()
+            idle = table.used[rows] < core.residency.clock() - core.settings.resident_idle_s
+            idle &= ~table.busy[rows] & ~table.opening[rows] & (table.admitted[rows] == table.applied[rows])
+            for handle in table.handle[rows[idle]].tolist():
+                self._stream.reuse(handle)
+            table.stream[rows[idle]] = NO_STREAM
+            core.residency.let_go(rows[idle])
 
     async def _step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
         core, table = self._core, self._core.table

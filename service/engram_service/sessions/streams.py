@@ -31,6 +31,7 @@ class Stream:
         self._rows_in_flight_max = rows_in_flight_max
         self._rows = np.full(16, UNKNOWN, np.int32)
         self._handles = 0
+        self._spare: list[int] = []
         self._outbox: deque[tuple[stream_pb2.StreamResponse, int]] = deque()
         self._written = asyncio.Event()
         self._posted = asyncio.Event()
@@ -39,6 +40,10 @@ class Stream:
 
     def name(self, row: int) -> int:
         """A new handle for a session-table row."""
+        if self._spare:
+            handle = self._spare.pop()
+            self._rows[handle] = row
+            return handle
         if self._handles == len(self._rows):
             self._rows = np.concatenate([self._rows, np.full(len(self._rows), UNKNOWN, np.int32)])
         self._rows[self._handles] = row
@@ -47,6 +52,11 @@ class Stream:
 
     def void(self, handle: int, why: int) -> None:
         self._rows[handle] = why
+
+    def reuse(self, handle: int) -> None:
+        """Lets a handle name another session. Only for handles that no client has ever seen."""
+        self._rows[handle] = UNKNOWN
+        self._spare.append(handle)
 
     def rows_of(self, handles: NDArray[np.uint32]) -> NDArray[np.int32]:
         """Session-table rows; negative where a handle is unknown or void."""
