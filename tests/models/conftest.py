@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
 from engram_models import GRU, LSTM, Cell, GRUResetAfter, PeepholeLSTM, VanillaRNN, write_bundle
 
 CASES: dict[str, Callable[[], Cell]] = {
@@ -18,6 +19,15 @@ CASES: dict[str, Callable[[], Cell]] = {
     "lstm-no-head": lambda: LSTM(3, 4),
     "lstm-peephole": lambda: PeepholeLSTM(5, 7, layers=2, output_size=3, activation="none"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> Iterator[None]:
+    """More threads than free cores would make small products slow, not different."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=CASES)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engram_models import GRU, LSTM, Cell, GRUResetAfter, PeepholeLSTM, State, VanillaRNN, bundle_from_torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from engram_models import GRU, LSTM, Cell, GRUResetAfter, PeepholeLSTM, State, VanillaRNN, bundle_from_torch
 
 Array = NDArray[np.float64]
 
