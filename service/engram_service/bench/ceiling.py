@@ -14,23 +14,39 @@ from engram_service.bench.workload import Workload
 _WARM_UP = 3
 
 
-def ceiling(work: Workload, batch: int, windows: int, window_s: float) -> float:
-    """Steps per second at this batch size: the median of `windows`, with the number of threads that is fastest here."""
-    if work.device.type == "cuda":
-        return statistics.median(_window(work, batch, window_s, 1) for _ in range(windows))
-    threads_before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0))
-    try:
-        trial_s = window_s / 2
-        rates = {count: _window(work, batch, trial_s, count) for count in sorted({1, max(1, cores // 2), cores})}
-        fastest = max(rates, key=lambda count: rates[count])
-        return statistics.median(_window(work, batch, window_s, fastest) for _ in range(windows))
-    finally:
-        torch.set_num_threads(threads_before)
+class Ceiling:
+    """Measured in windows, some before the load and some after it, so that a machine that changes its pace shows in both."""
+
+    def __init__(self, work: Workload, batch: int, window_s: float) -> None:
+        self._work, self._batch, self._window_s = work, batch, window_s
+        self._rates: list[float] = []
+        self._threads = self._fastest()
+
+    @property
+    def steps_per_s(self) -> float:
+        """The median of all windows, with the number of threads that is fastest here."""
+        return statistics.median(self._rates)
+
+    def measure(self, windows: int) -> None:
+        self._rates += [self._window(self._window_s, self._threads) for _ in range(windows)]
+
+    def _fastest(self) -> int:
+        if self._work.device.type == "cuda":
+            return 1
+        cores = len(os.sched_getaffinity(0))
+        rates = {count: self._window(self._window_s / 2, count) for count in sorted({1, max(1, cores // 2), cores})}
+        return max(rates, key=lambda count: rates[count])
+
+    def _window(self, seconds: float, threads: int) -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return _rate(self._work, self._batch, seconds)
+        finally:
+            torch.set_num_threads(before)
 
 
-def _window(work: Workload, batch: int, seconds: float, threads: int) -> float:
-    torch.set_num_threads(threads)
+def _rate(work: Workload, batch: int, seconds: float) -> float:
     pool = torch.from_numpy(input_pool(0, batch, work.input_shape)).to(work.device)
     state = work.initial(batch)
     with torch.inference_mode():

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
-from engram_service.bench.ceiling import ceiling
+from engram_service.bench.ceiling import Ceiling
 from engram_service.bench.load import LoadSpec
 from engram_service.bench.plain import PlainResult, measure_plain
 from engram_service.bench.types import Progress
@@ -24,7 +24,7 @@ from engram_service.bench.workload import W, Workload, reference, workload_of, w
 from engram_service.local import LocalServer
 
 TOLERANCE = 1e-5
-_CEILING_WINDOWS = 5
+_CEILING_WINDOWS = 3  # before the load, and as many after it
 _SEED = 1000
 _PROCESS_START_S = 120.0
 _PROCESS_END_S = 60.0
@@ -147,8 +147,11 @@ def _measured(
     specs = _specs(options, work, address, directory)
     window_s = min(1.0, options.seconds / 4)
     progress(f"ceiling: plain torch, batches of {options.sessions}")
-    top = ceiling(work, options.sessions, _CEILING_WINDOWS, window_s)
+    ceiling = Ceiling(work, options.sessions, window_s)
+    ceiling.measure(_CEILING_WINDOWS)
     load = asyncio.run(_drive(options, specs, http, progress))
+    ceiling.measure(_CEILING_WINDOWS)
+    top = ceiling.steps_per_s
     progress("checking outputs against plain torch")
     checked, difference = _compare(work, specs, directory)
     if plain is None and options.plain and options.model == W:
