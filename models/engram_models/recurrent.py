@@ -21,21 +21,27 @@ from engram_models.spec import TensorSpec
 _VECTOR = 16  # float32 in the widest vector register
 
 
-def sigma(x: Tensor) -> Tensor:
-    """The logistic function; the same bits for a number wherever in a tensor it stands.
+def sigma_(x: Tensor) -> Tensor:
+    """The logistic function; the same bits for a number wherever in a tensor it stands. In serving it overwrites x.
 
     torch.sigmoid on the CPU rounds the last few numbers of each thread's share in another way than the rest, so that a row's
     bits would depend on its place. The parts used here instead do not. Training keeps torch.sigmoid: its gradient does
     not overflow.
     """
-    if x.requires_grad or x.device.type != "cpu":
+    if torch.is_grad_enabled() or x.device.type != "cpu":
         return torch.sigmoid(x)
-    return torch.neg(x).exp_().add_(1).reciprocal_()
+    return x.neg_().exp_().add_(1).reciprocal_()
+
+
+def tanh_(x: Tensor) -> Tensor:
+    """tanh. In serving it overwrites x: fresh memory costs a tenth of a large batch's time."""
+    return torch.tanh(x) if torch.is_grad_enabled() else x.tanh_()
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """W x + b. x [batch, in], weight [out, in], bias [out] -> [batch, out]."""
-    return functional.linear(x, *_widened(weight, bias))[:, : len(bias)]
+    y = functional.linear(x, *_widened(weight, bias))
+    return y if y.shape[1] == len(bias) else y[:, : len(bias)]
 
 
 def _widened(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +58,7 @@ def _widened(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 _HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "softmax": lambda y: torch.softmax(y, -1),
-    "sigmoid": sigma,
+    "sigmoid": lambda y: sigma_(y.clone()),  # without a head y is a state too
 }
 _NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
 
@@ -89,7 +95,7 @@ class Layer(nn.Module):
         bias = bias.view(gates, 1, self.hidden_size)
         weight, bias = _widened(weight, bias)
         sums = torch.baddbmm(bias, torch.cat((x, h), 1).expand(gates, -1, -1), weight.transpose(1, 2))
-        return sums[..., : self.hidden_size]
+        return sums if sums.shape[2] == self.hidden_size else sums[..., : self.hidden_size]
 
 
 class RNNLayer(Layer):
@@ -120,7 +126,7 @@ class GRULayer(Layer):
     def forward(self, x: Tensor, state: State) -> State:
         (s,) = state
         split = 2 * self.hidden_size
-        r, z = sigma(self.sums(x, s, 2))
+        r, z = sigma_(self.sums(x, s, 2))
         n = torch.tanh(affine(torch.cat((x, r * s), 1), self.weight[split:], self.bias[split:]))
         return (n + z * (s - n),)
 
@@ -142,7 +148,7 @@ class GRUResetAfterLayer(Layer):
     def forward(self, x: Tensor, state: State) -> State:
         (s,) = state
         split, inputs = 2 * self.hidden_size, self.input_size
-        r, z = sigma(self.sums(x, s, 2))
+        r, z = sigma_(self.sums(x, s, 2))
         from_input = affine(x, self.weight[split:, :inputs], self.bias[split:])
         from_state = affine(s, self.weight[split:, inputs:], self.bias_n)
         n = torch.tanh(from_input + r * from_state)
@@ -158,9 +164,9 @@ class LSTMLayer(Layer):
     def forward(self, x: Tensor, state: State) -> State:
         h, c = state
         sums = self.sums(x, h, 4)
-        i, f = sigma(sums[:2])
-        c = torch.addcmul(f * c, i, torch.tanh(sums[2]))
-        return sigma(sums[3]) * torch.tanh(c), c
+        i, f = sigma_(sums[:2])
+        c = torch.addcmul(f * c, i, tanh_(sums[2]))
+        return sigma_(sums[3]) * torch.tanh(c), c
 
 
 class PeepholeLSTMLayer(LSTMLayer):
@@ -178,10 +184,10 @@ class PeepholeLSTMLayer(LSTMLayer):
         h, c = state
         i, f, g, o = self.sums(x, h, 4)
         p_i, p_f, p_o = self.peephole
-        i = sigma(torch.addcmul(i, p_i, c))
-        f = sigma(torch.addcmul(f, p_f, c))
-        c = torch.addcmul(f * c, i, torch.tanh(g))
-        return sigma(torch.addcmul(o, p_o, c)) * torch.tanh(c), c
+        i = sigma_(torch.addcmul(i, p_i, c))
+        f = sigma_(torch.addcmul(f, p_f, c))
+        c = torch.addcmul(f * c, i, tanh_(g))
+        return sigma_(torch.addcmul(o, p_o, c)) * torch.tanh(c), c
 
 
 class RecurrentCell(Cell):
