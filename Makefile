@@ -10,7 +10,7 @@ PROTOS := $(shell cd proto && find . -name '*.proto' | sed 's|^\./||' | sort)
 GENERATED := clients/python
 CODE := clients/python service models tests tools
 
-.PHONY: help install proto lint format check proto-lint proto-check types test test-all demo bench gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all demo bench gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -19,6 +19,7 @@ help:
 	@echo "make check     ruff, format, mypy --strict, proto lint, generated code"
 	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
 	@echo "make proto     regenerate engram.v1 from proto/"
+	@echo "make docs      the table of settings in docs/operations.md"
 	@echo "make bench     measure, and write docs/benchmarks/"
 	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
 	@echo "make test-all  the slow tests too"
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 proto: $(STAMP)
 	$(BIN)/python tools/generate.py $(GENERATED)
+
+docs: $(STAMP)
+	$(BIN)/python tools/settings_table.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

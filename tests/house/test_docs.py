@@ -21,7 +21,7 @@ def test_operations_names_every_setting_and_its_default() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs/operations.md").read_text(), re.M))
     for item in fields(Settings):
         shown = str(item.default).lower() if isinstance(item.default, bool) else str(item.default)
-        assert rows.get(item.name) == (f"`{shown}`" if shown else ""), item.name
+        assert rows.get(item.name) == (f"`{shown}`" if shown else ""), f"{item.name}: run make docs"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
