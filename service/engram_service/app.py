@@ -53,7 +53,9 @@ async def serve(settings: Settings) -> None:
         queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max)
         catalog = Catalog(settings, device, metrics)
         core = Core(settings, table, queue, catalog, store, metrics)
-        core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, settings.torch_threads())
+        core.engine = Engine(
+            queue, table, catalog, store, core, metrics, core.meta, settings.engine_threads(device.type == "cpu")
+        )
         sessions = Sessions(core, store)
         unary = UnaryStream(core, sessions)
         server = Server(

@@ -60,7 +60,7 @@ class Catalog:
         self._by_key: dict[tuple[str, str], Served] = {}
         self._failed: dict[Path, tuple[str, str]] = {}  # bundle -> its stamp then, and the error
         self._lock = asyncio.Lock()
-        self._pool = ThreadPoolExecutor(1, "load", lambda: torch.set_num_threads(settings.torch_threads()))
+        self._pool = ThreadPoolExecutor(1, "load", lambda: torch.set_num_threads(1))
 
     def resolve(self, name: str, version: str = "") -> Served:
         """The named version, or the latest. Raises NotFound."""

@@ -53,7 +53,9 @@ class Settings:
     redis_maxmemory_mb: int = _setting(0, "limit of the private Redis; 0: none")
     redis_appendfsync: str = _setting("everysec", "appendfsync of the private Redis", ("always", "everysec", "no"))
 
-    threads: int = _setting(0, "torch threads for one tick on the CPU; 0: half of the cores, at least one")
+    workers: int = _setting(
+        0, "engine threads on a CPU, each with a tick of its own; 0: half of the cores, at least one"
+    )
     tick_rows_max: int = _setting(1024, "most rows in one tick")
     tick_run_max: int = _setting(16, "most consecutive steps of one session in one tick")
     arena_mb: int = _setting(256, "memory of one model's arena")
@@ -100,8 +102,8 @@ class Settings:
     def data_directory(self) -> Path:
         return Path(self.data_dir or _data_home())
 
-    def torch_threads(self) -> int:
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+    def engine_threads(self, on_cpu: bool) -> int:
+        return (self.workers or max(1, len(os.sched_getaffinity(0)) // 2)) if on_cpu else 1
 
 
 _AT_LEAST_ONE = (

@@ -1,7 +1,8 @@
 """What waits for the engine: one scheduler a model, and jobs that touch an arena outside a tick.
 
-The one place where the event loop and the engine thread meet. The loop adds; the engine takes whenever it is free, so all
-that has gathered by then goes at once. `lock` guards the schedulers and the `busy` column.
+The one place where the event loop and the engine's threads meet. The loop adds; an engine thread takes whenever it is free,
+so all that has gathered by then goes at once. `lock` guards the schedulers and the `busy` column. Ticks of different threads
+have no session in common; a job has all arenas to itself.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class WorkQueue:
         self._schedulers: dict[int, Scheduler] = {}
         self._jobs: deque[Job] = deque()
         self._turn = 0
+        self._ticks_running = 0
+        self._job_running = False
         self._closed = False
 
     @property
@@ -48,7 +51,7 @@ class WorkQueue:
         """Runs before any tick that is taken later, in the order of posting."""
         with self.lock:
             self._jobs.append(job)
-            self.lock.notify()
+            self.lock.notify_all()
 
     def release(self, rows: NDArray[Any]) -> None:
         """These sessions' next rows may go."""
@@ -66,16 +69,32 @@ class WorkQueue:
             return [found for scheduler in self._schedulers.values() for found in scheduler.drop(wanted)]
 
     def take(self) -> Job | tuple[int, Tick] | None:
-        """The next job, else the next tick and its model; None once the queue is closed and empty of jobs."""
+        """The next job, else the next tick and its model; None once the queue is closed and empty of jobs.
+
+        Whoever takes says `finished` when the arena has what the work leaves there.
+        """
         with self.lock:
             while True:
                 if self._jobs:
-                    return self._jobs.popleft()
-                if found := self._next_tick():
+                    if not self._ticks_running and not self._job_running:
+                        self._job_running = True
+                        return self._jobs.popleft()
+                elif not self._job_running and (found := self._next_tick()):
+                    self._ticks_running += 1
                     return found
-                if self._closed:
+                elif self._closed:
                     return None
                 self.lock.wait()
+
+    def finished(self) -> None:
+        """The caller's job or tick is done with the arena."""
+        with self.lock:
+            if self._job_running:
+                self._job_running = False
+            else:
+                self._ticks_running -= 1
+            if self._jobs or self._closed or self.waiting_rows:
+                self.lock.notify_all()
 
     def quiet(self) -> bool:
         """Whether nothing waits: what follows may be done in this thread without keeping anyone."""

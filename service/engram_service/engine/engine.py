@@ -1,6 +1,8 @@
-"""The engine thread: takes what is ready, advances it, keeps the outputs, and hands the commit to the store.
+"""The engine's threads: take what is ready, advance it, keep the outputs, and hand the commit to the store.
 
-The only thread that runs cells and writes arenas. What it finds is told to the event loop through `Answers`.
+The only threads that run cells and write arenas. What they find is told to the event loop through `Answers`. A GPU has one.
+A CPU has several, each with single-threaded torch on a tick of its own: threads that share one tick wait for each other at
+every operation, and when Redis and clients want the cores too, for whoever the kernel has put to sleep.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from engram_service.scheduler import Tick
 from engram_service.sessions.admission import FEEDBACK
 from engram_service.sessions.table import SessionTable
 from engram_service.store import CommitJob, MetaFields, Store, Verdict
-from engram_service.work import WorkQueue
+from engram_service.work import Job, WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +68,11 @@ class Answers(Protocol):
 
 
 class Engine:
-    """One thread for one device."""
+    """The threads of one device."""
 
     def __init__(
         self, queue: WorkQueue, table: SessionTable, catalog: Catalog, store: Store, answers: Answers, metrics: Metrics,
-        meta: Callable[[int], MetaFields], threads: int,
+        meta: Callable[[int], MetaFields], workers: int,
     ) -> None:  # fmt: skip
         self._queue = queue
         self._table = table
@@ -79,30 +81,43 @@ class Engine:
         self._answers = answers
         self._metrics = metrics
         self._meta = meta
-        self._threads = threads
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._threads = [threading.Thread(target=self._run, name=f"engine-{n}", daemon=True) for n in range(workers)]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def join(self) -> None:
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(1)
         while (work := self._queue.take()) is not None:
             if callable(work):
-                work()
-                continue
-            model, tick = work
-            served = self._catalog.models[model]
-            try:
-                advance, states = self._advance(served, tick)
-            except Exception as error:  # the cell's own failure; the engine must live on
-                log.exception("a tick of %s failed", served.reference)
-                self._answers.failed(served, tick, error)
+                self._job(work)
             else:
-                self._commit(advance, states)
+                model, tick = work
+                self._tick(self._catalog.models[model], tick)
+
+    def _job(self, job: Job) -> None:
+        try:
+            job()
+        except Exception:  # the engine must live on
+            log.exception("a job on the arena failed")
+        finally:
+            self._queue.finished()
+
+    def _tick(self, served: Served, tick: Tick) -> None:
+        try:
+            advance, states = self._advance(served, tick)
+        except Exception as error:  # the cell's own failure; the engine must live on
+            log.exception("a tick of %s failed", served.reference)
+            self._queue.finished()
+            self._answers.failed(served, tick, error)
+        else:
+            self._queue.finished()
+            self._commit(advance, states)
 
     def _advance(self, served: Served, tick: Tick) -> tuple[Advance, list[NDArray[np.uint8]]]:
         """Runs the tick's waves. The new states are in the arena, and come back as bytes for each session's last row."""
@@ -155,7 +170,7 @@ class Engine:
         def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
             self._answers.committed(advance, rows, verdict)
 
-        return self._job(advance.served, tick.rows[last], tick.seqs[last], states, done)
+        return self._commit_job(advance.served, tick.rows[last], tick.seqs[last], states, done)
 
     def flush(self, served: Served, sessions: NDArray[np.int32]) -> None:
         """Commits sessions as the arena holds them (durability interval). A job of the queue: engine thread only."""
@@ -166,9 +181,9 @@ class Engine:
         def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
             self._answers.flushed(sessions[rows], seqs[rows], verdict)
 
-        self._store.submit(self._job(served, sessions, seqs, [served.arena.packed(slots)], done))
+        self._store.submit(self._commit_job(served, sessions, seqs, [served.arena.packed(slots)], done))
 
-    def _job(
+    def _commit_job(
         self, served: Served, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]],
         done: Callable[[NDArray[np.intp], Verdict], None],
     ) -> CommitJob:  # fmt: skip

@@ -96,6 +96,7 @@ class Committers:
             url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, protocol=2
         )
         self._inline = Link(self._pool, settings)
+        self._inline_lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._run, args=(Link(self._pool, settings),), name=f"commit-{n}", daemon=True)
             for n in range(settings.connections)
@@ -107,9 +108,15 @@ class Committers:
         self._jobs.put(_Pending(job))
 
     def commit(self, job: CommitJob) -> None:
-        """Commits in the calling thread (always the same one); if Redis is in trouble, the committers go on with it."""
+        """Commits in the calling thread; if Redis is in trouble, or another thread is at it, the committers do it."""
         pending = _Pending(job)
-        if self._troubled or not self._try(self._inline, pending):
+        settled = False
+        if not self._troubled and self._inline_lock.acquire(blocking=False):
+            try:
+                settled = self._try(self._inline, pending)
+            finally:
+                self._inline_lock.release()
+        if not settled:
             self._jobs.put(pending)
 
     def close(self) -> None:
