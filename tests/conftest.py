@@ -1,21 +1,26 @@
-"""Real servers for tests: `engram serve` as a subprocess, with a private Redis in a directory of its own."""
+"""Real servers for tests: `engram serve` as a subprocess, with a private Redis in a directory of its own; and a Redis to mistreat."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 START_S = 60.0
 STOP_S = 30.0
+REDIS_S = 20.0
 
 
 class ServerProcess:
@@ -103,6 +108,67 @@ class ServerProcess:
             self.stop()
 
 
+class RedisProcess:
+    """A Redis of the test's own, on a unix socket, and on a port if it is given one by `flags`."""
+
+    def __init__(self, directory: pathlib.Path, *flags: str) -> None:
+        self.directory = directory
+        self.flags = flags
+        self.socket = directory / "r.sock"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    @property
+    def client(self) -> redis.Redis:
+        return redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
+
+    def start(self, *flags: str) -> None:
+        from engram_service.store.private import _binary
+
+        command = [
+            _binary(), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory), "--save", "",
+            "--appendonly", "yes", "--logfile", str(self.directory / "redis.log"), *self.flags, *flags,
+        ]  # fmt: skip
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + REDIS_S
+        while True:
+            try:
+                self.client.ping()
+                return
+            except redis.exceptions.AuthenticationError:
+                return
+            except redis.exceptions.RedisError:
+                assert self.process.poll() is None and time.monotonic() < deadline, "Redis does not start"
+                time.sleep(0.02)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def lose_data(self) -> None:
+        """Killed, its file deleted."""
+        self.kill()
+        for path in self.directory.glob("appendonly*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def pause(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.go_on()
+            self.kill()
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -121,3 +187,25 @@ def server(tmp_path: pathlib.Path) -> Iterator[ServerProcess]:
     """A server of the test's own, to kill, stop and start again."""
     with ServerProcess(tmp_path) as one:
         yield one
+
+
+@pytest.fixture
+def start_redis(tmp_path: pathlib.Path) -> Iterator[Callable[..., RedisProcess]]:
+    """Starts Redis processes with flags of their own, and ends them."""
+    started: list[RedisProcess] = []
+
+    def start(*flags: str) -> RedisProcess:
+        directory = tmp_path / f"redis-{len(started)}"
+        directory.mkdir()
+        started.append(RedisProcess(directory, *flags))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture
+def redis_process(start_redis: Callable[..., RedisProcess]) -> RedisProcess:
+    return start_redis()

@@ -1,12 +1,8 @@
-"""Peers for the server's tests: a raw client that speaks the contract by hand, and a Redis that tests may mistreat."""
+"""A peer for the server's tests: a raw client that speaks the contract by hand."""
 
 from __future__ import annotations
 
-import pathlib
 import queue
-import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +10,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import redis
 from numpy.typing import NDArray
 
 from engram.v1 import session_pb2, stream_pb2
@@ -117,83 +112,6 @@ class Raw:
     def close(self) -> None:
         self.call.cancel()
         self.channel.close()
-
-
-class RedisProcess:
-    """A Redis of the test's own, on a unix socket."""
-
-    def __init__(self, directory: pathlib.Path) -> None:
-        self.directory = directory
-        self.socket = directory / "r.sock"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self.socket}"
-
-    @property
-    def client(self) -> redis.Redis:
-        return redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5)
-
-    def start(self) -> None:
-        from engram_service.store.private import _binary
-
-        command = [
-            _binary(),
-            "--port",
-            "0",
-            "--unixsocket",
-            str(self.socket),
-            "--dir",
-            str(self.directory),
-            "--save",
-            "",
-            "--appendonly",
-            "yes",
-        ]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            try:
-                self.client.ping()
-                return
-            except redis.exceptions.RedisError:
-                assert time.monotonic() < deadline, "Redis does not start"
-                time.sleep(0.02)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def lose_data(self) -> None:
-        """Killed, its file deleted."""
-        self.kill()
-        for path in self.directory.glob("appendonly*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def pause(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.go_on()
-            self.kill()
-
-
-@pytest.fixture
-def redis_process(tmp_path: pathlib.Path) -> Iterator[RedisProcess]:
-    directory = tmp_path / "redis"
-    directory.mkdir()
-    process = RedisProcess(directory)
-    process.start()
-    yield process
-    process.stop()
 
 
 @pytest.fixture

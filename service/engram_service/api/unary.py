@@ -126,7 +126,10 @@ class UnaryHandlers:
             raise FailedPrecondition("INCOMPATIBLE_VERSION", message)
         self._unpacked(old, info)
         record = new.layout.refingerprinted(info.record)
-        if not await self._call(left_s, self._store.rewrite, info, new.reference, new.bundle.fingerprint, record):
+        token = secrets.token_hex(8)
+        if not await self._call(
+            left_s, self._store.rewrite, info, new.reference, new.bundle.fingerprint, record, token
+        ):
             raise Unavailable(
                 "STORE_UNAVAILABLE", "the session was opened or closed meanwhile; try again", retry_after_ms=50
             )
@@ -221,7 +224,8 @@ class UnaryHandlers:
     async def _create(self, session_id: str, reference: str, fingerprint: str, record: bytes, left_s: float) -> None:
         _check_id(session_id)
         ttl_ms = self._core.settings.session_ttl_s * 1000
-        if not await self._call(left_s, self._store.create, session_id, reference, fingerprint, record, ttl_ms):
+        session = (session_id, reference, fingerprint, record, ttl_ms, secrets.token_hex(8))
+        if not await self._call(left_s, self._store.create, *session):
             raise AlreadyExists("SESSION_EXISTS", f"there is a session {session_id!r} already", session=session_id)
 
     def _unpacked(self, served: Served, info: SessionInfo) -> Records:

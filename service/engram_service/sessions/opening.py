@@ -129,7 +129,7 @@ class Sessions:
             stream.void(handle, CLOSED)
         async with self.hold(ids, deadline):
             if not frame.detach:
-                await self.call(deadline, self._delete, ids)
+                await self.call(deadline, self._store.delete, ids)
                 self._core.metrics.sessions_closed.inc(len(ids))
             for session_id in ids:
                 row = self._core.table.find(session_id)
@@ -141,16 +141,14 @@ class Sessions:
         """Closes a session whoever holds it. Raises NotFound."""
         deadline = time.monotonic() + self._core.settings.step_timeout_s
         async with self.hold([session_id], deadline):
-            existed = await self.call(deadline, self._delete, [session_id])
+            existed = await self.call(deadline, self._store.exists, session_id)
+            await self.call(deadline, self._store.delete, [session_id])
             row = self._core.table.find(session_id)
             if row is not None:
                 self._core.dismiss(np.array([row], np.int32), CLOSED)
-        if not existed[0]:
+        if not existed:
             raise NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
         self._core.metrics.sessions_closed.inc()
-
-    def _delete(self, ids: Sequence[str]) -> list[bool]:
-        return [self._store.delete(session_id) for session_id in ids]
 
     async def call(self, deadline: float, work: Callable[..., Any], *arguments: Any) -> Any:
         """Runs a blocking call of the store in a thread; while the store is away, again until the deadline."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import logging
 import queue
+import socket
+import ssl
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 _TIMEOUT_S = 5.0  # without a reply for so long, a connection is given up
+_INLINE_TIMEOUT_S = 1.0  # the same where an engine thread waits: the committers then go on with it
+_SEND_BUFFER = 4 << 20  # a tick's commands at once, if the kernel allows so much
 _LOST: tuple[type[Exception], ...] = (redis.exceptions.RedisError, OSError)
 
 Diagnose = Callable[[CommitJob, NDArray[np.intp], Callable[[int], bytes]], Sequence[Verdict]]
@@ -32,23 +37,29 @@ Diagnose = Callable[[CommitJob, NDArray[np.intp], Callable[[int], bytes]], Seque
 class Link:
     """One connection for commits; not shared between threads."""
 
-    def __init__(self, pool: redis.ConnectionPool, settings: StoreSettings) -> None:
+    def __init__(self, pool: redis.ConnectionPool, settings: StoreSettings, timeout_s: float) -> None:
         self._pool = pool
         self._settings = settings
+        self._timeout_s = timeout_s
         self._connection: Any = None
         self._id = 0
-        self._doubtful: list[int] = []  # ids of connections that may still have commands of ours buffered
 
-    def exchange(self, buffer: memoryview, count: int) -> list[bytes] | None:
-        """Sends `count` commands; their replies, or None if all are OK. Raises RedisError or OSError."""
+    def exchange(self, buffer: memoryview, count: int, doubtful: list[int]) -> list[bytes] | None:
+        """Sends `count` commands; their replies, or None if all are OK. Raises RedisError or OSError.
+
+        `doubtful` has the ids of connections on which the same commands may still be buffered; they are killed first, and
+        if this connection fails as well, it is added.
+        """
         connection = self._ready()
         try:
+            self._kill(doubtful)
             connection.send_packed_command([buffer], check_health=False)
             replies = read_replies(connection._sock, count)
             return (
                 replies if self._acknowledged(connection) else [b"-UNACKNOWLEDGED fewer copies than asked for"] * count
             )
         except BaseException:
+            doubtful.append(self._id)
             self.drop()
             raise
 
@@ -65,22 +76,39 @@ class Link:
 
     def drop(self) -> None:
         if self._connection is not None:
-            self._doubtful.append(self._id)
             self._connection.disconnect()
             self._connection = None
 
     def _ready(self) -> Any:
         if self._connection is None:
             connection: Any = self._pool.make_connection()
+            connection.socket_timeout = connection.socket_connect_timeout = self._timeout_s
             connection.connect()
-            for doubtful in self._doubtful:
-                connection.send_command("CLIENT", "KILL", "ID", doubtful)
-                connection.read_response()
-            self._doubtful.clear()
+            _block_in_kernel(connection._sock, self._timeout_s)
             connection.send_command("CLIENT", "ID")
             self._id = int(connection.read_response())
             self._connection = connection
         return self._connection
+
+    def _kill(self, doubtful: list[int]) -> None:
+        for number in doubtful:
+            self._connection.send_command("CLIENT", "KILL", "ID", number)
+            self._connection.read_response()
+        doubtful.clear()
+
+
+def _block_in_kernel(sock: socket.socket, timeout_s: float) -> None:
+    """Lets the kernel do the waiting, so that a whole tick is one system call each way.
+
+    A Python socket with a timeout polls and takes the interpreter's lock again for every part of a buffer that fits.
+    """
+    if isinstance(sock, ssl.SSLSocket):
+        return
+    sock.settimeout(None)
+    timeval = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
 
 class Committers:
@@ -95,10 +123,12 @@ class Committers:
         self._pool = redis.ConnectionPool.from_url(
             url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, protocol=2
         )
-        self._inline = Link(self._pool, settings)
-        self._inline_lock = threading.Lock()
+        self._settings = settings
+        self._own = threading.local()  # the link of a thread that commits by itself
         self._threads = [
-            threading.Thread(target=self._run, args=(Link(self._pool, settings),), name=f"commit-{n}", daemon=True)
+            threading.Thread(
+                target=self._run, args=(Link(self._pool, settings, _TIMEOUT_S),), name=f"commit-{n}", daemon=True
+            )
             for n in range(settings.connections)
         ]
         for thread in self._threads:
@@ -108,16 +138,16 @@ class Committers:
         self._jobs.put(_Pending(job))
 
     def commit(self, job: CommitJob) -> None:
-        """Commits in the calling thread; if Redis is in trouble, or another thread is at it, the committers do it."""
+        """Commits in the calling thread; if Redis is in trouble, the committers go on with it."""
         pending = _Pending(job)
-        settled = False
-        if not self._troubled and self._inline_lock.acquire(blocking=False):
-            try:
-                settled = self._try(self._inline, pending)
-            finally:
-                self._inline_lock.release()
-        if not settled:
+        if self._troubled or not self._try(self._own_link(), pending):
             self._jobs.put(pending)
+
+    def _own_link(self) -> Link:
+        if not hasattr(self._own, "link"):
+            self._own.link = Link(self._pool, self._settings, _INLINE_TIMEOUT_S)
+        link: Link = self._own.link
+        return link
 
     def close(self) -> None:
         self._closed.set()
@@ -138,7 +168,9 @@ class Committers:
             for rows, values in pending.blocks():
                 job = pending.job
                 for part, buffer in commands(job.tags[rows], job.tokens[rows], values, job.ttl_ms[rows]):
-                    failure = self._settle(pending, rows[part], link.exchange(buffer, len(part))) or failure
+                    failure = (
+                        self._settle(pending, rows[part], link.exchange(buffer, len(part), pending.doubtful)) or failure
+                    )
         except _LOST as error:
             failure = str(error) or type(error).__name__
         except Exception:
@@ -170,6 +202,9 @@ class _Pending:
 
     def __init__(self, job: CommitJob) -> None:
         self.job = job
+        self.doubtful: list[
+            int
+        ] = []  # connections that may still have commands of this job buffered, whoever held them
         self._open = np.ones(len(job.tags), np.bool_)
         self._packed: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +14,6 @@ from engram_service.store.keys import META_PREFIX
 
 _KEY_NBYTES = len(META_PREFIX) + 22 + 2 + 16
 _OK = b"+OK\r\n"
-
-
-class Socket(Protocol):
-    def recv(self, size: int, /) -> bytes: ...
 
 
 def commands(
@@ -51,25 +49,22 @@ def _buffer(tags: NDArray[np.uint8], tokens: NDArray[np.uint8], values: NDArray[
     return buffer.reshape(-1).data
 
 
-def read_replies(sock: Socket, count: int) -> list[bytes] | None:
+def read_replies(sock: socket.socket, count: int) -> list[bytes] | None:
     """The replies to `count` commands whose replies are single lines; None if all were +OK. Raises ConnectionError."""
     expected = _OK * count
+    whole = 0 if isinstance(sock, ssl.SSLSocket) else socket.MSG_WAITALL
     data = b""
-    while len(data) < len(expected) and expected.startswith(data):
-        data += _receive(sock, len(expected) - len(data))
+    while len(data) < len(expected):  # no reply is shorter than +OK, so this much comes in any case
+        data += _receive(sock, len(expected) - len(data), whole)
     if data == expected:
         return None
-    chunks = [data]
-    lines = data.count(b"\r\n")
-    while lines < count or not chunks[-1].endswith(b"\n"):
-        # A chunk may end between \r and \n: count over the joined bytes.
-        chunks.append(_receive(sock, 65536))
-        lines = b"".join(chunks).count(b"\r\n")
-    return b"".join(chunks).split(b"\r\n")[:count]
+    while data.count(b"\r\n") < count or not data.endswith(b"\n"):
+        data += _receive(sock, 65536, 0)
+    return data.split(b"\r\n")[:count]
 
 
-def _receive(sock: Socket, size: int) -> bytes:
-    data = sock.recv(min(size, 1 << 20))
+def _receive(sock: socket.socket, size: int, flags: int) -> bytes:
+    data = sock.recv(size, flags)
     if not data:
         raise ConnectionError("the store closed the connection")
     return data

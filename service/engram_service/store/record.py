@@ -2,8 +2,9 @@
 
     header 64 bytes | state | unacknowledged outputs, oldest first | zeros to a multiple of 8
 
-The checksum in the header is the sum of the record's 64-bit words, each times an odd constant of its place, modulo 2^64
-(multilinear hashing): a changed word always changes it, and numpy computes it for a whole tick.
+The checksum in the header is the sum of the record's length and its 64-bit words, each times an odd constant of its place,
+modulo 2^64 (multilinear hashing): a changed word always changes it, as do zeros added or cut off, and numpy computes it for a
+whole tick.
 """
 
 from __future__ import annotations
@@ -204,6 +205,7 @@ def checksums(values: NDArray[np.uint8]) -> NDArray[np.uint64]:
     words = np.ascontiguousarray(values).view("<u8")
     factors = _factors(words.shape[1])
     sums: NDArray[np.uint64] = np.einsum("ij,j->i", words, factors)
+    sums += np.uint64(values.shape[1])
     return sums
 
 

@@ -1,6 +1,7 @@
 """The scripts that change a session's keys together. Each touches the keys of one session (or copies one to another).
 
-KEYS[1] is the session's hash; records are named from it and the token, in the same cluster slot.
+KEYS[1] is the session's hash; records are named from it and the token, in the same cluster slot. Every script may be run
+again when its answer was lost: the second run changes nothing more and gives the same answer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ local name, version = string.match(m[2], '^(.*)/([^/]*)$')
 if name ~= ARGV[2] or (ARGV[3] ~= '' and version ~= ARGV[3]) then return {'OTHER_MODEL', m[2], m[3]} end
 if ARGV[9] == '1' and m[4] ~= ARGV[6] then return {'TAKEN_OVER'} end
 local new = k .. ':' .. ARGV[1]
+if old == new then
+  return {m[5] == '1' and record == ARGV[11] and 'CREATED' or 'CARRIED', m[2], m[3], tonumber(m[5]), m[6], record}
+end
 redis.call('RENAME', old, new)
 redis.call('PEXPIRE', new, ARGV[7])
 redis.call('PEXPIRE', k, ARGV[7] * 2)
@@ -48,16 +52,15 @@ return 1
 
 DELETE = """
 local t = redis.call('HGET', KEYS[1], 't')
-if not t then return 0 end
-local had = redis.call('DEL', KEYS[1] .. ':' .. t)
-redis.call('DEL', KEYS[1])
-return had
+if t then redis.call('DEL', KEYS[1], KEYS[1] .. ':' .. t) end
+return 1
 """
 
 # Creates a session from a record. ARGV: token, record, ttl ms, id, model reference, fingerprint, now ms
 CREATE = """
 local k = KEYS[1]
 local t = redis.call('HGET', k, 't')
+if t == ARGV[1] then return 1 end
 if t and redis.call('EXISTS', k .. ':' .. t) == 1 then return 0 end
 redis.call('DEL', k)
 redis.call('HSET', k, 'i', ARGV[4], 'm', ARGV[5], 'f', ARGV[6], 't', ARGV[1], 'h', 0, 'e', 1, 'c', ARGV[7])
@@ -69,7 +72,9 @@ return 1
 # Puts another record and model reference in place, under a new token. ARGV: old token, new token, record, reference, fingerprint
 REWRITE = """
 local k = KEYS[1]
-if redis.call('HGET', k, 't') ~= ARGV[1] then return 0 end
+local t = redis.call('HGET', k, 't')
+if t == ARGV[2] then return 1 end
+if t ~= ARGV[1] then return 0 end
 local ttl = redis.call('PTTL', k .. ':' .. ARGV[1])
 if ttl == -2 then return 0 end
 redis.call('DEL', k .. ':' .. ARGV[1])

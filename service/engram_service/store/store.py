@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import redis
 from numpy.typing import NDArray
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from engram_service.store import scripts
 from engram_service.store.committer import Committers
@@ -54,8 +56,8 @@ class Store:
         self._generation = b""
         self._trouble = {"commit": "", "watch": ""}
         self._lock = threading.Lock()
-        self._redis = _client(settings.url, _CALL_TIMEOUT_S)
-        self._watched = _client(settings.url, _WATCH_TIMEOUT_S)
+        self._redis = _client(settings.url, _CALL_TIMEOUT_S, retries=1)
+        self._watched = _client(settings.url, _WATCH_TIMEOUT_S, retries=0)
         self._claim, self._restore, self._delete, self._create, self._rewrite = (
             self._redis.register_script(text)
             for text in (scripts.CLAIM, scripts.RESTORE, scripts.DELETE, scripts.CREATE, scripts.REWRITE)
@@ -175,26 +177,25 @@ class Store:
 
         return self._call(run)
 
-    def delete(self, session_id: str) -> bool:
-        """Ends a session whoever holds it; whether it existed."""
-        return bool(self._call(lambda: self._delete(keys=[meta_key(session_tag(session_id))])))
+    # Each may be called again, with the same token, after StoreUnavailable: it then tells what the first call did.
 
-    def create(self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int) -> bool:
-        """A session that stands where `record` stands; False if the id is in use."""
-        args: list[Any] = [
-            secrets.token_hex(8),
-            record,
-            ttl_ms,
-            session_id,
-            reference,
-            fingerprint,
-            int(time.time() * 1000),
-        ]
+    def exists(self, session_id: str) -> bool:
+        """Whether there is such a session."""
+        return self.describe(session_id) is not None
+
+    def delete(self, session_ids: Sequence[str]) -> None:
+        """Ends sessions whoever holds them."""
+        keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
+        self._call(lambda: self._pipelined(keys, lambda pipe, key: self._delete(keys=[key], client=pipe)))
+
+    def create(self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int, token: str) -> bool:
+        """A session that stands where `record` stands, under a new token; False if the id is in use."""
+        args: list[Any] = [token, record, ttl_ms, session_id, reference, fingerprint, int(time.time() * 1000)]
         return bool(self._call(lambda: self._create(keys=[meta_key(session_tag(session_id))], args=args)))
 
-    def rewrite(self, info: SessionInfo, reference: str, fingerprint: str, record: bytes) -> bool:
-        """Puts another record in place, under a new claim; False if the session was claimed since `info` was read."""
-        args: list[Any] = [info.token, secrets.token_hex(8), record, reference, fingerprint]
+    def rewrite(self, info: SessionInfo, reference: str, fingerprint: str, record: bytes, token: str) -> bool:
+        """Puts another record in place, under a new token; False if the session was claimed since `info` was read."""
+        args: list[Any] = [info.token, token, record, reference, fingerprint]
         return bool(self._call(lambda: self._rewrite(keys=[meta_key(session_tag(info.session_id))], args=args)))
 
     def _describe(self, keys: Sequence[bytes], with_record: bool) -> list[SessionInfo]:
@@ -265,9 +266,16 @@ class Store:
             raise StoreUnavailable(_why(error)) from error
 
 
-def _client(url: str, timeout_s: float) -> redis.Redis:
+def _client(url: str, timeout_s: float, retries: int) -> redis.Redis:
     try:
-        return redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, protocol=2)
+        # One retry is for a connection that was closed while it lay idle; redis-py's own retries back off for seconds.
+        return redis.Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            protocol=2,
+            retry=Retry(NoBackoff(), retries),
+        )
     except ValueError as error:
         raise StoreError(f"redis_url cannot be used: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ class StoreError(Exception):
 class StoreSettings:
     """How to reach Redis, and what a commit means."""
 
-    url: str
+    url: str = field(repr=False)  # may hold a password
     ack: str = "memory"  # memory, replicated (WAIT) or disk (WAITAOF)
     replicas: int = 1
     ack_timeout_ms: int = 1000

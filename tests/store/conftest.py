@@ -1,0 +1,272 @@
+"""A server's side of the store, without the server: sessions that are claimed and committed; and a wire that can be cut."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engram_service.store import (
+    ClaimRequest,
+    ClaimResult,
+    CommitJob,
+    MetaFields,
+    RecordBlock,
+    RecordLayout,
+    Store,
+    StoreSettings,
+    Verdict,
+    session_tag,
+)
+
+WAIT_S = 15.0
+LAYOUT = RecordLayout("0123456789abcdef" * 2, 40, 12)
+
+
+class Commit:
+    """A commit under way: `verdicts` has what was told of each row so far."""
+
+    def __init__(self, count: int) -> None:
+        self.verdicts: list[Verdict | None] = [None] * count
+        self._settled = threading.Event()
+
+    def done(self, rows: Any, verdict: Verdict) -> None:
+        for row in rows.tolist():
+            assert self.verdicts[row] is None, "a row is told once"
+            self.verdicts[row] = verdict
+        if None not in self.verdicts:
+            self._settled.set()
+
+    @property
+    def settled(self) -> bool:
+        return self._settled.is_set()
+
+    def wait(self, timeout_s: float = WAIT_S) -> list[Verdict | None]:
+        assert self._settled.wait(timeout_s), self.verdicts
+        return self.verdicts
+
+
+class Holder:
+    """Sessions as one server holds them: claimed in its store, committed under its tokens."""
+
+    def __init__(self, store: Store, *ids: str, layout: RecordLayout = LAYOUT, ttl_ms: int = 60_000) -> None:
+        self.store, self.ids, self.layout, self.ttl_ms = store, ids, layout, ttl_ms
+        self.tokens = [secrets.token_hex(8) for _ in ids]
+        self.claims: list[ClaimResult] = []
+        self.losses = 0
+
+    def requests(
+        self, model: str = "m", version: str = "", client_id: int = 1, attach: bool = False
+    ) -> list[ClaimRequest]:
+        return [
+            ClaimRequest(
+                session_id=name, model=model, version=version, create_version="1", fingerprint="f" * 32,
+                client_id=client_id, attach=attach, token=token, ttl_ms=self.ttl_ms, initial=self.layout.initial(1, 5),
+            )
+            for name, token in zip(self.ids, self.tokens, strict=True)
+        ]  # fmt: skip
+
+    def claim(self, **fields: Any) -> Holder:
+        self.claims = self.store.claim(self.requests(**fields))
+        self.losses = self.store.losses
+        return self
+
+    @property
+    def tags(self) -> Any:
+        return np.array([np.frombuffer(session_tag(name), np.uint8) for name in self.ids]).reshape(-1, 22)
+
+    def job(self, seq: int, commit: Commit) -> CommitJob:
+        """Every session at this seq; the state tells session and seq, and the last output is kept."""
+        count = len(self.ids)
+        states = np.zeros((count, self.layout.state_nbytes), np.uint8)
+        states[:, 0], states[:, 1] = np.arange(count) % 251, seq
+        column = np.full(count, seq, np.uint64)
+        block = RecordBlock(
+            self.layout, column, column - 1, np.ones(count, np.uint64), [states], np.ones(count, np.uint32),
+            np.full((count, 1, self.layout.output_nbytes), seq, np.uint8), int(time.time() * 1000),
+        )  # fmt: skip
+        tokens = np.array([np.frombuffer(token.encode(), np.uint8) for token in self.tokens]).reshape(-1, 16)
+        return CommitJob(
+            self.tags,
+            tokens,
+            [(np.arange(count), block)],
+            np.full(count, self.ttl_ms, np.uint64),
+            self._meta,
+            commit.done,
+        )
+
+    def _meta(self, row: int) -> MetaFields:
+        return MetaFields(self.ids[row], "m/1", "f" * 32, 1, 1, 5, self.losses)
+
+    def submit(self, seq: int) -> Commit:
+        commit = Commit(len(self.ids))
+        self.store.submit(self.job(seq, commit))
+        return commit
+
+    def commit(self, seq: int) -> list[Verdict | None]:
+        return self.submit(seq).wait()
+
+    def commit_inline(self, seq: int) -> Commit:
+        commit = Commit(len(self.ids))
+        self.store.commit(self.job(seq, commit))
+        return commit
+
+    def stored(self) -> list[int]:
+        """The seq of each session as anybody finds it; -1 where there is none."""
+        found = [self.store.describe(name) for name in self.ids]
+        return [-1 if info is None else info.seq for info in found]
+
+    def loaded(self) -> Any:
+        job = self.job(1, Commit(len(self.ids)))
+        return self.layout.unpack([value or b"" for value in self.store.load(job.tags, job.tokens)])
+
+
+class Wire:
+    """A proxy before a Redis: it may lose answers (and the connection with them), or hold back what clients send."""
+
+    def __init__(self, path: pathlib.Path, target: pathlib.Path) -> None:
+        self.url = f"unix://{path}"
+        self._target = str(target)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(64)
+        self._lose = b""  # the answer to a request that has this is lost, once
+        self._hold = b""  # a request that has this, and the rest of its connection, is held back until `release`
+        self._release = threading.Event()
+        self.lost = 0
+        self.held = threading.Event()
+        self._sockets: list[socket.socket] = [self._listener]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def lose_answer_to(self, request: bytes) -> None:
+        self._lose = request
+
+    def hold(self, request: bytes) -> None:
+        self._hold = request
+
+    def release(self) -> None:
+        """What was held back goes out, if its connection still stands; returns when that is known."""
+        self._release.set()
+        time.sleep(0.3)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                self._sockets += [client, server]
+                try:
+                    server.connect(self._target)
+                except OSError:
+                    client.close()
+                    continue
+                losing = threading.Event()
+                for work in (self._forth, self._back):
+                    self._threads.append(threading.Thread(target=work, args=(client, server, losing), daemon=True))
+                    self._threads[-1].start()
+
+    def _forth(self, client: socket.socket, server: socket.socket, losing: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 20):
+                if self._lose and self._lose in data:
+                    self._lose = b""
+                    losing.set()
+                if self._hold and self._hold in data:
+                    self._hold = b""
+                    self.held.set()
+                    self._release.wait(WAIT_S)
+                server.sendall(data)
+            server.shutdown(socket.SHUT_WR)
+
+    def _back(self, client: socket.socket, server: socket.socket, losing: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(1 << 20):
+                if losing.is_set():
+                    self.lost += 1
+                    break
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._release.set()
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+class Troubles:
+    """What a store told of trouble, in order; "" is its end."""
+
+    def __init__(self, store: Store) -> None:
+        self.told: list[str] = []
+        self.losses = 0
+        store.on_trouble = self.told.append
+        store.on_loss = self._lost
+
+    def _lost(self) -> None:
+        self.losses += 1
+
+
+def until(condition: Callable[[], object], timeout_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def open_store() -> Iterator[Callable[..., Store]]:
+    """Started stores on URLs."""
+    opened: list[Store] = []
+
+    def make(url: str, start: bool = True, **settings: Any) -> Store:
+        opened.append(Store(StoreSettings(url, **settings)))
+        if start:
+            opened[-1].start()
+        return opened[-1]
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(open_store: Callable[..., Store], redis_process: Any) -> Store:
+    return open_store(redis_process.url)
+
+
+@pytest.fixture
+def wire(tmp_path: pathlib.Path, redis_process: Any) -> Iterator[Wire]:
+    one = Wire(tmp_path / "w.sock", redis_process.socket)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def holder() -> Callable[..., Holder]:
+    return Holder
+
+
+@pytest.fixture
+def troubles() -> Callable[[Store], Troubles]:
+    return Troubles
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    return until
+
+
+@pytest.fixture(scope="session")
+def layout() -> RecordLayout:
+    return LAYOUT

@@ -1,0 +1,195 @@
+"""Claims, fences and management calls: on a real Redis, as servers that compete for sessions make them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from engram_service.store import ClaimStatus, RecordLayout, Store, Verdict, session_tag
+from engram_service.store.keys import META_PREFIX, meta_key
+
+MakeHolder = Callable[..., Any]
+OK, FENCED, GONE = Verdict.OK, Verdict.FENCED, Verdict.GONE
+
+
+def keys_of(process: Any) -> int:
+    return len(list(process.client.scan_iter(META_PREFIX + b"*")))
+
+
+def test_a_claim_creates_and_the_next_carries_on(store: Store, holder: MakeHolder, redis_process: Any) -> None:
+    first = holder(store, "a", "b").claim()
+    assert [claim.status for claim in first.claims] == [ClaimStatus.CREATED] * 2
+    assert first.commit(1) == [OK, OK] and first.commit(2) == [OK, OK]
+    second = holder(store, "a").claim()
+    (claim,) = second.claims
+    assert (claim.status, claim.epoch, claim.model, claim.version) == (ClaimStatus.CARRIED, 2, "m", "1")
+    records = second.layout.unpack([claim.record])
+    assert (records.seq[0], records.acked[0], records.states[0, 1]) == (2, 1, 2)
+    assert records.outputs[0].tolist() == [[2] * 12]
+    assert keys_of(redis_process) == 4, "two keys a session, none left behind by the claim"
+
+
+def test_a_commit_under_an_old_token_changes_nothing(store: Store, holder: MakeHolder) -> None:
+    old = holder(store, "a").claim()
+    assert old.commit(1) == [OK]
+    new = holder(store, "a").claim()
+    assert old.commit(2) == [FENCED] and new.stored() == [1]
+    assert new.commit(2) == [OK] and new.stored() == [2]
+    assert old.commit(9) == [FENCED] and new.stored() == [2]
+    newest = holder(store, "a").claim()
+    assert [old.commit(3), new.commit(3), newest.commit(3)] == [[FENCED], [FENCED], [OK]]
+
+
+def test_rows_of_a_tick_are_judged_one_by_one(store: Store, holder: MakeHolder, redis_process: Any) -> None:
+    names = [f"s{n}" for n in range(50)]
+    old = holder(store, *names).claim()
+    assert old.commit(1) == [OK] * 50
+    taker = holder(store, "s7", "s20").claim()
+    store.delete(["s33"])
+    assert old.commit(2) == [GONE if n == 33 else FENCED if n in (7, 20) else OK for n in range(50)]
+    assert old.stored() == [-1 if n == 33 else 1 if n in (7, 20) else 2 for n in range(50)]
+    assert taker.commit(2) == [OK, OK]
+    assert redis_process.client.keys(meta_key(session_tag("s33")) + b"*") == [], "a closed session is not written back"
+
+
+def test_rows_of_many_lengths_and_times_go_in_one_job(store: Store, holder: MakeHolder) -> None:
+    one = holder(store, *(f"s{n}" for n in range(6))).claim()
+    job_of = one.job
+
+    def mixed(seq: int, commit: Any) -> Any:
+        job = job_of(seq, commit)
+        ((rows, block),) = job.blocks
+        halves = []
+        for half, capacity in ((rows[::2], 1), (rows[1::2], 3)):
+            outputs = np.full((len(half), capacity, 12), seq, np.uint8)
+            columns = (block.seq[half], block.acked[half], block.epoch[half], [block.states[0][half]])
+            counts = np.full(len(half), capacity, np.uint32)
+            halves.append((half, type(block)(block.layout, *columns, counts, outputs, block.now_ms)))
+        ttl = np.where(np.arange(6) < 3, 50_000, 90_000).astype(np.uint64)
+        return type(job)(job.tags, job.tokens, halves, ttl, job.meta, job.done)
+
+    one.job = mixed
+    assert one.commit(1) == [OK] * 6
+    records = holder(store, *one.ids).claim()
+    found = records.layout.unpack([claim.record for claim in records.claims])
+    assert not found.errors and found.counts.tolist() == [1, 3] * 3 and found.seq.tolist() == [1] * 6
+    one.tokens = records.tokens
+    assert one.commit(2) == [OK] * 6
+    left = [store.describe(name).ttl_ms for name in one.ids]  # type: ignore[union-attr]
+    assert [value > 60_000 for value in left] == [False] * 3 + [True] * 3
+
+
+def test_an_attach_takes_nothing_over(store: Store, holder: MakeHolder) -> None:
+    assert [claim.status for claim in holder(store, "a").claim(attach=True).claims] == [ClaimStatus.NOT_FOUND]
+    owner = holder(store, "a").claim(client_id=1)
+    assert [claim.status for claim in holder(store, "a").claim(client_id=2, attach=True).claims] == [
+        ClaimStatus.TAKEN_OVER
+    ]
+    assert owner.commit(1) == [OK], "nobody was fenced"
+    assert [claim.status for claim in holder(store, "a").claim(client_id=1, attach=True).claims] == [
+        ClaimStatus.CARRIED
+    ]
+
+
+def test_an_id_belongs_to_one_model_and_version(store: Store, holder: MakeHolder) -> None:
+    owner = holder(store, "a").claim()
+    for asked in ({"model": "other"}, {"version": "2"}):
+        (claim,) = holder(store, "a").claim(**asked).claims
+        assert (claim.status, claim.model, claim.version) == (ClaimStatus.OTHER_MODEL, "m", "1")
+    assert owner.commit(1) == [OK], "nobody was fenced"
+
+
+def test_create_delete_and_rewrite(store: Store, holder: MakeHolder, redis_process: Any) -> None:
+    owner = holder(store, "a").claim()
+    owner.commit(3)
+    info = store.describe("a", with_record=True)
+    assert info is not None and info.seq == 3
+    assert store.create("copy", "m/1", "f" * 32, info.record, 60_000, "1" * 16)
+    assert not store.create("copy", "m/1", "f" * 32, info.record, 60_000, "2" * 16), "the id is in use"
+    copy = store.describe("copy", with_record=True)
+    assert copy is not None and (copy.seq, copy.record) == (3, info.record)
+    moved = RecordLayout("e" * 32, 40, 12).refingerprinted(info.record)
+    assert store.rewrite(info, "m/2", "e" * 32, moved, "3" * 16)
+    assert not store.rewrite(info, "m/3", "e" * 32, moved, "4" * 16), "the session has another claim by now"
+    after = store.describe("a")
+    assert after is not None and (after.version, after.epoch, after.token) == ("2", 2, "3" * 16)
+    assert 0 < after.ttl_ms <= 60_000
+    assert owner.commit(4) == [FENCED]
+    store.delete(["a", "copy", "never was"])
+    assert not store.exists("a") and not store.exists("copy") and keys_of(redis_process) == 0
+
+
+def test_a_session_expires_and_a_commit_renews_it(store: Store, holder: MakeHolder, redis_process: Any) -> None:
+    brief, late, kept = (holder(store, name, ttl_ms=300).claim() for name in ("brief", "late", "kept"))
+    for seq in range(1, 5):
+        assert kept.commit(seq) == [OK]
+        time.sleep(0.1)
+    assert brief.stored() == [-1] and kept.stored() == [4]
+    assert holder(store, "brief").claim(attach=True).claims[0].status is ClaimStatus.NOT_FOUND
+    assert late.commit(1) == [OK], "for as long again, who still holds a session may carry it on"
+    for seq in range(5, 10):
+        assert kept.commit(seq) == [OK]
+        store.touch(kept.tags, np.array([300], np.uint64))
+        time.sleep(0.1)
+    assert brief.commit(1) == [GONE] and brief.stored() == [-1]
+    time.sleep(0.7)
+    assert keys_of(redis_process) == 0, "nothing is left of any"
+
+
+def test_a_record_that_was_evicted_is_written_back(store: Store, holder: MakeHolder, redis_process: Any) -> None:
+    owner = holder(store, "a").claim()
+    owner.commit(1)
+    (key,) = redis_process.client.keys(meta_key(session_tag("a")) + b":*")
+    redis_process.client.delete(key)
+    assert owner.loaded().errors
+    assert owner.commit(2) == [OK] and owner.stored() == [2]
+
+
+def test_load_and_diagnose(store: Store, holder: MakeHolder) -> None:
+    owner = holder(store, "a", "b", "c").claim()
+    owner.commit(4)
+    holder(store, "b").claim()
+    store.delete(["c"])
+    tokens = owner.job(1, _Nothing()).tokens
+    values = store.load(owner.tags, tokens)
+    assert [value is None for value in values] == [False, True, True]
+    assert store.diagnose(owner.tags[1:], tokens[1:]) == [FENCED, GONE]
+
+
+class _Nothing:
+    def done(self, rows: Any, verdict: Verdict) -> None: ...
+
+
+def test_pages_list_every_session_once(store: Store, holder: MakeHolder) -> None:
+    names = {f"session-{n}" for n in range(530)}
+    holder(store, *names).claim().commit(2)
+    cursor, found, pages = 0, [], 0
+    while True:
+        cursor, page = store.page(cursor, 100)
+        found += page
+        pages += 1
+        if cursor == 0:
+            break
+    assert pages > 2
+    assert {info.session_id for info in found} == names and len(found) == len(names)
+    assert {(info.seq, info.model, info.version, info.epoch) for info in found} == {(2, "m", "1", 1)}
+
+
+def test_sessions_of_an_lstm_cost_redis_little_more_than_their_state(
+    store: Store, holder: MakeHolder, redis_process: Any
+) -> None:
+    """Two tensors of 256 float32 (h and c), the last of 16 outputs kept: below 1.5 times the raw state."""
+    state_nbytes = 2 * 256 * 4
+    layout = RecordLayout("0123456789abcdef" * 2, state_nbytes, 16 * 4)
+    before = redis_process.client.info("memory")["used_memory"]
+    many = holder(store, *(f"camera-{n:06}" for n in range(2000)), layout=layout).claim()
+    assert many.commit(1) == [OK] * 2000
+
+    def used() -> int:
+        return int(redis_process.client.info("memory")["used_memory"]) - before
+
+    time.sleep(0.2)  # buffers of the clients are given back
+    assert used() / (2000 * state_nbytes) < 1.5, used() / 2000
