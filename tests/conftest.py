@@ -209,3 +209,8 @@ def start_redis(tmp_path: pathlib.Path) -> Iterator[Callable[..., RedisProcess]]
 @pytest.fixture
 def redis_process(start_redis: Callable[..., RedisProcess]) -> RedisProcess:
     return start_redis()
+
+
+@pytest.fixture(name="free_port")
+def _free_port() -> Callable[[], int]:
+    return free_port

@@ -99,18 +99,16 @@ async def serve(settings: Settings) -> None:
 
 
 async def _store(settings: Settings, stack: AsyncExitStack) -> Store:
-    url = settings.redis_url
+    url, ack, appendfsync = settings.redis_url, settings.redis_ack, settings.redis_appendfsync
     if not url:
-        private = PrivateRedis(
-            PrivateSettings(settings.data_directory(), settings.redis_appendfsync, settings.redis_maxmemory_mb)
-        )
+        if ack == "disk":  # the private Redis, be it as old as it may, then answers after it has synced
+            ack, appendfsync = "memory", "always"
+        private = PrivateRedis(PrivateSettings(settings.data_directory(), appendfsync, settings.redis_maxmemory_mb))
         await asyncio.to_thread(private.start)
         stack.callback(private.stop)
         url = private.url
     store = Store(
-        StoreSettings(
-            url, settings.redis_ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections
-        )
+        StoreSettings(url, ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections)
     )
     stack.callback(store.close)
     return store

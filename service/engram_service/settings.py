@@ -85,6 +85,8 @@ class Settings:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.redis_ack == "replicated" and not self.redis_url:
+            raise SettingError("redis_ack = 'replicated': the private Redis has no replicas; give a redis_url")
         for name in ("listen", "http"):
             split_address(getattr(self, name), name)
         if self.device not in ("auto", "cpu") and not (self.device.startswith("cuda:") and self.device[5:].isdigit()):

@@ -30,6 +30,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
         ({}, {"ENGRAM_TICK_ROWS_MAX": "0"}, "at least 1"),
         ({"drain_timeout_s": "-1"}, {}, "negative"),
         ({"device": "gpu"}, {}, "cuda:N"),
+        ({"redis_ack": "replicated"}, {}, "give a redis_url"),
         ({"models": "/does/not/exist"}, {}, "no such directory"),
         ({"config": "/does/not/exist.toml"}, {}, "No such file"),
         ({}, {"ENGRAM_SHIPPED_MODELS": "perhaps"}, "true or false"),

@@ -21,7 +21,7 @@ import redis
 from numpy.typing import NDArray
 
 from engram_service.store.packing import commands, read_replies
-from engram_service.store.types import CommitJob, StoreSettings, Verdict
+from engram_service.store.types import UNACKNOWLEDGED, CommitJob, StoreSettings, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,7 @@ class Link:
             self._kill(doubtful)
             connection.send_packed_command([buffer], check_health=False)
             replies = read_replies(connection._sock, count)
-            return (
-                replies if self._acknowledged(connection) else [b"-UNACKNOWLEDGED fewer copies than asked for"] * count
-            )
+            return replies if self._acknowledged(connection) else [b"-" + UNACKNOWLEDGED.encode()] * count
         except BaseException:
             doubtful.append(self._id)
             self.drop()
@@ -65,14 +63,11 @@ class Link:
 
     def _acknowledged(self, connection: Any) -> bool:
         """Whether what was sent is as safe as was asked for."""
-        settings = self._settings
-        if settings.ack == "memory":
+        wait = self._settings.wait
+        if wait is None:
             return True
-        if settings.ack == "replicated":
-            connection.send_command("WAIT", settings.replicas, settings.ack_timeout_ms)
-            return int(connection.read_response()) >= settings.replicas
-        connection.send_command("WAITAOF", 1, 0, settings.ack_timeout_ms)
-        return int(connection.read_response()[0]) >= 1
+        connection.send_command(*wait)
+        return self._settings.waited(connection.read_response())
 
     def drop(self) -> None:
         if self._connection is not None:

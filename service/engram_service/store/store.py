@@ -16,6 +16,7 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 from redis.backoff import NoBackoff
+from redis.commands.core import Script
 from redis.retry import Retry
 
 from engram_service.store import scripts
@@ -23,6 +24,7 @@ from engram_service.store.committer import Committers
 from engram_service.store.keys import GENERATION, META_PREFIX, meta_key, record_key, session_tag
 from engram_service.store.record import read_headers
 from engram_service.store.types import (
+    UNACKNOWLEDGED,
     ClaimRequest,
     ClaimResult,
     ClaimStatus,
@@ -41,6 +43,7 @@ T = TypeVar("T")
 _CALL_TIMEOUT_S = 5.0
 _WATCH_S = 0.5
 _WATCH_TIMEOUT_S = 1.0
+_THERE_BUT_REFUSES = ("OOM", UNACKNOWLEDGED)  # trouble of commits that a Redis which answers may still have
 
 
 class Store:
@@ -72,8 +75,8 @@ class Store:
             version = str(self._redis.info("server").get("redis_version", "0"))
             if self.settings.ack == "disk" and tuple(int(part) for part in version.split(".")[:2]) < (7, 2):
                 raise StoreError(
-                    f"redis_ack = disk needs WAITAOF (Redis 7.2 or newer, this is {version}); with the private Redis, set "
-                    "redis_appendfsync = always instead"
+                    f"redis_ack = disk needs WAITAOF (Redis 7.2 or newer, this is {version}); give this Redis appendfsync "
+                    "always, and set redis_ack = memory"
                 )
             self._check_generation(self._redis)
         except redis.exceptions.AuthenticationError as error:
@@ -186,17 +189,21 @@ class Store:
     def delete(self, session_ids: Sequence[str]) -> None:
         """Ends sessions whoever holds them."""
         keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
-        self._call(lambda: self._pipelined(keys, lambda pipe, key: self._delete(keys=[key], client=pipe)))
+        self._call(lambda: self._written(keys, lambda pipe, key: self._delete(keys=[key], client=pipe)))
 
     def create(self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int, token: str) -> bool:
         """A session that stands where `record` stands, under a new token; False if the id is in use."""
         args: list[Any] = [token, record, ttl_ms, session_id, reference, fingerprint, int(time.time() * 1000)]
-        return bool(self._call(lambda: self._create(keys=[meta_key(session_tag(session_id))], args=args)))
+        return self._change(self._create, session_id, args)
 
     def rewrite(self, info: SessionInfo, reference: str, fingerprint: str, record: bytes, token: str) -> bool:
         """Puts another record in place, under a new token; False if the session was claimed since `info` was read."""
         args: list[Any] = [info.token, token, record, reference, fingerprint]
-        return bool(self._call(lambda: self._rewrite(keys=[meta_key(session_tag(info.session_id))], args=args)))
+        return self._change(self._rewrite, info.session_id, args)
+
+    def _change(self, script: Script, session_id: str, args: list[Any]) -> bool:
+        keys = [meta_key(session_tag(session_id))]
+        return bool(self._call(lambda: self._written(keys, lambda pipe, key: script([key], args, pipe)))[0])
 
     def _describe(self, keys: Sequence[bytes], with_record: bool) -> list[SessionInfo]:
         metas = self._pipelined(keys, lambda pipe, key: pipe.hmget(key, "i", "m", "f", "t", "e", "c"))
@@ -245,8 +252,9 @@ class Store:
             return
         before = self._trouble["commit"] or self._trouble["watch"]
         self._trouble[source] = why
-        if not why:  # one of the two got through: Redis is there
-            self._trouble["commit" if source == "watch" and "OOM" not in self._trouble["commit"] else source] = ""
+        refuses = any(word in self._trouble["commit"] for word in _THERE_BUT_REFUSES)
+        if not why and source == "watch" and not refuses:
+            self._trouble["commit"] = ""  # Redis is there again; commits need not find that out by themselves
         after = self._trouble["commit"] or self._trouble["watch"]
         if after != before:
             self.on_trouble(after)
@@ -258,6 +266,18 @@ class Store:
         for item in items:
             add(pipe, item)
         return list(pipe.execute())
+
+    def _written(self, items: Sequence[Any], add: Callable[[Any, Any], object]) -> list[Any]:
+        """As _pipelined, for writes: they are as safe as a commit when this returns."""
+        wait = self.settings.wait
+        if wait is None:
+            return self._pipelined(items, add)
+        *replies, waited = self._pipelined(
+            [*items, None], lambda pipe, item: pipe.execute_command(*wait) if item is None else add(pipe, item)
+        )
+        if not self.settings.waited(waited):
+            raise redis.exceptions.ConnectionError(UNACKNOWLEDGED)
+        return replies
 
     def _call(self, work: Callable[[], T]) -> T:
         try:

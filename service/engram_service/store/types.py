@@ -5,11 +5,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_service.store.record import RecordBlock
+
+UNACKNOWLEDGED = "UNACKNOWLEDGED: fewer copies than redis_ack asks for"
 
 
 class StoreUnavailable(Exception):
@@ -29,6 +32,19 @@ class StoreSettings:
     replicas: int = 1
     ack_timeout_ms: int = 1000
     connections: int = 2
+
+    @property
+    def wait(self) -> tuple[str | int, ...] | None:
+        """The command that waits until what its connection has written is as safe as was asked for; none: it is at once."""
+        return {
+            "memory": None,
+            "replicated": ("WAIT", self.replicas, self.ack_timeout_ms),
+            "disk": ("WAITAOF", 1, 0, self.ack_timeout_ms),
+        }[self.ack]
+
+    def waited(self, reply: Any) -> bool:
+        """Whether `wait` was answered by enough copies."""
+        return int(reply) >= self.replicas if self.ack == "replicated" else int(reply[0]) >= 1
 
 
 class ClaimStatus(enum.Enum):

