@@ -50,12 +50,11 @@ async def serve(settings: Settings) -> None:
         metrics = Metrics()
         store = await _store(settings, stack)
         table = SessionTable()
-        queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max)
+        workers = settings.engine_threads(device.type == "cpu")
+        queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max, workers)
         catalog = Catalog(settings, device, metrics)
         core = Core(settings, table, queue, catalog, store, metrics)
-        core.engine = Engine(
-            queue, table, catalog, store, core, metrics, core.meta, settings.engine_threads(device.type == "cpu")
-        )
+        core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers)
         sessions = Sessions(core, store)
         unary = UnaryStream(core, sessions)
         server = Server(

@@ -20,6 +20,8 @@ from engram_models import Bundle, BundleError, BundleRef, Repository, TensorSpec
 from engram_service.engine.arena import Arena
 from engram_service.engine.cuda import CudaRunner
 from engram_service.engine.runner import Runner, Shapes
+from engram_service.engine.step import step_of
+from engram_service.engine.traced import traced
 from engram_service.errors import NotFound
 from engram_service.metrics import Metrics
 from engram_service.settings import Settings
@@ -150,11 +152,9 @@ class Catalog:
             min(self._settings.arena_slots_max, (self._settings.arena_mb << 20) // slot_nbytes),
         )
         arena = Arena(bundle, capacity, window, self._device)
-        runner = (
-            CudaRunner(arena, self._shapes(bundle))
-            if self._device.type == "cuda"
-            else Runner(arena, self._shapes(bundle))
-        )
+        shapes, step = self._shapes(bundle), step_of(arena)
+        cuda = self._device.type == "cuda"
+        runner = CudaRunner(arena, shapes, step) if cuda else Runner(arena, shapes, traced(step, arena))
         return Served(
             index, bundle, arena, runner, RecordLayout(bundle.fingerprint, state_nbytes, bundle.output.nbytes)
         )

@@ -66,8 +66,7 @@ class Tick:
 class Scheduler:
     """The rows that wait for one model."""
 
-    def __init__(self, rows_max: int, run_max: int) -> None:
-        self.rows_max = rows_max
+    def __init__(self, run_max: int) -> None:
         self.run_max = run_max
         self.waiting_rows = 0
         self._queues: OrderedDict[int, deque[Batch]] = OrderedDict()
@@ -76,20 +75,20 @@ class Scheduler:
         self._queues.setdefault(batch.stream.id, deque()).append(batch)
         self.waiting_rows += len(batch.waiting)
 
-    def next(self, busy: NDArray[np.bool_]) -> Tick | None:
+    def next(self, busy: NDArray[np.bool_], rows_max: int) -> Tick | None:
         """The next tick, or None where nothing is ready. Marks the sessions it takes in `busy`."""
         if not self.waiting_rows:
             return None
         taken: list[tuple[Batch, NDArray[np.intp]]] = []
-        room = self.rows_max
-        share = max(_FAIR_SHARE_MIN, self.rows_max // len(self._queues))
-        for quota in (share, self.rows_max):
+        room = rows_max
+        share = max(_FAIR_SHARE_MIN, rows_max // len(self._queues))
+        for quota in (share, rows_max):
             for stream_id in list(self._queues):
                 room -= self._take(self._queues[stream_id], min(quota, room), busy, taken)
                 if not room:
                     break
         self._rotate()
-        self.waiting_rows -= self.rows_max - room
+        self.waiting_rows -= rows_max - room
         return _tick(taken) if taken else None
 
     def drop(self, wanted: Callable[[Batch], NDArray[np.bool_]]) -> list[tuple[Batch, NDArray[np.intp]]]:

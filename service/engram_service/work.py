@@ -20,15 +20,18 @@ from engram_service.sessions.table import SessionTable
 
 Job = Callable[[], None]
 
+_SHARE_MIN = 256  # rows; a tick's fixed cost is that of some 50 rows
+
 
 class WorkQueue:
     """Ready rows and jobs; `take` blocks until there is something to do."""
 
-    def __init__(self, table: SessionTable, rows_max: int, run_max: int) -> None:
+    def __init__(self, table: SessionTable, rows_max: int, run_max: int, takers: int) -> None:
         self.lock = threading.Condition()
         self._table = table
         self._rows_max = rows_max
         self._run_max = run_max
+        self._takers = takers
         self._schedulers: dict[int, Scheduler] = {}
         self._jobs: deque[Job] = deque()
         self._turn = 0
@@ -43,7 +46,7 @@ class WorkQueue:
     def add(self, model: int, batch: Batch) -> None:
         with self.lock:
             if model not in self._schedulers:
-                self._schedulers[model] = Scheduler(self._rows_max, self._run_max)
+                self._schedulers[model] = Scheduler(self._run_max)
             self._schedulers[model].add(batch)
             self.lock.notify()
 
@@ -68,9 +71,10 @@ class WorkQueue:
         with self.lock:
             return [found for scheduler in self._schedulers.values() for found in scheduler.drop(wanted)]
 
-    def take(self) -> Job | tuple[int, Tick] | None:
-        """The next job, else the next tick and its model; None once the queue is closed and empty of jobs.
+    def take(self, wait: bool = True) -> Job | tuple[int, Tick] | None:
+        """The next job, else the next tick and its model.
 
+        None once the queue is closed and empty of jobs, or at once where `wait` is false and there is nothing to do.
         Whoever takes says `finished` when the arena has what the work leaves there.
         """
         with self.lock:
@@ -84,6 +88,8 @@ class WorkQueue:
                     return found
                 elif self._closed:
                     return None
+                if not wait:
+                    return None
                 self.lock.wait()
 
     def finished(self) -> None:
@@ -96,10 +102,6 @@ class WorkQueue:
             if self._jobs or self._closed or self.waiting_rows:
                 self.lock.notify_all()
 
-    def quiet(self) -> bool:
-        """Whether nothing waits: what follows may be done in this thread without keeping anyone."""
-        return not self._jobs and not self.waiting_rows
-
     def close(self) -> None:
         with self.lock:
             self._closed = True
@@ -109,7 +111,11 @@ class WorkQueue:
         models = list(self._schedulers)
         for offset in range(len(models)):
             model = models[(self._turn + offset) % len(models)]
-            if tick := self._schedulers[model].next(self._table.busy):
+            scheduler = self._schedulers[model]
+            share = max(_SHARE_MIN, -(-scheduler.waiting_rows // self._takers))
+            if tick := scheduler.next(self._table.busy, min(share, self._rows_max)):
                 self._turn = (self._turn + offset + 1) % len(models)
+                if self.waiting_rows:
+                    self.lock.notify()  # the rest is another thread's
                 return model, tick
         return None

@@ -26,39 +26,39 @@ def batch(stream: int, rows: list[int], seqs: list[int], deadline: float = np.in
 
 
 def test_all_that_is_ready_goes_at_once() -> None:
-    scheduler, busy = Scheduler(100, 16), np.zeros(10, np.bool_)
+    scheduler, busy = Scheduler(16), np.zeros(10, np.bool_)
     scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
     scheduler.add(batch(2, [3, 4], [1, 1]))
-    tick = scheduler.next(busy)
+    tick = scheduler.next(busy, 100)
     assert tick is not None
     assert tick.rows.tolist() == [0, 1, 2, 3, 4]
     assert busy[:5].all()
     assert not busy[5:].any()
     assert tick.waves == [None]
     assert tick.last is None
-    assert scheduler.next(busy) is None
+    assert scheduler.next(busy, 100) is None
     assert scheduler.waiting_rows == 0
 
 
 def test_a_busy_session_waits_and_the_others_go() -> None:
-    scheduler, busy = Scheduler(100, 16), np.zeros(4, np.bool_)
+    scheduler, busy = Scheduler(16), np.zeros(4, np.bool_)
     busy[1] = True
     scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
-    tick = scheduler.next(busy)
+    tick = scheduler.next(busy, 100)
     assert tick is not None
     assert tick.rows.tolist() == [0, 2]
-    assert scheduler.next(busy) is None
+    assert scheduler.next(busy, 100) is None
     assert scheduler.waiting_rows == 1
     busy[:] = False
-    tick = scheduler.next(busy)
+    tick = scheduler.next(busy, 100)
     assert tick is not None
     assert tick.rows.tolist() == [1]
 
 
 def test_a_run_of_one_session_goes_in_waves() -> None:
-    scheduler, busy = Scheduler(100, 3), np.zeros(4, np.bool_)
+    scheduler, busy = Scheduler(3), np.zeros(4, np.bool_)
     scheduler.add(batch(1, [0, 0, 1, 0, 0], [1, 2, 1, 3, 4]))
-    tick = scheduler.next(busy)
+    tick = scheduler.next(busy, 100)
     assert tick is not None
     assert [(int(r), int(s)) for r, s in zip(tick.rows, tick.seqs, strict=True)] == [(0, 1), (0, 2), (1, 1), (0, 3)]
     assert [wave.tolist() for wave in tick.waves if wave is not None] == [[0, 2], [1], [3]]
@@ -67,22 +67,22 @@ def test_a_run_of_one_session_goes_in_waves() -> None:
 
 
 def test_streams_share_a_full_tick() -> None:
-    scheduler, busy = Scheduler(64, 1), np.zeros(2000, np.bool_)
+    scheduler, busy = Scheduler(1), np.zeros(2000, np.bool_)
     scheduler.add(batch(1, list(range(1000)), [1] * 1000))
     scheduler.add(batch(2, [1500, 1501], [1, 1]))
-    tick = scheduler.next(busy)
+    tick = scheduler.next(busy, 64)
     assert tick is not None
     assert len(tick) == 64
     assert {1500, 1501} <= set(tick.rows.tolist()), "a small stream must not wait for a large one"
 
 
 def test_drop_takes_rows_out() -> None:
-    scheduler, busy = Scheduler(100, 16), np.zeros(4, np.bool_)
+    scheduler, busy = Scheduler(16), np.zeros(4, np.bool_)
     scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
     dropped = scheduler.drop(lambda waiting: waiting.rows[waiting.waiting] == 1)
     assert [index.tolist() for _, index in dropped] == [[1]]
     assert scheduler.waiting_rows == 2
-    tick = scheduler.next(busy)
+    tick = scheduler.next(busy, 100)
     assert tick is not None
     assert tick.rows.tolist() == [0, 2]
 
@@ -102,7 +102,7 @@ def arrivals(draw: st.DrawFn) -> list[tuple[int, list[int]]]:
 def test_every_session_advances_in_order_and_nothing_is_lost(
     frames: list[tuple[int, list[int]]], rows_max: int, run_max: int, random: object
 ) -> None:
-    scheduler, busy = Scheduler(rows_max, run_max), np.zeros(16, np.bool_)
+    scheduler, busy = Scheduler(run_max), np.zeros(16, np.bool_)
     sent, done = np.zeros(16, np.int64), np.zeros(16, np.int64)
     under_way: list[Tick] = []
     queue = list(frames)
@@ -114,7 +114,7 @@ def test_every_session_advances_in_order_and_nothing_is_lost(
                 sent[row] += 1
                 seqs.append(int(sent[row]))
             scheduler.add(batch(stream, rows, seqs))
-        tick = scheduler.next(busy)
+        tick = scheduler.next(busy, rows_max)
         if tick is not None:
             assert 0 < len(tick) <= rows_max
             _, counts = np.unique(tick.rows, return_counts=True)

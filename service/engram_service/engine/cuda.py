@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engram_service.engine.arena import Arena
 from engram_service.engine.runner import Advanced, Runner, Shapes
+from engram_service.engine.step import Step, chosen_inputs
 
 _WARM_UPS = 3  # calls outside a graph before the capture, so that libraries have made their workspaces
 
@@ -31,8 +32,8 @@ class _Graph:
 class CudaRunner(Runner):
     """The same as Runner, for an arena on a CUDA device. Graphs are captured when a bucket is first needed."""
 
-    def __init__(self, arena: Arena, shapes: Shapes) -> None:
-        super().__init__(arena, shapes)
+    def __init__(self, arena: Arena, shapes: Shapes, step: Step) -> None:
+        super().__init__(arena, shapes, step)
         self._graphs: dict[int, _Graph] = {}
 
     def _call(
@@ -78,17 +79,8 @@ class CudaRunner(Runner):
     def _body(
         self, index: torch.Tensor, inputs: torch.Tensor, feedback: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        arena = self.arena
-        value = inputs
-        if arena.last is not None:
-            mask = feedback.view(-1, *[1] * (inputs.dim() - 1))
-            value = torch.where(mask, arena.last.index_select(0, index).view_as(inputs), inputs)
-        state = self._state_type(*(tensor.index_select(0, index) for tensor in arena.state))
-        output, after = arena.bundle.cell(value, state)
-        for tensor, new in zip(arena.state, after, strict=True):
-            tensor.index_copy_(0, index, new)
-        if arena.last is not None:
-            arena.last.index_copy_(0, index, output)
+        value = chosen_inputs(self.arena, index, inputs, feedback)
+        output, *after = self._step(index, value, *self._columns)
         rows = len(index)
         packed = torch.cat([new.contiguous().view(rows, -1).view(torch.uint8) for new in after], 1)
         return output.contiguous().view(rows, -1).view(torch.uint8), packed

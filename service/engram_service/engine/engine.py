@@ -24,12 +24,10 @@ from engram_service.metrics import Metrics
 from engram_service.scheduler import Tick
 from engram_service.sessions.admission import FEEDBACK
 from engram_service.sessions.table import SessionTable
-from engram_service.store import CommitJob, MetaFields, Store, Verdict
+from engram_service.store import CommitJob, MetaFields, Sent, Store, Verdict
 from engram_service.work import Job, WorkQueue
 
 log = logging.getLogger(__name__)
-
-_INLINE_ROWS_MAX = 16  # a commit so small is sent from this thread when nothing waits: it saves two thread switches
 
 
 @dataclass(eq=False, slots=True)
@@ -92,13 +90,18 @@ class Engine:
             thread.join()
 
     def _run(self) -> None:
+        """Computes a tick while Redis writes the one before, and waits for Redis only where there is nothing to compute."""
         torch.set_num_threads(1)
-        while (work := self._queue.take()) is not None:
+        sent: Sent | None = None
+        while (work := self._queue.take(wait=sent is None)) is not None or sent is not None:
+            job: CommitJob | None = None
             if callable(work):
                 self._job(work)
-            else:
-                model, tick = work
-                self._tick(self._catalog.models[model], tick)
+            elif work is not None:
+                job = self._tick(*work)
+            if sent is not None:
+                self._store.finish(sent)
+            sent = self._store.begin(job) if job is not None else None
 
     def _job(self, job: Job) -> None:
         try:
@@ -108,16 +111,18 @@ class Engine:
         finally:
             self._queue.finished()
 
-    def _tick(self, served: Served, tick: Tick) -> None:
+    def _tick(self, model: int, tick: Tick) -> CommitJob | None:
+        served = self._catalog.models[model]
         try:
             advance, states = self._advance(served, tick)
         except Exception as error:  # the cell's own failure; the engine must live on
             log.exception("a tick of %s failed", served.reference)
             self._queue.finished()
             self._answers.failed(served, tick, error)
-        else:
-            self._queue.finished()
-            self._commit(advance, states)
+            return None
+        self._queue.finished()
+        self._answers.advanced(advance)
+        return self._tick_job(advance, states)
 
     def _advance(self, served: Served, tick: Tick) -> tuple[Advance, list[NDArray[np.uint8]]]:
         """Runs the tick's waves. The new states are in the arena, and come back as bytes for each session's last row."""
@@ -143,16 +148,6 @@ class Engine:
         advance = Advance(served, tick, outputs, started, time.monotonic(), unanswered=len(tick))
         self._observe(advance)
         return advance, states
-
-    def _commit(self, advance: Advance, states: list[NDArray[np.uint8]]) -> None:
-        self._answers.advanced(advance)
-        job = self._tick_job(advance, states)
-        if job is None:
-            return
-        if len(advance.committing) <= _INLINE_ROWS_MAX and self._queue.quiet():
-            self._store.commit(job)
-        else:
-            self._store.submit(job)
 
     def _tick_job(self, advance: Advance, states: list[NDArray[np.uint8]]) -> CommitJob | None:
         """The commit of the tick's sessions of durability step; rows of the others are answered at once."""

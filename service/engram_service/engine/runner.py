@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from engram_service.engine.arena import Arena, from_bytes, to_bytes
+from engram_service.engine.step import Step, chosen_inputs, columns
 
 _TILE_ROWS = 32
 
@@ -52,10 +53,11 @@ class Advanced:
 class Runner:
     """Advances slots of one arena on the CPU; CudaRunner does the same with graphs."""
 
-    def __init__(self, arena: Arena, shapes: Shapes) -> None:
+    def __init__(self, arena: Arena, shapes: Shapes, step: Step) -> None:
         self.arena = arena
         self.shapes = shapes
-        self._state_type = type(arena.bundle.cell.initial_state(1))
+        self._step = step
+        self._columns = columns(arena)
 
     def step(self, slots: NDArray[np.int32], inputs: NDArray[np.uint8], feedback: NDArray[np.bool_] | None) -> Advanced:
         """One step of each slot. inputs: uint8 [n, input_nbytes]; rows set in `feedback` use the last output instead."""
@@ -81,15 +83,9 @@ class Runner:
         with torch.inference_mode():
             where = torch.from_numpy(index)
             value = from_bytes(x, arena.bundle.input)
-            if fed is not None and arena.last is not None:
-                mask = torch.from_numpy(fed).view(-1, *[1] * (value.dim() - 1))
-                value = torch.where(mask, arena.last.index_select(0, where).view_as(value), value)
-            state = self._state_type(*(tensor.index_select(0, where) for tensor in arena.state))
-            output, after = arena.bundle.cell(value, state)
-            for tensor, new in zip(arena.state, after, strict=True):
-                tensor.index_copy_(0, where, new)
-            if arena.last is not None:
-                arena.last.index_copy_(0, where, output)
+            if fed is not None:
+                value = chosen_inputs(arena, where, value, torch.from_numpy(fed))
+            output, *after = self._step(where, value, *self._columns)
             return Advanced(to_bytes(output[:rows]), [to_bytes(new[:rows]) for new in after])
 
     def _padded(

@@ -1,5 +1,6 @@
 """Engram's state in Redis: the records, the claims that fence them, and the commits of every tick."""
 
+from engram_service.store.committer import Sent
 from engram_service.store.keys import session_tag
 from engram_service.store.record import RecordBlock, RecordLayout, Records
 from engram_service.store.store import Store
@@ -25,6 +26,7 @@ __all__ = [
     "RecordBlock",
     "RecordLayout",
     "Records",
+    "Sent",
     "SessionInfo",
     "Store",
     "StoreError",

@@ -13,7 +13,9 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,20 +46,33 @@ class Link:
         self._connection: Any = None
         self._id = 0
 
-    def exchange(self, buffer: memoryview, count: int, doubtful: list[int]) -> list[bytes] | None:
-        """Sends `count` commands; their replies, or None if all are OK. Raises RedisError or OSError.
+    def send(self, buffer: memoryview, doubtful: list[int]) -> None:
+        """Sends commands, whose replies `receive` then takes in the same order. Raises RedisError or OSError.
 
         `doubtful` has the ids of connections on which the same commands may still be buffered; they are killed first, and
         if this connection fails as well, it is added.
         """
-        connection = self._ready()
-        try:
+        with self._giving_up(doubtful):
+            connection = self._ready()
             self._kill(doubtful)
             connection.send_packed_command([buffer], check_health=False)
-            replies = read_replies(connection._sock, count)
-            return replies if self._acknowledged(connection) else [b"-" + UNACKNOWLEDGED.encode()] * count
+
+    def receive(self, count: int, doubtful: list[int]) -> list[bytes] | None:
+        """The replies to `count` commands, or None if all are OK. Raises RedisError or OSError."""
+        with self._giving_up(doubtful):
+            if self._connection is None:
+                raise redis.exceptions.ConnectionError("the connection was given up")
+            replies = read_replies(self._connection._sock, count)
+            return replies if self._acknowledged(self._connection) else [b"-" + UNACKNOWLEDGED.encode()] * count
+
+    @contextmanager
+    def _giving_up(self, doubtful: list[int]) -> Iterator[None]:
+        """Drops the connection when something fails, for who knows what of it arrived."""
+        try:
+            yield
         except BaseException:
-            doubtful.append(self._id)
+            if self._connection is not None:
+                doubtful.append(self._id)
             self.drop()
             raise
 
@@ -132,11 +147,15 @@ class Committers:
     def submit(self, job: CommitJob) -> None:
         self._jobs.put(_Pending(job))
 
-    def commit(self, job: CommitJob) -> None:
-        """Commits in the calling thread; if Redis is in trouble, the committers go on with it."""
+    def begin(self, job: CommitJob) -> Sent:
+        """Sends a commit from the calling thread, which says `finish` before its next one."""
         pending = _Pending(job)
-        if self._troubled or not self._try(self._own_link(), pending):
-            self._jobs.put(pending)
+        return self._send(self._own_link(), pending) if not self._troubled else Sent(pending, [], "in trouble")
+
+    def finish(self, sent: Sent) -> None:
+        """Takes the replies; if Redis is in trouble, the committers go on with it."""
+        if not self._receive(self._own_link(), sent):
+            self._jobs.put(sent.pending)
 
     def _own_link(self) -> Link:
         if not hasattr(self._own, "link"):
@@ -152,29 +171,43 @@ class Committers:
     def _run(self, link: Link) -> None:
         while (pending := self._jobs.get()) is not None:
             attempt = 0
-            while not self._try(link, pending) and not self._closed.wait(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]):
+            while not self._receive(link, self._send(link, pending)) and not self._closed.wait(
+                _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
+            ):
                 attempt += 1
         link.drop()
 
-    def _try(self, link: Link, pending: _Pending) -> bool:
-        """Writes what is still to be written of a job; whether all of it is settled now."""
-        failure = ""
-        try:
+    def _send(self, link: Link, pending: _Pending) -> Sent:
+        """Sends what is still to be written of a job."""
+        sent = Sent(pending, [])
+        with self._noting(sent):
             for rows, values in pending.blocks():
                 job = pending.job
                 for part, buffer in commands(job.tags[rows], job.tokens[rows], values, job.ttl_ms[rows]):
-                    failure = (
-                        self._settle(pending, rows[part], link.exchange(buffer, len(part), pending.doubtful)) or failure
-                    )
+                    link.send(buffer, pending.doubtful)
+                    sent.parts.append(rows[part])
+        return sent
+
+    def _receive(self, link: Link, sent: Sent) -> bool:
+        """Takes the replies to what was sent of a job; whether all of it is settled now."""
+        with self._noting(sent):
+            for rows in sent.parts:
+                replies = link.receive(len(rows), sent.pending.doubtful)
+                sent.failure = self._settle(sent.pending, rows, replies) or sent.failure
+        if sent.failure or self._troubled:
+            self._troubled = bool(sent.failure)
+            self._trouble(sent.failure)
+        return not sent.failure
+
+    @contextmanager
+    def _noting(self, sent: Sent) -> Iterator[None]:
+        try:
+            yield
         except _LOST as error:
-            failure = str(error) or type(error).__name__
+            sent.failure = str(error) or type(error).__name__
         except Exception:
             log.exception("a commit failed in a way that was not foreseen; it is tried again")
-            failure = "unforeseen failure"
-        if failure or self._troubled:
-            self._troubled = bool(failure)
-            self._trouble(failure)
-        return not failure
+            sent.failure = "unforeseen failure"
 
     def _settle(self, pending: _Pending, rows: NDArray[np.intp], replies: list[bytes] | None) -> str:
         """Tells the job what became of rows; returns why some must be written again, or nothing."""
@@ -190,6 +223,15 @@ class Committers:
                 pending.done(missing[verdicts == verdict], verdict)
         failed = next((reply for reply in replies if reply.startswith(b"-")), b"")
         return failed[1:].decode(errors="replace")
+
+
+@dataclass(slots=True)
+class Sent:
+    """A job on its way: the rows of each buffer that was sent, and why something of it failed."""
+
+    pending: _Pending
+    parts: list[NDArray[np.intp]]
+    failure: str = ""
 
 
 class _Pending:

@@ -20,7 +20,7 @@ from redis.commands.core import Script
 from redis.retry import Retry
 
 from engram_service.store import scripts
-from engram_service.store.committer import Committers
+from engram_service.store.committer import Committers, Sent
 from engram_service.store.keys import GENERATION, META_PREFIX, meta_key, record_key, session_tag
 from engram_service.store.record import read_headers
 from engram_service.store.types import (
@@ -97,9 +97,13 @@ class Store:
         """Hands a commit to the committer threads; never blocks."""
         self._committers.submit(job)
 
-    def commit(self, job: CommitJob) -> None:
-        """Commits a small job in the engine's thread, which saves two switches between threads."""
-        self._committers.commit(job)
+    def begin(self, job: CommitJob) -> Sent:
+        """Sends a commit from the calling thread, which says `finish` before its next one. Never fails."""
+        return self._committers.begin(job)
+
+    def finish(self, sent: Sent) -> None:
+        """Waits for Redis's word on a commit; the committer threads go on with what it had none on."""
+        self._committers.finish(sent)
 
     def load(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]) -> list[bytes | None]:
         """Records under these claims; None where there is none."""
