@@ -116,7 +116,7 @@ class Holder:
 
     def commit_inline(self, seq: int) -> Commit:
         commit = Commit(len(self.ids))
-        self.store.commit(self.job(seq, commit))
+        self.store.finish(self.store.begin(self.job(seq, commit)))
         return commit
 
     def stored(self) -> list[int]:

@@ -268,3 +268,25 @@ def test_a_password_is_used_and_never_shown(
     shown += [str(unavailable.value), repr(store.settings), *told.told, caplog.text]
     assert not any(secret in text for text in shown for secret in ("sesame", "swordfish")), shown
     assert session_tag("a").decode() not in caplog.text
+
+
+def test_the_private_redis_keeps_its_file_short(tmp_path: Any, eventually: Callable[..., None]) -> None:
+    """The same 400 records written again and again: the file follows the data, also across restarts."""
+    value = os.urandom(100_000)
+
+    def write_much(client: redis.Redis) -> None:
+        for _ in range(8):
+            with client.pipeline(transaction=False) as pipe:
+                for n in range(400):
+                    pipe.set(f"key{n}", value)
+                pipe.execute()
+        eventually(lambda: client.info("persistence")["aof_current_size"] < 200 << 20)
+        assert client.dbsize() == 400
+
+    for _ in range(2):
+        private = PrivateRedis(PrivateSettings(tmp_path / "data"))
+        private.start()
+        try:
+            write_much(redis.Redis.from_url(private.url))
+        finally:
+            private.stop()

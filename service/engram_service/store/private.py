@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 _SOCKET_PATH_MAX = 100  # the kernel takes 107 bytes
 _START_TIMEOUT_S = 60.0
 _WATCH_S = 0.2
-_REWRITE_MIN = "256mb"  # the log is rewritten when it has doubled and is at least so long
+_REWRITE_MIN = 256 << 20  # bytes; the append-only file is rewritten when it is longer than this and
+_REWRITE_RATIO = 3  # than so many times the data
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class PrivateRedis:
             _binary(), "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700", "--dir", str(self._directory),
             "--save", "", "--appendonly", "yes", "--appendfsync", "always" if settings.appendfsync == "always" else "no",
             "--logfile", str(self._directory / "redis.log"),
-            "--auto-aof-rewrite-min-size", _REWRITE_MIN, "--no-appendfsync-on-rewrite", "yes",
+            "--auto-aof-rewrite-percentage", "0", "--no-appendfsync-on-rewrite", "yes",
             "--maxmemory", f"{settings.maxmemory_mb}mb", "--maxmemory-policy", "noeviction",
         ]  # fmt: skip
         self._process = subprocess.Popen(
@@ -106,17 +107,21 @@ class PrivateRedis:
         )
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._ping():
+            if self._loading():
+                deadline = time.monotonic() + _START_TIMEOUT_S
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise StoreError(f"the private Redis did not start; its log ends with: {self._log_tail()}")
             time.sleep(0.02)
 
     def _watch(self) -> None:
         """Starts Redis again when it has died. One that is only slow, or paused, is left alone."""
-        synced = time.monotonic()
+        tended = time.monotonic()
         while not self._stopping.wait(_WATCH_S):
-            if self._settings.appendfsync == "everysec" and time.monotonic() - synced >= 1.0:
-                self._sync()
-                synced = time.monotonic()
+            if time.monotonic() - tended >= 1.0:
+                if self._settings.appendfsync == "everysec":
+                    self._sync()
+                self._shorten()
+                tended = time.monotonic()
             if self._process is not None:
                 dead = self._process.poll() is not None
             else:
@@ -141,6 +146,18 @@ class PrivateRedis:
             finally:
                 os.close(file)
 
+    def _shorten(self) -> None:
+        """Has the append-only file rewritten when most of it is of the past. Redis's own rule goes by the length that it
+        found at its start, so a Redis that is often restarted would let the file grow without end."""
+        try:
+            client = self._client()
+            info = client.info("persistence")
+            long = info["aof_current_size"] > _REWRITE_MIN and not info["aof_rewrite_in_progress"]
+            if long and info["aof_current_size"] > _REWRITE_RATIO * client.info("memory")["used_memory"]:
+                client.bgrewriteaof()
+        except (redis.exceptions.RedisError, OSError, KeyError):
+            pass  # not there, or still loading: in a second again
+
     def _refused(self) -> bool:
         """Whether nobody listens on the socket of a Redis that an earlier server had started."""
         try:
@@ -157,6 +174,13 @@ class PrivateRedis:
         """Whether Redis answers. While it loads its file, it does not count as there."""
         try:
             return bool(self._client().ping())
+        except (redis.exceptions.RedisError, OSError):
+            return False
+
+    def _loading(self) -> bool:
+        """Whether Redis is there, but still reads its file."""
+        try:
+            return bool(self._client().info("persistence")["loading"])
         except (redis.exceptions.RedisError, OSError):
             return False
 
