@@ -192,10 +192,20 @@ def server(tmp_path: pathlib.Path) -> Iterator[ServerProcess]:
 @pytest.fixture
 def start_redis(tmp_path: pathlib.Path) -> Iterator[Callable[..., RedisProcess]]:
     """Starts Redis processes with flags of their own, and ends them."""
+    yield from _starter(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def start_module_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RedisProcess]]:
+    """The same for a whole module."""
+    yield from _starter(tmp_path_factory.mktemp("redis"))
+
+
+def _starter(parent: pathlib.Path) -> Iterator[Callable[..., RedisProcess]]:
     started: list[RedisProcess] = []
 
     def start(*flags: str) -> RedisProcess:
-        directory = tmp_path / f"redis-{len(started)}"
+        directory = parent / f"redis-{len(started)}"
         directory.mkdir()
         started.append(RedisProcess(directory, *flags))
         started[-1].start()
@@ -211,6 +221,6 @@ def redis_process(start_redis: Callable[..., RedisProcess]) -> RedisProcess:
     return start_redis()
 
 
-@pytest.fixture(name="free_port")
+@pytest.fixture(name="free_port", scope="session")
 def _free_port() -> Callable[[], int]:
     return free_port

@@ -262,7 +262,7 @@ def troubles() -> Callable[[Store], Troubles]:
     return Troubles
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def eventually() -> Callable[..., None]:
     return until
 

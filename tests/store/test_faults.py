@@ -109,7 +109,7 @@ def test_a_private_redis_that_is_killed_loses_nothing_acknowledged(
         owner = holder(store, *(f"s{n}" for n in range(20))).claim()
         for seq in range(1, 60):
             if seq == 30:
-                os.kill(store._redis.info("server")["process_id"], 9)
+                os.kill(redis.Redis.from_url(private.url).info("server")["process_id"], 9)
             assert owner.commit(seq) == [OK] * 20
             if seq in (29, 30):
                 assert owner.stored() == [seq] * 20
@@ -175,6 +175,24 @@ def test_a_full_redis_is_told_and_recovered_from(
     assert stuck.wait() == [OK]
     eventually(lambda: told.told[-1] == "")
     assert owner.commit(3) == [OK] and holder(store, "b").claim().commit(1) == [OK]
+
+
+def test_redis_may_be_away_for_any_number_of_attempts(
+    store: Store, redis_process: Any, holder: MakeHolder, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    """redis-py's pools make a hundred connections and no more, unless they are given back."""
+    from engram_service.store import committer
+
+    attempts: list[object] = []
+    ready = committer.Link._ready
+    monkeypatch.setattr(committer.Link, "_ready", lambda link: (attempts.append(link), ready(link))[1])
+    monkeypatch.setattr(committer, "_BACKOFF_S", (0.001,))
+    owner = holder(store, "a").claim()
+    redis_process.kill()
+    stuck = owner.submit(1)
+    eventually(lambda: len(attempts) > 150)
+    redis_process.start()
+    assert stuck.wait() == [OK]
 
 
 @pytest.mark.parametrize("inline", [False, True], ids=["committer", "inline"])

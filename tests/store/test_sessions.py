@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from engram_service.store import ClaimStatus, RecordLayout, Store, Verdict, session_tag
 from engram_service.store.keys import META_PREFIX, meta_key
@@ -55,7 +56,11 @@ def test_rows_of_a_tick_are_judged_one_by_one(store: Store, holder: MakeHolder, 
     assert redis_process.client.keys(meta_key(session_tag("s33")) + b"*") == [], "a closed session is not written back"
 
 
-def test_rows_of_many_lengths_and_times_go_in_one_job(store: Store, holder: MakeHolder) -> None:
+@pytest.mark.parametrize("ack", ["memory", "replicated"])
+def test_rows_of_many_lengths_and_times_go_in_one_job(
+    open_store: Callable[..., Store], redis_process: Any, holder: MakeHolder, ack: str
+) -> None:
+    store = open_store(redis_process.url, ack=ack, replicas=0)
     one = holder(store, *(f"s{n}" for n in range(6))).claim()
     job_of = one.job
 
@@ -80,6 +85,8 @@ def test_rows_of_many_lengths_and_times_go_in_one_job(store: Store, holder: Make
     assert one.commit(2) == [OK] * 6
     left = [store.describe(name).ttl_ms for name in one.ids]  # type: ignore[union-attr]
     assert [value > 60_000 for value in left] == [False] * 3 + [True] * 3
+    holder(store, "s0", "s3").claim()
+    assert one.commit(3) == [FENCED, OK, OK, FENCED, OK, OK]
 
 
 def test_an_attach_takes_nothing_over(store: Store, holder: MakeHolder) -> None:

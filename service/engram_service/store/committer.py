@@ -2,7 +2,9 @@
 
 A commit is repeated until Redis has said something about every row: under its token it may be written twice, and as one
 session has one commit under way at most, never out of order. A connection whose fate is unknown is killed at the server
-before its commands are sent again on another one: what it had still buffered must not come after later commits.
+before its commands are sent again on another one: what it had still buffered must not come after later commits. In a cluster
+that is so for each node; what is left buffered at a node that has lost the slot meanwhile does no harm: the node refuses it
+(MOVED), or, a primary that others have replaced, throws it away with all that it has when it joins them again.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import socket
 import ssl
 import struct
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
+from engram_service.store.nodes import Node, Nodes, redirected
 from engram_service.store.packing import commands, read_replies
 from engram_service.store.types import UNACKNOWLEDGED, CommitJob, StoreSettings, Verdict
 
@@ -31,6 +35,7 @@ _BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 _TIMEOUT_S = 5.0  # without a reply for so long, a connection is given up
 _INLINE_TIMEOUT_S = 1.0  # the same where an engine thread waits: the committers then go on with it
 _SEND_BUFFER = 4 << 20  # a tick's commands at once, if the kernel allows so much
+_ASKING = b"*1\r\n$6\r\nASKING\r\n"
 _LOST: tuple[type[Exception], ...] = (redis.exceptions.RedisError, OSError)
 
 Diagnose = Callable[[CommitJob, NDArray[np.intp], Callable[[int], bytes]], Sequence[Verdict]]
@@ -39,8 +44,8 @@ Diagnose = Callable[[CommitJob, NDArray[np.intp], Callable[[int], bytes]], Seque
 class Link:
     """One connection for commits; not shared between threads."""
 
-    def __init__(self, pool: redis.ConnectionPool, settings: StoreSettings, timeout_s: float) -> None:
-        self._pool = pool
+    def __init__(self, node: Node, settings: StoreSettings, timeout_s: float) -> None:
+        self._node = node
         self._settings = settings
         self._timeout_s = timeout_s
         self._connection: Any = None
@@ -58,7 +63,7 @@ class Link:
             connection.send_packed_command([buffer], check_health=False)
 
     def receive(self, count: int, doubtful: list[int]) -> list[bytes] | None:
-        """The replies to `count` commands, or None if all are OK. Raises RedisError or OSError."""
+        """The replies to all the `count` commands that were sent, or None if all are OK. Raises RedisError or OSError."""
         with self._giving_up(doubtful):
             if self._connection is None:
                 raise redis.exceptions.ConnectionError("the connection was given up")
@@ -91,7 +96,9 @@ class Link:
 
     def _ready(self) -> Any:
         if self._connection is None:
-            connection: Any = self._pool.make_connection()
+            # Not from the pool, which counts what it ever made and stops at a limit.
+            pool = self._node.client.connection_pool
+            connection: Any = pool.connection_class(**pool.connection_kwargs)
             connection.socket_timeout = connection.socket_connect_timeout = self._timeout_s
             connection.connect()
             _block_in_kernel(connection._sock, self._timeout_s)
@@ -105,6 +112,24 @@ class Link:
             self._connection.send_command("CLIENT", "KILL", "ID", number)
             self._connection.read_response()
         doubtful.clear()
+
+
+class Links:
+    """A thread's connections for commits: one to each node, made when it is needed."""
+
+    def __init__(self, settings: StoreSettings, timeout_s: float) -> None:
+        self._settings = settings
+        self._timeout_s = timeout_s
+        self._links: dict[str, Link] = {}
+
+    def to(self, node: Node) -> Link:
+        if node.name not in self._links:
+            self._links[node.name] = Link(node, self._settings, self._timeout_s)
+        return self._links[node.name]
+
+    def drop(self) -> None:
+        for link in self._links.values():
+            link.drop()
 
 
 def _block_in_kernel(sock: socket.socket, timeout_s: float) -> None:
@@ -124,21 +149,19 @@ def _block_in_kernel(sock: socket.socket, timeout_s: float) -> None:
 class Committers:
     """A few committer threads, and a way to commit in the calling thread."""
 
-    def __init__(self, url: str, settings: StoreSettings, diagnose: Diagnose, trouble: Callable[[str], None]) -> None:
+    def __init__(
+        self, nodes: Nodes, settings: StoreSettings, diagnose: Diagnose, trouble: Callable[[str], None]
+    ) -> None:
+        self._nodes = nodes
         self._diagnose = diagnose
         self._trouble = trouble  # called with why commits fail, and with "" when they go through again
         self._troubled = False
         self._closed = threading.Event()
         self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
-        self._pool = redis.ConnectionPool.from_url(
-            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, protocol=2
-        )
         self._settings = settings
-        self._own = threading.local()  # the link of a thread that commits by itself
+        self._own = threading.local()  # the links of a thread that commits by itself
         self._threads = [
-            threading.Thread(
-                target=self._run, args=(Link(self._pool, settings, _TIMEOUT_S),), name=f"commit-{n}", daemon=True
-            )
+            threading.Thread(target=self._run, args=(Links(settings, _TIMEOUT_S),), name=f"commit-{n}", daemon=True)
             for n in range(settings.connections)
         ]
         for thread in self._threads:
@@ -150,64 +173,105 @@ class Committers:
     def begin(self, job: CommitJob) -> Sent:
         """Sends a commit from the calling thread, which says `finish` before its next one."""
         pending = _Pending(job)
-        return self._send(self._own_link(), pending) if not self._troubled else Sent(pending, [], "in trouble")
+        return self._send(self._own_links(), pending) if not self._troubled else Sent(pending, {}, {"": "in trouble"})
 
     def finish(self, sent: Sent) -> None:
         """Takes the replies; if Redis is in trouble, the committers go on with it."""
-        if not self._receive(self._own_link(), sent):
+        if not self._receive(self._own_links(), sent):
             self._jobs.put(sent.pending)
 
-    def _own_link(self) -> Link:
-        if not hasattr(self._own, "link"):
-            self._own.link = Link(self._pool, self._settings, _INLINE_TIMEOUT_S)
-        link: Link = self._own.link
-        return link
+    def _own_links(self) -> Links:
+        if not hasattr(self._own, "links"):
+            self._own.links = Links(self._settings, _INLINE_TIMEOUT_S)
+        links: Links = self._own.links
+        return links
 
     def close(self) -> None:
         self._closed.set()
         for _ in self._threads:
             self._jobs.put(None)
 
-    def _run(self, link: Link) -> None:
+    def _run(self, links: Links) -> None:
         while (pending := self._jobs.get()) is not None:
-            attempt = 0
-            while not self._receive(link, self._send(link, pending)) and not self._closed.wait(
-                _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
-            ):
-                attempt += 1
-        link.drop()
+            if not self._receive(links, self._send(links, pending)) and not self._closed.wait(pending.backoff_s()):
+                self._jobs.put(pending)  # behind the others: what is for other nodes need not wait for it
+        links.drop()
 
-    def _send(self, link: Link, pending: _Pending) -> Sent:
-        """Sends what is still to be written of a job."""
-        sent = Sent(pending, [])
-        with self._noting(sent):
+    def _send(self, links: Links, pending: _Pending) -> Sent:
+        """Sends what is still to be written of a job, to each node what is its."""
+        sent = Sent(pending, {}, {})
+        with self._noting(sent, ""):
             for rows, values in pending.blocks():
-                job = pending.job
-                for part, buffer in commands(job.tags[rows], job.tokens[rows], values, job.ttl_ms[rows]):
-                    link.send(buffer, pending.doubtful)
-                    sent.parts.append(rows[part])
+                for node, at in self._nodes.of_tags(pending.job.tags[rows]):
+                    if node.name not in sent.failures:
+                        share = (rows, values) if len(at) == len(rows) else (rows[at], values[at])
+                        with self._noting(sent, node.name):
+                            self._send_to(links, node, sent, *share)
         return sent
 
-    def _receive(self, link: Link, sent: Sent) -> bool:
+    def _send_to(self, links: Links, node: Node, sent: Sent, rows: NDArray[np.intp], values: NDArray[np.uint8]) -> None:
+        job = sent.pending.job
+        for part, buffer in commands(job.tags[rows], job.tokens[rows], values, job.ttl_ms[rows]):
+            links.to(node).send(buffer, sent.pending.doubtful[node.name])
+            sent.parts.setdefault(node, []).append((rows[part], buffer))
+
+    def _receive(self, links: Links, sent: Sent) -> bool:
         """Takes the replies to what was sent of a job; whether all of it is settled now."""
-        with self._noting(sent):
-            for rows in sent.parts:
-                replies = link.receive(len(rows), sent.pending.doubtful)
-                sent.failure = self._settle(sent.pending, rows, replies) or sent.failure
-        if sent.failure or self._troubled:
-            self._troubled = bool(sent.failure)
-            self._trouble(sent.failure)
-        return not sent.failure
+        self._take(links, sent)
+        if sent.failures and self._nodes.in_slots:
+            moved = any(redirected(why) for why in sent.failures.values())
+            with self._noting(sent, ""):
+                self._nodes.refresh()
+                if moved:
+                    sent = self._send(links, sent.pending)
+                    self._take(links, sent)
+        failure = next(iter(sent.failures.values()), "")
+        if failure or self._troubled:
+            self._troubled = bool(failure)
+            self._trouble(failure)
+        return not failure
+
+    def _take(self, links: Links, sent: Sent) -> None:
+        pending = sent.pending
+        for node, parts in sent.parts.items():
+            if node.name in sent.failures:
+                continue
+            with self._noting(sent, node.name):
+                count = sum(len(rows) for rows, _ in parts)
+                replies = links.to(node).receive(count, pending.doubtful[node.name])
+                start = 0
+                for rows, buffer in parts:
+                    own = None if replies is None else replies[start : start + len(rows)]
+                    start += len(rows)
+                    if own is not None and self._nodes.in_slots:
+                        self._ask(links, pending, buffer, own)
+                    if why := self._settle(pending, rows, own):
+                        sent.failures[node.name] = why
+
+    def _ask(self, links: Links, pending: _Pending, buffer: memoryview, replies: list[bytes]) -> None:
+        """Writes the rows of a slot that is just moving to where they are by now."""
+        width = len(buffer) // len(replies)
+        for n, reply in enumerate(replies):
+            if reply.startswith(b"-ASK "):
+                node = self._nodes.named(reply.split()[2].decode())
+                # A connection of its own: the node's other one may have replies to rows of this job under way.
+                link = Link(node, self._settings, _TIMEOUT_S)
+                doubtful = pending.doubtful[node.name]
+                link.send(memoryview(_ASKING + bytes(buffer[n * width : (n + 1) * width])), doubtful)
+                answers = link.receive(2, doubtful)
+                link.drop()
+                replies[n] = b"+OK" if answers is None else answers[1]
 
     @contextmanager
-    def _noting(self, sent: Sent) -> Iterator[None]:
+    def _noting(self, sent: Sent, name: str) -> Iterator[None]:
+        """Notes what fails at a node, and goes on."""
         try:
             yield
         except _LOST as error:
-            sent.failure = str(error) or type(error).__name__
+            sent.failures[name] = str(error) or type(error).__name__
         except Exception:
             log.exception("a commit failed in a way that was not foreseen; it is tried again")
-            sent.failure = "unforeseen failure"
+            sent.failures[name] = "unforeseen failure"
 
     def _settle(self, pending: _Pending, rows: NDArray[np.intp], replies: list[bytes] | None) -> str:
         """Tells the job what became of rows; returns why some must be written again, or nothing."""
@@ -227,11 +291,11 @@ class Committers:
 
 @dataclass(slots=True)
 class Sent:
-    """A job on its way: the rows of each buffer that was sent, and why something of it failed."""
+    """A job on its way: rows and buffers that were sent to each node, and by node's name what failed."""
 
     pending: _Pending
-    parts: list[NDArray[np.intp]]
-    failure: str = ""
+    parts: dict[Node, list[tuple[NDArray[np.intp], memoryview]]]
+    failures: dict[str, str]
 
 
 class _Pending:
@@ -239,11 +303,16 @@ class _Pending:
 
     def __init__(self, job: CommitJob) -> None:
         self.job = job
-        self.doubtful: list[
-            int
-        ] = []  # connections that may still have commands of this job buffered, whoever held them
+        # By node: ids of connections, whoever held them, that may still have commands of this job buffered.
+        self.doubtful: defaultdict[str, list[int]] = defaultdict(list)
+        self._attempts = 0
         self._open = np.ones(len(job.tags), np.bool_)
         self._packed: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []
+
+    def backoff_s(self) -> float:
+        """How long to wait after one more attempt has failed."""
+        self._attempts += 1
+        return _BACKOFF_S[min(self._attempts, len(_BACKOFF_S)) - 1]
 
     def blocks(self) -> list[tuple[NDArray[np.intp], NDArray[np.uint8]]]:
         """Rows still to be written, and their records, uint8 [rows, record bytes]."""

@@ -2,13 +2,24 @@
 
 KEYS[1] is the session's hash; records are named from it and the token, in the same cluster slot. Every script may be run
 again when its answer was lost: the second run changes nothing more and gives the same answer.
+
+In a cluster, KEYS[2] is the record under the token that the caller found in the hash (or under none). Redis itself then refuses
+the script (TRYAGAIN) while a slot moves and only one of the two keys is there yet; without it, the other would seem to be lost.
 """
 
 from __future__ import annotations
 
+_SAME_CLAIM = """
+if KEYS[2] and KEYS[2] ~= KEYS[1] .. ':' .. (redis.call('HGET', KEYS[1], 't') or '') then
+  return redis.error_reply('TRYAGAIN the session was claimed meanwhile')
+end
+"""
+
 # Claims a session for a new token: the record is renamed, so that commits under the old token find nothing.
 # ARGV: token, model, version ("" any), version to create, fingerprint, client id, ttl ms, now ms, attach (0/1), id, initial record
-CLAIM = """
+CLAIM = (
+    _SAME_CLAIM
+    + """
 local k = KEYS[1]
 local m = redis.call('HMGET', k, 't', 'm', 'f', 'h', 'e', 'c')
 local old = m[1] and k .. ':' .. m[1]
@@ -16,9 +27,9 @@ local record = old and redis.call('GET', old)
 if m[1] and not record then redis.call('DEL', k) end
 if not record then
   if ARGV[9] == '1' then return {'NOT_FOUND'} end
+  redis.call('SET', k .. ':' .. ARGV[1], ARGV[11], 'PX', ARGV[7])
   redis.call('HSET', k, 'i', ARGV[10], 'm', ARGV[2] .. '/' .. ARGV[4], 'f', ARGV[5])
   redis.call('HSET', k, 't', ARGV[1], 'h', ARGV[6], 'e', 1, 'c', ARGV[8])
-  redis.call('SET', k .. ':' .. ARGV[1], ARGV[11], 'PX', ARGV[7])
   redis.call('PEXPIRE', k, ARGV[7] * 2)
   return {'CREATED', ARGV[2] .. '/' .. ARGV[4], ARGV[5], 1, ARGV[8], ARGV[11]}
 end
@@ -35,52 +46,65 @@ redis.call('PEXPIRE', k, ARGV[7] * 2)
 redis.call('HSET', k, 't', ARGV[1], 'h', ARGV[6])
 return {'CARRIED', m[2], m[3], redis.call('HINCRBY', k, 'e', 1), m[6], record}
 """
+)
 
 # Writes a record that Redis has lost, if nobody has claimed the session meanwhile.
 # ARGV: token, record, ttl ms, id, model reference, fingerprint, client id, epoch, created ms
-RESTORE = """
+RESTORE = (
+    _SAME_CLAIM
+    + """
 local k = KEYS[1]
 local t = redis.call('HGET', k, 't')
 if t and t ~= ARGV[1] then return 0 end
+redis.call('SET', k .. ':' .. ARGV[1], ARGV[2], 'PX', ARGV[3])
 if not t then
   redis.call('HSET', k, 'i', ARGV[4], 'm', ARGV[5], 'f', ARGV[6], 't', ARGV[1], 'h', ARGV[7], 'e', ARGV[8], 'c', ARGV[9])
 end
-redis.call('SET', k .. ':' .. ARGV[1], ARGV[2], 'PX', ARGV[3])
 redis.call('PEXPIRE', k, ARGV[3] * 2)
 return 1
 """
+)
 
-DELETE = """
+DELETE = (
+    _SAME_CLAIM
+    + """
 local t = redis.call('HGET', KEYS[1], 't')
 if t then redis.call('DEL', KEYS[1], KEYS[1] .. ':' .. t) end
 return 1
 """
+)
 
 # Creates a session from a record. ARGV: token, record, ttl ms, id, model reference, fingerprint, now ms
-CREATE = """
+CREATE = (
+    _SAME_CLAIM
+    + """
 local k = KEYS[1]
 local t = redis.call('HGET', k, 't')
 if t == ARGV[1] then return 1 end
 if t and redis.call('EXISTS', k .. ':' .. t) == 1 then return 0 end
+redis.call('SET', k .. ':' .. ARGV[1], ARGV[2], 'PX', ARGV[3])
 redis.call('DEL', k)
 redis.call('HSET', k, 'i', ARGV[4], 'm', ARGV[5], 'f', ARGV[6], 't', ARGV[1], 'h', 0, 'e', 1, 'c', ARGV[7])
-redis.call('SET', k .. ':' .. ARGV[1], ARGV[2], 'PX', ARGV[3])
 redis.call('PEXPIRE', k, ARGV[3] * 2)
 return 1
 """
+)
 
 # Puts another record and model reference in place, under a new token. ARGV: old token, new token, record, reference, fingerprint
-REWRITE = """
+REWRITE = (
+    _SAME_CLAIM
+    + """
 local k = KEYS[1]
 local t = redis.call('HGET', k, 't')
 if t == ARGV[2] then return 1 end
 if t ~= ARGV[1] then return 0 end
 local ttl = redis.call('PTTL', k .. ':' .. ARGV[1])
 if ttl == -2 then return 0 end
-redis.call('DEL', k .. ':' .. ARGV[1])
 redis.call('SET', k .. ':' .. ARGV[2], ARGV[3])
+redis.call('DEL', k .. ':' .. ARGV[1])
 if ttl > 0 then redis.call('PEXPIRE', k .. ':' .. ARGV[2], ttl) end
 redis.call('HSET', k, 't', ARGV[2], 'm', ARGV[4], 'f', ARGV[5], 'h', 0)
 redis.call('HINCRBY', k, 'e', 1)
 return 1
 """
+)

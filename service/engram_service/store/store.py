@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 import redis
 from numpy.typing import NDArray
-from redis.backoff import NoBackoff
 from redis.commands.core import Script
-from redis.retry import Retry
 
 from engram_service.store import scripts
 from engram_service.store.committer import Committers, Sent
-from engram_service.store.keys import GENERATION, META_PREFIX, meta_key, record_key, session_tag
+from engram_service.store.keys import META_PREFIX, meta_key, record_key, session_tag
+from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
 from engram_service.store.record import read_headers
 from engram_service.store.types import (
     UNACKNOWLEDGED,
@@ -43,6 +42,8 @@ T = TypeVar("T")
 _CALL_TIMEOUT_S = 5.0
 _WATCH_S = 0.5
 _WATCH_TIMEOUT_S = 1.0
+_NODES_MAX = 4096  # of a cluster; a page's cursor is a node's cursor and its place
+_NO_CLUSTER = "Cluster mode is not enabled"  # as redis-py says it
 _THERE_BUT_REFUSES = ("OOM", UNACKNOWLEDGED)  # trouble of commits that a Redis which answers may still have
 
 
@@ -56,39 +57,48 @@ class Store:
         self.used_memory_bytes = 0
         self.on_trouble: Callable[[str], None] = lambda why: None
         self.on_loss: Callable[[], None] = lambda: None
-        self._generation = b""
+        self._generations: dict[bytes, bytes] = {}  # by key
+        self._lost_at: dict[bytes, int] = {}  # by generation key: the last loss that it told, in `losses`
         self._trouble = {"commit": "", "watch": ""}
         self._lock = threading.Lock()
-        self._redis = _client(settings.url, _CALL_TIMEOUT_S, retries=1)
-        self._watched = _client(settings.url, _WATCH_TIMEOUT_S, retries=0)
+        self._nodes = open_nodes(settings.url, _CALL_TIMEOUT_S, retries=1)
+        self._watched = open_nodes(settings.url, _WATCH_TIMEOUT_S, retries=0)
         self._claim, self._restore, self._delete, self._create, self._rewrite = (
-            self._redis.register_script(text)
+            Script(redis.Redis(), text)  # which always runs on a pipeline to the node that has the session
             for text in (scripts.CLAIM, scripts.RESTORE, scripts.DELETE, scripts.CREATE, scripts.REWRITE)
         )
-        self._committers = Committers(settings.url, settings, self._diagnose_job, lambda why: self._note("commit", why))
+        self._committers = Committers(self._nodes, settings, self._diagnose_job, lambda why: self._note("commit", why))
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="store-watch", daemon=True)
 
     def start(self) -> None:
         """Checks that Redis can do what is asked of it, if it is there; begins to watch it. Raises StoreError."""
         try:
-            version = str(self._redis.info("server").get("redis_version", "0"))
-            if self.settings.ack == "disk" and tuple(int(part) for part in version.split(".")[:2]) < (7, 2):
-                raise StoreError(
-                    f"redis_ack = disk needs WAITAOF (Redis 7.2 or newer, this is {version}); give this Redis appendfsync "
-                    "always, and set redis_ack = memory"
-                )
-            self._check_generation(self._redis)
+            for node in self._nodes.all():
+                self._check_server(node.client.info("server"))
+            self._check_generation(self._nodes)
         except redis.exceptions.AuthenticationError as error:
             raise StoreError(f"Redis refuses the credentials in redis_url: {error}") from error
         except (redis.exceptions.RedisError, OSError) as error:
+            if _NO_CLUSTER in str(error):
+                raise StoreError(f"redis_url cannot be used: {_NO_CLUSTER}; give a redis:// URL") from error
             self._note("watch", _why(error))
         self._watcher.start()
+
+    def _check_server(self, info: dict[str, Any]) -> None:
+        version = str(info.get("redis_version", "0"))
+        if self.settings.ack == "disk" and tuple(int(part) for part in version.split(".")[:2]) < (7, 2):
+            raise StoreError(
+                f"redis_ack = disk needs WAITAOF (Redis 7.2 or newer, this is {version}); give this Redis appendfsync "
+                "always, and set redis_ack = memory"
+            )
+        if "cluster" in (info.get("redis_mode"), info.get("server_mode")) and not self._nodes.in_slots:
+            raise StoreError("redis_url names a node of a Redis Cluster; give a redis+cluster:// URL")
 
     def close(self) -> None:
         self._closed.set()
         self._committers.close()
-        self._redis.close()
+        self._nodes.close()
         self._watched.close()
 
     # The path of a step
@@ -108,12 +118,12 @@ class Store:
     def load(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]) -> list[bytes | None]:
         """Records under these claims; None where there is none."""
         keys = [record_key(tag.tobytes(), token.tobytes()) for tag, token in zip(tags, tokens, strict=True)]
-        return self._call(lambda: self._pipelined(keys, lambda pipe, key: pipe.get(key)))
+        return self._call(lambda: self._pipelined(keys, lambda pipe, at: pipe.get(keys[at])))
 
     def diagnose(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]) -> list[Verdict]:
         """What became of sessions whose record is not under our claim: FENCED or GONE."""
         keys = [meta_key(tag.tobytes()) for tag in tags]
-        held = self._call(lambda: self._pipelined(keys, lambda pipe, key: pipe.hget(key, "t")))
+        held = self._call(lambda: self._tokens(keys))
         return [
             Verdict.GONE if now is None or now == token.tobytes() else Verdict.FENCED
             for now, token in zip(held, tokens, strict=True)
@@ -121,21 +131,17 @@ class Store:
 
     def _diagnose_job(self, job: CommitJob, rows: NDArray[np.intp], record: Callable[[int], bytes]) -> list[Verdict]:
         """The same for rows of a commit; a record that Redis has lost is written back."""
-        self._check_generation(self._redis)
+        self._check_generation(self._nodes)
         verdicts = self.diagnose(job.tags[rows], job.tokens[rows])
-        held = self._pipelined(
-            [meta_key(job.tags[row].tobytes()) for row in rows], lambda pipe, key: pipe.hget(key, "t")
-        )
+        keys = [meta_key(job.tags[row].tobytes()) for row in rows]
+        held, losses = self._tokens(keys), self._losses_of(keys)
         for n, row in enumerate(rows.tolist()):
             meta = job.meta(row)
             # Our own claim without a record was evicted or half deleted; no claim at all may be a loss since we claimed.
-            if held[n] == job.tokens[row].tobytes() or (held[n] is None and meta.losses < self.losses):
-                written = self._restore(
-                    keys=[meta_key(job.tags[row].tobytes())],
-                    args=[job.tokens[row].tobytes(), record(row), int(job.ttl_ms[row]), meta.session_id, meta.reference,
-                          meta.fingerprint, meta.client_id, meta.epoch, meta.created_ms],
-                )  # fmt: skip
-                verdicts[n] = Verdict.OK if written else Verdict.FENCED
+            if held[n] == job.tokens[row].tobytes() or (held[n] is None and meta.losses < losses[n]):
+                args = [job.tokens[row].tobytes(), record(row), int(job.ttl_ms[row]), meta.session_id, meta.reference,
+                        meta.fingerprint, meta.client_id, meta.epoch, meta.created_ms]  # fmt: skip
+                verdicts[n] = Verdict.OK if self._scripted(self._restore, [keys[n]], [args])[0] else Verdict.FENCED
         return verdicts
 
     # Claims
@@ -144,24 +150,23 @@ class Store:
         """Takes sessions over, or creates them. Raises StoreUnavailable; then some may have been claimed: claim again."""
 
         def run() -> list[Any]:
-            if self._check_generation(self._redis):
+            if self._check_generation(self._nodes):
                 raise redis.exceptions.ConnectionError(
                     "Redis has lost its data; living sessions are being written back"
                 )
             now_ms = int(time.time() * 1000)
-            return self._pipelined(requests, lambda pipe, request: self._claim(
-                keys=[meta_key(session_tag(request.session_id))],
-                args=[request.token, request.model, request.version, request.create_version, request.fingerprint, request.client_id,
-                      request.ttl_ms, now_ms, int(request.attach), request.session_id, request.initial],
-                client=pipe,
-            ))  # fmt: skip
+            return self._scripted(self._claim, [meta_key(session_tag(request.session_id)) for request in requests], [
+                [request.token, request.model, request.version, request.create_version, request.fingerprint, request.client_id,
+                 request.ttl_ms, now_ms, int(request.attach), request.session_id, request.initial]
+                for request in requests
+            ])  # fmt: skip
 
         return [_claimed(reply) for reply in self._call(run)]
 
     def touch(self, tags: NDArray[np.uint8], ttl_ms: NDArray[np.uint64]) -> None:
         """Keeps the hashes of sessions in use; their records' time is renewed by every commit."""
         pairs = [(meta_key(tag.tobytes()), int(ttl) * 2) for tag, ttl in zip(tags, ttl_ms, strict=True)]
-        self._call(lambda: self._pipelined(pairs, lambda pipe, pair: pipe.pexpire(*pair)))
+        self._call(lambda: self._pipelined([key for key, _ in pairs], lambda pipe, at: pipe.pexpire(*pairs[at])))
 
     # Management
 
@@ -175,12 +180,15 @@ class Store:
 
         def run() -> tuple[int, list[SessionInfo]]:
             found: list[SessionInfo] = []
-            at = cursor
-            while True:
-                at, keys = self._redis.scan(at, match=META_PREFIX + b"*}", count=max(count, 10))
+            nodes = self._nodes.all()
+            at, place = divmod(cursor, _NODES_MAX)  # one node after the other
+            while place < len(nodes):
+                at, keys = nodes[place].client.scan(at, match=META_PREFIX + b"*}", count=max(count, 10))
                 found.extend(self._describe([key for key in keys if isinstance(key, bytes)], False))
-                if at == 0 or len(found) >= count:
-                    return at, found
+                place += at == 0
+                if len(found) >= count:
+                    break
+            return (at * _NODES_MAX + place if place < len(nodes) else 0), found
 
         return self._call(run)
 
@@ -193,7 +201,7 @@ class Store:
     def delete(self, session_ids: Sequence[str]) -> None:
         """Ends sessions whoever holds them."""
         keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
-        self._call(lambda: self._written(keys, lambda pipe, key: self._delete(keys=[key], client=pipe)))
+        self._call(lambda: self._scripted(self._delete, keys, [[]] * len(keys), self.settings.wait))
 
     def create(self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int, token: str) -> bool:
         """A session that stands where `record` stands, under a new token; False if the id is in use."""
@@ -207,16 +215,16 @@ class Store:
 
     def _change(self, script: Script, session_id: str, args: list[Any]) -> bool:
         keys = [meta_key(session_tag(session_id))]
-        return bool(self._call(lambda: self._written(keys, lambda pipe, key: script([key], args, pipe)))[0])
+        return bool(self._call(lambda: self._scripted(script, keys, [args], self.settings.wait))[0])
 
     def _describe(self, keys: Sequence[bytes], with_record: bool) -> list[SessionInfo]:
-        metas = self._pipelined(keys, lambda pipe, key: pipe.hmget(key, "i", "m", "f", "t", "e", "c"))
+        metas = self._pipelined(keys, lambda pipe, at: pipe.hmget(keys[at], "i", "m", "f", "t", "e", "c"))
         known = [(key, meta) for key, meta in zip(keys, metas, strict=True) if meta[0] is not None]
         names = [key + b":" + meta[3] for key, meta in known]
         records = self._pipelined(
-            names, lambda pipe, name: pipe.get(name) if with_record else pipe.getrange(name, 0, 63)
+            names, lambda pipe, at: pipe.get(names[at]) if with_record else pipe.getrange(names[at], 0, 63)
         )
-        times = self._pipelined(names, lambda pipe, name: pipe.pttl(name))
+        times = self._pipelined(names, lambda pipe, at: pipe.pttl(names[at]))
         headers = read_headers([record or b"" for record in records])
         return [
             _info(meta, headers[n], int(times[n]), records[n] if with_record else b"")
@@ -230,26 +238,46 @@ class Store:
         while not self._closed.wait(_WATCH_S):
             try:
                 self._check_generation(self._watched)
-                self.used_memory_bytes = int(self._watched.info("memory")["used_memory"])
+                used = [int(node.client.info("memory")["used_memory"]) for node in self._watched.all()]
+                self.used_memory_bytes = sum(used)
                 self._note("watch", "")
             except (redis.exceptions.RedisError, OSError) as error:
                 self._note("watch", _why(error))
+                self._refresh(self._watched)
 
-    def _check_generation(self, client: redis.Redis) -> bool:
-        """Whether Redis was found, just now, to have lost its data."""
+    def _check_generation(self, nodes: Nodes) -> bool:
+        """Whether Redis, or a node of it, was found just now to have lost its data."""
         with self._lock:
+            keys = [key for key, _ in nodes.generation_keys()]
             proposed = secrets.token_hex(8).encode()
-            client.set(GENERATION, proposed, nx=True)
-            found = client.get(GENERATION)
-            if not isinstance(found, bytes) or found == self._generation:
-                return False
-            lost, self._generation = self._generation != b"", found
-            if lost:
-                self.losses += 1
+            pipelined(nodes, keys, lambda pipe, at: pipe.set(keys[at], proposed, nx=True))
+            found = pipelined(nodes, keys, lambda pipe, at: pipe.get(keys[at]))
+            pairs = [(key, value) for key, value in zip(keys, found, strict=True) if isinstance(value, bytes)]
+            lost = [key for key, value in pairs if self._generations.get(key, value) != value]
+            self._generations.update(pairs)
+            self.losses += bool(lost)
+            self._lost_at.update(dict.fromkeys(lost, self.losses))
         if lost:
             log.warning("Redis has lost its data; living sessions are written back")
             self.on_loss()
-        return lost
+        return bool(lost)
+
+    def _losses_of(self, keys: Sequence[bytes]) -> list[int]:
+        """For each key the last loss of the node that has it."""
+        last: dict[str, int] = {}
+        for key, node in self._nodes.generation_keys():
+            last[node.name] = max(last.get(node.name, 0), self._lost_at.get(key, 0))
+        found = [0] * len(keys)
+        for node, rows in self._nodes.of_keys(keys):
+            for at in rows.tolist():
+                found[at] = last.get(node.name, 0)
+        return found
+
+    def _refresh(self, nodes: Nodes) -> None:
+        try:
+            nodes.refresh()
+        except (redis.exceptions.RedisError, OSError) as error:
+            self._note("watch", _why(error))
 
     def _note(self, source: str, why: str) -> None:
         if self._trouble[source] == why:
@@ -263,45 +291,37 @@ class Store:
         if after != before:
             self.on_trouble(after)
 
-    def _pipelined(self, items: Sequence[Any], add: Callable[[Any, Any], object]) -> list[Any]:
-        if not items:
-            return []
-        pipe = self._redis.pipeline(transaction=False)
-        for item in items:
-            add(pipe, item)
-        return list(pipe.execute())
+    def _tokens(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The tokens in sessions' hashes."""
+        return self._pipelined(keys, lambda pipe, at: pipe.hget(keys[at], "t"))
 
-    def _written(self, items: Sequence[Any], add: Callable[[Any, Any], object]) -> list[Any]:
-        """As _pipelined, for writes: they are as safe as a commit when this returns."""
-        wait = self.settings.wait
-        if wait is None:
-            return self._pipelined(items, add)
-        *replies, waited = self._pipelined(
-            [*items, None], lambda pipe, item: pipe.execute_command(*wait) if item is None else add(pipe, item)
-        )
-        if not self.settings.waited(waited):
-            raise redis.exceptions.ConnectionError(UNACKNOWLEDGED)
-        return replies
+    def _scripted(
+        self, script: Script, keys: Sequence[bytes], args: Sequence[Sequence[Any]], wait: Wait = None
+    ) -> list[Any]:
+        """Runs a script for each of these hashes; see scripts.py for why a cluster is told the record's key too."""
+        named = [[key] for key in keys]
+        if self._nodes.in_slots:
+            held = self._tokens(keys)
+            named = [[key, key + b":" + (token or b"")] for key, token in zip(keys, held, strict=True)]
+        return self._pipelined(keys, lambda pipe, at: script(named[at], args[at], pipe), wait)
+
+    def _pipelined(self, keys: Sequence[bytes], add: Add, wait: Wait = None) -> list[Any]:
+        """`add(pipe, at)` for each key, on the node that has it; with `wait`, as safe as a commit when this returns."""
+        try:
+            return pipelined(self._nodes, keys, add, wait, self.settings.waited)
+        except (redis.exceptions.MovedError, redis.exceptions.ClusterDownError, redis.exceptions.ConnectionError):
+            if not self._nodes.in_slots:
+                raise
+            self._nodes.refresh()
+            return pipelined(
+                self._nodes, keys, add, wait, self.settings.waited
+            )  # all that we ask for may be asked twice
 
     def _call(self, work: Callable[[], T]) -> T:
         try:
             return work()
         except (redis.exceptions.RedisError, OSError) as error:
             raise StoreUnavailable(_why(error)) from error
-
-
-def _client(url: str, timeout_s: float, retries: int) -> redis.Redis:
-    try:
-        # One retry is for a connection that was closed while it lay idle; redis-py's own retries back off for seconds.
-        return redis.Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            protocol=2,
-            retry=Retry(NoBackoff(), retries),
-        )
-    except ValueError as error:
-        raise StoreError(f"redis_url cannot be used: {error}") from error
 
 
 def _why(error: BaseException) -> str:

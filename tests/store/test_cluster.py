@@ -1,0 +1,242 @@
+"""A real Redis Cluster of three primaries: sessions spread over them, slots that move, a node that fails over or comes back
+empty, listing, and what is told when the URL names the wrong kind of Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engram_service.store import ClaimStatus, Store, StoreError, StoreUnavailable, Verdict, session_tag
+from engram_service.store.keys import meta_key
+from engram_service.store.nodes import slot, tag_slots
+
+MakeHolder = Callable[..., Any]
+OpenStore = Callable[..., Store]
+OK, FENCED = Verdict.OK, Verdict.FENCED
+NAMES = [f"s{n}" for n in range(120)]
+
+
+class Cluster:
+    """Three primaries; the slots in equal shares."""
+
+    def __init__(self, start: Callable[..., Any], free_port: Callable[[], int], until: Any) -> None:
+        self._start, self._free_port, self._until = start, free_port, until
+        self.ports: list[int] = []
+        self._moved: dict[int, int] = {}
+        self.processes = [self._node() for _ in range(3)]
+        bounds = [0, 5461, 10923, 16384]
+        for process, first, end in zip(self.processes, bounds[:-1], bounds[1:], strict=True):
+            process.client.execute_command("CLUSTER", "ADDSLOTS", *range(first, end))
+        self._join()
+
+    @property
+    def url(self) -> str:
+        return f"redis+cluster://127.0.0.1:{self.ports[1]}"
+
+    def _node(self) -> Any:
+        for _ in range(20):  # the bus has its port ten thousand above
+            port = self._free_port()
+            if port < 55_000:
+                break
+        self.ports.append(port)
+        return self._start(
+            "--port", str(port), "--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--bind", "127.0.0.1",
+            "--repl-diskless-sync-delay", "0", "--cluster-require-full-coverage", "no",
+        )  # fmt: skip
+
+    def _join(self) -> None:
+        for process in self.processes:
+            process.client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.ports[0])
+        self._until(lambda: all(self._sees(process) == (len(self.processes), "ok") for process in self.processes))
+
+    def _sees(self, process: Any) -> tuple[int, str]:
+        info = process.client.execute_command("CLUSTER INFO")
+        return int(info["cluster_known_nodes"]), info["cluster_state"]
+
+    def add_replica(self, of: int) -> Any:
+        process = self._node()
+        self.processes.append(process)
+        self._join()
+        process.client.execute_command("CLUSTER", "REPLICATE", self.id(of))
+        self._until(lambda: process.client.info("replication").get("master_link_status") == "up")
+        return process
+
+    def id(self, place: int) -> str:
+        return str(self.processes[place].client.execute_command("CLUSTER MYID").decode())
+
+    def begin_move(self, at: int, source: int, target: int) -> None:
+        self.processes[target].client.execute_command("CLUSTER", "SETSLOT", at, "IMPORTING", self.id(source))
+        self.processes[source].client.execute_command("CLUSTER", "SETSLOT", at, "MIGRATING", self.id(target))
+
+    def move_keys(self, source: int, target: int, *keys: bytes) -> None:
+        for key in keys:
+            self.processes[source].client.execute_command("MIGRATE", "127.0.0.1", self.ports[target], key, 0, 5000)
+
+    def end_move(self, at: int, target: int) -> None:
+        self._moved[at] = target
+        for process in (self.processes[target], *self.processes):
+            process.client.execute_command("CLUSTER", "SETSLOT", at, "NODE", self.id(target))
+
+    def owner(self, at: int) -> int:
+        return self._moved.get(at, int(at >= 5461) + int(at >= 10923))
+
+
+@pytest.fixture(scope="module")
+def shared(start_module_redis: Any, free_port: Callable[[], int], eventually: Any) -> Cluster:
+    return Cluster(start_module_redis, free_port, eventually)
+
+
+@pytest.fixture
+def cluster(shared: Cluster) -> Cluster:
+    """The module's cluster, emptied."""
+    for process in shared.processes[:3]:
+        process.client.execute_command("FLUSHALL")
+    return shared
+
+
+@pytest.fixture
+def own_cluster(start_redis: Any, free_port: Callable[[], int], eventually: Any) -> Cluster:
+    """A test's own, to break."""
+    return Cluster(start_redis, free_port, eventually)
+
+
+def test_slots_are_those_of_redis() -> None:
+    from redis.crc import key_slot
+
+    tags = [session_tag(name) for name in NAMES]
+    columns = np.array([np.frombuffer(tag, np.uint8) for tag in tags])
+    expected = [key_slot(meta_key(tag)) for tag in tags]
+    assert tag_slots(columns).tolist() == expected == [slot(meta_key(tag)) for tag in tags]
+
+
+def test_sessions_on_all_nodes(cluster: Cluster, open_store: OpenStore, holder: MakeHolder) -> None:
+    store, other = open_store(cluster.url), open_store(cluster.url)
+    owner = holder(store, *NAMES).claim()
+    assert owner.commit(1) == [OK] * 120 and owner.commit_inline(2).wait() == [OK] * 120
+    assert all(process.client.dbsize() > 40 for process in cluster.processes), "they are spread"
+    assert owner.stored() == [2] * 120 and owner.loaded().seq.tolist() == [2] * 120
+    taker = holder(other, *NAMES[::2]).claim()
+    assert [claim.epoch for claim in taker.claims] == [2] * 60
+    assert owner.commit(3) == [FENCED, OK] * 60 and taker.commit(3) == [OK] * 60
+    info = store.describe("s1", with_record=True)
+    assert info is not None
+    assert store.create("copy", "m/1", "f" * 32, info.record, 60_000, "0" * 16)
+    assert store.rewrite(info, "m/2", "f" * 32, info.record, "1" * 16)
+    store.delete(["s2", "s3", "s4"])
+    found, cursor = [], 0
+    while True:
+        cursor, page = store.page(cursor, 30)
+        found += [one.session_id for one in page]
+        if not cursor:
+            break
+    assert sorted(found) == sorted({*NAMES, "copy"} - {"s2", "s3", "s4"})
+    assert store.losses == other.losses == 0
+
+
+def test_a_slot_moves_while_its_session_is_stepped(
+    cluster: Cluster, open_store: OpenStore, holder: MakeHolder, troubles: Any
+) -> None:
+    store = open_store(cluster.url)
+    told = troubles(store)
+    owner = holder(store, *NAMES).claim()
+    assert owner.commit(1) == [OK] * 120
+    key = meta_key(session_tag("s5"))
+    at, source = slot(key), cluster.owner(slot(key))
+    target = (source + 1) % 3
+    cluster.begin_move(at, source, target)
+    assert owner.commit(2) == [OK] * 120, "nothing has moved yet"
+    record = key + b":" + owner.tokens[5].encode()
+    cluster.move_keys(source, target, record)
+    assert owner.commit(3) == [OK] * 120, "the record is asked for where it is"
+    with pytest.raises(StoreUnavailable, match="during rehashing"):
+        holder(store, "s5").claim()
+    cluster.move_keys(source, target, key)
+    assert owner.commit(4) == [OK] * 120 and owner.stored() == [4] * 120
+    cluster.end_move(at, target)
+    taker = holder(store, "s5").claim()
+    assert taker.claims[0].status is ClaimStatus.CARRIED, "a session is not started over because it moves"
+    assert taker.layout.unpack([taker.claims[0].record]).seq.tolist() == [4]
+    assert taker.commit(5) == [OK] and taker.stored() == [5], "MOVED is followed"
+    assert owner.commit(5) == [FENCED if n == 5 else OK for n in range(120)]
+    assert not any(told.told), "none of this is trouble"
+
+
+def test_one_node_that_comes_back_empty_is_written_to_again(
+    cluster: Cluster, open_store: OpenStore, holder: MakeHolder, troubles: Any, eventually: Any
+) -> None:
+    store = open_store(cluster.url)
+    told = troubles(store)
+    owner = holder(store, *NAMES).claim()
+    assert owner.commit(1) == [OK] * 120
+    lost = [n for n, name in enumerate(NAMES) if cluster.owner(slot(meta_key(session_tag(name)))) == 2]
+    well = next(n for n in range(120) if n not in lost)
+    cluster.processes[2].client.execute_command(
+        "FLUSHALL"
+    )  # a restart without its file, but for the map of the cluster
+    eventually(lambda: told.losses == 1)
+    assert [n for n, seq in enumerate(owner.stored()) if seq == -1] == lost
+    store.delete([NAMES[well]])
+    verdicts = owner.commit(2)
+    assert verdicts == [Verdict.GONE if n == well else OK for n in range(120)], "what was closed elsewhere stays closed"
+    assert owner.stored() == [-1 if n == well else 2 for n in range(120)]
+
+
+def test_the_wrong_kind_of_url_is_told(
+    cluster: Cluster, redis_process: Any, start_redis: Any, open_store: OpenStore, free_port: Any
+) -> None:
+    with pytest.raises(StoreError, match=r"redis\+cluster://"):
+        open_store(f"redis://127.0.0.1:{cluster.ports[0]}")
+    port = free_port()
+    start_redis("--port", str(port))
+    with pytest.raises(StoreError, match="give a redis:// URL"):
+        open_store(f"redis+cluster://127.0.0.1:{port}")
+    with pytest.raises(StoreError, match="redis_url"):
+        open_store("redis+cluster+nonsense://127.0.0.1:1")
+
+
+def test_a_cluster_that_is_away_at_the_start_is_found_later(
+    cluster: Cluster, open_store: OpenStore, holder: MakeHolder, troubles: Any, eventually: Any
+) -> None:
+    for process in cluster.processes:
+        process.kill()
+    store = open_store(f"redis+cluster://127.0.0.1:1,127.0.0.1:{cluster.ports[2]}", start=False)
+    told = troubles(store)
+    store.start()
+    assert told.told and told.told[0]
+    for process in cluster.processes:
+        process.start()
+
+    def claimed() -> bool:
+        try:
+            return holder(store, *NAMES).claim().commit(1) == [OK] * 120
+        except StoreUnavailable:
+            return False
+
+    eventually(claimed)
+    eventually(lambda: told.told[-1] == "")
+
+
+def test_a_primary_with_a_replica_waits_for_it_and_fails_over_to_it(
+    own_cluster: Cluster, open_store: OpenStore, holder: MakeHolder, troubles: Any, eventually: Any
+) -> None:
+    """redis_ack = replicated: rows of the nodes that have no replica wait, those of the one that has are told, and outlive it."""
+    own_cluster.add_replica(of=0)
+    careful = open_store(own_cluster.url, ack="replicated", ack_timeout_ms=300)
+    told = troubles(careful)
+    owner = holder(careful, *NAMES).claim()
+    first = [own_cluster.owner(slot(meta_key(session_tag(name)))) == 0 for name in NAMES]
+    commit = owner.submit(1)
+    eventually(lambda: commit.verdicts == [OK if mine else None for mine in first])
+    eventually(lambda: any("fewer copies" in why for why in told.told))
+    careful.close()
+    store = open_store(own_cluster.url)
+    told = troubles(store)
+    owner.store = store
+    own_cluster.processes[0].kill()
+    assert owner.submit(2).wait(20) == [OK] * 120
+    assert owner.stored() == [2] * 120 and store.losses == 0
+    eventually(lambda: not told.told or told.told[-1] == "")
+    assert holder(store, *NAMES[:30]).claim().commit(3) == [OK] * 30
