@@ -197,6 +197,22 @@ def test_the_wrong_kind_of_url_is_told(
         open_store("redis+cluster+nonsense://127.0.0.1:1")
 
 
+def test_a_password_for_a_cluster(cluster: Cluster, open_store: OpenStore, holder: MakeHolder) -> None:
+    clients = [process.client for process in cluster.processes[:3]]
+    try:
+        for client in clients:
+            client.config_set("requirepass", "sesame")
+            client.execute_command("AUTH", "sesame")
+        address = cluster.url.removeprefix("redis+cluster://")
+        for wrong in (cluster.url, f"redis+cluster://:swordfish@{address}"):
+            with pytest.raises(StoreError, match="credentials"):
+                open_store(wrong)
+        assert holder(open_store(f"redis+cluster://:sesame@{address}"), *NAMES).claim().commit(1) == [OK] * 120
+    finally:
+        for client in clients:
+            client.config_set("requirepass", "")
+
+
 def test_a_cluster_that_is_away_at_the_start_is_found_later(
     cluster: Cluster, open_store: OpenStore, holder: MakeHolder, troubles: Any, eventually: Any
 ) -> None:

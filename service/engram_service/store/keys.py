@@ -2,7 +2,8 @@
 
     engram:{TAG}           hash    i id, m "name/version", f fingerprint, t token, h client id, e epoch, c created, l ttl (ms)
     engram:{TAG}:TOKEN     string  the record, under the claim's token; see record.py
-    engram:generation      string  random; gone or different: this Redis has lost its data
+    engram:generation      string  random; gone or different: this Redis has lost its data; in a cluster one on
+                                   each node, engram:generation:{N}
 
 TAG is a hash of the session id, so that keys of all sessions are equally long (a tick's commit is then one numpy array),
 and the braces put both keys of a session into one slot of a Redis Cluster.

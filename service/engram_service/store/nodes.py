@@ -140,6 +140,8 @@ class ClusterNodes(Nodes):
                 else:
                     self._cluster.nodes_manager.initialize()
             except redis.exceptions.RedisClusterException as error:  # which is no RedisError
+                if isinstance(error.__cause__, redis.exceptions.AuthenticationError):
+                    raise error.__cause__ from None
                 raise redis.exceptions.ConnectionError(str(error)) from error
             self._map = _mapped(self._cluster)
 
