@@ -166,6 +166,27 @@ def test_redis_absent_at_start(
             assert time.monotonic() < deadline, "recovery needs no restart"
 
 
+def test_steps_wait_for_a_replica_that_is_gone_and_go_on_when_it_is_back(
+    tmp_path: pathlib.Path, start_redis: Any, free_port: Any, connect: Connect, request: Any
+) -> None:
+    port = str(free_port())
+    primary = start_redis("--port", port, "--repl-diskless-sync-delay", "0")
+    replica = start_redis("--replicaof", "127.0.0.1", port)
+    flags = ("--redis-url", primary.url, "--redis-ack", "replicated", "--redis-ack-timeout-ms", "200")
+    with _server_type(request)(tmp_path, *flags) as server:
+        raw = connect(server)
+        expected = reference(raw, 4)
+        handle = handle_of(raw, "copied")
+        assert _step(raw, handle, 1) == expected[0]
+        replica.kill()
+        raw.steps([handle], [2], INPUTS[1][None], timeout_ms=1000)
+        assert raw.refusal() == ("STORE_UNAVAILABLE", [2])
+        raw.steps([handle], [2], INPUTS[1][None], timeout_ms=20_000)
+        replica.start()
+        assert bytes(raw.next("outputs").outputs) == expected[1], "it waited, and went on by itself"
+        assert _step(raw, handle, 3) == expected[2]
+
+
 @pytest.mark.parametrize("damage", ["flipped", "short", "other"])
 def test_a_damaged_record_is_refused_and_can_be_closed(
     server: ServerProcess, redis_process: RedisProcess, connect: Connect, damage: str
