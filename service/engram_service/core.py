@@ -532,8 +532,7 @@ class Core:
         refusal = taken_over() if why == TAKEN_OVER else closed()
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), refusal)
         self.detach(sessions, why)
-        for row in sessions.tolist():
-            self.residency.remove(row)
+        self.residency.remove(sessions)
 
     def hand_over(self, sessions: NDArray[np.int32]) -> None:
         """Before an open, move or close: waiting steps of these sessions are dropped; their clients send them again, or

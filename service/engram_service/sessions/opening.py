@@ -131,10 +131,8 @@ class Sessions:
             if not frame.detach:
                 await self.call(deadline, self._store.delete, ids)
                 self._core.metrics.sessions_closed.inc(len(ids))
-            for session_id in ids:
-                row = self._core.table.find(session_id)
-                if row is not None:
-                    self._core.residency.remove(row)
+            left = [row for session_id in ids if (row := self._core.table.find(session_id)) is not None]
+            self._core.residency.remove(np.array(left, np.int32))
         return errors
 
     async def delete(self, session_id: str) -> None:
@@ -278,7 +276,7 @@ class Sessions:
         """After a claim that failed in the store: what this server may have thought of the session is out of date."""
         row = self._core.table.find(session_id)
         if row is not None and self._core.table.stream[row] < 0:
-            self._core.residency.remove(row)
+            self._core.residency.remove(np.array([row]))
 
 
 class _Hold:

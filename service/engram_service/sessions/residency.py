@@ -154,16 +154,17 @@ class Residency:
         """The streams of these sessions are gone: what is volatile is committed soon, then the rows are forgotten."""
         self._core.table.used[rows] = -1e9  # first to be swept
 
-    def remove(self, row: int) -> None:
-        """Forgets a session that this server has no longer. It must not be in a tick."""
+    def remove(self, rows: NDArray[Any]) -> None:
+        """Forgets sessions that this server has no longer. They must not be in a tick."""
         table = self._core.table
-        served = self._core.catalog.models[int(table.model[row])]
-        self.forget_slots(served, np.array([row], np.int32))
-        waiting = self._wanting.get(served.index)
-        if waiting and row in waiting:
-            waiting.remove(row)
+        for model in np.unique(table.model[rows]).tolist():
+            gone = rows[table.model[rows] == model]
+            self.forget_slots(self._core.catalog.models[model], gone)
+            if waiting := self._wanting.get(model):
+                left = set(gone.tolist())
+                self._wanting[model] = deque(row for row in waiting if row not in left)
         with self._core.queue.lock:
-            table.remove(row)
+            table.remove(rows)
 
     def forget_slots(self, served: Served, rows: NDArray[Any]) -> None:
         """Frees the slots; the records have what is needed."""
@@ -300,8 +301,8 @@ class Residency:
         high = table.high
         alone = (table.stream[:high] == NO_STREAM) & (table.model[:high] >= 0) & (table.slot[:high] == NO_SLOT)
         alone &= ~table.busy[:high] & ~table.opening[:high] & ~table.flushing[:high]
-        for row in np.flatnonzero(alone).tolist():
-            self.remove(row)
+        if alone.any():
+            self.remove(np.flatnonzero(alone))
         if freed or alone.any():
             _give_memory_back()
 

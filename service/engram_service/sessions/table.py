@@ -108,12 +108,14 @@ class SessionTable:
         self._row_of[session_id] = row
         return row
 
-    def remove(self, row: int) -> None:
-        del self._row_of[self.id_of(row)]
-        self.ids[row] = None
+    def remove(self, rows: NDArray[Any]) -> None:
+        """Frees rows. Callers hold the queue's lock."""
+        for row in rows.tolist():
+            del self._row_of[self.id_of(row)]
+            self.ids[row] = None
         for name, (_, _, unused) in _COLUMNS.items():
-            getattr(self, name)[row] = unused
-        self._free.append(row)
+            getattr(self, name)[rows] = unused
+        self._free.extend(rows.tolist())
 
     def _grow(self) -> None:
         for name, (dtype, shape, unused) in _COLUMNS.items():
