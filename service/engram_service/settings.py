@@ -34,7 +34,8 @@ class Settings:
     listen: str = _setting("127.0.0.1:50051", "address of the gRPC service, HOST:PORT")
     http: str = _setting("127.0.0.1:9464", "address of /metrics and /healthz, HOST:PORT")
     redis_url: str = _setting(
-        "", "redis://, rediss://, unix://, redis+cluster:// or rediss+cluster:// URL; none: a private Redis in the data directory"
+        "",
+        "redis://, rediss://, unix://, redis+cluster:// or rediss+cluster:// URL; none: a private Redis in the data directory",
     )
     data_dir: str = _setting("", "directory of the private Redis; none: engram in the user's data home")
     device: str = _setting("auto", "auto, cpu or cuda:N")

@@ -7,16 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from engram_service.bench.plain import STYLES
 from engram_service.store.private import PrivateRedis, PrivateSettings
 
 HERE = Path(__file__).resolve().parent
 
 
-def test_the_plain_server_computes_w_and_keeps_its_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("style", STYLES)
+def test_the_plain_server_computes_w_and_keeps_its_state(tmp_path: Path, style: str) -> None:
     store = PrivateRedis(PrivateSettings(tmp_path / "redis"))
     store.start()
     server = subprocess.Popen(
-        [sys.executable, HERE / "plain_server.py", "--redis-url", store.url], stdout=subprocess.PIPE, text=True
+        [sys.executable, HERE / "plain_server.py", "--style", style, "--redis-url", store.url],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert server.stdout is not None
