@@ -190,6 +190,12 @@ def server(tmp_path: pathlib.Path) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture
+def server_with(tmp_path: pathlib.Path) -> Callable[..., ServerProcess]:
+    """Makes a server with flags of the test's own, to be entered as a context."""
+    return lambda *flags: ServerProcess(tmp_path, *flags)
+
+
+@pytest.fixture
 def start_redis(tmp_path: pathlib.Path) -> Iterator[Callable[..., RedisProcess]]:
     """Starts Redis processes with flags of their own, and ends them."""
     yield from _starter(tmp_path)
