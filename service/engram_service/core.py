@@ -42,7 +42,7 @@ from engram_service.sessions.streams import (
     event_frame,
     outputs_frame,
 )
-from engram_service.sessions.table import NO_STREAM, SessionTable
+from engram_service.sessions.table import NO_SLOT, NO_STREAM, SessionTable
 from engram_service.settings import Settings
 from engram_service.store import MetaFields, Store, Verdict
 from engram_service.work import WorkQueue
@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 Refused = list[tuple[NDArray[np.bool_], Refusal]]
 
+_HANDLE_NBYTES, _SEQ_NBYTES = 4, 8
+_NO_FLAGS = np.zeros(1, np.uint8)
 _RETRY_MS = 50
 _SWEEP_S = 0.02
 
@@ -82,6 +84,7 @@ class Core:
         self._advances: set[Advance] = set()
         self._repeats: dict[tuple[int, int], tuple[Stream, float]] = {}  # (session, seq) in flight, asked for again
         self._streams_made = 0
+        self._room = 0  # rows that may certainly come before `rows_in_flight` must be counted again
 
     # Streams
 
@@ -116,6 +119,8 @@ class Core:
     def steps(self, stream: Stream, frame: stream_pb2.StepsFrame) -> None:
         """Admits a frame: good rows wait for their tick, repeated ones are answered, bad ones are refused."""
         now = time.monotonic()
+        if len(frame.handles) == _HANDLE_NBYTES and self._admit_one(stream, frame, now):
+            return
         try:
             columns = read_columns(frame, self.settings.frame_rows_max)
             if not len(columns):
@@ -186,9 +191,43 @@ class Core:
     def _check_room(self, rows: int) -> None:
         if self.draining:
             raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
-        if self.rows_in_flight() + rows > self.settings.queue_rows_max:
+        if rows > self._room:
+            self._room = self.settings.queue_rows_max - self.rows_in_flight()
+        if rows > self._room:
             message = f"{self.settings.queue_rows_max} rows are in flight, this server's limit"
             raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+        self._room -= rows
+
+    def _admit_one(self, stream: Stream, frame: stream_pb2.StepsFrame, now: float) -> bool:
+        """Admits the usual frame of a client with one session, at a tenth of what columns cost for one row.
+
+        False: something about it is not usual, and `steps` shall look at it.
+        """
+        row = stream.row_of(int.from_bytes(frame.handles, "little"))
+        unusual = frame.flags or frame.repeats or frame.dtype or self.draining or self._room < 1
+        if row < 0 or unusual or len(frame.seqs) != _SEQ_NBYTES:
+            return False
+        table, seq = self.table, int.from_bytes(frame.seqs, "little")
+        served = self.catalog.models[table.model.item(row)]
+        spec = served.bundle.input
+        if frame.acknowledged_seqs:
+            if len(frame.acknowledged_seqs) != _SEQ_NBYTES:
+                return False
+            acked = min(int.from_bytes(frame.acknowledged_seqs, "little"), table.applied.item(row))
+            table.acked[row] = max(acked, table.acked.item(row))
+        fresh = seq == table.admitted.item(row) + 1 and seq <= table.acked.item(row) + served.arena.window
+        if not fresh or table.opening.item(row) or table.slot.item(row) == NO_SLOT or len(frame.inputs) != spec.nbytes:
+            return False
+        inputs = np.frombuffer(frame.inputs, np.uint8).reshape(1, spec.nbytes)
+        if not served.bundle.allows_non_finite and _not_finite(inputs, spec.dtype) is not None:
+            return False
+        rows, seqs = np.array([row], np.int32), np.array([seq], np.uint64)
+        self._room -= 1
+        stream.in_flight += 1
+        table.admitted[row] = seq
+        deadline = self._deadline(frame.timeout_ms, now)
+        self.queue.add(served.index, Batch(stream, rows, seqs, _NO_FLAGS, inputs, True, now, deadline))
+        return True
 
     def _admit(
         self, stream: Stream, served: Served, rows: NDArray[np.int32], columns: StepColumns, inputs: NDArray[np.uint8],

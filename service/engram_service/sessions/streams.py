@@ -65,6 +65,10 @@ class Stream:
             return self._rows[handles]
         return np.where(known, self._rows[np.where(known, handles, 0)], UNKNOWN).astype(np.int32)
 
+    def row_of(self, handle: int) -> int:
+        """The same for one handle."""
+        return self._rows.item(handle) if handle < self._handles else UNKNOWN
+
     def attached(self) -> NDArray[np.int32]:
         rows = self._rows[: self._handles]
         return rows[rows >= 0]
