@@ -42,7 +42,7 @@ def test_the_demo_draws_plain_lines_where_there_is_no_terminal() -> None:
     assert "bits that differ  0" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("durability", ["step", "interval"])
+@pytest.mark.parametrize("durability", ["step", pytest.param("interval", marks=pytest.mark.slow)])
 def test_the_bench_measures_and_compares(durability: str) -> None:
     done = engram(
         "bench", "--json", "--sessions", "12", "--connections", "4", "--seconds", "1", "--warm-up", "0.3", "--no-plain",

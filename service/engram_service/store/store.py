@@ -99,6 +99,8 @@ class Store:
         self._closed.set()
         self._committers.close()
         self._nodes.close()
+        if self._watcher.is_alive():
+            self._watcher.join(_WATCH_TIMEOUT_S)  # it may be reading from what is closed next
         self._watched.close()
 
     # The path of a step
