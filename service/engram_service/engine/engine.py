@@ -98,6 +98,9 @@ class Engine:
             if callable(work):
                 self._job(work)
             elif work is not None:
+                if sent is not None and len(work[1].waves) > 1:
+                    self._store.finish(sent)  # nobody's answer shall wait for a long tick
+                    sent = None
                 job = self._tick(*work)
             if sent is not None:
                 self._store.finish(sent)

@@ -39,13 +39,13 @@ def traced(step: Step, arena: Arena) -> Step:
 
 def _record(step: Step, example: list[Tensor]) -> Step:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # that it is deprecated, and that shapes are taken for constants: see _same_bits
+        # That it is deprecated, and that shapes are taken for constants, which _same_bits looks at.
+        warnings.simplefilter("ignore")
         recorded: Step = torch.jit.trace(step, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
-        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # of this thread; as recorded: fused operations round in other ways
+        # As recorded: fused operations round in other ways. The switch is the calling thread's own.
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
             return recorded(*values)
 
     return run

@@ -76,6 +76,8 @@ class PrivateRedis:
             log.warning("the private Redis was not there to be stopped")
         if self._process is not None:
             self._process.wait(10)
+        if self._socket.parent != self._directory:
+            shutil.rmtree(self._socket.parent, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
 
