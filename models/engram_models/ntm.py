@@ -23,6 +23,7 @@ from engram_models.spec import TensorSpec
 MEMORY_START = 1e-6
 PARAMETER_MAX = 20.0  # head parameters are clipped to this, so that no strength or sharpness runs away
 _TINY = 1e-8
+_ALIGNED = 4  # float32 in the 16 bytes at which matrix libraries like rows to start
 
 
 def content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
     memory [batch, N, M], key [batch, heads, M], beta [batch, heads] -> [batch, heads, N], each row a distribution.
     Norms are at least 1e-4, so that an empty location or key is unlike everything rather than undefined.
     """
-    dots = torch.bmm(key, memory.transpose(1, 2))
+    dots = product(key, memory.transpose(1, 2))
     norms = _norm(key).unsqueeze(2) * _norm(memory).unsqueeze(1)
     return torch.softmax(beta.unsqueeze(2) * (dots / norms), 2)
 
@@ -62,6 +63,19 @@ def softplus(x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or x.device.type != "cpu":
         return functional.softplus(x)
     return torch.relu(x) + torch.log1p(torch.exp(-x.abs()))
+
+
+def product(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Each batch row's own product: rows [batch, heads, in], matrices [batch, in, out] -> [batch, heads, out].
+
+    Matrix libraries round by where in memory a matrix starts, so that a row's bits would depend on its place in the batch;
+    with zeros up to whole multiples of 16 bytes all places are alike.
+    """
+    inner, outer = -matrices.shape[1] % _ALIGNED, -matrices.shape[2] % _ALIGNED
+    if torch.is_grad_enabled() or not (inner or outer):
+        return torch.bmm(rows, matrices)
+    wide = torch.bmm(functional.pad(rows, (0, inner)), functional.pad(matrices, (0, outer, 0, inner)))
+    return wide[:, :, : matrices.shape[2]]
 
 
 def _norm(rows: Tensor) -> Tensor:
@@ -166,7 +180,7 @@ class NTM(Cell):
         emitted = affine(after[0], self.emit.weight, self.emit.bias).clamp(-PARAMETER_MAX, PARAMETER_MAX)
         *addressing, erase, add = torch.split(emitted, self.sizes, 1)
         weighting = self._address(memory, torch.stack(weightings, 1), *addressing)
-        read = torch.bmm(weighting[:, : self.read_heads], memory)
+        read = product(weighting[:, : self.read_heads], memory)
         memory = self._write(memory, weighting[:, self.read_heads :], self._rows(erase), self._rows(add))
         y = self.activate(affine(torch.cat((after[0], read.flatten(1)), 1), self.head.weight, self.head.bias))
         return y, self.state_type(*after[:owned], memory, *weighting.unbind(1), *read.unbind(1))
