@@ -247,6 +247,36 @@ def test_locations_come_to_differ_from_the_even_start() -> None:
     assert (memory[0] - memory[1]).abs().max() > 1e-3
 
 
+def copy_task(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random bits [rows, length, 8], then a mark, then nothing while they are to be said again."""
+    bits = torch.randint(0, 2, (rows, length, 8), generator=generator).float()
+    xs = torch.zeros(rows, 2 * length + 1, 9)
+    xs[:, :length, :8], xs[:, length, 8] = bits, 1
+    return xs, bits
+
+
+def test_it_learns_to_copy_through_its_memory() -> None:
+    """A feed-forward controller has nowhere but the memory to keep bits: without it the loss is that of guessing, log 2."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    cell = NTM(9, 8, 64, "feedforward", slots=16, width=12)
+    optimizer = torch.optim.Adam(cell.parameters(), 5e-3)
+
+    def loss_of(rows: int, length: int) -> Tensor:
+        xs, bits = copy_task(rows, length, generator)
+        ys = cell.sequence(xs)[0][:, length + 1 :]
+        return torch.nn.functional.binary_cross_entropy_with_logits(ys, bits)
+
+    for _ in range(400):
+        loss = loss_of(32, int(torch.randint(1, 5, (), generator=generator)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(cell.parameters(), 10)
+        optimizer.step()
+    with torch.inference_mode():
+        assert loss_of(128, 4).item() < np.log(2) / 3
+
+
 def test_a_served_size_keeps_its_floor_small_and_survives_its_bundle(tmp_path) -> None:
     torch.manual_seed(0)
     cell = NTM(9, 8, activation="sigmoid").eval()
