@@ -1,5 +1,6 @@
 """Engram's models: cells, the bundles that carry them, the probe that finds how they may be batched, and training."""
 
+from engram_models.bidirectional import Bidirectional
 from engram_models.bundle import (
     Bundle,
     BundleError,
@@ -13,6 +14,7 @@ from engram_models.bundle import (
 from engram_models.cell import Cell, State
 from engram_models.digits import Digits, heldout_digits
 from engram_models.importers import bundle_from_torch
+from engram_models.ntm import NTM, content_addressing
 from engram_models.probe import batch_floor
 from engram_models.recurrent import GRU, LSTM, GRUResetAfter, PeepholeLSTM, VanillaRNN
 from engram_models.spec import TensorSpec
@@ -20,6 +22,8 @@ from engram_models.spec import TensorSpec
 __all__ = [
     "GRU",
     "LSTM",
+    "NTM",
+    "Bidirectional",
     "Bundle",
     "BundleError",
     "BundleRef",
@@ -33,6 +37,7 @@ __all__ = [
     "VanillaRNN",
     "batch_floor",
     "bundle_from_torch",
+    "content_addressing",
     "heldout_digits",
     "load_bundle",
     "shipped_models_dir",

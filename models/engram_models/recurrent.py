@@ -55,7 +55,7 @@ def _widened(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "softmax": lambda y: torch.softmax(y, -1),
     "sigmoid": lambda y: sigma_(y.clone()),  # without a head y is a state too
@@ -211,12 +211,12 @@ class RecurrentCell(Cell):
         super().__init__()
         if min(input_size, hidden_size, layers, output_size or 1) < 1:
             raise ValueError("input_size, hidden_size, layers and output_size must be at least 1")
-        if activation not in _HEADS:
-            raise ValueError(f"activation {activation!r} is not one of {', '.join(_HEADS)}")
+        if activation not in HEADS:
+            raise ValueError(f"activation {activation!r} is not one of {', '.join(HEADS)}")
         sizes = [input_size, *[hidden_size] * (layers - 1)]
         self.layers = nn.ModuleList(self.layer_type(size, hidden_size, **options) for size in sizes)
         self.head = None if output_size is None else nn.Linear(hidden_size, output_size)
-        self.activate = _HEADS[activation]
+        self.activate = HEADS[activation]
         names = [f"{name}{number}" for number in range(layers) for name in self.layer_type.states]
         config = {
             "input_size": input_size,

@@ -14,7 +14,7 @@ TORCH_DTYPES = {
     "int64": torch.int64,
     "bool": torch.bool,
 }
-ROLES = ("", "recurrent", "window", "memory", "tokens", "counter")
+ROLES = ("", "recurrent", "window", "memory", "addressing", "tokens", "counter")
 
 
 @dataclass(frozen=True, slots=True)

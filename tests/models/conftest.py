@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from engram_models import GRU, LSTM, Cell, GRUResetAfter, PeepholeLSTM, VanillaRNN, write_bundle
+from engram_models import (
+    GRU,
+    LSTM,
+    NTM,
+    Bidirectional,
+    Cell,
+    GRUResetAfter,
+    PeepholeLSTM,
+    VanillaRNN,
+    write_bundle,
+)
 
 CASES: dict[str, Callable[[], Cell]] = {
     "rnn-tanh": lambda: VanillaRNN(5, 7, layers=2, output_size=3, activation="softmax"),
@@ -18,6 +28,14 @@ CASES: dict[str, Callable[[], Cell]] = {
     "lstm": lambda: LSTM(5, 7, layers=3, output_size=4, activation="softmax"),
     "lstm-no-head": lambda: LSTM(3, 4),
     "lstm-peephole": lambda: PeepholeLSTM(5, 7, layers=2, output_size=3, activation="none"),
+}
+OTHERS: dict[str, Callable[[], Cell]] = {
+    "ntm": lambda: NTM(5, 3, hidden_size=7, slots=9, width=4),
+    "ntm-heads": lambda: NTM(
+        5, 3, 7, "feedforward", slots=9, width=4, read_heads=2, write_heads=2, activation="sigmoid"
+    ),
+    "bidirectional": lambda: Bidirectional(5, 7, 3, output_size=3, activation="softmax"),
+    "bidirectional-gru": lambda: Bidirectional(5, 7, 0, "gru"),
 }
 
 
@@ -35,6 +53,13 @@ def cell(request: pytest.FixtureRequest) -> Cell:
     """One cell of each sort, seeded, in evaluation mode."""
     torch.manual_seed(5)
     return CASES[request.param]().eval()
+
+
+@pytest.fixture(params=[*CASES, *OTHERS])
+def any_cell(request: pytest.FixtureRequest) -> Cell:
+    """Beyond the deck's recurrent cells, whatever else keeps the contract."""
+    torch.manual_seed(5)
+    return {**CASES, **OTHERS}[request.param]().eval()
 
 
 @pytest.fixture

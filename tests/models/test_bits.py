@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from engram_models import GRU, LSTM, Cell, GRUResetAfter, PeepholeLSTM, State, VanillaRNN, batch_floor
+from engram_models import (
+    GRU,
+    LSTM,
+    NTM,
+    Bidirectional,
+    Cell,
+    GRUResetAfter,
+    PeepholeLSTM,
+    State,
+    TensorSpec,
+    VanillaRNN,
+    batch_floor,
+)
 from engram_models.recurrent import sigma_
 
 BATCH_MAX = 128
@@ -32,12 +44,18 @@ def run(cell: Cell, xs: Tensor, state: State) -> list[Tensor]:
     return seen
 
 
+def random_tensor(rows: int, spec: TensorSpec) -> Tensor:
+    if spec.torch_dtype.is_floating_point:
+        return torch.randn(rows, *spec.shape)
+    return torch.randint(0, 2, (rows, *spec.shape))
+
+
 def assert_same_bits(cell: Cell, trials: int, batch_max: int) -> None:
     """Random rows in random batches of multiples of the floor, against the same rows in one batch of their own."""
     floor = batch_floor(cell, "cpu", batch_max)
     assert floor is not None
     xs = torch.randn(STEPS, batch_max, *cell.input.shape)
-    before = [torch.randn(batch_max, *spec.shape) for spec in cell.state_schema]
+    before = [random_tensor(batch_max, spec) for spec in cell.state_schema]
     with torch.inference_mode():
         expected = run(cell, xs, cell.state_type(*before))
         for _ in range(trials):
@@ -47,8 +65,8 @@ def assert_same_bits(cell: Cell, trials: int, batch_max: int) -> None:
             assert all(torch.equal(a, b[rows]) for a, b in zip(got, expected, strict=True)), (size, floor)
 
 
-def test_same_bits_in_any_batch(cell: Cell, threads: int) -> None:
-    assert_same_bits(cell, TRIALS // threads, BATCH_MAX)
+def test_same_bits_in_any_batch(any_cell: Cell, threads: int) -> None:
+    assert_same_bits(any_cell, TRIALS // threads, BATCH_MAX)
 
 
 @pytest.mark.parametrize("kind", [VanillaRNN, GRU, GRUResetAfter, LSTM, PeepholeLSTM])
@@ -58,6 +76,21 @@ def test_same_bits_at_any_width(kind: type[Cell], hidden: int) -> None:
     assert_same_bits(
         kind.from_config({"input_size": 64, "hidden_size": hidden, "output_size": 16}).eval(), 8, BATCH_MAX
     )
+
+
+@pytest.mark.parametrize("controller", ["lstm", "feedforward"])
+@pytest.mark.parametrize(("slots", "width"), [(14, 1), (56, 8), (128, 20), (206, 33), (129, 21), (100, 6)])
+def test_a_memory_has_the_same_bits_at_any_size(controller: str, slots: int, width: int) -> None:
+    torch.manual_seed(width)
+    cell = NTM(9, 8, 100, controller, slots=slots, width=width, read_heads=2)
+    assert_same_bits(cell.eval(), 8, BATCH_MAX)
+
+
+@pytest.mark.parametrize("look_ahead", [1, 8])
+@pytest.mark.parametrize("net", ["rnn", "gru-reset-after", "lstm"])
+def test_a_window_has_the_same_bits_at_any_length(net: str, look_ahead: int) -> None:
+    torch.manual_seed(look_ahead)
+    assert_same_bits(Bidirectional(20, 33, look_ahead, net, output_size=5).eval(), 8, BATCH_MAX)
 
 
 def test_the_yardstick_may_run_in_small_batches() -> None:

@@ -91,7 +91,14 @@ def deck(cell: Any, x: Array, state: Sequence[Array]) -> tuple[Array, list[Array
 
 
 def random_state(cell: Cell, batch: int, dtype: torch.dtype = torch.float32) -> State:
-    return cell.state_type(*(torch.randn(batch, *spec.shape, dtype=dtype) for spec in cell.state_schema))
+    return cell.state_type(
+        *(
+            torch.randn(batch, *spec.shape, dtype=dtype)
+            if spec.torch_dtype.is_floating_point
+            else torch.randint(0, 2, (batch, *spec.shape), dtype=spec.torch_dtype)
+            for spec in cell.state_schema
+        )
+    )
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["serving", "training"])
@@ -149,32 +156,32 @@ def test_a_cell_matches_torch_over_200_steps(sort: str, layers: int) -> None:
         torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
 
 
-def test_stepping_gives_the_bits_of_the_sequence(cell: Cell) -> None:
-    xs = torch.randn(4, 30, *cell.input.shape)
+def test_stepping_gives_the_bits_of_the_sequence(any_cell: Cell) -> None:
+    xs = torch.randn(4, 30, *any_cell.input.shape)
     with torch.inference_mode():
-        ys, last = cell.sequence(xs)
-        state = cell.initial_state(4)
+        ys, last = any_cell.sequence(xs)
+        state = any_cell.initial_state(4)
         for t in range(30):
-            y, state = cell(xs[:, t], state)
+            y, state = any_cell(xs[:, t], state)
             assert torch.equal(y, ys[:, t])
     assert all(torch.equal(a, b) for a, b in zip(state, last, strict=True))
 
 
-def test_a_step_changes_neither_its_arguments_nor_the_cell(cell: Cell) -> None:
-    x, state = torch.randn(4, *cell.input.shape), random_state(cell, 4)
-    copies = [tensor.clone() for tensor in (x, *state, *cell.parameters())]
+def test_a_step_changes_neither_its_arguments_nor_the_cell(any_cell: Cell) -> None:
+    x, state = torch.randn(4, *any_cell.input.shape), random_state(any_cell, 4)
+    copies = [tensor.clone() for tensor in (x, *state, *any_cell.parameters())]
     with torch.inference_mode():
-        cell(x, state)
-    assert all(torch.equal(a, b) for a, b in zip(copies, (x, *state, *cell.parameters()), strict=True))
+        any_cell(x, state)
+    assert all(torch.equal(a, b) for a, b in zip(copies, (x, *state, *any_cell.parameters()), strict=True))
 
 
-def test_the_schema_tells_what_a_step_gives(cell: Cell) -> None:
+def test_the_schema_tells_what_a_step_gives(any_cell: Cell) -> None:
     with torch.inference_mode():
-        y, state = cell(torch.randn(3, *cell.input.shape), cell.initial_state(3))
-    assert y.shape == (3, *cell.output.shape)
-    assert y.dtype == cell.output.torch_dtype
-    assert [tuple(t.shape[1:]) for t in state] == [spec.shape for spec in cell.state_schema]
-    assert state._fields == tuple(spec.name for spec in cell.state_schema)  # type: ignore[attr-defined]
+        y, state = any_cell(torch.randn(3, *any_cell.input.shape), any_cell.initial_state(3))
+    assert y.shape == (3, *any_cell.output.shape)
+    assert y.dtype == any_cell.output.torch_dtype
+    assert [tuple(t.shape[1:]) for t in state] == [spec.shape for spec in any_cell.state_schema]
+    assert state._fields == tuple(spec.name for spec in any_cell.state_schema)  # type: ignore[attr-defined]
 
 
 def test_a_cell_learns() -> None:
@@ -208,10 +215,10 @@ def test_wrong_sizes_are_refused(wrong: dict[str, Any], message: str) -> None:
         LSTM(**{"input_size": 3, "hidden_size": 4, **wrong})
 
 
-def test_extreme_numbers_saturate(cell: Cell) -> None:
+def test_extreme_numbers_saturate(any_cell: Cell) -> None:
     """A gate that is far out is 0 or 1, not NaN."""
-    x = torch.full((4, *cell.input.shape), 1e4)
+    x = torch.full((4, *any_cell.input.shape), 1e4)
     with torch.inference_mode():
         for sign in (1, -1):
-            y, state = cell(sign * x, cell.initial_state(4))
+            y, state = any_cell(sign * x, any_cell.initial_state(4))
             assert all(torch.isfinite(tensor).all() for tensor in (y, *state))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from engram_models import Cell, load_bundle, write_bundle
+from engram_models import NTM, Bidirectional, Cell, load_bundle, write_bundle
 from engram_models.cell import State
 from engram_models.recurrent import KINDS, LSTM
 from engram_service.engine.arena import Arena
@@ -54,6 +54,24 @@ def test_recorded_steps_give_the_cells_bits(kind: type[Cell], size: dict[str, ob
     step = step_of(arena)
     assert traced(step, arena) is not step, "recorded"
     assert all(np.array_equal(one, other) for one, other in zip(run(arena, True), run(arena, False), strict=True))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        lambda: NTM(5, 5, slots=128, width=20),
+        lambda: NTM(5, 3, 33, "feedforward", slots=17, width=7, read_heads=2, write_heads=2, activation="softmax"),
+        lambda: Bidirectional(5, 33, 4, output_size=5),
+        lambda: Bidirectional(5, 33, 0, "gru", output_size=3, activation="sigmoid"),
+    ],
+    ids=["ntm", "ntm-heads", "bidirectional", "bidirectional-gru"],
+)
+def test_steps_with_a_memory_or_a_window_are_recorded(cell: Callable[[], Cell], tmp_path) -> None:
+    torch.manual_seed(0)
+    arena = arena_of(cell(), tmp_path)
+    step = step_of(arena)
+    assert traced(step, arena) is not step, "recorded"
+    assert all(np.array_equal(one, other) for one, other in zip(run(arena, True, 8), run(arena, False, 8), strict=True))
 
 
 class Moody(LSTM):
