@@ -19,7 +19,7 @@ from engram.v1 import model_pb2
 from engram_models import Bundle, BundleError, BundleRef, Repository, TensorSpec, batch_floor, load_bundle
 from engram_service.engine.arena import Arena
 from engram_service.engine.cuda import CudaRunner
-from engram_service.engine.runner import Runner, Shapes
+from engram_service.engine.runner import TILE_ROWS, Runner, Shapes
 from engram_service.engine.step import step_of
 from engram_service.engine.traced import traced
 from engram_service.errors import NotFound
@@ -165,10 +165,11 @@ class Catalog:
         sizes = [bucket for bucket in _CUDA_BUCKETS if bucket <= rows_max] if cuda else None
         floor = batch_floor(bundle.cell, self._device, rows_max, sizes)
         if floor is None:
-            log.warning(
-                "model %s/%s: no batch floor found, rows run in tiles of one shape", bundle.name, bundle.version
-            )
-        if sizes is None or floor is None:
+            alike = batch_floor(bundle.cell, self._device, TILE_ROWS, [TILE_ROWS]) is not None
+            tile = TILE_ROWS if alike else 1
+            log.warning("model %s/%s: no batch floor found; batches are of %d", bundle.name, bundle.version, tile)
+            return Shapes(None, tile=tile)
+        if sizes is None:
             return Shapes(floor)
         return Shapes(floor, tuple(bucket for bucket in sizes if bucket % floor == 0))
 

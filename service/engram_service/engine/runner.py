@@ -2,7 +2,8 @@
 
 A row must not feel who shares its batch (promise 5). The probe at load finds a floor: batches of a multiple of that many
 rows all give a row the same bits, so batches are padded up to one. Where it finds none, batches are cut into tiles of one
-fixed shape, which is slower and just as exact. On a GPU a batch is padded to one of a few buckets, each a CUDA graph.
+fixed shape: of 32 rows if the probe saw no place in them matter, else of one row, which is slow and exact. On a GPU a batch is
+padded to one of a few buckets, each a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from numpy.typing import NDArray
 from engram_service.engine.arena import Arena, from_bytes, to_bytes
 from engram_service.engine.step import Step, chosen_inputs, columns
 
-_TILE_ROWS = 32
+TILE_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The batch shapes that a cell may be run in: multiples of `floor` (None: only whole tiles), or given buckets."""
+    """The batch shapes that a cell may be run in: multiples of `floor` (None: only tiles), or given buckets."""
 
     floor: int | None
     buckets: tuple[int, ...] = ()
+    tile: int = TILE_ROWS
 
     def cut(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """(start, stop, padded rows) of each cell call that together cover `rows`."""
         if self.floor is None:
-            for start in range(0, rows, _TILE_ROWS):
-                yield start, min(start + _TILE_ROWS, rows), _TILE_ROWS
+            for start in range(0, rows, self.tile):
+                yield start, min(start + self.tile, rows), self.tile
         elif not self.buckets:
             yield 0, rows, -(-rows // self.floor) * self.floor
         else:

@@ -1,0 +1,52 @@
+"""Batches are cut and padded so that no row feels the others, whatever the cell."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+from engram_models import batch_floor, load_bundle, write_bundle
+from engram_models.cell import State
+from engram_models.recurrent import LSTM
+from engram_service.engine.arena import Arena
+from engram_service.engine.runner import TILE_ROWS, Runner, Shapes
+from engram_service.engine.step import step_of
+
+
+@pytest.mark.parametrize("shapes", [Shapes(4), Shapes(None), Shapes(None, tile=1), Shapes(8, (16, 64))])
+@pytest.mark.parametrize("rows", [1, 3, 16, 33, 200])
+def test_cuts_cover_every_row_once(shapes: Shapes, rows: int) -> None:
+    cuts = list(shapes.cut(rows))
+    assert [start for start, _, _ in cuts] == [0, *(stop for _, stop, _ in cuts[:-1])] and cuts[-1][1] == rows
+    assert all(stop - start <= padded for start, stop, padded in cuts)
+
+
+class Placed(LSTM):
+    """Rounds by the place in the batch, as some products of matrices do."""
+
+    def forward(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+        y, after = super().forward(x, state)
+        return y + torch.arange(len(x)).view(-1, 1) * 1e-6, after
+
+
+def test_a_cell_without_a_floor_gives_a_row_the_same_bits_alone_and_among_others(tmp_path: pathlib.Path) -> None:
+    cell = Placed(5, 8)
+    assert batch_floor(cell, "cpu", 256) is None and batch_floor(cell, "cpu", TILE_ROWS, [TILE_ROWS]) is None
+    arena = Arena(load_bundle(write_bundle(tmp_path, "m", "1", LSTM(5, 8))), 64, 8, torch.device("cpu"))
+    object.__setattr__(arena.bundle, "cell", cell)
+    inputs = np.random.default_rng(0).standard_normal((40, 5), np.float32).view(np.uint8).reshape(40, -1)
+
+    def outputs(rows: list[int], tile: int) -> np.ndarray:
+        arena.reset(np.arange(64))
+        return (
+            Runner(arena, Shapes(None, tile=tile), step_of(arena))
+            .step(np.array(rows, np.int32), inputs[rows], None)
+            .outputs
+        )
+
+    everyone = list(range(40))
+    assert np.array_equal(outputs([17], 1)[0], outputs(everyone, 1)[17])
+    assert not np.array_equal(outputs([17], TILE_ROWS)[0], outputs(everyone, TILE_ROWS)[17]), "a tile would not do"
