@@ -36,6 +36,7 @@ def test_the_demo_kills_its_server_and_not_a_bit_differs() -> None:
     assert "SIGKILL" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_demo_draws_plain_lines_where_there_is_no_terminal() -> None:
     done = engram("demo", "--sessions", "8")
     assert "\x1b" not in done.stdout

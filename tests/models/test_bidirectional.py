@@ -92,7 +92,7 @@ def test_more_look_ahead_comes_nearer_to_the_whole_sequence() -> None:
     assert apart[-1] < 1e-3 < 1e-1 < apart[0]
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", ["lstm", *(pytest.param(net, marks=pytest.mark.slow) for net in NETS if net != "lstm")])
 def test_gradients_equal_numerical_ones(net: str) -> None:
     """Of outputs and float states after two steps, by inputs, states and every weight, in float64, to 1e-8."""
     cell = cell_of(2, net, output_size=2).double()

@@ -131,7 +131,7 @@ def in_use(cell: Cell, batch: int) -> State:
     )
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "heads")) for name in SMALL])
 def test_gradients_equal_numerical_ones(name: str) -> None:
     """Of outputs and states after two steps, by inputs, state and every weight, in float64, to 1e-8."""
     cell = small(name).double()
@@ -255,6 +255,7 @@ def copy_task(rows: int, length: int, generator: torch.Generator) -> tuple[Tenso
     return xs, bits
 
 
+@pytest.mark.slow
 def test_it_learns_to_copy_through_its_memory() -> None:
     """A feed-forward controller has nowhere but the memory to keep bits: without it the loss is that of guessing, log 2."""
     torch.manual_seed(0)
