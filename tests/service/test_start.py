@@ -151,11 +151,11 @@ def test_a_drain_finishes_what_was_accepted(server: ServerProcess, connect: Conn
     assert connect(server).get("drained").seq == rows, "what was answered is durable, with durability interval too"
 
 
-def test_log_lines_carry_session_and_trace_and_no_inputs(server: ServerProcess, connect: Connect) -> None:
+def test_log_lines_carry_session_and_trace_and_no_inputs(shared_server: ServerProcess, connect: Connect) -> None:
     import grpc
 
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
-    with grpc.insecure_channel(server.address) as channel:
+    with grpc.insecure_channel(shared_server.address) as channel:
         stream = channel.stream_stream(
             "/engram.v1.EngramService/Stream", response_deserializer=stream_pb2.StreamResponse.FromString
         )
@@ -164,10 +164,10 @@ def test_log_lines_carry_session_and_trace_and_no_inputs(server: ServerProcess, 
         frame = stream_pb2.OpenFrame(request_id=1, model="digits-reader", session_ids=["logged"], client_id=1)
         requests.put(stream_pb2.StreamRequest(open=frame).SerializeToString())
         next(call)
-        connect(server).open("logged", client_id=2)
+        connect(shared_server).open("logged", client_id=2)
         assert next(call).event.type == stream_pb2.EventFrame.TYPE_TAKEN_OVER
         requests.put(None)
-    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    lines = [json.loads(line) for line in shared_server.log.read_text().splitlines()]
     assert {"session": "logged", "trace": trace}.items() <= next(
         line for line in lines if "taken over" in line["message"]
     ).items()

@@ -235,6 +235,7 @@ def test_a_cluster_that_is_away_at_the_start_is_found_later(
     eventually(lambda: told.told[-1] == "")
 
 
+@pytest.mark.slow
 def test_a_primary_with_a_replica_waits_for_it_and_fails_over_to_it(
     own_cluster: Cluster, open_store: OpenStore, holder: MakeHolder, troubles: Any, eventually: Any
 ) -> None:
