@@ -168,9 +168,8 @@ def test_log_lines_carry_session_and_trace_and_no_inputs(shared_server: ServerPr
         assert next(call).event.type == stream_pb2.EventFrame.TYPE_TAKEN_OVER
         requests.put(None)
     lines = [json.loads(line) for line in shared_server.log.read_text().splitlines()]
-    assert {"session": "logged", "trace": trace}.items() <= next(
-        line for line in lines if "taken over" in line["message"]
-    ).items()
+    told = [line for line in lines if "taken over" in line["message"] and line.get("session") == "logged"]
+    assert [line["trace"] for line in told] == [trace]
     assert any(line.get("trace") == trace and line["message"] == "stream opened" for line in lines)
 
 

@@ -15,7 +15,8 @@ from engram_service.store.private import PrivateRedis, PrivateSettings
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.mark.parametrize("style", [STYLES[0], *(pytest.param(style, marks=pytest.mark.slow) for style in STYLES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("style", STYLES)
 def test_the_plain_server_computes_w_and_keeps_its_state(tmp_path: Path, style: str) -> None:
     store = PrivateRedis(PrivateSettings(tmp_path / "redis"))
     store.start()
