@@ -1,0 +1,51 @@
+"""Checkpoints of an experiment: one safetensors file, replaced whole, so that a kill at any moment leaves a usable one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from engram_models.training.experiment import TrainingError
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], recipe: str, digest: str, seed: int) -> None:
+    """Writes beside, syncs, then renames. Raises TrainingError (disk full, say), and leaves the last one as it was."""
+    metadata = {"recipe": recipe, "digest": digest, "seed": str(seed)}
+    write_whole(path, save({key: value.detach().contiguous() for key, value in tensors.items()}, metadata))
+
+
+def load_checkpoint(path: Path, digest: str, seed: int) -> dict[str, Tensor]:
+    """The tensors. Raises TrainingError where the file is damaged or belongs to another recipe or seed."""
+    try:
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            metadata = file.metadata() or {}
+            if metadata.get("digest") != digest:
+                raise TrainingError(
+                    f"{path} is a checkpoint of another recipe ({metadata.get('recipe', 'unknown')}, or this one before it "
+                    "was changed); choose another --out, or start over without --resume"
+                )
+            if metadata.get("seed") != str(seed):
+                raise TrainingError(f"{path} is a checkpoint of seed {metadata.get('seed')}, not of {seed}")
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"{path}: not a checkpoint: {error}") from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file's new content, whole or not at all. Raises TrainingError."""
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise TrainingError(f"{path}: {error.strerror or error}; nothing was written") from error

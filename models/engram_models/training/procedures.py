@@ -1,0 +1,21 @@
+"""The experiments by the names that recipes call them. Imported only when one is run: each brings its own libraries."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from engram_models.training.experiment import Experiment, TrainingError
+
+_PROCEDURES = {
+    "sequence": "engram_models.training.sequence:SequenceTraining",
+    "gradient-flow": "engram_models.training.gradients:GradientFlow",
+}
+
+
+def procedure(name: str) -> type[Experiment]:
+    """Raises TrainingError where there is none of that name."""
+    if name not in _PROCEDURES:
+        raise TrainingError(f"there is no procedure {name!r}; there are: {', '.join(_PROCEDURES)}")
+    module, _, kind = _PROCEDURES[name].partition(":")
+    found: type[Experiment] = getattr(import_module(module), kind)
+    return found
