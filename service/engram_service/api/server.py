@@ -16,7 +16,6 @@ from grpc_reflection.v1alpha import reflection
 from engram.v1 import service_pb2
 from engram_service.api.status import abort
 from engram_service.api.stream import StreamHandler
-from engram_service.api.unary import UnaryHandlers
 from engram_service.errors import DeadlineExceeded, Internal, InvalidArgument, Refusal
 from engram_service.settings import Settings
 
@@ -30,7 +29,7 @@ _KEEPALIVE_MS = 20_000
 class Server:
     """Binds, serves, says how it is, stops."""
 
-    def __init__(self, settings: Settings, stream: StreamHandler, unary: UnaryHandlers) -> None:
+    def __init__(self, settings: Settings, stream: StreamHandler, *unary: object) -> None:
         self._settings = settings
         self._server = grpc.aio.server(
             options=[
@@ -50,7 +49,10 @@ class Server:
                     stream.handle, request_deserializer=None, response_serializer=_serialize
                 )
             else:
-                handlers[method.name] = _unary(method, getattr(unary, _snake(method.name)), settings)
+                name = _snake(method.name)
+                found = [getattr(one, name) for one in unary if hasattr(one, name)]
+                if found:
+                    handlers[method.name] = _unary(method, found[0], settings)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from engram.v1 import memory_pb2 as engram_dot_v1_dot_memory__pb2
 from engram.v1 import session_pb2 as engram_dot_v1_dot_session__pb2
 from engram.v1 import stream_pb2 as engram_dot_v1_dot_stream__pb2
 
@@ -85,6 +86,36 @@ class EngramServiceStub:
                 '/engram.v1.EngramService/GetSessionState',
                 request_serializer=engram_dot_v1_dot_session__pb2.GetSessionStateRequest.SerializeToString,
                 response_deserializer=engram_dot_v1_dot_session__pb2.GetSessionStateResponse.FromString,
+                _registered_method=True)
+        self.StorePatterns = channel.unary_unary(
+                '/engram.v1.EngramService/StorePatterns',
+                request_serializer=engram_dot_v1_dot_memory__pb2.StorePatternsRequest.SerializeToString,
+                response_deserializer=engram_dot_v1_dot_memory__pb2.StorePatternsResponse.FromString,
+                _registered_method=True)
+        self.ForgetPatterns = channel.unary_unary(
+                '/engram.v1.EngramService/ForgetPatterns',
+                request_serializer=engram_dot_v1_dot_memory__pb2.ForgetPatternsRequest.SerializeToString,
+                response_deserializer=engram_dot_v1_dot_memory__pb2.ForgetPatternsResponse.FromString,
+                _registered_method=True)
+        self.Recall = channel.unary_unary(
+                '/engram.v1.EngramService/Recall',
+                request_serializer=engram_dot_v1_dot_memory__pb2.RecallRequest.SerializeToString,
+                response_deserializer=engram_dot_v1_dot_memory__pb2.RecallResponse.FromString,
+                _registered_method=True)
+        self.ListPatterns = channel.unary_unary(
+                '/engram.v1.EngramService/ListPatterns',
+                request_serializer=engram_dot_v1_dot_memory__pb2.ListPatternsRequest.SerializeToString,
+                response_deserializer=engram_dot_v1_dot_memory__pb2.ListPatternsResponse.FromString,
+                _registered_method=True)
+        self.AddressMemory = channel.unary_unary(
+                '/engram.v1.EngramService/AddressMemory',
+                request_serializer=engram_dot_v1_dot_memory__pb2.AddressMemoryRequest.SerializeToString,
+                response_deserializer=engram_dot_v1_dot_memory__pb2.AddressMemoryResponse.FromString,
+                _registered_method=True)
+        self.Recreate = channel.unary_unary(
+                '/engram.v1.EngramService/Recreate',
+                request_serializer=engram_dot_v1_dot_memory__pb2.RecreateRequest.SerializeToString,
+                response_deserializer=engram_dot_v1_dot_memory__pb2.RecreateResponse.FromString,
                 _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/engram.v1.EngramService/ListModels',
@@ -174,6 +205,42 @@ class EngramServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StorePatterns(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetPatterns(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Recall(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPatterns(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddressMemory(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Recreate(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -250,6 +317,36 @@ def add_EngramServiceServicer_to_server(servicer, server):
                     servicer.GetSessionState,
                     request_deserializer=engram_dot_v1_dot_session__pb2.GetSessionStateRequest.FromString,
                     response_serializer=engram_dot_v1_dot_session__pb2.GetSessionStateResponse.SerializeToString,
+            ),
+            'StorePatterns': grpc.unary_unary_rpc_method_handler(
+                    servicer.StorePatterns,
+                    request_deserializer=engram_dot_v1_dot_memory__pb2.StorePatternsRequest.FromString,
+                    response_serializer=engram_dot_v1_dot_memory__pb2.StorePatternsResponse.SerializeToString,
+            ),
+            'ForgetPatterns': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetPatterns,
+                    request_deserializer=engram_dot_v1_dot_memory__pb2.ForgetPatternsRequest.FromString,
+                    response_serializer=engram_dot_v1_dot_memory__pb2.ForgetPatternsResponse.SerializeToString,
+            ),
+            'Recall': grpc.unary_unary_rpc_method_handler(
+                    servicer.Recall,
+                    request_deserializer=engram_dot_v1_dot_memory__pb2.RecallRequest.FromString,
+                    response_serializer=engram_dot_v1_dot_memory__pb2.RecallResponse.SerializeToString,
+            ),
+            'ListPatterns': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPatterns,
+                    request_deserializer=engram_dot_v1_dot_memory__pb2.ListPatternsRequest.FromString,
+                    response_serializer=engram_dot_v1_dot_memory__pb2.ListPatternsResponse.SerializeToString,
+            ),
+            'AddressMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddressMemory,
+                    request_deserializer=engram_dot_v1_dot_memory__pb2.AddressMemoryRequest.FromString,
+                    response_serializer=engram_dot_v1_dot_memory__pb2.AddressMemoryResponse.SerializeToString,
+            ),
+            'Recreate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Recreate,
+                    request_deserializer=engram_dot_v1_dot_memory__pb2.RecreateRequest.FromString,
+                    response_serializer=engram_dot_v1_dot_memory__pb2.RecreateResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -543,6 +640,168 @@ class EngramService:
             '/engram.v1.EngramService/GetSessionState',
             engram_dot_v1_dot_session__pb2.GetSessionStateRequest.SerializeToString,
             engram_dot_v1_dot_session__pb2.GetSessionStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StorePatterns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram.v1.EngramService/StorePatterns',
+            engram_dot_v1_dot_memory__pb2.StorePatternsRequest.SerializeToString,
+            engram_dot_v1_dot_memory__pb2.StorePatternsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetPatterns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram.v1.EngramService/ForgetPatterns',
+            engram_dot_v1_dot_memory__pb2.ForgetPatternsRequest.SerializeToString,
+            engram_dot_v1_dot_memory__pb2.ForgetPatternsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram.v1.EngramService/Recall',
+            engram_dot_v1_dot_memory__pb2.RecallRequest.SerializeToString,
+            engram_dot_v1_dot_memory__pb2.RecallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPatterns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram.v1.EngramService/ListPatterns',
+            engram_dot_v1_dot_memory__pb2.ListPatternsRequest.SerializeToString,
+            engram_dot_v1_dot_memory__pb2.ListPatternsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddressMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram.v1.EngramService/AddressMemory',
+            engram_dot_v1_dot_memory__pb2.AddressMemoryRequest.SerializeToString,
+            engram_dot_v1_dot_memory__pb2.AddressMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recreate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram.v1.EngramService/Recreate',
+            engram_dot_v1_dot_memory__pb2.RecreateRequest.SerializeToString,
+            engram_dot_v1_dot_memory__pb2.RecreateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from engram.v1 import memory_pb2 as _memory_pb2
 from engram.v1 import session_pb2 as _session_pb2
 from engram.v1 import stream_pb2 as _stream_pb2
 from grpc import aio as _aio
@@ -46,6 +47,12 @@ class EngramServiceStub:
     ExportSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]
     ImportSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.ImportSessionResponse]
     GetSessionState: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetSessionStateRequest, _session_pb2.GetSessionStateResponse]
+    StorePatterns: _grpc.UnaryUnaryMultiCallable[_memory_pb2.StorePatternsRequest, _memory_pb2.StorePatternsResponse]
+    ForgetPatterns: _grpc.UnaryUnaryMultiCallable[_memory_pb2.ForgetPatternsRequest, _memory_pb2.ForgetPatternsResponse]
+    Recall: _grpc.UnaryUnaryMultiCallable[_memory_pb2.RecallRequest, _memory_pb2.RecallResponse]
+    ListPatterns: _grpc.UnaryUnaryMultiCallable[_memory_pb2.ListPatternsRequest, _memory_pb2.ListPatternsResponse]
+    AddressMemory: _grpc.UnaryUnaryMultiCallable[_memory_pb2.AddressMemoryRequest, _memory_pb2.AddressMemoryResponse]
+    Recreate: _grpc.UnaryUnaryMultiCallable[_memory_pb2.RecreateRequest, _memory_pb2.RecreateResponse]
     ListModels: _grpc.UnaryUnaryMultiCallable[_session_pb2.ListModelsRequest, _session_pb2.ListModelsResponse]
     GetModel: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetModelRequest, _session_pb2.GetModelResponse]
     ReloadModels: _grpc.UnaryUnaryMultiCallable[_session_pb2.ReloadModelsRequest, _session_pb2.ReloadModelsResponse]
@@ -68,6 +75,12 @@ class EngramServiceAsyncStub(EngramServiceStub):
     ExportSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]  # type: ignore[assignment]
     ImportSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.ImportSessionResponse]  # type: ignore[assignment]
     GetSessionState: _aio.UnaryUnaryMultiCallable[_session_pb2.GetSessionStateRequest, _session_pb2.GetSessionStateResponse]  # type: ignore[assignment]
+    StorePatterns: _aio.UnaryUnaryMultiCallable[_memory_pb2.StorePatternsRequest, _memory_pb2.StorePatternsResponse]  # type: ignore[assignment]
+    ForgetPatterns: _aio.UnaryUnaryMultiCallable[_memory_pb2.ForgetPatternsRequest, _memory_pb2.ForgetPatternsResponse]  # type: ignore[assignment]
+    Recall: _aio.UnaryUnaryMultiCallable[_memory_pb2.RecallRequest, _memory_pb2.RecallResponse]  # type: ignore[assignment]
+    ListPatterns: _aio.UnaryUnaryMultiCallable[_memory_pb2.ListPatternsRequest, _memory_pb2.ListPatternsResponse]  # type: ignore[assignment]
+    AddressMemory: _aio.UnaryUnaryMultiCallable[_memory_pb2.AddressMemoryRequest, _memory_pb2.AddressMemoryResponse]  # type: ignore[assignment]
+    Recreate: _aio.UnaryUnaryMultiCallable[_memory_pb2.RecreateRequest, _memory_pb2.RecreateResponse]  # type: ignore[assignment]
     ListModels: _aio.UnaryUnaryMultiCallable[_session_pb2.ListModelsRequest, _session_pb2.ListModelsResponse]  # type: ignore[assignment]
     GetModel: _aio.UnaryUnaryMultiCallable[_session_pb2.GetModelRequest, _session_pb2.GetModelResponse]  # type: ignore[assignment]
     ReloadModels: _aio.UnaryUnaryMultiCallable[_session_pb2.ReloadModelsRequest, _session_pb2.ReloadModelsResponse]  # type: ignore[assignment]
@@ -147,6 +160,48 @@ class EngramServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.GetSessionStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.GetSessionStateResponse, _abc.Awaitable[_session_pb2.GetSessionStateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def StorePatterns(
+        self,
+        request: _memory_pb2.StorePatternsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.StorePatternsResponse, _abc.Awaitable[_memory_pb2.StorePatternsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ForgetPatterns(
+        self,
+        request: _memory_pb2.ForgetPatternsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.ForgetPatternsResponse, _abc.Awaitable[_memory_pb2.ForgetPatternsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Recall(
+        self,
+        request: _memory_pb2.RecallRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.RecallResponse, _abc.Awaitable[_memory_pb2.RecallResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListPatterns(
+        self,
+        request: _memory_pb2.ListPatternsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.ListPatternsResponse, _abc.Awaitable[_memory_pb2.ListPatternsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AddressMemory(
+        self,
+        request: _memory_pb2.AddressMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.AddressMemoryResponse, _abc.Awaitable[_memory_pb2.AddressMemoryResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Recreate(
+        self,
+        request: _memory_pb2.RecreateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.RecreateResponse, _abc.Awaitable[_memory_pb2.RecreateResponse]]: ...
 
     @_abc_1.abstractmethod
     def ListModels(
