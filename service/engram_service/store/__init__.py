@@ -2,6 +2,7 @@
 
 from engram_service.store.committer import Sent
 from engram_service.store.keys import session_tag
+from engram_service.store.memories import REVISION_NBYTES, MemoryLogs, revision_of
 from engram_service.store.record import RecordBlock, RecordLayout, Records
 from engram_service.store.store import Store
 from engram_service.store.types import (
@@ -9,19 +10,24 @@ from engram_service.store.types import (
     ClaimResult,
     ClaimStatus,
     CommitJob,
+    MemoryHead,
     MetaFields,
     SessionInfo,
     StoreError,
     StoreSettings,
     StoreUnavailable,
     Verdict,
+    Written,
 )
 
 __all__ = [
+    "REVISION_NBYTES",
     "ClaimRequest",
     "ClaimResult",
     "ClaimStatus",
     "CommitJob",
+    "MemoryHead",
+    "MemoryLogs",
     "MetaFields",
     "RecordBlock",
     "RecordLayout",
@@ -33,5 +39,7 @@ __all__ = [
     "StoreSettings",
     "StoreUnavailable",
     "Verdict",
+    "Written",
+    "revision_of",
     "session_tag",
 ]

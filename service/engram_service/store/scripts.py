@@ -1,10 +1,11 @@
 """The scripts that change a session's keys together. Each touches the keys of one session (or copies one to another).
 
-KEYS[1] is the session's hash; records are named from it and the token, in the same cluster slot. Every script may be run
+KEYS[1] is the session's hash; record and memory are named from it, in the same cluster slot. Every script may be run
 again when its answer was lost: the second run changes nothing more and gives the same answer.
 
 In a cluster, KEYS[2] is the record under the token that the caller found in the hash (or under none). Redis itself then refuses
-the script (TRYAGAIN) while a slot moves and only one of the two keys is there yet; without it, the other would seem to be lost.
+the script (TRYAGAIN) while a slot moves and only some of the keys are there yet; without it, the others would seem to be lost.
+KEYS[3] is the memory of a session that has one; no script touches the memory of a session that has none.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ _SAME_CLAIM = """
 if KEYS[2] and KEYS[2] ~= KEYS[1] .. ':' .. (redis.call('HGET', KEYS[1], 't') or '') then
   return redis.error_reply('TRYAGAIN the session was claimed meanwhile')
 end
+local g = redis.call('HGET', KEYS[1], 'g')
+if KEYS[2] and g and not KEYS[3] then return redis.error_reply('TRYAGAIN the session was given a memory meanwhile') end
+local memory = g and KEYS[1] .. ':m'
 """
 
 # Claims a session for a new token: the record is renamed, so that commits under the old token find nothing.
@@ -24,12 +28,15 @@ local k = KEYS[1]
 local m = redis.call('HMGET', k, 't', 'm', 'f', 'h', 'e', 'c')
 local old = m[1] and k .. ':' .. m[1]
 local record = old and redis.call('GET', old)
-if m[1] and not record then redis.call('DEL', k) end
+if m[1] and not record then
+  redis.call('DEL', k)
+  if memory then redis.call('DEL', memory) end
+end
 if not record then
   if ARGV[9] == '1' then return {'NOT_FOUND'} end
   redis.call('SET', k .. ':' .. ARGV[1], ARGV[11], 'PX', ARGV[7])
   redis.call('HSET', k, 'i', ARGV[10], 'm', ARGV[2] .. '/' .. ARGV[4], 'f', ARGV[5])
-  redis.call('HSET', k, 't', ARGV[1], 'h', ARGV[6], 'e', 1, 'c', ARGV[8])
+  redis.call('HSET', k, 't', ARGV[1], 'h', ARGV[6], 'e', 1, 'c', ARGV[8], 'l', ARGV[7])
   redis.call('PEXPIRE', k, ARGV[7] * 2)
   return {'CREATED', ARGV[2] .. '/' .. ARGV[4], ARGV[5], 1, ARGV[8], ARGV[11]}
 end
@@ -43,7 +50,8 @@ end
 redis.call('RENAME', old, new)
 redis.call('PEXPIRE', new, ARGV[7])
 redis.call('PEXPIRE', k, ARGV[7] * 2)
-redis.call('HSET', k, 't', ARGV[1], 'h', ARGV[6])
+if memory then redis.call('PEXPIRE', memory, ARGV[7] * 2) end
+redis.call('HSET', k, 't', ARGV[1], 'h', ARGV[6], 'l', ARGV[7])
 return {'CARRIED', m[2], m[3], redis.call('HINCRBY', k, 'e', 1), m[6], record}
 """
 )
@@ -59,8 +67,10 @@ if t and t ~= ARGV[1] then return 0 end
 redis.call('SET', k .. ':' .. ARGV[1], ARGV[2], 'PX', ARGV[3])
 if not t then
   redis.call('HSET', k, 'i', ARGV[4], 'm', ARGV[5], 'f', ARGV[6], 't', ARGV[1], 'h', ARGV[7], 'e', ARGV[8], 'c', ARGV[9])
+  redis.call('HSET', k, 'l', ARGV[3])
 end
 redis.call('PEXPIRE', k, ARGV[3] * 2)
+if memory then redis.call('PEXPIRE', memory, ARGV[3] * 2) end
 return 1
 """
 )
@@ -70,11 +80,13 @@ DELETE = (
     + """
 local t = redis.call('HGET', KEYS[1], 't')
 if t then redis.call('DEL', KEYS[1], KEYS[1] .. ':' .. t) end
+if memory then redis.call('DEL', memory) end
 return 1
 """
 )
 
-# Creates a session from a record. ARGV: token, record, ttl ms, id, model reference, fingerprint, now ms
+# Creates a session from a record, with a memory or none.
+# ARGV: token, record, ttl ms, id, model reference, fingerprint, now ms, memory's revision ("" none), chunks of its log
 CREATE = (
     _SAME_CLAIM
     + """
@@ -84,7 +96,13 @@ if t == ARGV[1] then return 1 end
 if t and redis.call('EXISTS', k .. ':' .. t) == 1 then return 0 end
 redis.call('SET', k .. ':' .. ARGV[1], ARGV[2], 'PX', ARGV[3])
 redis.call('DEL', k)
-redis.call('HSET', k, 'i', ARGV[4], 'm', ARGV[5], 'f', ARGV[6], 't', ARGV[1], 'h', 0, 'e', 1, 'c', ARGV[7])
+if memory then redis.call('DEL', memory) end
+redis.call('HSET', k, 'i', ARGV[4], 'm', ARGV[5], 'f', ARGV[6], 't', ARGV[1], 'h', 0, 'e', 1, 'c', ARGV[7], 'l', ARGV[3])
+if ARGV[8] ~= '' then
+  for i = 9, #ARGV do redis.call('RPUSH', k .. ':m', ARGV[i]) end
+  redis.call('PEXPIRE', k .. ':m', ARGV[3] * 2)
+  redis.call('HSET', k, 'g', ARGV[8])
+end
 redis.call('PEXPIRE', k, ARGV[3] * 2)
 return 1
 """
@@ -105,6 +123,51 @@ redis.call('DEL', k .. ':' .. ARGV[1])
 if ttl > 0 then redis.call('PEXPIRE', k .. ':' .. ARGV[2], ttl) end
 redis.call('HSET', k, 't', ARGV[2], 'm', ARGV[4], 'f', ARGV[5], 'h', 0)
 redis.call('HINCRBY', k, 'e', 1)
+return 1
+"""
+)
+
+# What a session's memory is at: {model reference, fingerprint, revision ("" none), chunks in its log, created ms}; nil: there
+# is no such session. The session's time is renewed, when a quarter of it has passed, so that reading stays reading.
+LOOK = (
+    _SAME_CLAIM
+    + """
+local k = KEYS[1]
+local m = redis.call('HMGET', k, 't', 'm', 'f', 'l', 'c')
+local record = m[1] and k .. ':' .. m[1]
+if not record or redis.call('EXISTS', record) == 0 then return false end
+if redis.call('PTTL', record) < m[4] * 0.75 then
+  redis.call('PEXPIRE', record, m[4])
+  redis.call('PEXPIRE', k, m[4] * 2)
+  if memory then redis.call('PEXPIRE', memory, m[4] * 2) end
+end
+return {m[2], m[3], g or '', memory and redis.call('LLEN', memory) or 0, m[5]}
+"""
+)
+
+# Writes to a memory's log, if it still is what the caller knows: 1 written, 0 it is not, -1 there is no such session.
+# ARGV: fingerprint, revision and length that are expected, new revision, replace (0/1), chunks
+WRITE = (
+    _SAME_CLAIM
+    + """
+local k = KEYS[1]
+local m = redis.call('HMGET', k, 't', 'f', 'l')
+local record = m[1] and k .. ':' .. m[1]
+if not record or redis.call('EXISTS', record) == 0 then return -1 end
+local log = k .. ':m'
+if g ~= ARGV[4] then
+  if m[2] ~= ARGV[1] or (g or '') ~= ARGV[2] then return 0 end
+  if ARGV[5] == '1' then
+    if memory then redis.call('DEL', log) end
+  elseif (memory and redis.call('LLEN', log) or 0) ~= tonumber(ARGV[3]) then
+    return 0
+  end
+  for i = 6, #ARGV do redis.call('RPUSH', log, ARGV[i]) end
+  redis.call('HSET', k, 'g', ARGV[4])
+end
+redis.call('PEXPIRE', record, m[3])
+redis.call('PEXPIRE', k, m[3] * 2)
+redis.call('PEXPIRE', log, m[3] * 2)
 return 1
 """
 )

@@ -19,7 +19,8 @@ from redis.commands.core import Script
 
 from engram_service.store import scripts
 from engram_service.store.committer import Committers, Sent
-from engram_service.store.keys import META_PREFIX, meta_key, record_key, session_tag
+from engram_service.store.keys import META_PREFIX, memory_key, meta_key, record_key, session_tag
+from engram_service.store.memories import MemoryLogs, revision_of
 from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
 from engram_service.store.record import read_headers
 from engram_service.store.types import (
@@ -66,6 +67,13 @@ class Store:
         self._claim, self._restore, self._delete, self._create, self._rewrite = (
             Script(redis.Redis(), text)  # which always runs on a pipeline to the node that has the session
             for text in (scripts.CLAIM, scripts.RESTORE, scripts.DELETE, scripts.CREATE, scripts.REWRITE)
+        )
+        self.memories = MemoryLogs(
+            lambda text: Script(redis.Redis(), text),
+            lambda script, keys, args, durable: self._call(
+                lambda: self._scripted(script, keys, args, settings.wait if durable else None)
+            ),
+            lambda keys, add: self._call(lambda: self._pipelined(keys, add)),
         )
         self._committers = Committers(self._nodes, settings, self._diagnose_job, lambda why: self._note("commit", why))
         self._closed = threading.Event()
@@ -166,8 +174,12 @@ class Store:
         return [_claimed(reply) for reply in self._call(run)]
 
     def touch(self, tags: NDArray[np.uint8], ttl_ms: NDArray[np.uint64]) -> None:
-        """Keeps the hashes of sessions in use; their records' time is renewed by every commit."""
-        pairs = [(meta_key(tag.tobytes()), int(ttl) * 2) for tag, ttl in zip(tags, ttl_ms, strict=True)]
+        """Keeps the hashes and memories of sessions in use; their records' time is renewed by every commit."""
+        pairs = [
+            (key(tag.tobytes()), int(ttl) * 2)
+            for tag, ttl in zip(tags, ttl_ms, strict=True)
+            for key in (meta_key, memory_key)
+        ]
         self._call(lambda: self._pipelined([key for key, _ in pairs], lambda pipe, at: pipe.pexpire(*pairs[at])))
 
     # Management
@@ -205,9 +217,13 @@ class Store:
         keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
         self._call(lambda: self._scripted(self._delete, keys, [[]] * len(keys), self.settings.wait))
 
-    def create(self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int, token: str) -> bool:
-        """A session that stands where `record` stands, under a new token; False if the id is in use."""
-        args: list[Any] = [token, record, ttl_ms, session_id, reference, fingerprint, int(time.time() * 1000)]
+    def create(
+        self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int, token: str,
+        memory: Sequence[bytes] = (),
+    ) -> bool:  # fmt: skip
+        """A session that stands where `record` and the memory's log stand, under a new token; False if the id is in use."""
+        args: list[Any] = [token, record, ttl_ms, session_id, reference, fingerprint, int(time.time() * 1000),
+                           revision_of(memory), *memory]  # fmt: skip
         return self._change(self._create, session_id, args)
 
     def rewrite(self, info: SessionInfo, reference: str, fingerprint: str, record: bytes, token: str) -> bool:
@@ -300,11 +316,14 @@ class Store:
     def _scripted(
         self, script: Script, keys: Sequence[bytes], args: Sequence[Sequence[Any]], wait: Wait = None
     ) -> list[Any]:
-        """Runs a script for each of these hashes; see scripts.py for why a cluster is told the record's key too."""
+        """Runs a script for each of these hashes; see scripts.py for why a cluster is told the other keys too."""
         named = [[key] for key in keys]
         if self._nodes.in_slots:
-            held = self._tokens(keys)
-            named = [[key, key + b":" + (token or b"")] for key, token in zip(keys, held, strict=True)]
+            held = self._pipelined(keys, lambda pipe, at: pipe.hmget(keys[at], "t", "g"))
+            named = [
+                [key, key + b":" + (token or b""), *([key + b":m"] if revision else [])]
+                for key, (token, revision) in zip(keys, held, strict=True)
+            ]
         return self._pipelined(keys, lambda pipe, at: script(named[at], args[at], pipe), wait)
 
     def _pipelined(self, keys: Sequence[bytes], add: Add, wait: Wait = None) -> list[Any]:

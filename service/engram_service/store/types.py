@@ -140,3 +140,23 @@ class SessionInfo:
     commit_ms: int
     ttl_ms: int  # left; negative: none
     record: bytes = b""  # only where it was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryHead:
+    """What a session's memory is at, as Redis has it."""
+
+    model: str
+    version: str
+    fingerprint: str
+    revision: bytes  # equal revisions are equal memories; empty: the session has none of its own
+    length: int  # chunks in its log
+    created_ms: int  # of the session
+
+
+class Written(enum.Enum):
+    """What became of a write to a memory."""
+
+    DONE = 1
+    CHANGED = 0  # the memory is not what the writer knew; nothing was written
+    NO_SESSION = -1
