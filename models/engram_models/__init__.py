@@ -1,6 +1,7 @@
 """Engram's models: cells, the bundles that carry them, the probe that finds how they may be batched, and training."""
 
 from engram_models.bidirectional import Bidirectional
+from engram_models.boltzmann import DBN, RBM, feed_forward, initialise
 from engram_models.bundle import (
     Bundle,
     BundleError,
@@ -20,9 +21,11 @@ from engram_models.recurrent import GRU, LSTM, GRUResetAfter, PeepholeLSTM, Vani
 from engram_models.spec import TensorSpec
 
 __all__ = [
+    "DBN",
     "GRU",
     "LSTM",
     "NTM",
+    "RBM",
     "Bidirectional",
     "Bundle",
     "BundleError",
@@ -38,7 +41,9 @@ __all__ = [
     "batch_floor",
     "bundle_from_torch",
     "content_addressing",
+    "feed_forward",
     "heldout_digits",
+    "initialise",
     "load_bundle",
     "shipped_models_dir",
     "version_key",

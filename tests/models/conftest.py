@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from engram_models import (
+    DBN,
     GRU,
     LSTM,
     NTM,
+    RBM,
     Bidirectional,
     Cell,
     GRUResetAfter,
@@ -36,7 +38,20 @@ OTHERS: dict[str, Callable[[], Cell]] = {
     ),
     "bidirectional": lambda: Bidirectional(5, 7, 3, output_size=3, activation="softmax"),
     "bidirectional-gru": lambda: Bidirectional(5, 7, 0, "gru"),
+    "rbm": lambda: RBM(5, 7),
+    "rbm-features": lambda: lively(RBM(5, 33, "features")),
+    "dbn": lambda: lively(DBN([5, 9, 7], 3)),
+    "dbn-recreate": lambda: DBN([20, 9, 7], 3, "recreate"),
+    "dbn-recreate-lively": lambda: lively(DBN([64, 33, 20], 3, "recreate")),
 }
+
+
+def lively(cell: Cell) -> Cell:
+    """Weights as large as training makes them: an untrained RBM answers much the same to everything."""
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return cell
 
 
 @pytest.fixture(autouse=True)

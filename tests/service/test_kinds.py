@@ -1,4 +1,4 @@
-"""Models with a memory, addressing, windows and counters as state are served like any other, through a kill -9 too."""
+"""Models with a memory, addressing, windows, counters or nothing as state are served like any other, through a kill -9 too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import engram
-from engram_models import NTM, Bidirectional, Cell, write_bundle
+from engram_models import DBN, NTM, RBM, Bidirectional, Cell, write_bundle
 
 
 def cells() -> dict[str, Cell]:
@@ -17,6 +17,8 @@ def cells() -> dict[str, Cell]:
     return {
         "ntm": NTM(9, 8, 30, slots=32, width=10, read_heads=2, activation="sigmoid").eval(),
         "bidirectional": Bidirectional(9, 20, 4, output_size=8, activation="softmax").eval(),
+        "rbm": RBM(9, 20).eval(),
+        "dbn": DBN([9, 20, 7], 8).eval(),
     }
 
 

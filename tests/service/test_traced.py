@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from engram_models import NTM, Bidirectional, Cell, load_bundle, write_bundle
+from engram_models import DBN, NTM, RBM, Bidirectional, Cell, load_bundle, write_bundle
 from engram_models.cell import State
 from engram_models.recurrent import KINDS, LSTM
 from engram_service.engine.arena import Arena
@@ -63,10 +63,12 @@ def test_recorded_steps_give_the_cells_bits(kind: type[Cell], size: dict[str, ob
         lambda: NTM(5, 3, 33, "feedforward", slots=17, width=7, read_heads=2, write_heads=2, activation="softmax"),
         lambda: Bidirectional(5, 33, 4, output_size=5),
         lambda: Bidirectional(5, 33, 0, "gru", output_size=3, activation="sigmoid"),
+        lambda: RBM(5, 33),
+        lambda: DBN([5, 33, 20], 3),
     ],
-    ids=["ntm", "ntm-heads", "bidirectional", "bidirectional-gru"],
+    ids=["ntm", "ntm-heads", "bidirectional", "bidirectional-gru", "rbm", "dbn"],
 )
-def test_steps_with_a_memory_or_a_window_are_recorded(cell: Callable[[], Cell], tmp_path) -> None:
+def test_steps_with_a_memory_a_window_or_no_state_are_recorded(cell: Callable[[], Cell], tmp_path) -> None:
     torch.manual_seed(0)
     arena = arena_of(cell(), tmp_path)
     step = step_of(arena)

@@ -163,7 +163,7 @@ class UnaryHandlers:
         records = self._unpacked(served, info)
         specs = self._core.catalog.describe(served).state
         if records.initial[0]:
-            state = served.arena.pack(list(served.bundle.cell.initial_state(1)))[0]
+            state = served.arena.pack(list(served.bundle.cell.initial_state(1)), 1)[0]
         else:
             state = records.states[0]
         response = session_pb2.GetSessionStateResponse(seq=info.seq)

@@ -107,11 +107,13 @@ class Arena:
     def packed(self, slots: NDArray[np.int32]) -> NDArray[np.uint8]:
         """State rows of slots, uint8 [n, state_nbytes]."""
         index = self._index(slots)
-        return self.pack([tensor.index_select(0, index) for tensor in self.state])
+        return self.pack([tensor.index_select(0, index) for tensor in self.state], len(slots))
 
-    def pack(self, state: list[torch.Tensor]) -> NDArray[np.uint8]:
-        """Batch-first state tensors as rows of bytes in schema order, uint8 [n, state_nbytes]."""
-        rows = len(state[0])
+    def pack(self, state: list[torch.Tensor], rows: int) -> NDArray[np.uint8]:
+        """Batch-first state tensors, none where the model has no state, as rows of bytes in schema order.
+
+        uint8 [rows, state_nbytes]
+        """
         packed = np.empty((rows, self.state_nbytes), np.uint8)
         start = 0
         for spec, tensor in zip(self.bundle.state, state, strict=True):

@@ -82,5 +82,6 @@ class CudaRunner(Runner):
         value = chosen_inputs(self.arena, index, inputs, feedback)
         output, *after = self._step(index, value, *self._columns)
         rows = len(index)
-        packed = torch.cat([new.contiguous().view(rows, -1).view(torch.uint8) for new in after], 1)
+        none = torch.empty((rows, 0), dtype=torch.uint8, device=index.device)  # a model may have no state
+        packed = torch.cat([none, *(new.contiguous().view(rows, -1).view(torch.uint8) for new in after)], 1)
         return output.contiguous().view(rows, -1).view(torch.uint8), packed
