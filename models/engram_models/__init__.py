@@ -16,6 +16,9 @@ from engram_models.cell import Cell, State
 from engram_models.digits import Digits, heldout_digits
 from engram_models.importers import bundle_from_torch
 from engram_models.ntm import NTM, content_addressing
+from engram_models.pattern_bits import PatternError
+from engram_models.pattern_rules import RULES
+from engram_models.patterns import PatternMemory, Recalled
 from engram_models.probe import batch_floor
 from engram_models.recurrent import GRU, LSTM, GRUResetAfter, PeepholeLSTM, VanillaRNN
 from engram_models.spec import TensorSpec
@@ -26,6 +29,7 @@ __all__ = [
     "LSTM",
     "NTM",
     "RBM",
+    "RULES",
     "Bidirectional",
     "Bundle",
     "BundleError",
@@ -33,7 +37,10 @@ __all__ = [
     "Cell",
     "Digits",
     "GRUResetAfter",
+    "PatternError",
+    "PatternMemory",
     "PeepholeLSTM",
+    "Recalled",
     "Repository",
     "State",
     "TensorSpec",
