@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from engram_models.ntm import NTM
+    from engram_models.training.bptt import Batch
+
 _SMOOTH = 50
 
 
@@ -37,4 +40,32 @@ def curve(losses: Sequence[float], title: str) -> Figure:
     smooth = np.convolve(losses, np.ones(width) / width, "valid")
     axes.semilogy(np.arange(width - 1, width - 1 + len(smooth)), smooth, color="tab:blue")
     axes.set(title=title, xlabel="batch", ylabel="loss")
+    return drawn
+
+
+def memory(cell: NTM, batch: Batch, title: str) -> Figure:
+    """What a Turing machine does with one sequence: inputs, outputs, where its heads are, and the memory afterwards.
+
+    The deck's second criticism answered: values are bound to places. Graves et al. 2014, figures 6, 8 and 11.
+    """
+    import torch
+
+    names = [spec.name for spec in cell.state_schema]
+    state, outputs, seen = cell.initial_state(1), [], []
+    with torch.inference_mode():
+        for x in batch.inputs[:1].unbind(1):
+            y, state = cell(x, state)
+            outputs.append(y[0])
+            seen.append({name: value[0] for name, value in zip(names, state, strict=True)})
+    heads = [name for name in names if "weighting" in name]
+    used = torch.stack([step[name] for step in seen for name in heads]).amax(0) > 0.05
+    top = int(used.nonzero().amax()) + 2 if bool(used.any()) else cell.config["slots"]
+    panels = [("inputs", batch.inputs[0].T), ("outputs", torch.stack(outputs).T)]
+    panels += [(name.replace("_weighting", " head "), torch.stack([step[name] for step in seen])[:, :top].T) for name in heads]
+    panels.append(("memory at the end", seen[-1]["memory"][:top].T))
+    drawn = figure(9, 1.7 * len(panels))
+    drawn.suptitle(title)
+    for axes, (name, values) in zip(drawn.subplots(len(panels), 1), panels, strict=True):
+        axes.imshow(values.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
+        axes.set_ylabel(name, fontsize=8)
     return drawn
