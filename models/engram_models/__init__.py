@@ -14,7 +14,9 @@ from engram_models.bundle import (
 )
 from engram_models.cell import Cell, State
 from engram_models.digits import Digits, heldout_digits
+from engram_models.hopfield import Hopfield
 from engram_models.importers import bundle_from_torch
+from engram_models.normalised import Normalised
 from engram_models.ntm import NTM, content_addressing
 from engram_models.pattern_bits import PatternError
 from engram_models.pattern_rules import RULES
@@ -37,6 +39,8 @@ __all__ = [
     "Cell",
     "Digits",
     "GRUResetAfter",
+    "Hopfield",
+    "Normalised",
     "PatternError",
     "PatternMemory",
     "PeepholeLSTM",

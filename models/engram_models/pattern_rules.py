@@ -97,12 +97,16 @@ def _outer(patterns: NDArray[np.int8]) -> Matrix:
 def _storkey(weights: Matrix, patterns: NDArray[np.int8]) -> Matrix:
     """w_ij += (p_i p_j - p_i h_ji - h_ij p_j) / N with h_ij = sum over k other than i, j of w_ik p_k. Storkey 1997.
 
-    The local fields h are those of the weights before this pattern; with w_ii = 0 they are (W p)_i - w_ij p_j.
+    The local fields h are those of the weights before this pattern; with w_ii = 0 they are f_i - w_ij p_j for f = W p, and
+    the sum in brackets is p_i g_j + g_i p_j + 2 w_ij for g = p/2 - f.
     """
     weights, size = weights.copy(), len(weights)
+    change = np.empty_like(weights)
     for p in patterns.astype(np.float64):
-        across = np.outer(weights @ p, p)
-        weights += (np.outer(p, p) - across - across.T + 2 * weights) / size
+        g = p / 2 - weights @ p
+        np.matmul(np.stack((p, g), 1), np.stack((g, p)) / size, out=change)
+        weights *= 1 + 2 / size
+        weights += change
         np.fill_diagonal(weights, 0)
     return weights
 

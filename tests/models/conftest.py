@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,8 @@ from engram_models import (
     Bidirectional,
     Cell,
     GRUResetAfter,
+    Hopfield,
+    Normalised,
     PeepholeLSTM,
     VanillaRNN,
     write_bundle,
@@ -38,11 +41,17 @@ OTHERS: dict[str, Callable[[], Cell]] = {
     ),
     "bidirectional": lambda: Bidirectional(5, 7, 3, output_size=3, activation="softmax"),
     "bidirectional-gru": lambda: Bidirectional(5, 7, 0, "gru"),
+    # A Hopfield network has no gradient: it thresholds, and its weights come from its patterns.
+    "hopfield-dense": lambda: hopfield(6, "dense", size=20),
+    "hopfield-pseudo-inverse": lambda: hopfield(5, "pseudo-inverse", size=19),
+    "hopfield-empty": lambda: Hopfield(7),
     "rbm": lambda: RBM(5, 7),
     "rbm-features": lambda: lively(RBM(5, 33, "features")),
     "dbn": lambda: lively(DBN([5, 9, 7], 3)),
     "dbn-recreate": lambda: DBN([20, 9, 7], 3, "recreate"),
     "dbn-recreate-lively": lambda: lively(DBN([64, 33, 20], 3, "recreate")),
+    "normalised": lambda: scaled(Normalised(LSTM(5, 7, output_size=3), "root")),
+    "normalised-classes": lambda: scaled(Normalised(GRU(5, 7, output_size=3, activation="softmax"), outputs_too=False)),
 }
 
 
@@ -51,6 +60,23 @@ def lively(cell: Cell) -> Cell:
     with torch.no_grad():
         for parameter in cell.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return cell
+
+
+def hopfield(count: int, rule: str, size: int) -> Hopfield:
+    """With random patterns."""
+    patterns = np.random.default_rng(3).choice([-1, 1], (count, size))
+    return Hopfield.of(patterns, [f"p{number}" for number in range(count)], rule)
+
+
+def scaled(cell: Cell) -> Cell:
+    """Means and scales that are not 0 and 1, of a few hundred and a few."""
+    with torch.no_grad():
+        for name, buffer in cell.named_buffers():
+            if name.endswith("mean"):
+                buffer.uniform_(200, 300)
+            else:
+                buffer.uniform_(2, 5)
     return cell
 
 
