@@ -9,6 +9,8 @@ from engram_models.training.experiment import Experiment, TrainingError
 _PROCEDURES = {
     "sequence": "engram_models.training.sequence:SequenceTraining",
     "gradient-flow": "engram_models.training.gradients:GradientFlow",
+    "rbm-exact": "engram_models.training.rbm_exact:RBMExact",
+    "dbn-digits": "engram_models.training.dbn_digits:DBNDigits",
 }
 
 
