@@ -17,6 +17,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,8 @@ def _load_weights(path: Path, cell: Cell, weights: Mapping[str, Tensor]) -> None
 def _record_check(cell: Cell) -> dict[str, Tensor]:
     """A seeded run of CHECK_STEPS steps over CHECK_ROWS rows, from a random state."""
     generator = torch.Generator().manual_seed(7)
-    inputs = torch.stack([_random(cell.input, generator) for _ in range(CHECK_STEPS)])
+    with torch.no_grad():
+        inputs = torch.stack([_inputs(cell, generator) for _ in range(CHECK_STEPS)])
     before = [_random(spec, generator) for spec in cell.state_schema]
     outputs, after = _run(cell, inputs, before)
     record = {"check.inputs": inputs, "check.outputs": outputs}
@@ -252,7 +254,7 @@ def _verify_check(path: Path, cell: Cell, tensors: Mapping[str, Tensor]) -> None
         after = [tensors[f"check.after.{spec.name}"] for spec in cell.state_schema]
     except KeyError as error:
         raise BundleError(f"{path}: the check vector lacks {error.args[0]}") from error
-    device = next(iter(cell.parameters()), torch.empty(0)).device
+    device = next(chain(cell.parameters(), cell.buffers()), torch.empty(0)).device
     try:
         outputs, states = _run(cell, inputs.to(device), [tensor.to(device) for tensor in before])
     except (RuntimeError, TypeError, IndexError) as error:
@@ -264,9 +266,13 @@ def _verify_check(path: Path, cell: Cell, tensors: Mapping[str, Tensor]) -> None
         if got.shape != want.shape:
             raise BundleError(f"{path}: the check vector fails: {what} are {tuple(got.shape)}, not {tuple(want.shape)}")
         difference = (got.cpu().double() - want.double()).abs().max().item() if want.numel() else 0.0
-        if not difference <= CHECK_TOLERANCE:
+        # Relative where numbers are large: a normalised cell answers in the units of its data.
+        allowed = CHECK_TOLERANCE * max(
+            1.0, want.double().nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 0.0
+        )
+        if not difference <= allowed:
             raise BundleError(
-                f"{path}: the check vector fails: {what} differ by {difference:.2g}, at most {CHECK_TOLERANCE} is allowed; "
+                f"{path}: the check vector fails: {what} differ by {difference:.2g}, at most {allowed:.2g} is allowed; "
                 "the weights are not those that were recorded, or this machine computes something else"
             )
 
@@ -282,6 +288,11 @@ def _run(cell: Cell, inputs: Tensor, before: Iterable[Tensor]) -> tuple[Tensor, 
             outputs.append(y)
     cell.train(was_training)
     return torch.stack(outputs).cpu(), state
+
+
+def _inputs(cell: Cell, generator: torch.Generator) -> Tensor:
+    noise = _random(cell.input, generator)
+    return cell.inputs_like(noise) if noise.is_floating_point() else noise
 
 
 def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
@@ -323,5 +334,7 @@ def _toml(manifest: Mapping[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    """A toml value: JSON writes strings, numbers, booleans and flat arrays the same way."""
+    """A toml value: JSON writes strings, numbers, booleans and flat arrays the same way. A table in a table stands in line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_value(item)}" for name, item in value.items()) + " }"
     return json.dumps(value, ensure_ascii=False)

@@ -59,6 +59,10 @@ class Cell(nn.Module):
         )  # fmt: skip
         return cast(State, self.state_type(*tensors))
 
+    def inputs_like(self, noise: Tensor) -> Tensor:
+        """Inputs of the size that the cell is made for, from numbers of N(0, 1) [batch, *input.shape]: what a check runs on."""
+        return noise
+
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step. x [batch, *input.shape] -> y [batch, *output.shape], new state."""
         raise NotImplementedError
