@@ -16,6 +16,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from engram import __version__
+from engram_service.api.memory import MemoryHandlers
 from engram_service.api.server import Server
 from engram_service.api.stream import StreamHandler
 from engram_service.api.unary import UnaryHandlers
@@ -23,6 +24,7 @@ from engram_service.api.unary_stream import UnaryStream
 from engram_service.catalog import Catalog
 from engram_service.core import Core
 from engram_service.engine.engine import Engine
+from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
 from engram_service.sessions.opening import Sessions
 from engram_service.sessions.table import NO_SLOT, SessionTable
@@ -57,10 +59,13 @@ async def serve(settings: Settings) -> None:
         core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers)
         sessions = Sessions(core, store)
         unary = UnaryStream(core, sessions)
-        server = Server(
-            settings, StreamHandler(core, sessions), UnaryHandlers(core, sessions, store, unary, str(device))
-        )
+        memories = Memories(catalog.resolve, store, settings.memory_cache_mb << 20)
+        handlers = UnaryHandlers(core, sessions, store, unary, memories, str(device))
+        memory_handlers = MemoryHandlers(core, sessions, handlers, memories)
+        stack.callback(memory_handlers.close)
+        server = Server(settings, StreamHandler(core, sessions), handlers, memory_handlers)
         _expose(metrics, core, store, device)
+        metrics.read_with(metrics.memory_cache_bytes, lambda: memories.cache.nbytes)
 
         for problem in await catalog.reload():
             log.error("model not served: %s", problem)

@@ -48,6 +48,13 @@ class Metrics:
         self.redis_up = gauge("redis_up", "1 while Redis takes commits")
         self.redis_memory_bytes = gauge("redis_memory_bytes", "used_memory of Redis")
         self.device_memory_bytes = gauge("device_memory_bytes", "Memory of the arenas", "device")
+        self.recalls = counter(
+            "recalls", "Cues by what they recalled: stored, spurious or unsettled", "model", "outcome"
+        )
+        self.recall_seconds = histogram("recall_seconds", "Seconds of a recall, one observation a call", _SECONDS)
+        self.recall_cues = histogram("recall_cues", "Cues in a recall", _ROWS)
+        self.patterns = counter("patterns", "Patterns stored and forgotten", "what")
+        self.memory_cache_bytes = gauge("memory_cache_bytes", "Pattern memories at hand")
         self.model_loads = counter("model_loads", "Bundles loaded or refused", "outcome")
 
     def read_with(self, gauge: Gauge, read: Callable[[], float], *labels: str) -> None:

@@ -63,6 +63,10 @@ class Settings:
     arena_slots_max: int = _setting(16_384, "most resident sessions of one model")
     resident_idle_s: float = _setting(15.0, "an idle session leaves the arena after so many seconds")
 
+    memory_cache_mb: int = _setting(512, "pattern memories that are kept at hand; one that is larger is kept alone")
+    memory_workers: int = _setting(2, "threads that answer store, recall and forget")
+    memory_calls_max: int = _setting(256, "such calls under way or waiting before more are refused")
+
     frame_rows_max: int = _setting(16_384, "most rows in one frame")
     frame_bytes_max: int = _setting(16 << 20, "most bytes in one frame")
     stream_rows_max: int = _setting(32_768, "rows in flight of one stream before it is read no further")
@@ -113,6 +117,7 @@ _AT_LEAST_ONE = (
     "interval_steps", "interval_ms", "session_ttl_s", "redis_connections", "tick_rows_max", "tick_run_max", "arena_mb",
     "arena_slots_max", "frame_rows_max", "frame_bytes_max", "stream_rows_max", "queue_rows_max", "sessions_max",
     "streams_max", "redis_replicas", "redis_ack_timeout_ms",
+    "memory_cache_mb", "memory_workers", "memory_calls_max",
 )  # fmt: skip
 
 

@@ -50,9 +50,8 @@ class Server:
                 )
             else:
                 name = _snake(method.name)
-                found = [getattr(one, name) for one in unary if hasattr(one, name)]
-                if found:
-                    handlers[method.name] = _unary(method, found[0], settings)
+                handle = next(getattr(one, name) for one in unary if hasattr(one, name))
+                handlers[method.name] = _unary(method, handle, settings)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

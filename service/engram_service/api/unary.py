@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
-import struct
 import time
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engram import __version__
 from engram.v1 import model_pb2, session_pb2, stream_pb2
+from engram_service.api.exported import Exported, exported, imported
 from engram_service.api.unary_stream import Asked, UnaryStream
 from engram_service.catalog import Served
 from engram_service.core import Core
@@ -26,30 +26,34 @@ from engram_service.errors import (
     Refusal,
     Unavailable,
 )
+from engram_service.memory.chunks import ChunkError
+from engram_service.memory.memories import Memories
 from engram_service.sessions.opening import Sessions, check_ids
 from engram_service.sessions.table import NO_SLOT
 from engram_service.store import Records, SessionInfo, Store
 
 _PAGE_DEFAULT, _PAGE_MAX = 100, 1000
 _STEP_ROWS_MAX = 32
-_EXPORT_MAGIC = b"ENGRAMX1"
 
 
 class UnaryHandlers:
     """One method for each unary RPC: request and seconds left in, response out."""
 
-    def __init__(self, core: Core, sessions: Sessions, store: Store, unary: UnaryStream, device: str) -> None:
+    def __init__(
+        self, core: Core, sessions: Sessions, store: Store, unary: UnaryStream, memories: Memories, device: str
+    ) -> None:
         self._core = core
+        self._memories = memories
         self._sessions = sessions
         self._store = store
         self._unary = unary
         self._device = device
 
     async def step(self, request: session_pb2.StepRequest, left_s: float) -> session_pb2.StepResponse:
-        _check_id(request.session_id)
+        check_id(request.session_id)
         model, version = request.model, request.version
         if not model:
-            info = await self._info(request.session_id)
+            info = await self.info(request.session_id)
             model, version = info.model, info.version
         served = self._core.catalog.resolve(model, version)
         inputs, rows = _inputs(request, served)
@@ -85,7 +89,7 @@ class UnaryHandlers:
     async def get_session(
         self, request: session_pb2.GetSessionRequest, left_s: float
     ) -> session_pb2.GetSessionResponse:
-        return session_pb2.GetSessionResponse(session=self._session(await self._info(request.session_id)))
+        return session_pb2.GetSessionResponse(session=self._session(await self.info(request.session_id)))
 
     async def list_sessions(
         self, request: session_pb2.ListSessionsRequest, left_s: float
@@ -100,23 +104,24 @@ class UnaryHandlers:
     async def close_session(
         self, request: session_pb2.CloseSessionRequest, left_s: float
     ) -> session_pb2.CloseSessionResponse:
-        _check_id(request.session_id)
+        check_id(request.session_id)
         await self._sessions.delete(request.session_id)
         return session_pb2.CloseSessionResponse()
 
     async def fork_session(
         self, request: session_pb2.ForkSessionRequest, left_s: float
     ) -> session_pb2.ForkSessionResponse:
-        info = await self._committed(request.session_id, left_s)
+        info = await self.committed(request.session_id, left_s)
+        memory = await self._call(left_s, self._store.memories.copy, request.session_id)
         new = request.new_session_id or secrets.token_urlsafe(12)
-        await self._create(new, f"{info.model}/{info.version}", info.fingerprint, info.record, left_s)
-        return session_pb2.ForkSessionResponse(session=self._session(await self._info(new)))
+        await self._create(new, f"{info.model}/{info.version}", info.fingerprint, info.record, left_s, memory)
+        return session_pb2.ForkSessionResponse(session=self._session(await self.info(new)))
 
     async def move_session(
         self, request: session_pb2.MoveSessionRequest, left_s: float
     ) -> session_pb2.MoveSessionResponse:
         """The session's present stream, if it has one, is told that it was taken over; the next open is on the new version."""
-        info = await self._committed(request.session_id, left_s)
+        info = await self.committed(request.session_id, left_s)
         old, new = (
             self._core.catalog.resolve(info.model, info.version),
             self._core.catalog.resolve(info.model, request.version),
@@ -133,39 +138,40 @@ class UnaryHandlers:
             raise Unavailable(
                 "STORE_UNAVAILABLE", "the session was opened or closed meanwhile; try again", retry_after_ms=50
             )
-        return session_pb2.MoveSessionResponse(session=self._session(await self._info(request.session_id)))
+        return session_pb2.MoveSessionResponse(session=self._session(await self.info(request.session_id)))
 
     async def export_session(
         self, request: session_pb2.ExportSessionRequest, left_s: float
     ) -> session_pb2.ExportSessionResponse:
-        info = await self._committed(request.session_id, left_s)
-        return session_pb2.ExportSessionResponse(data=_exported(info))
+        info = await self.committed(request.session_id, left_s)
+        memory = await self._call(left_s, self._store.memories.copy, request.session_id)
+        return session_pb2.ExportSessionResponse(data=exported(Exported.of(info, memory)))
 
     async def import_session(
         self, request: session_pb2.ImportSessionRequest, left_s: float
     ) -> session_pb2.ImportSessionResponse:
-        exported_id, model, version, record = _imported(request.data)
-        served = self._core.catalog.resolve(model, version)
-        records = served.layout.unpack([record])
+        found = imported(request.data)
+        served = self._core.catalog.resolve(found.model, found.version)
+        records = served.layout.unpack([found.record])
         if records.errors:
             raise InvalidArgument(
                 "INVALID_EXPORT", f"the exported session does not fit {served.reference}: {records.errors[0]}"
             )
-        new = request.session_id or exported_id
-        await self._create(new, served.reference, served.bundle.fingerprint, record, left_s)
-        return session_pb2.ImportSessionResponse(session=self._session(await self._info(new)))
+        if found.memory:
+            try:
+                await asyncio.to_thread(self._memories.check_log, served, found.memory)
+            except ChunkError as error:
+                raise InvalidArgument("INVALID_EXPORT", f"the exported session's memory: {error}") from error
+        new = request.session_id or found.session_id
+        await self._create(new, served.reference, served.bundle.fingerprint, found.record, left_s, found.memory)
+        return session_pb2.ImportSessionResponse(session=self._session(await self.info(new)))
 
     async def get_session_state(
         self, request: session_pb2.GetSessionStateRequest, left_s: float
     ) -> session_pb2.GetSessionStateResponse:
-        info = await self._committed(request.session_id, left_s)
-        served = self._core.catalog.resolve(info.model, info.version)
-        records = self._unpacked(served, info)
+        info = await self.committed(request.session_id, left_s)
+        served, state = self.state_of(info)
         specs = self._core.catalog.describe(served).state
-        if records.initial[0]:
-            state = served.arena.pack(list(served.bundle.cell.initial_state(1)), 1)[0]
-        else:
-            state = records.states[0]
         response = session_pb2.GetSessionStateResponse(seq=info.seq)
         start = 0
         for spec, own in zip(specs, served.bundle.state, strict=True):
@@ -201,8 +207,9 @@ class UnaryHandlers:
     async def _call(self, left_s: float, work: Any, *arguments: Any) -> Any:
         return await self._sessions.call(time.monotonic() + left_s, work, *arguments)
 
-    async def _info(self, session_id: str, with_record: bool = False) -> SessionInfo:
-        _check_id(session_id)
+    async def info(self, session_id: str, with_record: bool = False) -> SessionInfo:
+        """The session as Redis has it. Raises NotFound."""
+        check_id(session_id)
         info: SessionInfo | None = await self._call(
             self._core.settings.step_timeout_s, self._store.describe, session_id, with_record
         )
@@ -210,7 +217,15 @@ class UnaryHandlers:
             raise NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
         return info
 
-    async def _committed(self, session_id: str, left_s: float) -> SessionInfo:
+    def state_of(self, info: SessionInfo) -> tuple[Served, NDArray[np.uint8]]:
+        """The model of a session that was read with its record, and the state's bytes uint8 [state_nbytes]."""
+        served = self._core.catalog.resolve(info.model, info.version)
+        records = self._unpacked(served, info)
+        if records.initial[0]:
+            return served, served.arena.pack(list(served.bundle.cell.initial_state(1)), 1)[0]
+        return served, records.states[0]
+
+    async def committed(self, session_id: str, left_s: float) -> SessionInfo:
         """The session with its record, after what this server holds of it has been committed."""
         row = self._core.table.find(session_id)
         if row is not None and self._core.table.interval[row]:
@@ -219,12 +234,14 @@ class UnaryHandlers:
             while len(np.intersect1d(self._core.residency.dirty(), at)) and time.monotonic() < deadline:
                 self._core.residency.flush(at)
                 await asyncio.sleep(0.002)
-        return await self._info(session_id, with_record=True)
+        return await self.info(session_id, with_record=True)
 
-    async def _create(self, session_id: str, reference: str, fingerprint: str, record: bytes, left_s: float) -> None:
-        _check_id(session_id)
+    async def _create(
+        self, session_id: str, reference: str, fingerprint: str, record: bytes, left_s: float, memory: list[bytes]
+    ) -> None:
+        check_id(session_id)
         ttl_ms = self._core.settings.session_ttl_s * 1000
-        session = (session_id, reference, fingerprint, record, ttl_ms, secrets.token_hex(8))
+        session = (session_id, reference, fingerprint, record, ttl_ms, secrets.token_hex(8), memory)
         if not await self._call(left_s, self._store.create, *session):
             raise AlreadyExists("SESSION_EXISTS", f"there is a session {session_id!r} already", session=session_id)
 
@@ -250,7 +267,7 @@ class UnaryHandlers:
         return session
 
 
-def _check_id(session_id: str) -> None:
+def check_id(session_id: str) -> None:
     refusal: Refusal | None = check_ids([session_id])[0]
     if refusal is not None:
         raise refusal
@@ -269,24 +286,3 @@ def _inputs(request: session_pb2.StepRequest, served: Served) -> tuple[bytes, in
             "INVALID_INPUT_WIDTH", f"model {served.reference} takes {list(spec.shape)} values a step: {sizes}"
         )
     return data, len(data) // spec.nbytes
-
-
-def _exported(info: SessionInfo) -> bytes:
-    """magic | lengths of id, model and version | these | record | 16 bytes of BLAKE2b over all before."""
-    names = [info.session_id.encode(), info.model.encode(), info.version.encode()]
-    body = _EXPORT_MAGIC + struct.pack("<HHH", *map(len, names)) + b"".join(names) + info.record
-    return body + hashlib.blake2b(body, digest_size=16).digest()
-
-
-def _imported(data: bytes) -> tuple[str, str, str, bytes]:
-    start = len(_EXPORT_MAGIC) + 6
-    body, digest = data[:-16], data[-16:]
-    if len(body) < start or not body.startswith(_EXPORT_MAGIC):
-        raise InvalidArgument("INVALID_EXPORT", "the bytes are not an exported session")
-    if hashlib.blake2b(body, digest_size=16).digest() != digest:
-        raise InvalidArgument("INVALID_EXPORT", "the exported session is damaged: its digest does not fit")
-    names: list[str] = []
-    for length in struct.unpack("<HHH", body[start - 6 : start]):
-        names.append(body[start : start + length].decode())
-        start += length
-    return names[0], names[1], names[2], body[start:]

@@ -12,6 +12,7 @@ import secrets
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,12 +149,15 @@ class Sessions:
             raise NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
         self._core.metrics.sessions_closed.inc()
 
-    async def call(self, deadline: float, work: Callable[..., Any], *arguments: Any) -> Any:
+    async def call(
+        self, deadline: float, work: Callable[..., Any], *arguments: Any, pool: Executor | None = None
+    ) -> Any:
         """Runs a blocking call of the store in a thread; while the store is away, again until the deadline."""
+        loop = asyncio.get_running_loop()
         while True:
             try:
                 await self._core.written_back(deadline)
-                return await asyncio.to_thread(work, *arguments)
+                return await loop.run_in_executor(pool, work, *arguments)
             except StoreUnavailable as error:
                 if time.monotonic() + _RETRY_S > deadline:
                     raise Unavailable(

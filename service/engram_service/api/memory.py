@@ -1,0 +1,284 @@
+"""The RPCs of memories: patterns stored, recalled and forgotten; an NTM's memory addressed; inputs recreated.
+
+Each method takes a request and the seconds left, returns the response and raises Refusal; server.py maps it. What is worked
+out happens in threads of its own, so that neither the event loop nor the engine waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram.v1 import memory_pb2 as pb
+from engram_models import PatternMemory, Recalled
+from engram_service.api.unary import UnaryHandlers, check_id
+from engram_service.catalog import Served
+from engram_service.core import Core
+from engram_service.engine.queries import Recreator, address, addressable, one_thread, recreate
+from engram_service.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from engram_service.memory.chunks import LABEL_BYTES_MAX, width_of
+from engram_service.memory.memories import Memories
+from engram_service.sessions.opening import Sessions
+
+_OPERATION_NBYTES = 16
+_CUES_MAX = 4096
+_SWEEPS_DEFAULT, _SWEEPS_MAX = 100, 10_000
+_PAGE_DEFAULT, _PAGE_MAX = 1000, 100_000
+
+T = TypeVar("T")
+
+
+class MemoryHandlers:
+    """One method for each RPC of memory.proto."""
+
+    def __init__(self, core: Core, sessions: Sessions, unary: UnaryHandlers, memories: Memories) -> None:
+        self._core = core
+        self._sessions = sessions
+        self._unary = unary
+        self._memories = memories
+        self._under_way = 0
+        self._patterns = ThreadPoolExecutor(core.settings.memory_workers, "memory")
+        self._queries = ThreadPoolExecutor(1, "query", one_thread)
+
+    def close(self) -> None:
+        for pool in (self._patterns, self._queries):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def store_patterns(self, request: pb.StorePatternsRequest, left_s: float) -> pb.StorePatternsResponse:
+        operation = _operation(request.operation_id)
+        bits = _rows(request.patterns, request.size, "patterns")
+        labels = list(request.labels)
+        if not len(bits):
+            raise InvalidArgument("INVALID_PATTERN", "no patterns; give at least one")
+        if labels and len(labels) != len(bits):
+            raise InvalidArgument(
+                "INVALID_PATTERN", f"{len(bits)} patterns and {len(labels)} labels; give one each, or none"
+            )
+        _check_labels(labels)
+        done = await self._call(left_s, self._memories.store, request.session_id, operation, request.size, bits, labels)
+        self._core.metrics.patterns.labels("stored").inc(done.rows)
+        return pb.StorePatternsResponse(
+            stored=done.rows, first_number=done.first, count=done.summary.count, load=done.summary.load,
+            warning=done.warning,
+        )  # fmt: skip
+
+    async def forget_patterns(self, request: pb.ForgetPatternsRequest, left_s: float) -> pb.ForgetPatternsResponse:
+        operation = _operation(request.operation_id)
+        if request.all == bool(request.labels):
+            raise InvalidArgument("INVALID_ARGUMENT", "give the labels to forget, or all, and not both")
+        labels = None if request.all else list(request.labels)
+        done = await self._call(left_s, self._memories.forget, request.session_id, operation, labels)
+        self._core.metrics.patterns.labels("forgotten").inc(done.rows)
+        return pb.ForgetPatternsResponse(forgotten=done.rows, count=done.summary.count, load=done.summary.load)
+
+    async def recall(self, request: pb.RecallRequest, left_s: float) -> pb.RecallResponse:
+        cues = _cues(request)
+        sweeps_max = _sweeps(request.sweeps_max or _SWEEPS_DEFAULT)
+        started = time.perf_counter()
+        model, found = await self._call(
+            left_s, self._memories.recall, request.session_id, cues, request.synchronous, request.seed, sweeps_max
+        )
+        self._observe(model, found, time.perf_counter() - started)
+        return _recalled(found, request.size)
+
+    async def list_patterns(self, request: pb.ListPatternsRequest, left_s: float) -> pb.ListPatternsResponse:
+        count = min(request.page_size or _PAGE_DEFAULT, _PAGE_MAX)
+        if request.page_token and not request.page_token.isdigit():
+            raise InvalidArgument("INVALID_ARGUMENT", "page_token is not one that this server gave")
+        start = int(request.page_token or 0)
+        labels, bits, summary = await self._call(left_s, self._memories.page, request.session_id, start, count)
+        end = start + len(labels)
+        return pb.ListPatternsResponse(
+            labels=labels, patterns=bits.tobytes() if request.with_patterns else b"",
+            next_page_token=str(end) if labels and end < summary.count else "", count=summary.count, load=summary.load,
+            size=summary.size, rule=summary.rule,
+        )  # fmt: skip
+
+    async def address_memory(self, request: pb.AddressMemoryRequest, left_s: float) -> pb.AddressMemoryResponse:
+        info = await self._unary.committed(request.session_id, left_s)
+        served, state = self._unary.state_of(info)
+        spec = addressable(served.bundle)
+        if spec is None:
+            message = f"{served.reference} is of kind {served.bundle.kind}, whose state has no memory to address"
+            raise FailedPrecondition("UNSUPPORTED_OPERATION", message)
+        slots, width = spec.shape
+        keys = _floats(request.keys, width, "keys")
+        strengths = _floats(request.strengths, 1, "strengths")[:, 0]
+        if len(keys) != len(strengths) or not len(keys):
+            message = f"{len(keys)} keys and {len(strengths)} strengths; give one or more keys, and a strength for each"
+            raise InvalidArgument("INVALID_ARGUMENT", message)
+        weightings, reads = await self._query(address, served.bundle, state, keys, strengths)
+        return pb.AddressMemoryResponse(
+            seq=info.seq, weightings=weightings.tobytes(), reads=reads.tobytes(), slots=slots, width=width
+        )
+
+    async def recreate(self, request: pb.RecreateRequest, left_s: float) -> pb.RecreateResponse:
+        served = await self._model_of(request)
+        cell = served.bundle.cell
+        if not isinstance(cell, Recreator):
+            message = f"{served.reference} is of kind {served.bundle.kind}, which recreates no inputs; rbm and dbn do"
+            raise FailedPrecondition("UNSUPPORTED_OPERATION", message)
+        inputs = _floats(request.inputs, served.bundle.input.size, "inputs")
+        unknown = _unknown_units(request.unknown, inputs)
+        sweeps = _sweeps(request.sweeps or 1)
+        try:
+            recreations, energies = await self._on_device(served, recreate, cell, inputs, unknown, sweeps)
+        except ValueError as error:
+            raise InvalidArgument("INVALID_ARGUMENT", str(error)) from error
+        return pb.RecreateResponse(recreations=recreations.tobytes(), energies=energies.tobytes())
+
+    async def _model_of(self, request: pb.RecreateRequest) -> Served:
+        if bool(request.session_id) == bool(request.model):
+            raise InvalidArgument("INVALID_ARGUMENT", "give a model or a session, and not both")
+        if request.model:
+            return self._core.catalog.resolve(request.model, request.version)
+        info = await self._unary.info(request.session_id)
+        return self._core.catalog.resolve(info.model, info.version)
+
+    async def _call(self, left_s: float, work: Callable[..., T], session_id: str, *arguments: Any) -> T:
+        check_id(session_id)
+        with self._room():
+            deadline = time.monotonic() + left_s
+            done: T = await self._sessions.call(deadline, work, session_id, *arguments, pool=self._patterns)
+            return done
+
+    async def _query(self, work: Callable[..., T], *arguments: Any) -> T:
+        with self._room():
+            return await asyncio.get_running_loop().run_in_executor(self._queries, work, *arguments)
+
+    async def _on_device(self, served: Served, work: Callable[..., T], *arguments: Any) -> T:
+        """On a GPU the engine's thread alone may work: another's would end up in the graph that it captures."""
+        if served.arena.device.type != "cuda":
+            return await self._query(work, *arguments)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def job() -> None:
+            try:
+                loop.call_soon_threadsafe(_settle, done, work(*arguments), None)
+            except Exception as error:
+                loop.call_soon_threadsafe(_settle, done, None, error)
+
+        self._core.queue.post(job)
+        return await done
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        limit = self._core.settings.memory_calls_max
+        if self._under_way >= limit:
+            message = f"{limit} calls on memories are under way, this server's limit"
+            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=100)
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
+    def _observe(self, model: str, found: Sequence[Recalled], seconds: float) -> None:
+        metrics = self._core.metrics
+        metrics.recall_seconds.observe(seconds)
+        metrics.recall_cues.observe(len(found))
+        unsettled = sum(not one.converged for one in found)
+        spurious = sum(one.converged and one.spurious for one in found)
+        counts = {"unsettled": unsettled, "spurious": spurious, "stored": len(found) - unsettled - spurious}
+        for outcome, count in counts.items():
+            metrics.recalls.labels(model, outcome).inc(count)
+
+
+def _settle(done: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
+    if done.done():
+        return
+    if error is None:
+        done.set_result(value)
+    else:
+        done.set_exception(error)
+
+
+def _operation(operation_id: bytes) -> bytes:
+    if len(operation_id) != _OPERATION_NBYTES:
+        raise InvalidArgument("INVALID_ARGUMENT", f"operation_id has {_OPERATION_NBYTES} bytes, random ones")
+    return operation_id
+
+
+def _rows(data: bytes, size: int, what: str) -> NDArray[np.uint8]:
+    """Patterns uint8 [n, ceil(size / 8)] out of a column."""
+    width = width_of(size)
+    if not size or len(data) % width:
+        raise InvalidArgument(
+            "INVALID_PATTERN", f"{what}: {len(data)} bytes are not whole patterns of {size} bits, {width} bytes each"
+        )
+    return np.frombuffer(data, np.uint8).reshape(-1, width)
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    for row, label in enumerate(labels):
+        if not label or not label.isprintable() or len(label.encode()) > LABEL_BYTES_MAX:
+            message = f"pattern {row}: the label is 1 to {LABEL_BYTES_MAX} bytes of UTF-8 without control characters"
+            raise InvalidArgument("INVALID_PATTERN", message)
+
+
+def _cues(request: pb.RecallRequest) -> NDArray[np.int8]:
+    """Cues int8 [n, size]: -1, +1, and 0 where a bit is unknown."""
+    bits = _rows(request.cues, request.size, "cues")
+    if not len(bits):
+        raise InvalidArgument("INVALID_PATTERN", "no cues; give at least one")
+    if len(bits) > _CUES_MAX:
+        raise InvalidArgument("FRAME_TOO_LARGE", f"{len(bits)} cues in one call; send at most {_CUES_MAX}")
+    cues = PatternMemory.unpack(bits, request.size)
+    if request.unknown:
+        unknown = _rows(request.unknown, request.size, "unknown")
+        if len(unknown) != len(bits):
+            raise InvalidArgument("INVALID_PATTERN", f"{len(bits)} cues and {len(unknown)} masks; give one for each")
+        cues[np.unpackbits(unknown, axis=1, count=request.size).view(np.bool_)] = 0
+    return cues
+
+
+def _recalled(found: Sequence[Recalled], size: int) -> pb.RecallResponse:
+    def column(values: Sequence[Any], dtype: str) -> bytes:
+        return np.array(values, dtype).tobytes()
+
+    return pb.RecallResponse(
+        patterns=PatternMemory.pack(np.stack([one.pattern for one in found]), size).tobytes(),
+        labels=[one.label for one in found],
+        overlaps=column([one.overlap for one in found], "<f8"),
+        distances=column([one.distance for one in found], "<u4"),
+        sweeps=column([one.sweeps for one in found], "<u4"),
+        converged=column([one.converged for one in found], "u1"),
+        spurious=column([one.spurious for one in found], "u1"),
+        energies=np.concatenate([one.energies for one in found]).astype("<f8").tobytes(),
+    )
+
+
+def _sweeps(sweeps: int) -> int:
+    if sweeps > _SWEEPS_MAX:
+        raise InvalidArgument("INVALID_ARGUMENT", f"{sweeps} sweeps; at most {_SWEEPS_MAX}")
+    return sweeps
+
+
+def _floats(data: bytes, width: int, what: str) -> NDArray[np.float32]:
+    """float32 [n, width] out of a column."""
+    if len(data) % (4 * width):
+        raise InvalidArgument("INVALID_INPUT_WIDTH", f"{what}: {len(data)} bytes are not whole rows of {width} float32")
+    values = np.frombuffer(data, "<f4").reshape(-1, width)
+    if not np.isfinite(values).all():
+        raise InvalidArgument("NON_FINITE_INPUT", f"{what}: row {np.argmin(np.isfinite(values).all(1))} is not finite")
+    return values.astype(np.float32)
+
+
+def _unknown_units(data: bytes, inputs: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+    if not len(inputs):
+        raise InvalidArgument("INVALID_INPUT_WIDTH", "no inputs; give at least one")
+    if not data:
+        return None
+    if len(data) != inputs.size:
+        raise InvalidArgument(
+            "INVALID_INPUT_WIDTH", f"unknown has {len(data)} bytes; {inputs.size} units are asked for"
+        )
+    return np.frombuffer(data, np.uint8).reshape(inputs.shape).astype(np.bool_)
