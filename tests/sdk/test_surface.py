@@ -16,8 +16,9 @@ from engram._types import TensorSpec
 
 NAMES = {
     "Aborted", "AccessDenied", "AlreadyExists", "AsyncClient", "BlockingSession", "Client", "ClientClosed", "ClientOptions",
-    "DataLoss", "DeadlineExceeded", "EngramError", "FailedPrecondition", "Internal", "InvalidInput", "ModelInfo", "NotFound",
-    "ResourceExhausted", "ServerInfo", "Session", "SessionClosed", "SessionInfo", "TakenOver", "TensorSpec", "Unavailable",
+    "DataLoss", "DeadlineExceeded", "EngramError", "FailedPrecondition", "Internal", "InvalidInput", "ModelInfo", "NotFound", "Patterns", "Recall",
+    "Recreation",
+    "ResourceExhausted", "ServerInfo", "Session", "SessionClosed", "SessionInfo", "Stored", "TakenOver", "TensorSpec", "Unavailable",
     "Unsupported", "__version__",
 }  # fmt: skip
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from engram._options import ClientOptions
+    from engram._patterns import Patterns, Recall, Recreation, Stored
     from engram._session import Session
     from engram._types import ModelInfo, ServerInfo, SessionInfo, TensorSpec
 
@@ -57,11 +58,15 @@ __all__ = [
     "InvalidInput",
     "ModelInfo",
     "NotFound",
+    "Patterns",
+    "Recall",
+    "Recreation",
     "ResourceExhausted",
     "ServerInfo",
     "Session",
     "SessionClosed",
     "SessionInfo",
+    "Stored",
     "TakenOver",
     "TensorSpec",
     "Unavailable",
@@ -73,6 +78,7 @@ _HOMES = {
     "_blocking": ("BlockingSession", "Client"),
     "_client": ("AsyncClient",),
     "_options": ("ClientOptions",),
+    "_patterns": ("Patterns", "Recall", "Recreation", "Stored"),
     "_session": ("Session",),
     "_types": ("ModelInfo", "ServerInfo", "SessionInfo", "TensorSpec"),
 }

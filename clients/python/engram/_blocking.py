@@ -9,11 +9,13 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Corout
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engram._client import AsyncClient
 from engram._errors import ClientClosed
 from engram._options import ClientOptions
+from engram._patterns import Patterns, Recreation, Stored
 from engram._session import UNSET, Session
 from engram._types import ModelInfo, ServerInfo, SessionInfo
 
@@ -239,6 +241,49 @@ class BlockingSession:
         """See Session.state."""
         return self._loop.wait(self._session.state(timeout=timeout))
 
+    def store(
+        self, patterns: ArrayLike, labels: Sequence[str] | str | None = None, *, timeout: float | None = UNSET
+    ) -> Stored:
+        """See Session.store."""
+        return self._loop.wait(self._session.store(patterns, labels, timeout=timeout))
+
+    def recall(
+        self,
+        cue: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        synchronous: bool = False,
+        seed: int = 0,
+        sweeps_max: int = 100,
+        timeout: float | None = UNSET,
+    ) -> Any:
+        """See Session.recall."""
+        return self._loop.wait(
+            self._session.recall(cue, mask, synchronous=synchronous, seed=seed, sweeps_max=sweeps_max, timeout=timeout)
+        )
+
+    def forget(
+        self, labels: Sequence[str] | str | None = None, *, all: bool = False, timeout: float | None = UNSET
+    ) -> int:
+        """See Session.forget."""
+        return self._loop.wait(self._session.forget(labels, all=all, timeout=timeout))
+
+    def patterns(self, *, values: bool = False, timeout: float | None = UNSET) -> Patterns:
+        """See Session.patterns."""
+        return self._loop.wait(self._session.patterns(values=values, timeout=timeout))
+
+    def address(
+        self, key: ArrayLike, strength: ArrayLike = 1.0, *, timeout: float | None = UNSET
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See Session.address."""
+        return self._loop.wait(self._session.address(key, strength, timeout=timeout))
+
+    def recreate(
+        self, x: ArrayLike, mask: ArrayLike | None = None, *, sweeps: int = 1, timeout: float | None = UNSET
+    ) -> Recreation:
+        """See Session.recreate."""
+        return self._loop.wait(self._session.recreate(x, mask, sweeps=sweeps, timeout=timeout))
+
     def fork(self, session_id: str | None = None, *, timeout: float | None = UNSET) -> BlockingSession:
         """See Session.fork."""
         return BlockingSession(self._client, self._loop.wait(self._session.fork(session_id, timeout=timeout)))
@@ -269,6 +314,78 @@ class BlockingSessions:
     def state(self, session_id: str, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
         """See Sessions.state."""
         return self._client._loop.wait(self._client._client.sessions.state(session_id, timeout=timeout))
+
+    def store(
+        self,
+        session_id: str,
+        patterns: ArrayLike,
+        labels: Sequence[str] | str | None = None,
+        *,
+        timeout: float | None = UNSET,
+    ) -> Stored:
+        """See Session.store."""
+        return self._client._loop.wait(
+            self._client._client.sessions.store(session_id, patterns, labels, timeout=timeout)
+        )
+
+    def recall(
+        self,
+        session_id: str,
+        cue: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        synchronous: bool = False,
+        seed: int = 0,
+        sweeps_max: int = 100,
+        timeout: float | None = UNSET,
+    ) -> Any:
+        """See Session.recall."""
+        return self._client._loop.wait(
+            self._client._client.sessions.recall(
+                session_id, cue, mask, synchronous=synchronous, seed=seed, sweeps_max=sweeps_max, timeout=timeout
+            )
+        )
+
+    def forget(
+        self,
+        session_id: str,
+        labels: Sequence[str] | str | None = None,
+        *,
+        all: bool = False,
+        timeout: float | None = UNSET,
+    ) -> int:
+        """See Session.forget."""
+        return self._client._loop.wait(
+            self._client._client.sessions.forget(session_id, labels, all=all, timeout=timeout)
+        )
+
+    def patterns(self, session_id: str, *, values: bool = False, timeout: float | None = UNSET) -> Patterns:
+        """See Session.patterns."""
+        return self._client._loop.wait(
+            self._client._client.sessions.patterns(session_id, values=values, timeout=timeout)
+        )
+
+    def address(
+        self, session_id: str, key: ArrayLike, strength: ArrayLike = 1.0, *, timeout: float | None = UNSET
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See Session.address."""
+        return self._client._loop.wait(
+            self._client._client.sessions.address(session_id, key, strength, timeout=timeout)
+        )
+
+    def recreate(
+        self,
+        session_id: str,
+        x: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        sweeps: int = 1,
+        timeout: float | None = UNSET,
+    ) -> Recreation:
+        """See Session.recreate."""
+        return self._client._loop.wait(
+            self._client._client.sessions.recreate(session_id, x, mask, sweeps=sweeps, timeout=timeout)
+        )
 
     def fork(self, session_id: str, new_session_id: str | None = None, *, timeout: float | None = UNSET) -> SessionInfo:
         """See Sessions.fork."""
@@ -304,6 +421,14 @@ class BlockingModels:
     def get(self, model: str, version: str = "", *, timeout: float | None = UNSET) -> ModelInfo:
         """See Models.get."""
         return self._client._loop.wait(self._client._client.models.get(model, version, timeout=timeout))
+
+    def recreate(
+        self, model: str, x: ArrayLike, mask: ArrayLike | None = None, *, version: str = "", sweeps: int = 1,
+        timeout: float | None = UNSET,
+    ) -> Recreation:  # fmt: skip
+        """See Models.recreate."""
+        work = self._client._client.models.recreate(model, x, mask, version=version, sweeps=sweeps, timeout=timeout)
+        return self._client._loop.wait(work)
 
     def reload(self, *, timeout: float | None = UNSET) -> tuple[builtins.list[ModelInfo], builtins.list[str]]:
         """See Models.reload."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from engram import _memories
 from engram._arrays import RowCodec
+from engram._patterns import Patterns, Recreation, Stored
 from engram._session import UNSET
 from engram._types import ModelInfo, SessionInfo, TensorSpec
 from engram.v1 import session_pb2
@@ -53,6 +55,64 @@ class Sessions:
             codec = RowCodec(TensorSpec.of(tensor.spec), f"state {tensor.spec.name}")
             state[tensor.spec.name] = np.array(codec.decode(tensor.data, 1)[0])
         return state
+
+    async def store(
+        self,
+        session_id: str,
+        patterns: ArrayLike,
+        labels: Sequence[str] | str | None = None,
+        *,
+        timeout: float | None = UNSET,
+    ) -> Stored:
+        """See Session.store."""
+        return await _memories.store(self._client, session_id, patterns, labels, timeout)
+
+    async def recall(
+        self,
+        session_id: str,
+        cue: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        synchronous: bool = False,
+        seed: int = 0,
+        sweeps_max: int = 100,
+        timeout: float | None = UNSET,
+    ) -> Any:
+        """See Session.recall."""
+        return await _memories.recall(self._client, session_id, cue, mask, synchronous, seed, sweeps_max, timeout)
+
+    async def forget(
+        self,
+        session_id: str,
+        labels: Sequence[str] | str | None = None,
+        *,
+        all: bool = False,
+        timeout: float | None = UNSET,
+    ) -> int:
+        """See Session.forget."""
+        return await _memories.forget(self._client, session_id, labels, all, timeout)
+
+    async def patterns(self, session_id: str, *, values: bool = False, timeout: float | None = UNSET) -> Patterns:
+        """See Session.patterns."""
+        return await _memories.patterns(self._client, session_id, values, timeout)
+
+    async def address(
+        self, session_id: str, key: ArrayLike, strength: ArrayLike = 1.0, *, timeout: float | None = UNSET
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See Session.address."""
+        return await _memories.address(self._client, session_id, key, strength, timeout)
+
+    async def recreate(
+        self,
+        session_id: str,
+        x: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        sweeps: int = 1,
+        timeout: float | None = UNSET,
+    ) -> Recreation:
+        """See Session.recreate."""
+        return await _memories.recreate(self._client, {"session_id": session_id}, x, mask, sweeps, timeout)
 
     async def fork(
         self, session_id: str, new_session_id: str | None = None, *, timeout: float | None = UNSET
@@ -105,6 +165,14 @@ class Models:
         request = session_pb2.GetModelRequest(model=model, version=version)
         response = await self._client._unary("GetModel", request, session_pb2.GetModelResponse, timeout)
         return ModelInfo.of(response.model)
+
+    async def recreate(
+        self, model: str, x: ArrayLike, mask: ArrayLike | None = None, *, version: str = "", sweeps: int = 1,
+        timeout: float | None = UNSET,
+    ) -> Recreation:  # fmt: skip
+        """See Session.recreate; no session is needed."""
+        of = {"model": model, "version": version}
+        return await _memories.recreate(self._client, of, x, mask, sweeps, timeout)
 
     async def reload(self, *, timeout: float | None = UNSET) -> tuple[builtins.list[ModelInfo], builtins.list[str]]:
         """Looks at the models directory now; what is served, and what is wrong with the rest."""

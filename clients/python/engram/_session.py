@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engram._calls import FEEDBACK, QUIET, Call
 from engram._errors import EngramError, FailedPrecondition, InvalidInput, SessionClosed
+from engram._patterns import Patterns, Recreation, Stored
 from engram._source import inputs_of
 from engram._types import ModelInfo
 
@@ -143,6 +145,76 @@ class Session:
         """The state tensors by name, without the batch dimension, as they stand in Redis now."""
         self._live()
         return await self._client.sessions.state(self._id, timeout=timeout)
+
+    async def store(
+        self, patterns: ArrayLike, labels: Sequence[str] | str | None = None, *, timeout: float | None = UNSET
+    ) -> Stored:
+        """Adds patterns [n, N], or one [N], to the session's memory: of -1 and +1, or of 0 and 1, or of booleans.
+
+        All of them are stored or none, and in Redis when this returns; beyond some megabytes they go in parts, which are
+        taken back if a later one is refused. Labels are one a pattern, each once in a memory; None: the server numbers them
+        "p0", "p1" and so on. Raises InvalidInput, AlreadyExists (DUPLICATE_LABEL), FailedPrecondition (MEMORY_FULL, or
+        UNSUPPORTED_OPERATION: the model keeps no patterns).
+        """
+        self._live()
+        return await self._client.sessions.store(self._id, patterns, labels, timeout=timeout)
+
+    async def recall(
+        self,
+        cue: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        synchronous: bool = False,
+        seed: int = 0,
+        sweeps_max: int = 100,
+        timeout: float | None = UNSET,
+    ) -> Any:
+        """What a cue [N] brings back: a Recall; of many cues [n, N], a list of them.
+
+        mask: bool, [N] or like the cue, True where a bit is unknown; what the cue has there is not looked at. Units are
+        updated one after the other in a random order drawn from `seed`, or all at once if `synchronous`, until nothing
+        changes or `sweeps_max` sweeps are over. Any server answers, from what is in Redis; whoever has the session open is
+        not disturbed. Raises InvalidInput (INVALID_PATTERN, CUE_ALL_MASKED), FailedPrecondition (EMPTY_MEMORY).
+        """
+        self._live()
+        return await self._client.sessions.recall(
+            self._id, cue, mask, synchronous=synchronous, seed=seed, sweeps_max=sweeps_max, timeout=timeout
+        )
+
+    async def forget(
+        self, labels: Sequence[str] | str | None = None, *, all: bool = False, timeout: float | None = UNSET
+    ) -> int:
+        """Removes the patterns with these labels, or all of them; how many they were. Raises NotFound (UNKNOWN_LABEL), and then
+        keeps every one."""
+        self._live()
+        return await self._client.sessions.forget(self._id, labels, all=all, timeout=timeout)
+
+    async def patterns(self, *, values: bool = False, timeout: float | None = UNSET) -> Patterns:
+        """What the memory holds: labels, and with `values` the patterns themselves."""
+        self._live()
+        return await self._client.sessions.patterns(self._id, values=values, timeout=timeout)
+
+    async def address(
+        self, key: ArrayLike, strength: ArrayLike = 1.0, *, timeout: float | None = UNSET
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Looks a key [M] up in the memory of a Neural Turing Machine, as it stands in Redis now, and changes nothing.
+
+        The weighting [N] over its locations, a softmax of strength times cosine, and what is read under it [M]. Of many keys
+        [n, M], with one strength or [n], they are [n, N] and [n, M].
+        """
+        self._live()
+        return await self._client.sessions.address(self._id, key, strength, timeout=timeout)
+
+    async def recreate(
+        self, x: ArrayLike, mask: ArrayLike | None = None, *, sweeps: int = 1, timeout: float | None = UNSET
+    ) -> Recreation:
+        """What the session's model, a Boltzmann machine or belief network, makes of an input [visible] or of many [n, visible].
+
+        Values are 0 to 1. mask: bool, True where a unit is unknown: it is filled in, and the others keep their values; without
+        one, all are recreated.
+        """
+        self._live()
+        return await self._client.sessions.recreate(self._id, x, mask, sweeps=sweeps, timeout=timeout)
 
     async def fork(self, session_id: str | None = None, *, timeout: float | None = UNSET) -> Session:
         """A new session, opened, that stands where this one stands in Redis now."""
