@@ -31,6 +31,7 @@ class Outcome:
     curves: Mapping[str, list[float]] = field(default_factory=dict)  # "loss" and the like, for the picture
     pictures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)  # file name without .png -> drawing
     cell: Cell | None = None  # what the bundle is made of, where the recipe wants one
+    note: str = ""  # what its inputs and outputs are, after the bundle's description
 
 
 class Experiment(Protocol):

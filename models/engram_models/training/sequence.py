@@ -16,7 +16,7 @@ from engram_models.training.bptt import LOSSES, truncated
 from engram_models.training.experiment import Outcome, TrainingError
 from engram_models.training.initialise import initialise
 from engram_models.training.recipe import Recipe
-from engram_models.training.tasks import Task, task
+from engram_models.training.tasks import Task, Wrapping, task
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.AdamW,  # Adam, where weight_decay is 0
@@ -72,12 +72,13 @@ class SequenceTraining:
 
     def __init__(self, recipe: Recipe, options: Options, seed: int) -> None:
         table = dict(recipe.task)
-        self.task: Task = task(str(table.pop("name", "")), table, f"{recipe.path}: [task]")
+        self.task: Task = task(str(table.pop("name", "")), table, f"{recipe.path}: [task]", recipe.path.parent)
         self.options, self.seed = options, seed
         self._config = _config(recipe, self.task)
         torch.manual_seed(seed)
         # The loss wants the numbers before the activation; served is the cell with it, and the very same parameters.
-        self.served = _made(recipe, self._config)
+        self._inner = _made(recipe, self._config)
+        self.served = self.task.wrap(self._inner) if isinstance(self.task, Wrapping) else self._inner
         self.cell = _made(recipe, {**self._config, "activation": "none"})
         initialise(self.cell, options.initialisation, options.forget_bias)
         self._loss = LOSSES[str(self._config.get("activation", "none"))]
@@ -97,7 +98,9 @@ class SequenceTraining:
         time = batch.inputs.shape[1]
         loss = truncated(self.cell, batch, self._loss, options.k1 or time, options.k2 or time)
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} after {self.done} sequences; a smaller learning_rate or clip_norm may do")
+            raise TrainingError(
+                f"the loss is {loss} after {self.done} sequences; a smaller learning_rate or clip_norm may do"
+            )
         self._clip()
         self._optimizer.step()
         self._curve.append(loss)
@@ -112,7 +115,9 @@ class SequenceTraining:
         kept = {f"cell.{key}": value for key, value in self.cell.state_dict().items()}
         kept |= {f"best.{key}": value for key, value in self._best.items()}
         for place, state in self._optimizer.state_dict()["state"].items():
-            kept |= {f"optimizer.{place}.{key}": torch.as_tensor(value) for key, value in state.items() if value is not None}
+            kept |= {
+                f"optimizer.{place}.{key}": torch.as_tensor(value) for key, value in state.items() if value is not None
+            }
         kept["curve"] = torch.tensor(self._curve, dtype=torch.float64)
         kept["watched"] = torch.tensor(self._watched, dtype=torch.float64)
         kept["counts"] = torch.tensor([self.done, self.total])
@@ -136,7 +141,8 @@ class SequenceTraining:
         cell = self._to_serve()
         metrics = {**self.task.evaluate(cell, self.seed, thorough=True), "sequences": self.done}
         curves = {"loss": self._curve} | ({self.options.metric: self._watched} if self._watched else {})
-        return Outcome(metrics, curves, self.task.pictures(cell, self.seed), cell)
+        note = self.task.note if isinstance(self.task, Wrapping) else ""
+        return Outcome(metrics, curves, self.task.pictures(cell, self.seed), cell, note)
 
     def _evaluate(self) -> None:
         options = self.options
@@ -153,7 +159,7 @@ class SequenceTraining:
             self.total = self.done
 
     def _to_serve(self) -> Cell:
-        self.served.load_state_dict(self.cell.state_dict())
+        self._inner.load_state_dict(self.cell.state_dict())
         return self.served.eval()
 
     def _clip(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -12,6 +13,7 @@ from engram_models.cell import Cell
 from engram_models.training.bptt import Batch
 from engram_models.training.experiment import TrainingError
 from engram_models.training.recipe import parsed
+from engram_models.training.tables import located
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +26,8 @@ _TASKS = {
     "repeat-copy": "engram_models.training.tasks.copying:RepeatCopy",
     "associative-recall": "engram_models.training.tasks.recall:AssociativeRecall",
     "digits": "engram_models.training.tasks.digits:DigitRows",
+    "forecast": "engram_models.training.tasks.forecast:Forecast",
+    "classify": "engram_models.training.tasks.classify:Classify",
 }
 
 
@@ -46,11 +50,25 @@ class Task(Protocol):
         """What the result is looked at with."""
 
 
-def task(name: str, table: Mapping[str, Any], where: str) -> Task:
-    """The task of a recipe's [task] table. Raises TrainingError."""
+@runtime_checkable
+class Wrapping(Protocol):
+    """A task whose cell is not served as it was trained, but behind the scales of the data."""
+
+    @property
+    def note(self) -> str:
+        """What the served cell takes and answers: goes into the bundle's description."""
+
+    def wrap(self, cell: Cell) -> Cell:
+        """The cell to serve, with the trained one's parameters. Raises TrainingError where it does not fit the task."""
+
+
+def task(name: str, table: Mapping[str, Any], where: str, directory: Path) -> Task:
+    """The task of a recipe's [task] table; a `file` in it is relative to the recipe's directory. Raises TrainingError."""
     if name not in _TASKS:
         raise TrainingError(f"{where}: there is no task {name!r}; there are: {', '.join(_TASKS)}")
     module, _, kind = _TASKS[name].partition(":")
+    if isinstance(file := table.get("file"), str):
+        table = {**table, "file": str(located(file, directory))}
     made: Task = parsed(getattr(import_module(module), kind), table, where)
     return made
 
