@@ -11,6 +11,9 @@ _PROCEDURES = {
     "gradient-flow": "engram_models.training.gradients:GradientFlow",
     "rbm-exact": "engram_models.training.rbm_exact:RBMExact",
     "dbn-digits": "engram_models.training.dbn_digits:DBNDigits",
+    "hopfield-capacity": "engram_models.training.hopfield:HopfieldCapacity",
+    "dense-recall": "engram_models.training.dense:DenseRecall",
+    "letters": "engram_models.training.letters:Letters",
 }
 
 
