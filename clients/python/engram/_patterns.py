@@ -148,7 +148,7 @@ def check_labels(labels: Sequence[str] | str | None, rows: int) -> list[str]:
     """The labels as a list, one a row; empty where the server is to make them. Raises InvalidInput, AlreadyExists."""
     if labels is None:
         return []
-    found = [labels] if isinstance(labels, str) else list(labels)
+    found: list[Any] = [labels] if isinstance(labels, str) else list(labels)
     if any(not isinstance(label, str) or not label for label in found):
         raise _bad("labels are strings, none of them empty")
     if len(found) != rows:
