@@ -1,1 +1,1 @@
-"""Subcommands of the SDK: `engram stream` and `engram sessions`."""
+"""Subcommands of the SDK: `engram stream`, `engram sessions`, and `engram store`, `recall` and `forget`."""
