@@ -25,7 +25,7 @@ from engram_models.spec import TensorSpec
 class Hopfield(Cell):
     """A step sets the units where the input is not 0 to its sign, then lets all units take the sign of their field at once.
 
-    x [size] -> y [size], both float32; y is -1 and +1, and 0 for units of which nothing is known yet. Fed back, or fed with
+    x [size] -> y [size], both float32; y is -1 and +1, and 0 for units that were told nothing and feel nothing yet. Fed back, or fed with
     zeros, it sweeps on until it rests; two states may take turns for ever. State tensor: units [size], what y was.
 
     `labels` name the model's own patterns, buffer `patterns` bool [len(labels), size], +1 as true. `patterns_max` bounds a
