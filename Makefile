@@ -10,7 +10,7 @@ PROTOS := $(shell cd proto && find . -name '*.proto' | sed 's|^\./||' | sort)
 GENERATED := clients/python
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all demo bench gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -23,6 +23,8 @@ help:
 	@echo "make bench     measure, and write docs/benchmarks/"
 	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
 	@echo "make test-all  the slow tests too"
+	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
+	@echo "make learn-quick  every recipe's small version, minutes; part of make test"
 
 install: $(STAMP)
 
@@ -62,6 +64,12 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not gpu" --timeout 900
+
+learn: $(STAMP)
+	$(BIN)/python tools/learn.py --ship
+
+learn-quick: $(STAMP)
+	$(BIN)/python -m pytest -q tests/models/test_recipes.py
 
 demo: $(STAMP)
 	$(BIN)/engram demo

@@ -1,4 +1,4 @@
-"""Starting values of recurrent cells' weights: identity for ReLU nets, orthogonal ones, the forget gate's bias."""
+"""Starting values of weights: identity for ReLU nets, orthogonal ones, the forget gate's bias, heads that walk."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import torch
 from torch import nn
 
 from engram_models.cell import Cell
+from engram_models.ntm import NTM
 from engram_models.recurrent import Layer, LSTMLayer
 from engram_models.training.experiment import TrainingError
 
 _FORGET = 1  # the forget gate's place among i, f, g, o
+_WAYS = ("default", "identity", "orthogonal", "walk")
+_WALK = 2.0
 
 
 def initialise(cell: Cell, way: str = "default", forget_bias: float = 0.0) -> None:
     """Changes a fresh cell's weights in place. Raises TrainingError where the way is unknown or does not fit the cell.
 
     "identity": W = I, b = 0, U from N(0, 0.001^2), of a ReLU net (Le, Jaitly and Hinton 2015). "orthogonal": each gate's W is
-    orthogonal. `forget_bias` is added to the forget gates' bias (Gers et al. 2000).
+    orthogonal. "walk": a Turing machine's heads begin by moving one location on at each step, sharply focused, rather than by
+    staying, moving and spreading alike: it has then to learn when to jump, not to find out that places come one after the
+    other. `forget_bias` is added to the forget gates' bias (Gers et al. 2000).
     """
     layers = [module for module in cell.modules() if isinstance(module, Layer)]
-    if way not in ("default", "identity", "orthogonal"):
-        raise TrainingError(f"initialisation {way!r} is not one of default, identity, orthogonal")
-    if way != "default" and not layers:
+    if way not in _WAYS:
+        raise TrainingError(f"initialisation {way!r} is not one of {', '.join(_WAYS)}")
+    if way == "walk":
+        _walk(cell)
+    elif way != "default" and not layers:
         raise TrainingError(f"initialisation {way!r} is for recurrent layers; kind {cell.kind} has none")
     with torch.no_grad():
         for layer in layers:
@@ -40,3 +47,13 @@ def _identity(layer: Layer) -> None:
     nn.init.normal_(layer.weight[:, : layer.input_size], std=1e-3)
     nn.init.eye_(layer.weight[:, layer.input_size :])
     nn.init.zeros_(layer.bias)
+
+
+def _walk(cell: Cell) -> None:
+    if not isinstance(cell, NTM) or not cell.reach:
+        raise TrainingError("initialisation 'walk' is for a Turing machine whose heads can shift")
+    with torch.no_grad():
+        _, _, gate, shifts, gamma, *_ = cell.emit.bias.split(cell.sizes)
+        gate -= _WALK  # towards the last weighting, away from content
+        shifts.view(cell.heads, -1)[:, cell.reach + 1] += _WALK
+        gamma += _WALK

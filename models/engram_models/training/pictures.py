@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -29,17 +29,20 @@ def png(drawn: Figure) -> bytes:
     return data.getvalue()
 
 
-def curve(losses: Sequence[float], title: str) -> Figure:
-    """The loss over batches, as it was and smoothed, on a logarithmic scale."""
+def curves(losses: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Losses over the course of training, as they were and smoothed, on a logarithmic scale."""
     import numpy as np
 
     drawn = figure()
     axes = drawn.subplots()
-    axes.semilogy(losses, color="0.8", linewidth=0.5)
-    width = max(1, min(_SMOOTH, len(losses) // 10))
-    smooth = np.convolve(losses, np.ones(width) / width, "valid")
-    axes.semilogy(np.arange(width - 1, width - 1 + len(smooth)), smooth, color="tab:blue")
-    axes.set(title=title, xlabel="batch", ylabel="loss")
+    for number, (label, values) in enumerate(losses.items()):
+        width = max(1, min(_SMOOTH, len(values) // 20))
+        smooth = np.convolve(values, np.ones(width) / width, "valid")
+        course = np.linspace(0, 1, len(values))
+        axes.semilogy(course, values, color=f"C{number}", linewidth=0.5, alpha=0.25)
+        axes.semilogy(course[width - 1 :], smooth, color=f"C{number}", label=label)
+    axes.set(title=title, xlabel="share of the training", ylabel="loss")
+    axes.legend()
     return drawn
 
 
@@ -61,7 +64,9 @@ def memory(cell: NTM, batch: Batch, title: str) -> Figure:
     used = torch.stack([step[name] for step in seen for name in heads]).amax(0) > 0.05
     top = int(used.nonzero().amax()) + 2 if bool(used.any()) else cell.config["slots"]
     panels = [("inputs", batch.inputs[0].T), ("outputs", torch.stack(outputs).T)]
-    panels += [(name.replace("_weighting", " head "), torch.stack([step[name] for step in seen])[:, :top].T) for name in heads]
+    panels += [
+        (name.replace("_weighting", " head "), torch.stack([step[name] for step in seen])[:, :top].T) for name in heads
+    ]
     panels.append(("memory at the end", seen[-1]["memory"][:top].T))
     drawn = figure(9, 1.7 * len(panels))
     drawn.suptitle(title)

@@ -1,9 +1,9 @@
 """Runs a recipe from beginning to end: progress, checkpoints, then the result file, the pictures and the bundle.
 
-    <out>/checkpoint.safetensors   while it runs
-    <out>/result.json              metrics, curves, verdict, recipe, seed, time, machine
-    <out>/<name>.png               pictures
-    <out>/models/<name>/<version>  the bundle, ready to be served with --models <out>/models
+<out>/checkpoint.safetensors   while it runs
+<out>/result.json              metrics, curves, verdict, recipe, seed, time, machine
+<out>/<name>.png               pictures
+<out>/models/<name>/<version>  the bundle, ready to be served with --models <out>/models
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def _options(recipe: Recipe) -> Any:
     return parsed(procedure(recipe.procedure).Options, recipe.options, f"{recipe.path}: [options]")
 
 
-def _advance(
-    experiment: Experiment, recipe: Recipe, seed: int, out: Path, resume: bool, checkpoint_s: float
-) -> float:
+def _advance(experiment: Experiment, recipe: Recipe, seed: int, out: Path, resume: bool, checkpoint_s: float) -> float:
     """Runs the experiment to its end; returns the seconds that it took, those before an interruption included."""
     path, spent = out / CHECKPOINT, 0.0
     if resume and path.exists():
@@ -106,9 +104,8 @@ def _bundle(outcome: Outcome, recipe: Recipe, out: Path, result: Mapping[str, An
     directory, bundle = out / "models", recipe.bundle
     shutil.rmtree(directory / bundle["name"] / bundle["version"], ignore_errors=True)  # of a run cut off just here
     try:
-        path = write_bundle(
-            directory, bundle["name"], bundle["version"], outcome.cell, bundle.get("description", recipe.claim)
-        )
+        description = " ".join(filter(None, (bundle.get("description", recipe.claim), outcome.note)))
+        path = write_bundle(directory, bundle["name"], bundle["version"], outcome.cell, description)
     except BundleError as error:
         raise TrainingError(str(error)) from error
     write_whole(path / "training.json", (json.dumps(_plain({**result, "curves": {}}), indent=1) + "\n").encode())
@@ -126,15 +123,17 @@ def _finished(path: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
 
 def machine() -> str:
     """What the figures were measured on, in words that name no host."""
-    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+    )
 
 
 def _pictures(outcome: Outcome, recipe: Recipe) -> dict[str, Callable[[], Any]]:
     pictures: dict[str, Callable[[], Any]] = dict(outcome.pictures)
     if "loss" in outcome.curves:
-        from engram_models.training.pictures import curve
+        from engram_models.training.pictures import curves
 
-        pictures["loss"] = lambda: curve(outcome.curves["loss"], recipe.name)
+        pictures["loss"] = lambda: curves({"loss": outcome.curves["loss"]}, recipe.name)
     return pictures
 
 

@@ -28,6 +28,7 @@ class Copy:
 
     bits: int = 8
     length: int = 20
+    grow: int = 0  # batches over which the longest sequence grows from one vector to `length`; 0: it does not
     long: int = 120
     test_rows: int = 1000
 
@@ -45,7 +46,8 @@ class Copy:
 
     def batch(self, number: int, rows: int, seed: int) -> Batch:
         source = generator(seed, number)
-        return self.draw(rows, int(torch.randint(1, self.length + 1, (), generator=source)), source)
+        longest = self.length if number >= self.grow else 1 + self.length * number // self.grow
+        return self.draw(rows, int(torch.randint(1, longest + 1, (), generator=source)), source)
 
     def evaluate(self, cell: Cell, seed: int, thorough: bool) -> dict[str, Any]:
         """Bit errors in a sequence, over all trained lengths alike; the share of long copies without any."""
@@ -122,10 +124,18 @@ class RepeatCopy:
         if thorough:
             within, long, more = (
                 self._exact(cell, length, repeats, seed)
-                for length, repeats in ((self.length, self.repeats), (self.long, self.repeats), (self.length, self.more))
+                for length, repeats in (
+                    (self.length, self.repeats),
+                    (self.long, self.repeats),
+                    (self.length, self.more),
+                )
             )
             found |= {"exact": within[0], "exact_longer": long[0], "exact_more_repeats": more[0]}
-            found |= {"bits_right_longer": long[1], "bits_right_more_repeats": more[1], "ends_right_more_repeats": more[2]}
+            found |= {
+                "bits_right_longer": long[1],
+                "bits_right_more_repeats": more[1],
+                "ends_right_more_repeats": more[2],
+            }
         return found
 
     def pictures(self, cell: Cell, seed: int) -> Mapping[str, Callable[[], Figure]]:
