@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import MISSING, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ from engram_models.training import autoregression
 from engram_models.training.experiment import TrainingError
 from engram_models.training.recipe import load_recipe
 from engram_models.training.run import run
+from engram_models.training.sequence import Options
 from engram_models.training.tables import Columns, located, read_csv, read_npz
 from engram_models.training.tasks import task
+from engram_models.training.tasks.classify import Classify
+from engram_models.training.tasks.forecast import Forecast
 
 
 def save(path: Path, text: str) -> Path:
@@ -394,3 +399,21 @@ def test_a_model_that_does_not_fit_its_task_is_refused(own: Path, tmp_path: Path
     own.write_text(own.read_text().replace("hidden_size = 8", 'hidden_size = 8\nactivation = "softmax"'))
     with pytest.raises(TrainingError, match="activation must be none"):
         run(load_recipe(own), 1, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "heading"),
+    [
+        (Options, "`[options]`"),
+        (Forecast, '`[task]` with `name = "forecast"`'),
+        (Classify, '`[task]` with `name = "classify"`'),
+    ],
+)
+def test_the_documents_name_every_key_and_its_default(kind: Any, heading: str) -> None:
+    document = (Path(__file__).resolve().parents[2] / "docs/training.md").read_text()
+    section = document.split(f"### {heading}\n")[1].split("\n### ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", section, re.M))
+    words = {MISSING: ("needed",), None: ("none",), "": ("none",), (): ("all",), False: ("false", "0", "0.0")}
+    assert list(rows) == [field.name for field in fields(kind)]
+    for field in fields(kind):
+        assert rows[field.name] in words.get(field.default, (str(field.default),)), field.name
