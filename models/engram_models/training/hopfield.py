@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engram_models.pattern_rules import RULES
 from engram_models.patterns import PatternMemory, Recalled
@@ -48,11 +47,12 @@ class CapacityOptions:
 class HopfieldCapacity(Counted):
     """The share of cues that come back without a single wrong unit, over the load alpha = P/N.
 
-    Metrics: exact_at_<load>; energy_rises, over all asynchronous sweeps; converged, spurious: shares of all recalls.
+    Metrics: exact_at_<load>; at_rest_<load>, the share of the sought patterns that are themselves at rest, which no recall can
+    exceed by much; energy_rises, over all asynchronous sweeps; converged, spurious: shares of all recalls.
     """
 
     Options = CapacityOptions
-    columns = ("exact", "energy_rises", "converged", "spurious", "sweeps")
+    columns = ("exact", "at_rest", "energy_rises", "converged", "spurious", "sweeps")
 
     def __init__(self, recipe: Recipe, options: CapacityOptions, seed: int) -> None:
         self.options = options
@@ -66,23 +66,34 @@ class HopfieldCapacity(Counted):
             [(np.diff(found.energies) > 0).sum(), found.converged, found.spurious, found.sweeps] for found in recalled
         ]
         rises, converged, spurious, sweeps = np.array(shares, np.float64).T
-        return [float(np.mean(exact)), rises.sum(), converged.mean(), spurious.mean(), sweeps.mean()]
+        at_rest = [one.converged for one in memory.recall(sought, synchronous=True, sweeps_max=1)]
+        return [
+            float(np.mean(exact)),
+            float(np.mean(at_rest)),
+            rises.sum(),
+            converged.mean(),
+            spurious.mean(),
+            sweeps.mean(),
+        ]
 
     def finish(self) -> Outcome:
-        loads, networks = self.options.loads, self.options.networks
-        exact = self.column("exact").reshape(len(loads), networks).mean(1)
-        metrics: dict[str, Any] = {
-            f"exact_at_{load:g}": round(float(share), 4) for load, share in zip(loads, exact, strict=True)
-        }
+        loads = self.options.loads
+        exact, at_rest, sweeps = (self._by_load(name) for name in ("exact", "at_rest", "sweeps"))
+        metrics: dict[str, Any] = {}
+        for name, shares in (("exact_at", exact), ("at_rest", at_rest)):
+            metrics |= {f"{name}_{load:g}": round(share, 4) for load, share in zip(loads, shares, strict=True)}
         metrics["energy_rises"] = int(self.column("energy_rises").sum())
         metrics |= {name: round(float(self.column(name).mean()), 4) for name in ("converged", "spurious")}
         metrics["recalls"] = self.total * self.options.cues
-        sweeps = self.column("sweeps").reshape(len(loads), networks).mean(1)
         return Outcome(
             metrics,
-            {"load": list(loads), "exact": exact.tolist(), "sweeps": sweeps.tolist()},
-            {"capacity": lambda: self._capacity(exact), "energy": self._energy},
+            {"load": list(loads), "exact": exact, "at_rest": at_rest, "sweeps": sweeps},
+            {"capacity": lambda: self._capacity(exact, at_rest), "energy": self._energy},
         )
+
+    def _by_load(self, name: str) -> list[float]:
+        means: list[float] = self.column(name).reshape(len(self.options.loads), -1).mean(1).tolist()
+        return means
 
     def _network(self, number: int, generator: np.random.Generator) -> tuple[PatternMemory, Patterns]:
         count = round(self.options.loads[number // self.options.networks] * self.options.size)
@@ -95,11 +106,12 @@ class HopfieldCapacity(Counted):
         cue = flipped(sought, self.options.flips, generator)
         return sought, memory.recall(cue, seed=int(generator.integers(2**31)))
 
-    def _capacity(self, exact: NDArray[np.float64]) -> Figure:
+    def _capacity(self, exact: list[float], at_rest: list[float]) -> Figure:
         options = self.options
         drawn = figure()
         axes = drawn.subplots()
         axes.plot(options.loads, exact, "o-", color="tab:blue", label=f"{options.rule}, N = {options.size}")
+        axes.plot(options.loads, at_rest, ":", color="0.5", label="patterns that are at rest")
         if options.reference_loads:
             axes.plot(options.reference_loads, options.reference_exact, "x", color="tab:red", label="reference")
         axes.set(
