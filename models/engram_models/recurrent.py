@@ -60,7 +60,7 @@ HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda y: torch.softmax(y, -1),
     "sigmoid": lambda y: sigma_(y.clone()),  # without a head y is a state too
 }
-_NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
+_NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": sigma_}
 
 
 class Layer(nn.Module):
@@ -99,7 +99,7 @@ class Layer(nn.Module):
 
 
 class RNNLayer(Layer):
-    """s_t = phi(W s_{t-1} + U x_t + b), phi tanh or ReLU."""
+    """s_t = phi(W s_{t-1} + U x_t + b), phi tanh, ReLU or the logistic function."""
 
     gates = 1
     states = ("h",)
