@@ -113,6 +113,12 @@ class Link:
                 error = of_rpc_error(failure)
             except (grpc.aio.UsageError, asyncio.InvalidStateError):
                 error = Unavailable("the connection was lost", reason="CONNECTION_LOST")
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # It was the call that was cancelled: its channel was closed because the stream was lost.
+                error = Unavailable("the connection was lost", reason="CONNECTION_LOST")
             wait = error.retry_after or self._backoff(attempt)
             attempt += 1
             if error.code not in RETRYABLE or (deadline is not None and self.loop.time() + wait >= deadline):

@@ -130,6 +130,7 @@ class Memories:
         slot = self.cache.slot(session_id)
         with slot.lock:
             held = self._caught_up(session_id, slot, served, head)
+            self.cache.used(session_id, slot)
             slot.enter()
         try:
             if held is not None:
@@ -170,7 +171,6 @@ class Memories:
         slot.held, slot.fingerprint, slot.created_ms = held, head.fingerprint, head.created_ms
         if held is not None:
             held.losses = losses
-        self.cache.used(session_id, slot)
         return held
 
     def _read_log(self, session_id: str, served: Served, held: Held | None) -> Held:
@@ -210,9 +210,12 @@ class Memories:
             served, head = self._look(session_id)
             slot = self.cache.slot(session_id)
             with slot.lock:
-                made = self._changed(session_id, slot, served, head, operation, change)
-                if made is not None:
-                    return made
+                try:
+                    made = self._changed(session_id, slot, served, head, operation, change)
+                finally:
+                    self.cache.used(session_id, slot)
+            if made is not None:
+                return made
         raise Unavailable("STORE_UNAVAILABLE", "too many change this memory at once; try again", retry_after_ms=50)
 
     def _changed(
@@ -243,7 +246,6 @@ class Memories:
             held.follow(chunks)
         self._tidy(session_id, held, known)
         slot.held, held.losses = held, self._store.losses
-        self.cache.used(session_id, slot)
         done = held.operations[operation]
         return Change(done.rows, done.first, warning, _summary(held.memory))
 

@@ -155,7 +155,7 @@ local m = redis.call('HMGET', k, 't', 'f', 'l')
 local record = m[1] and k .. ':' .. m[1]
 if not record or redis.call('EXISTS', record) == 0 then return -1 end
 local log = k .. ':m'
-if g ~= ARGV[4] then
+if g ~= ARGV[4] or redis.call('LLEN', log) == 0 then
   if m[2] ~= ARGV[1] or (g or '') ~= ARGV[2] then return 0 end
   if ARGV[5] == '1' then
     if memory then redis.call('DEL', log) end
