@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _SLOPES: dict[Callable[[Tensor], Tensor], float] = {torch.tanh: 1.0, torch.relu: 1.0, sigma_: 0.25}  # gamma_f
 _LAGS = (1, 10, 50, 100)  # whose norms the result file names
-_SMALLEST = 1e-300  # of a ReLU net that has died
+_SMALLEST = 1e-20  # that is drawn; a ReLU net may have died
 
 
 def jacobian_norms(cell: Cell, xs: Tensor, state: State | None = None) -> Tensor:
@@ -96,7 +96,12 @@ class FlowOptions:
     hidden_size: int = 16
     input_size: int = 4
     draws: int = 5  # of weights, start and inputs, for every net
-    gammas: tuple[float, ...] = (0.9, 1.0, 1.3, 2.5)  # sigma_max(W) of the vanilla nets
+    gammas: tuple[float, ...] = (
+        0.9,
+        1.0,
+        1.3,
+        2.5,
+    )  # sigma_max(W) of the vanilla nets, whose W is orthogonal but for it
 
     def __post_init__(self) -> None:
         if min(self.time, self.hidden_size, self.input_size, self.draws, len(self.gammas)) < 1 or min(self.gammas) <= 0:
@@ -143,26 +148,26 @@ class GradientFlow:
                 float(seen[name][:, _RATIO].max()) for name in vanilla
             ),  # measured / bound, of all pairs
             "pairs": len(vanilla) * self._options.draws * time * (time + 1) // 2,
-            "norms": {name: {str(lag): float(_typical(seen[name])[lag]) for lag in lags} for name in seen},
+            "norms": {name: {str(lag): float(seen[name][:, _MEAN].mean(0)[lag]) for lag in lags} for name in seen},
         }
-        return Outcome(metrics, pictures={"gradient-flow": lambda: _drawn(seen)})
+        return Outcome(metrics, pictures={"gradient-flow": lambda: _drawn(seen, self._options.gammas)})
 
 
-_TYPICAL, _LARGEST, _RATIO = range(3)  # rows of _by_lag
+_MEAN, _LARGEST, _RATIO = range(3)  # rows of _by_lag
+_IDENTITY = f"{VanillaRNN.kind} relu identity"
+
+
+def _vanilla_name(phi: str, gamma: float) -> str:
+    return f"{VanillaRNN.kind} {phi} {gamma:g}"
 
 
 def _by_lag(norms: Tensor, gamma: float | None) -> Tensor:
-    """For each lag t - k over all pairs: mean logarithm, largest norm, largest norm / bound (NaN where there is none)."""
+    """For each lag t - k over all pairs: mean norm, largest norm, largest norm / bound (NaN where there is none)."""
     lags = [norms.diagonal(-lag) for lag in range(len(norms))]
-    typical = torch.stack([lag.clamp_min(_SMALLEST).log().mean() for lag in lags])
+    mean = torch.stack([lag.mean() for lag in lags])
     largest = torch.stack([lag.max() for lag in lags])
     bounds = torch.full_like(largest, torch.nan) if gamma is None else gamma ** torch.arange(len(lags)).double()
-    return torch.stack((typical, largest, largest / bounds))
-
-
-def _typical(seen: Tensor) -> Tensor:
-    """The geometric mean over pairs and draws. [draws, 3, lags] -> [lags]"""
-    return seen[:, _TYPICAL].mean(0).exp()
+    return torch.stack((mean, largest, largest / bounds))
 
 
 def _bound_of(cell: Cell) -> float | None:
@@ -175,6 +180,7 @@ def _nets(options: FlowOptions) -> dict[str, Callable[[], Cell]]:
 
     def vanilla(nonlinearity: str, gamma: float) -> Cell:
         cell = VanillaRNN(inputs, hidden, nonlinearity=nonlinearity)
+        initialise(cell, "orthogonal")
         scale_recurrent(cell.layers[0], gamma)  # type: ignore[arg-type]
         return cell
 
@@ -183,12 +189,12 @@ def _nets(options: FlowOptions) -> dict[str, Callable[[], Cell]]:
         return cell
 
     nets: dict[str, Callable[[], Cell]] = {
-        f"rnn {phi} {gamma:g}": lambda phi=phi, gamma=gamma: vanilla(phi, gamma)  # type: ignore[misc]
+        _vanilla_name(phi, gamma): lambda phi=phi, gamma=gamma: vanilla(phi, gamma)  # type: ignore[misc]
         for phi in ("tanh", "relu", "sigmoid")
         for gamma in options.gammas
     }
     return nets | {
-        "rnn relu identity": lambda: started(VanillaRNN(inputs, hidden, nonlinearity="relu"), "identity"),
+        _IDENTITY: lambda: started(VanillaRNN(inputs, hidden, nonlinearity="relu"), "identity"),
         "gru": lambda: GRU(inputs, hidden),
         "gru-reset-after": lambda: GRUResetAfter(inputs, hidden),
         "lstm": lambda: started(LSTM(inputs, hidden)),
@@ -197,22 +203,22 @@ def _nets(options: FlowOptions) -> dict[str, Callable[[], Cell]]:
     }
 
 
-def _drawn(seen: Mapping[str, Tensor]) -> Figure:
-    """Left: vanilla nets, their largest norms under their bounds. Right: what is typical of every kind."""
+def _drawn(seen: Mapping[str, Tensor], gammas: tuple[float, ...]) -> Figure:
+    """Left: vanilla nets, their largest norms under their bounds. Right: the mean norms of every kind."""
     from engram_models.training.pictures import figure
 
     drawn = figure(12, 5)
     left, right = drawn.subplots(1, 2)
-    bounded = [name for name in seen if name.startswith(VanillaRNN.kind) and not name.endswith("identity")]
-    for place, name in enumerate(bounded):
-        largest = seen[name][:, _LARGEST].amax(0)
-        limit = (seen[name][:, _LARGEST] / seen[name][:, _RATIO]).amax(0)
-        left.semilogy(largest.clamp_min(1e-30).numpy(), color=f"C{place}", label=name)
-        left.semilogy(limit.clamp_min(1e-30).numpy(), color=f"C{place}", linestyle=":")
-    for name in [*bounded[:1], *(name for name in seen if name not in bounded)]:
-        right.semilogy(_typical(seen[name]).clamp_min(1e-30).numpy(), label=name)
-    left.set(title="vanilla nets: largest norm, and its bound (dotted)", ylim=(1e-20, 1e13))
-    right.set(title="every kind of cell: typical norm")
+    for place, gamma in enumerate(gammas):
+        for phi, line in (("tanh", "-"), ("relu", "--")):
+            largest = seen[_vanilla_name(phi, gamma)][:, _LARGEST].amax(0).clamp_min(_SMALLEST)
+            left.semilogy(largest.numpy(), color=f"C{place}", linestyle=line, label=f"{phi}, gamma_W = {gamma:g}")
+        left.semilogy(gamma ** torch.arange(len(largest)).double().numpy(), color=f"C{place}", linestyle=":")
+    others = [name for name in seen if name == _IDENTITY or not name.startswith(VanillaRNN.kind)]
+    for name in [_vanilla_name("tanh", gammas[0]), *others]:
+        right.semilogy(seen[name][:, _MEAN].mean(0).clamp_min(_SMALLEST).numpy(), label=name)
+    left.set(title="vanilla nets: largest norm, and its bound (dotted)", ylim=(_SMALLEST, 1 / _SMALLEST))
+    right.set(title="every kind of cell: mean norm")
     for axes in (left, right):
         axes.set(xlabel="t - k", ylabel="norm of dh_t/dh_k")
         axes.legend(fontsize="small")
