@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engram_service.store import ClaimStatus, Store, StoreError, StoreUnavailable, Verdict, session_tag
+from engram_service.store import (
+    ClaimStatus,
+    MemoryHead,
+    Store,
+    StoreError,
+    StoreUnavailable,
+    Verdict,
+    Written,
+    session_tag,
+)
 from engram_service.store.keys import meta_key
 from engram_service.store.nodes import slot, tag_slots
 
@@ -162,6 +171,43 @@ def test_a_slot_moves_while_its_session_is_stepped(
     assert taker.commit(5) == [OK] and taker.stored() == [5], "MOVED is followed"
     assert owner.commit(5) == [FENCED if n == 5 else OK for n in range(120)]
     assert not any(told.told), "none of this is trouble"
+
+
+def test_memories_on_all_nodes_and_in_a_slot_that_moves(
+    cluster: Cluster, open_store: OpenStore, holder: MakeHolder
+) -> None:
+    store = open_store(cluster.url)
+    owner = holder(store, *NAMES[:12], "plain").claim()
+    owner.commit(1)
+
+    def head(name: str) -> MemoryHead:
+        found = store.memories.look(name)
+        assert found is not None
+        return found
+
+    one, two = b"one" + b"1" * 16, b"two" + b"2" * 16
+    for name in NAMES[:12]:
+        assert store.memories.write(name, head(name), [one]) is Written.DONE
+    info = store.describe("s1", with_record=True)
+    assert info is not None
+    assert store.create("elsewhere", "m/1", "f" * 32, info.record, 60_000, "0" * 16, store.memories.copy("s1"))
+    assert store.memories.copy("elsewhere") == [one]
+    key = meta_key(session_tag("s5"))
+    at, source = slot(key), cluster.owner(slot(key))
+    target = (source + 1) % 3
+    cluster.begin_move(at, source, target)
+    assert store.memories.write("s5", head("s5"), [two]) is Written.DONE, "all keys are there still"
+    cluster.move_keys(source, target, key + b":m")
+    with pytest.raises(StoreUnavailable, match="during rehashing"):
+        store.memories.look("s5")
+    with pytest.raises(StoreUnavailable, match="during rehashing"):
+        holder(store, "s5").claim()
+    cluster.move_keys(source, target, key, key + b":" + owner.tokens[5].encode())
+    cluster.end_move(at, target)
+    assert store.memories.copy("s5") == [one, two]
+    store.delete([*NAMES[:12], "elsewhere", "plain"])
+    left = [node.client.keys("engram:{*") for node in cluster.processes[:3]]
+    assert left == [[], [], []]
 
 
 def test_one_node_that_comes_back_empty_is_written_to_again(

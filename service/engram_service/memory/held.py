@@ -79,6 +79,7 @@ class Held:
                 self.memory.remove(chunk.labels)
                 self._forgotten += len(chunk.labels)
             elif chunk.labels:
+                self.memory.check(chunk.bits, chunk.labels)
                 self.memory.add(chunk.bits, chunk.labels)
         except PatternError as error:
             raise ChunkError(f"the log does not fit the model: {error}") from error
