@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from engram_models import LSTM, BundleError, Cell, Normalised, VanillaRNN, batch_floor, load_bundle, write_bundle
+from engram_models import (
+    LSTM,
+    BundleError,
+    Cell,
+    Normalised,
+    VanillaRNN,
+    batch_floor,
+    load_bundle,
+    shipped_models_dir,
+    write_bundle,
+)
 from engram_models.training import autoregression
 from engram_models.training.experiment import TrainingError
 from engram_models.training.recipe import load_recipe
@@ -417,3 +427,14 @@ def test_the_documents_name_every_key_and_its_default(kind: Any, heading: str) -
     assert list(rows) == [field.name for field in fields(kind)]
     for field in fields(kind):
         assert rows[field.name] in words.get(field.default, (str(field.default),)), field.name
+
+
+def test_the_shipped_sunspots_bundle_beats_its_baselines_on_years_held_out() -> None:
+    recipe = load_recipe("sunspots")
+    keys = {key: value for key, value in recipe.task.items() if key != "name"}
+    bundle = load_bundle(shipped_models_dir() / "sunspots" / "1")
+    found = task("forecast", keys, "sunspots", recipe.path.parent).evaluate(bundle.cell, 1, thorough=True)
+    assert recipe.verdict(found) == []
+    recorded = json.loads((bundle.path / "training.json").read_text())
+    assert recorded["digest"] == recipe.digest
+    assert found["test_rmse"] == pytest.approx(recorded["metrics"]["test_rmse"], rel=1e-3)
