@@ -25,8 +25,8 @@ from engram_models.spec import TensorSpec
 class Hopfield(Cell):
     """A step sets the units where the input is not 0 to its sign, then lets all units take the sign of their field at once.
 
-    x [size] -> y [size], both float32; y is -1 and +1, and 0 for units that were told nothing and feel nothing yet. Fed back, or fed with
-    zeros, it sweeps on until it rests; two states may take turns for ever. State tensor: units [size], what y was.
+    x [size] -> y [size], both float32; y is -1 and +1, and 0 for units that were told nothing and feel nothing yet. Fed back,
+    or fed with zeros, it sweeps on until it rests; two states may take turns for ever. State tensor: units [size], what y was.
 
     `labels` name the model's own patterns, buffer `patterns` bool [len(labels), size], +1 as true. `patterns_max` bounds a
     session's memory, its own included. Every sum is exact in float64 (weights are multiples of a power of two), so that a
