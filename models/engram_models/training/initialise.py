@@ -12,16 +12,16 @@ from engram_models.training.experiment import TrainingError
 
 _FORGET = 1  # the forget gate's place among i, f, g, o
 _WAYS = ("default", "identity", "orthogonal", "walk")
-_WALK = 2.0
+_WALK = 1.0  # logits; more would leave no gradient to learn other moves by
 
 
 def initialise(cell: Cell, way: str = "default", forget_bias: float = 0.0) -> None:
     """Changes a fresh cell's weights in place. Raises TrainingError where the way is unknown or does not fit the cell.
 
     "identity": W = I, b = 0, U from N(0, 0.001^2), of a ReLU net (Le, Jaitly and Hinton 2015). "orthogonal": each gate's W is
-    orthogonal. "walk": a Turing machine's heads begin by moving one location on at each step, sharply focused, rather than by
-    staying, moving and spreading alike: it has then to learn when to jump, not to find out that places come one after the
-    other. `forget_bias` is added to the forget gates' bias (Gers et al. 2000).
+    orthogonal. "walk": a Turing machine's write heads begin by moving one location on at each step and its read heads by staying,
+    rather than all by moving to both sides alike, which blurs; and what is written is large enough to be read. It has then
+    to learn when to do otherwise, not to find out that places come one after the other. `forget_bias` is added to the forget gates' bias (Gers et al. 2000).
     """
     layers = [module for module in cell.modules() if isinstance(module, Layer)]
     if way not in _WAYS:
@@ -51,9 +51,14 @@ def _identity(layer: Layer) -> None:
 
 def _walk(cell: Cell) -> None:
     if not isinstance(cell, NTM) or not cell.reach:
-        raise TrainingError("initialisation 'walk' is for a Turing machine whose heads can shift")
+        raise TrainingError("initialisation 'walk' is for a Turing machine with heads that can shift")
     with torch.no_grad():
-        _, _, gate, shifts, gamma, *_ = cell.emit.bias.split(cell.sizes)
+        _, _, gate, shifts, gamma, erase, _ = cell.emit.bias.split(cell.sizes)
         gate -= _WALK  # towards the last weighting, away from content
-        shifts.view(cell.heads, -1)[:, cell.reach + 1] += _WALK
+        by_head = shifts.view(cell.heads, -1)
+        by_head[: cell.read_heads, cell.reach] += _WALK
+        by_head[cell.read_heads :, cell.reach + 1] += _WALK
         gamma += _WALK
+        erase += _WALK  # what is written replaces what was there
+        *_, add = cell.emit.weight.split(cell.sizes)
+        add.uniform_(-1, 1)  # what is written can be read from the start

@@ -150,7 +150,7 @@ class SequenceTraining:
         if options.metric not in found:
             raise TrainingError(f"metric {options.metric!r} is not one of this task's: {', '.join(found)}")
         sign = 1 if options.higher_is_better else -1
-        if options.keep_best and all(found[options.metric] * sign > past * sign for past in self._watched):
+        if options.keep_best and all(found[options.metric] * sign >= past * sign for past in self._watched):
             self._best = {key: value.clone() for key, value in self.cell.state_dict().items()}
         self._watched.append(float(found[options.metric]))
         last = self._watched[-self._PATIENCE :]

@@ -28,7 +28,6 @@ class Copy:
 
     bits: int = 8
     length: int = 20
-    grow: int = 0  # batches over which the longest sequence grows from one vector to `length`; 0: it does not
     long: int = 120
     test_rows: int = 1000
 
@@ -46,8 +45,7 @@ class Copy:
 
     def batch(self, number: int, rows: int, seed: int) -> Batch:
         source = generator(seed, number)
-        longest = self.length if number >= self.grow else 1 + self.length * number // self.grow
-        return self.draw(rows, int(torch.randint(1, longest + 1, (), generator=source)), source)
+        return self.draw(rows, int(torch.randint(1, self.length + 1, (), generator=source)), source)
 
     def evaluate(self, cell: Cell, seed: int, thorough: bool) -> dict[str, Any]:
         """Bit errors in a sequence, over all trained lengths alike; the share of long copies without any."""
