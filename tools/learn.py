@@ -55,7 +55,18 @@ def _directory(recipe: Recipe, seed: int, runs: Path) -> Path:
 def _train(recipe: Recipe, seed: int, runs: Path) -> str:
     """One run in a process of its own; why it failed, or nothing. A missed goal is no failure: the result says it."""
     out = _directory(recipe, seed, runs)
-    command = [sys.executable, "-m", "engram", "train", str(recipe.path), "--seed", str(seed), "--out", str(out), "--resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "engram",
+        "train",
+        str(recipe.path),
+        "--seed",
+        str(seed),
+        "--out",
+        str(out),
+        "--resume",
+    ]
     ended = subprocess.run([*command, "--json"], stdout=subprocess.DEVNULL, check=False)
     return "" if (out / "result.json").exists() else f"{recipe.name} seed {seed}: exit code {ended.returncode}"
 

@@ -66,7 +66,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _summary(result: dict[str, Any], recipe: Recipe, out: Path) -> str:
-    figures = [(name, _figure(value)) for name, value in result["metrics"].items() if not isinstance(value, list | dict)]
+    figures = [
+        (name, _figure(value)) for name, value in result["metrics"].items() if not isinstance(value, list | dict)
+    ]
     lines = [
         (recipe.name, recipe.claim), ("seed", str(result["seed"])), *figures, ("took", f"{result['seconds']:.0f} s"),
         ("passed", "yes" if result["passed"] else f"NO: {'; '.join(result['missed'])}"), ("written", f"{out}/"),

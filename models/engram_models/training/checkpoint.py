@@ -22,7 +22,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], recipe: str, dige
 def load_checkpoint(path: Path, digest: str, seed: int) -> dict[str, Tensor]:
     """The tensors. Raises TrainingError where the file is damaged or belongs to another recipe or seed."""
     try:
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("digest") != digest:
                 raise TrainingError(

@@ -21,7 +21,8 @@ def initialise(cell: Cell, way: str = "default", forget_bias: float = 0.0) -> No
     "identity": W = I, b = 0, U from N(0, 0.001^2), of a ReLU net (Le, Jaitly and Hinton 2015). "orthogonal": each gate's W is
     orthogonal. "walk": a Turing machine's write heads begin by moving one location on at each step and its read heads by staying,
     rather than all by moving to both sides alike, which blurs; and what is written is large enough to be read. It has then
-    to learn when to do otherwise, not to find out that places come one after the other. `forget_bias` is added to the forget gates' bias (Gers et al. 2000).
+    to learn when to do otherwise, not to find out that places come one after the other. `forget_bias` is added to the forget
+    gates' bias (Gers et al. 2000).
     """
     layers = [module for module in cell.modules() if isinstance(module, Layer)]
     if way not in _WAYS:
@@ -35,7 +36,7 @@ def initialise(cell: Cell, way: str = "default", forget_bias: float = 0.0) -> No
             if way == "identity":
                 _identity(layer)
             elif way == "orthogonal":
-                for gate in layer.weight[:, layer.input_size :].split(layer.hidden_size):
+                for gate in torch.split(layer.weight[:, layer.input_size :], layer.hidden_size):
                     nn.init.orthogonal_(gate)
             if forget_bias and isinstance(layer, LSTMLayer):
                 layer.bias[_FORGET * layer.hidden_size : (_FORGET + 1) * layer.hidden_size] += forget_bias
@@ -53,12 +54,12 @@ def _walk(cell: Cell) -> None:
     if not isinstance(cell, NTM) or not cell.reach:
         raise TrainingError("initialisation 'walk' is for a Turing machine with heads that can shift")
     with torch.no_grad():
-        _, _, gate, shifts, gamma, erase, _ = cell.emit.bias.split(cell.sizes)
+        _, _, gate, shifts, gamma, erase, _ = torch.split(cell.emit.bias, cell.sizes)
         gate -= _WALK  # towards the last weighting, away from content
         by_head = shifts.view(cell.heads, -1)
         by_head[: cell.read_heads, cell.reach] += _WALK
         by_head[cell.read_heads :, cell.reach + 1] += _WALK
         gamma += _WALK
         erase += _WALK  # what is written replaces what was there
-        *_, add = cell.emit.weight.split(cell.sizes)
+        *_, add = torch.split(cell.emit.weight, cell.sizes)
         add.uniform_(-1, 1)  # what is written can be read from the start

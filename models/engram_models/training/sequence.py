@@ -31,7 +31,7 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class SequenceOptions:
     """The [options] of a recipe. 0 stands for "not", wherever that makes sense."""
 
     sequences: int
@@ -67,10 +67,10 @@ class Options:
 class SequenceTraining:
     """An Experiment. `total` and `done` count sequences."""
 
-    Options = Options
+    Options = SequenceOptions
     _PATIENCE = 3
 
-    def __init__(self, recipe: Recipe, options: Options, seed: int) -> None:
+    def __init__(self, recipe: Recipe, options: SequenceOptions, seed: int) -> None:
         table = dict(recipe.task)
         self.task: Task = task(str(table.pop("name", "")), table, f"{recipe.path}: [task]", recipe.path.parent)
         self.options, self.seed = options, seed
@@ -192,7 +192,7 @@ def _made(recipe: Recipe, config: Mapping[str, Any]) -> Cell:
         raise TrainingError(f"{recipe.path}: [model] does not fit kind {kind.kind}: {error}") from error
 
 
-def _optimizer(cell: Cell, options: Options) -> torch.optim.Optimizer:
+def _optimizer(cell: Cell, options: SequenceOptions) -> torch.optim.Optimizer:
     extra: dict[str, Any] = {"weight_decay": options.weight_decay}
     if options.optimizer == "rmsprop":
         extra |= {"alpha": options.decay, "momentum": options.momentum}

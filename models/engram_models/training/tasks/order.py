@@ -38,7 +38,7 @@ class TemporalOrder:
 
     @property
     def output_size(self) -> int:
-        return 2**self.symbols
+        return 1 << self.symbols
 
     def batch(self, number: int, rows: int, seed: int) -> Batch:
         return self._draw(rows, generator(seed, number))
