@@ -26,6 +26,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"engram serve: {error}", file=sys.stderr)
         return 2
     set_up(settings.log_level, settings.log_format)
+    # The server's threads work side by side: numpy's library would have each wait for others at every small product. It
+    # reads this once, when numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from engram_service.app import serve
     from engram_service.store import StoreError
 
