@@ -10,7 +10,7 @@ PROTOS := $(shell cd proto && find . -name '*.proto' | sed 's|^\./||' | sort)
 GENERATED := clients/python
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench bench-recall gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -20,7 +20,7 @@ help:
 	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
 	@echo "make proto     regenerate engram.v1 from proto/"
 	@echo "make docs      the table of settings in docs/operations.md"
-	@echo "make bench     measure, and write docs/benchmarks/"
+	@echo "make bench     measure, and write docs/benchmarks/;  make bench-recall  memories and the NTM"
 	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
 	@echo "make test-all  the slow tests too"
 	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
@@ -76,6 +76,9 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py
+
+bench-recall: $(STAMP)
+	$(BIN)/python tools/benchmark_recall.py
 
 gpu: $(STAMP)
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each window of NTM steps (default: 8)")
     parser.add_argument("--name", default="recall", help="of the files (default: recall)")
     args = parser.parse_args()
+    busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as scratch:
         directory = Path(scratch)
         _write_models(directory)
@@ -52,7 +54,7 @@ def main() -> int:
                 figures = {"dense": dense(client, args.patterns), "hebb": hebb(client)}
             figures["dense"]["server_mb"] = round(server.memory_mb())
         figures["ntm"] = ntm(directory / "machines", args.seconds)
-    described = machine()
+    described = {**machine(), "load average": f"{busy:.1f} before it began"}
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     found = {"machine": described, "date": f"{datetime.now(UTC):%Y-%m-%d}", "goals": GOALS, **figures}
     (DIRECTORY / f"{args.name}.json").write_text(json.dumps(found, indent=2) + "\n")
