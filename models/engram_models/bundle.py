@@ -143,9 +143,9 @@ def write_bundle(
         (temporary / "model.toml").write_text(_toml(manifest))
         temporary.chmod(0o755)
         temporary.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise BundleError(f"{target}: {error.strerror or error}") from error
+        raise BundleError(f"{target}: {getattr(error, 'strerror', None) or error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

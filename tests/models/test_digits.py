@@ -13,7 +13,6 @@ from engram_models import heldout_digits, load_bundle, shipped_models_dir
 from engram_models.digits import save_heldout_digits, split_digits
 from engram_models.training.experiment import TrainingError
 from engram_models.training.recipe import load_recipe
-from engram_models.training.run import run
 from engram_models.training.tasks.digits import DigitRows
 
 ACCURACY_MIN = 0.97
@@ -100,14 +99,3 @@ def test_training_moves_digits_to_the_side_and_pixel_by_pixel_is_the_same_pictur
         DigitRows(width=3)
     with pytest.raises(TrainingError, match="more than the 1437"):
         DigitRows().batch(0, 1438, 1)
-
-
-def test_the_quick_recipe_learns_to_read(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn", reason="needs the extra `train`")
-    result = run(load_recipe("digits-reader", quick=True), 1, tmp_path)
-    assert result["passed"], result["missed"]
-    by_row = result["metrics"]["accuracy_by_step"]
-    assert by_row[0] < by_row[3] < by_row[-1]
-    bundle = load_bundle(tmp_path / "models" / "digits-reader" / "1")
-    assert (bundle.kind, bundle.output.shape) == ("lstm", (10,))
-    assert (tmp_path / "beliefs.png").exists()

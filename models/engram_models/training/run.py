@@ -60,8 +60,8 @@ def _advance(experiment: Experiment, recipe: Recipe, seed: int, out: Path, resum
     path, spent = out / CHECKPOINT, 0.0
     if resume and path.exists():
         tensors = load_checkpoint(path, recipe.digest, seed)
-        spent = float(tensors.pop("run.seconds"))
         try:
+            spent = float(tensors.pop("run.seconds"))
             experiment.restore(tensors)
         except (KeyError, RuntimeError, ValueError) as error:
             raise TrainingError(f"{path}: not a checkpoint of this version of Engram ({error})") from error
