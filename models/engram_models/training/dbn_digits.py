@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from engram_models.boltzmann import DBN
+from engram_models.digits import split_digits
 from engram_models.training.boltzmann import Learning, Pretraining
-from engram_models.training.digits_reader import split_digits
 from engram_models.training.experiment import Outcome, TrainingError
 from engram_models.training.fine_tuning import FineTuning, Tuning
 from engram_models.training.pictures import figure
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CLASSES = 10
 SIDE = 8
+FILLING_SWEEPS = 5
 _SHOWN = 10  # digits in a picture
 
 
@@ -34,7 +35,7 @@ _SHOWN = 10  # digits in a picture
 class DigitsOptions:
     """The [options] of a recipe."""
 
-    hidden: tuple[int, ...] = (200, 200)
+    hidden: tuple[int, ...] = (192, 192)
     labels: tuple[int, ...] = (0,)  # how many a net is tuned on; 0: all
     draws: int = 1  # of each number of labels
     random_gain: float = (
@@ -47,6 +48,7 @@ class DigitsOptions:
     weight_decay: float = 2e-4  # of the RBMs
     k: int = 1
     persistent: bool = False
+    smooth: bool = True
     epochs: int = 100
     learning_rate: float = 3e-3
     batch: int = 32
@@ -66,7 +68,7 @@ class DigitsOptions:
     def learning(self) -> Learning:
         return Learning(
             self.pretraining_epochs, self.pretraining_rate, self.pretraining_batch, self.momentum, self.weight_decay,
-            self.k, self.persistent,
+            self.k, self.persistent, self.smooth,
         )  # fmt: skip
 
     @property
@@ -194,9 +196,9 @@ class DBNDigits:
 
 @torch.no_grad()
 def recreation(dbn: DBN, held: Tensor, mean: Tensor) -> dict[str, float]:
-    """Mean squared errors of a pixel: recreated; its lower half filled in by 10 sweeps, and that by the training's mean."""
+    """Mean squared errors of a pixel: recreated; its lower half filled in, and that by the training's mean."""
     known = lower_half_unknown(held)
-    filled = dbn.recreate(held, known, sweeps=10)[0]
+    filled = dbn.recreate(held, known, FILLING_SWEEPS)[0]
     found = {
         "recreation_error": (dbn.recreate(held)[0] - held).square().mean(),
         "filling_error": (filled - held)[~known].square().mean(),
@@ -223,7 +225,7 @@ def features_picture(dbn: DBN) -> Figure:
 def recreations_picture(dbn: DBN, images: Tensor) -> Figure:
     """Held-out digits, their recreations, the digits with their lower half taken away, and what is filled in."""
     known = lower_half_unknown(images)
-    rows: list[Any] = [images, dbn.recreate(images)[0], images * known, dbn.recreate(images, known, sweeps=10)[0]]
+    rows: list[Any] = [images, dbn.recreate(images)[0], images * known, dbn.recreate(images, known, FILLING_SWEEPS)[0]]
     drawn = figure(len(images) * 0.7, 3.2)
     grid = drawn.subplots(len(rows), len(images))
     for axes, row in zip(grid, rows, strict=True):
