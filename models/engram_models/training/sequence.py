@@ -48,6 +48,7 @@ class SequenceOptions:
     k2: int = 0
     initialisation: str = "default"  # or "identity" (ReLU nets, Le et al. 2015), "orthogonal"
     forget_bias: float = 0.0  # added to the forget gates' bias
+    slots: int = 0  # of a Turing machine while it trains; 0: those it is served with. Its weights do not depend on them
     evaluate_every: int = 0  # sequences
     metric: str = ""  # which of the task's is watched
     higher_is_better: bool = False
@@ -79,7 +80,8 @@ class SequenceTraining:
         # The loss wants the numbers before the activation; served is the cell with it, and the very same parameters.
         self._inner = _made(recipe, self._config)
         self.served = self.task.wrap(self._inner) if isinstance(self.task, Wrapping) else self._inner
-        self.cell = _made(recipe, {**self._config, "activation": "none"})
+        smaller = {"slots": options.slots} if options.slots else {}
+        self.cell = _made(recipe, {**self._config, **smaller, "activation": "none"})
         initialise(self.cell, options.initialisation, options.forget_bias)
         self._loss = LOSSES[str(self._config.get("activation", "none"))]
         self._optimizer = _optimizer(self.cell, options)
