@@ -84,7 +84,7 @@ def reason(work: Callable[[], object]) -> str:
 
 
 def test_what_one_server_stored_another_recalls_and_nobody_is_disturbed(
-    clients: list[engram.Client], name: str
+    clients: list[engram.Client], pair: list[Any], name: str
 ) -> None:
     stored = patterns(40)
     session = clients[0].open("dense", name)
