@@ -54,7 +54,7 @@ def main() -> int:
                 figures = {"dense": dense(client, args.patterns), "hebb": hebb(client)}
             figures["dense"]["server_mb"] = round(server.memory_mb())
         figures["ntm"] = ntm(directory / "machines", args.seconds)
-    described = {**machine(), "load average": f"{busy:.1f} before it began"}
+    described = {**machine(), "load average": f"{busy:.1f} before it began; niceness {os.nice(0)}"}
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     found = {"machine": described, "date": f"{datetime.now(UTC):%Y-%m-%d}", "goals": GOALS, **figures}
     (DIRECTORY / f"{args.name}.json").write_text(json.dumps(found, indent=2) + "\n")
