@@ -48,7 +48,7 @@ class SequenceOptions:
     k2: int = 0
     initialisation: str = "default"  # or "identity" (ReLU nets, Le et al. 2015), "orthogonal"
     forget_bias: float = 0.0  # added to the forget gates' bias
-    slots: int = 0  # of a Turing machine while it trains; 0: those it is served with. Its weights do not depend on them
+    slots: int = 0  # of a Turing machine in the second half of its training; its weights do not depend on them
     evaluate_every: int = 0  # sequences
     metric: str = ""  # which of the task's is watched
     higher_is_better: bool = False
@@ -80,9 +80,13 @@ class SequenceTraining:
         # The loss wants the numbers before the activation; served is the cell with it, and the very same parameters.
         self._inner = _made(recipe, self._config)
         self.served = self.task.wrap(self._inner) if isinstance(self.task, Wrapping) else self._inner
-        smaller = {"slots": options.slots} if options.slots else {}
-        self.cell = _made(recipe, {**self._config, **smaller, "activation": "none"})
+        self.cell = _made(recipe, {**self._config, "activation": "none"})
         initialise(self.cell, options.initialisation, options.forget_bias)
+        self._late = self.cell
+        if options.slots:
+            # In a small memory, whatever is written beside what matters does harm at once, and is unlearnt.
+            self._late = _made(recipe, {**self._config, "slots": options.slots, "activation": "none"})
+            self._late.load_state_dict(self.cell.state_dict(keep_vars=True), assign=True)  # the very same parameters
         self._loss = LOSSES[str(self._config.get("activation", "none"))]
         self._optimizer = _optimizer(self.cell, options)
         self.done, self.total = 0, -(-options.sequences // options.batch) * options.batch
@@ -98,7 +102,8 @@ class SequenceTraining:
             group["lr"] = options.learning_rate * _SCHEDULES[options.schedule](self.done / self.total)
         self._optimizer.zero_grad()
         time = batch.inputs.shape[1]
-        loss = truncated(self.cell, batch, self._loss, options.k1 or time, options.k2 or time)
+        cell = self.cell if 2 * self.done < self.total else self._late
+        loss = truncated(cell, batch, self._loss, options.k1 or time, options.k2 or time)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} after {self.done} sequences; a smaller learning_rate or clip_norm may do"
