@@ -17,7 +17,8 @@ from engram_models.training.bptt import LOSSES, Batch, backpropagate, truncated
 from engram_models.training.experiment import TrainingError
 from engram_models.training.initialise import initialise
 from engram_models.training.recipe import Recipe
-from engram_models.training.sequence import Options, SequenceTraining
+from engram_models.training.sequence import SequenceOptions as Options
+from engram_models.training.sequence import SequenceTraining
 
 TIME, ROWS = 7, 3
 KINDS: dict[str, Callable[[], Cell]] = {

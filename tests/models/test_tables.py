@@ -28,7 +28,7 @@ from engram_models.training import autoregression
 from engram_models.training.experiment import TrainingError
 from engram_models.training.recipe import load_recipe
 from engram_models.training.run import run
-from engram_models.training.sequence import Options
+from engram_models.training.sequence import SequenceOptions as Options
 from engram_models.training.tables import Columns, located, read_csv, read_npz
 from engram_models.training.tasks import task
 from engram_models.training.tasks.classify import Classify
