@@ -11,7 +11,7 @@ import pytest
 
 from engram_service.bench.measure import Options, _specs, _window
 from engram_service.bench.workload import reference, workload_w
-from engram_service.demo.story import bits_that_differ
+from engram_service.demo.stage import bits_that_differ
 
 FIGURES = {
     "sessions", "durability", "steps_per_s", "p50_ms", "p99_ms", "ceiling_steps_per_s", "ratio", "ticks_per_s",

@@ -1,1 +1,1 @@
-"""`engram demo`: real digits, many sessions, a server killed half way, and not a bit that differs."""
+"""`engram demo`: stories told on a private server over real gRPC, each with promises that it holds itself to."""

@@ -1,8 +1,9 @@
-"""What the demo shows: a few digits and what the model believes of them, drawn again in place; plain lines elsewhere."""
+"""Where the demo shows what happens: pictures that are drawn again in place on a terminal; plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Protocol, TextIO
 
 import numpy as np
@@ -14,10 +15,13 @@ _GAP = "    "
 
 
 class Screen(Protocol):
-    """Where a pass is shown."""
+    """Where a story is shown."""
 
     def belief(self, row: int, images: NDArray[np.uint8], labels: NDArray[np.int64], y: NDArray[np.float32]) -> None:
         """After `row` rows (0-based, just read): images [n, 8, 8], labels [n], class probabilities y [n, 10]."""
+
+    def picture(self, lines: Sequence[str], caption: str, passing: bool = False) -> None:
+        """A picture made of characters. `passing`: the next one takes its place, and only a terminal shows this one."""
 
     def say(self, text: str) -> None:
         """Something happened."""
@@ -32,15 +36,20 @@ class Lines:
     def belief(self, row: int, images: NDArray[np.uint8], labels: NDArray[np.int64], y: NDArray[np.float32]) -> None:
         self.say(f"row {row + 1} of {images.shape[1]}: {_crowd(labels, y)}")
 
+    def picture(self, lines: Sequence[str], caption: str, passing: bool = False) -> None:
+        if not passing:
+            self.say("\n".join(["", *lines, "", caption]))
+
     def say(self, text: str) -> None:
         print(text, file=self._out, flush=True)
 
 
 class Terminal:
-    """Draws the first `shown` digits side by side and redraws them as rows arrive."""
+    """Draws the first `shown` digits side by side and redraws them as rows arrive; a picture is redrawn by the next."""
 
-    def __init__(self, out: TextIO, width: int) -> None:
+    def __init__(self, out: TextIO, width: int, height: int = 24) -> None:
         self._out = out
+        self._width, self._height = width, height
         self._shown = max(1, min(4, (width + len(_GAP)) // (_BAR + 9 + len(_GAP))))
         self._drawn = 0
 
@@ -51,6 +60,11 @@ class Terminal:
         lines = [_GAP.join(parts) for parts in zip(*panels, strict=True)]
         self._draw([*lines, "", f"row {row + 1} of {images.shape[1]}: {_crowd(labels, y)}"])
 
+    def picture(self, lines: Sequence[str], caption: str, passing: bool = False) -> None:
+        # A line that wraps, or one that has left the screen, could not be drawn over.
+        room = max(1, self._height - 3)
+        self._draw([line[: self._width] for line in ("", *list(lines)[:room], caption)])
+
     def say(self, text: str) -> None:
         self._out.write(f"\x1b[2K{text}\n")
         self._out.flush()
@@ -58,7 +72,7 @@ class Terminal:
 
     def _draw(self, lines: list[str]) -> None:
         if self._drawn:
-            self._out.write(f"\x1b[{self._drawn}A")
+            self._out.write(f"\x1b[{self._drawn}A\x1b[J")
         self._out.write("".join(f"\x1b[2K{line}\n" for line in lines))
         self._out.flush()
         self._drawn = len(lines)
