@@ -39,12 +39,12 @@ name = "adding"
 length = 8
 test_rows = 100
 [options]
-sequences = 1_600
+sequences = 960
 batch = 16
 learning_rate = 1e-2
 schedule = "cosine"
 clip_norm = 1.0
-evaluate_every = 160
+evaluate_every = 80
 metric = "mse"
 keep_best = true
 [quick]
@@ -65,14 +65,14 @@ from engram_models.training.run import run
 
 rename, count = os.replace, 0
 
-def killed_at_the_fortieth_checkpoint(source, target):
+def killed_at_the_twentieth_checkpoint(source, target):
     global count
     count += 1
-    if count == 40:
+    if count == 20:
         os.kill(os.getpid(), signal.SIGKILL)
     rename(source, target)
 
-os.replace = killed_at_the_fortieth_checkpoint
+os.replace = killed_at_the_twentieth_checkpoint
 run(load_recipe(sys.argv[1]), 4, Path(sys.argv[2]), checkpoint_s=0)
 """
 
@@ -103,7 +103,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(recipe_path: Path, tmp_p
     child = subprocess.run([sys.executable, "-c", CHILD, str(recipe_path), str(cut)], capture_output=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert files(cut) == [".checkpoint.safetensors.writing", "checkpoint.safetensors"]
-    assert int(load_file(cut / "checkpoint.safetensors")["counts"][0]) == 39 * 16
+    assert int(load_file(cut / "checkpoint.safetensors")["counts"][0]) == 19 * 16
     with pytest.raises(TrainingError, match="has a run already; --resume"):
         run(recipe, 4, cut)
     expected, result = run(recipe, 4, whole), run(recipe, 4, cut, resume=True)
@@ -127,7 +127,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(recipe_path: Path, tmp_p
 def test_every_optimizer_goes_on_to_the_bit(recipe_path: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     recipe = load_recipe(recipe_path)
     kind = procedure("sequence")
-    table = {**recipe.options, "sequences": 800, **options}
+    table = {**recipe.options, "sequences": 480, "evaluate_every": 80, **options}
 
     def made() -> Any:
         return kind(recipe, parsed(kind.Options, table, "here"), seed=3)
@@ -137,16 +137,16 @@ def test_every_optimizer_goes_on_to_the_bit(recipe_path: Path, tmp_path: Path, o
             experiment.advance()
         return experiment
 
-    whole, first, second = to_the_end(made()), to_the_end(made(), 400), made()
+    whole, first, second = to_the_end(made()), to_the_end(made(), 160), made()
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, first.tensors(), "small", "d", 3)
     torch.manual_seed(99)  # what is drawn from the global generator in between must not matter
     second.restore(load_checkpoint(path, "d", 3))
-    assert second.done == 400
+    assert second.done == 160
     kept, other = whole.tensors(), to_the_end(second).tensors()
     assert kept.keys() == other.keys()
     assert all(torch.equal(kept[key], other[key]) for key in kept)
-    assert whole.done == (480 if "stop_at" in options else 800)
+    assert whole.done == (240 if "stop_at" in options else 480)
     assert whole.finish().metrics == second.finish().metrics
 
 
@@ -186,7 +186,7 @@ def test_a_checkpoint_or_result_of_another_recipe_or_seed_is_refused(recipe_path
         ("batch = 16", "batch = 16.5", "batch must be a whole number, not 16.5"),
         ("batch = 16", "batch = true", "batch must be a whole number"),
         ("clip_norm = 1.0", "clip_norm = nan", "clip_norm must be a finite number"),
-        ("sequences = 1_600", "", "lacks the key 'sequences'"),
+        ("sequences = 960", "", "lacks the key 'sequences'"),
         ('schedule = "cosine"', 'schedule = "cosines"', "'cosines' is not one of constant, cosine"),
         ('metric = "mse"', "", "keep_best need evaluate_every and metric"),
         ("length = 8", "length = 1", "length must be at least 2"),
