@@ -55,4 +55,5 @@ def beside(panels: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
 
 def _scaled(values: NDArray[Any], count: int) -> NDArray[np.int64]:
     """0 to 1 as 0 to count - 1; what is beyond counts as the end."""
-    return np.clip(np.rint(values * (count - 1)), 0, count - 1).astype(np.int64)
+    places: NDArray[np.int64] = np.clip(np.rint(values * (count - 1)), 0, count - 1).astype(np.int64)
+    return places

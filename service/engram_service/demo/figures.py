@@ -50,6 +50,7 @@ def tape(panels: Sequence[tuple[str, NDArray[Any]]], title: str) -> Figure:
     drawn.suptitle(title)
     for axes, (name, values) in zip(drawn.subplots(len(panels), 1), panels, strict=True):
         axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
+        axes.locator_params(integer=True)
         axes.set_ylabel(name, fontsize=8)
     return drawn
 

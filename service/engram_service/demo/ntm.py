@@ -138,8 +138,8 @@ def _picture(screen: Screen, inputs: Floats, states: list[State], outputs: list[
     lines = beside([("bits shown, then read back", framed(pixels(bits)))])
     lines += beside(
         [
-            ("write head, then read head, over the locations", framed(pixels(heads))),
-            ("memory, size of its values", framed(shades(memory[::2]))),
+            ("write head, then read head", framed(pixels(heads))),
+            ("memory, every other row", framed(shades(memory[::2]))),
         ]
     )
     caption = f"step {done} of {len(inputs)}: {'reading' if reading else 'writing'}"

@@ -18,8 +18,8 @@ from engram_models import shipped_models_dir
 from engram_service.demo.screen import Screen
 from engram_service.local import LocalServer, LocalServerError
 
-# Only one or two sessions: small batches need not be looked at in many sizes, and the server is ready sooner.
-FEW_SESSIONS = ("--tick-rows-max", "32")
+# With few sessions there are few sizes of batches to look at and little room to make: the server is ready sooner.
+FEW_SESSIONS = ("--tick-rows-max", "32", "--arena-slots-max", "64")
 
 
 class Stage:

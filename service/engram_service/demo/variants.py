@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DIGITS, SUNSPOTS = "digits-reader", "sunspots"
 ACCURACY_MIN = 0.9
 _DIGITS = 32
+_HALF_BRIGHT = 13  # of twice a pixel of 0 to 16: what counts as ink
 _CYCLE = 11  # years, of the sun
 _ONLINE_FROM, _WAIT_UNTIL = 1959, 1996  # nothing of the model was chosen by the years from 1959 on
 
@@ -126,7 +127,7 @@ async def _many_to_one(screen: Screen, client: engram.AsyncClient) -> int:
     await asyncio.gather(*(one.absorb(x[:-1]) for one, x in zip(sessions, rows, strict=True)))
     answers = np.array(await client.step_many(sessions, rows[:, -1])).argmax(1)
     panels = [
-        (f"a {answer}", framed(pixels(image.astype(int) - 6)))
+        (f"a {answer}", framed(pixels(2 * image.astype(int) - _HALF_BRIGHT)))
         for image, answer in zip(images[:6], answers, strict=False)
     ]
     right = int((answers == labels).sum())
