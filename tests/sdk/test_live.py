@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import engram
+from engram_models import shipped_models_dir
 
 MODEL = "digits-reader"
 PATIENT = engram.ClientOptions(backoff_initial_s=0.02, backoff_max_s=0.3)
@@ -179,7 +180,8 @@ def test_management(shared_server) -> None:
             fresh = await client.open(MODEL, "managed")
             assert fresh.seq == 0
             assert (await fresh.run(X) == reference).all()
-            assert [model.name for model in await client.models.list()] == [MODEL]
+            shipped = {path.parent.parent.name for path in shipped_models_dir().glob("*/*/model.toml")}
+            assert {model.name for model in await client.models.list()} == shipped
             assert (await client.models.get(MODEL)).input.shape == (8,)
             assert (await client.models.reload())[1] == []
             assert (await client.server()).version == engram.__version__
