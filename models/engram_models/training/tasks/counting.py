@@ -28,8 +28,8 @@ class Counting:
     Inputs, one-hot: S a^n b^n. Targets: after S an a or the end, after an a either letter, after a b the next b, or the end
     where as many b as a were read. A string is accepted if after each of its symbols exactly the possible ones have an
     output above 1/2. Every batch holds n = 1 .. `train_max` in turn; the cell never trains on a longer string.
-    `noise` is the standard deviation of what is added to the inputs in training: a counter whose steps have to be alike under
-    noise saturates its gates, and then they are alike to the last bit, also where it counts far beyond the training.
+    `noise` is the standard deviation of what is added to the inputs in training: it asks for a counter whose steps are alike
+    whatever comes in, which is what counting far beyond the training takes.
     `validate_max` is what the quick evaluations try, so a recipe that keeps the best of them has looked that far.
     """
 
@@ -41,6 +41,8 @@ class Counting:
     def __post_init__(self) -> None:
         if not 1 <= self.train_max <= self.validate_max <= self.test_max:
             raise ValueError("train_max, validate_max and test_max must be at least 1 and in ascending order")
+        if self.noise < 0:
+            raise ValueError("noise must not be negative")
 
     input_size = 3
     output_size = 3
