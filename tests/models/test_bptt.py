@@ -194,14 +194,15 @@ def test_every_optimizer_lowers_the_loss(optimizer: str) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_identity_initialisation() -> None:
+@pytest.mark.parametrize("std", [1e-3, 0.1])
+def test_identity_initialisation(std: float) -> None:
     torch.manual_seed(4)
     cell = VanillaRNN(3, 50, layers=2, nonlinearity="relu")
-    initialise(cell, "identity")
+    initialise(cell, "identity", input_std=std)
     for layer, inputs in zip(cell.layers, (3, 50), strict=True):
         assert torch.equal(layer.weight[:, inputs:], torch.eye(50))
         assert not layer.bias.any()
-        assert 0.0005 < layer.weight[:, :inputs].std() < 0.0015
+        assert 0.7 * std < layer.weight[:, :inputs].std() < 1.3 * std
 
 
 def test_orthogonal_initialisation() -> None:

@@ -12,13 +12,14 @@ from engram_models.training.experiment import TrainingError
 
 _FORGET = 1  # the forget gate's place among i, f, g, o
 _WAYS = ("default", "identity", "orthogonal", "walk")
+INPUT_STD = 1e-3  # Le et al.'s
 _WALK = 1.0  # logits; more would leave no gradient to learn other moves by
 
 
-def initialise(cell: Cell, way: str = "default", forget_bias: float = 0.0) -> None:
+def initialise(cell: Cell, way: str = "default", forget_bias: float = 0.0, input_std: float = INPUT_STD) -> None:
     """Changes a fresh cell's weights in place. Raises TrainingError where the way is unknown or does not fit the cell.
 
-    "identity": W = I, b = 0, U from N(0, 0.001^2), of a ReLU net (Le, Jaitly and Hinton 2015). "orthogonal": each gate's W is
+    "identity": W = I, b = 0, U from N(0, input_std^2), of a ReLU net (Le, Jaitly and Hinton 2015). "orthogonal": each gate's W is
     orthogonal. "walk": a Turing machine's write heads begin by moving one location on at each step and its read heads by staying,
     rather than all by moving to both sides alike, which blurs; and what is written is large enough to be read. It has then
     to learn when to do otherwise, not to find out that places come one after the other. `forget_bias` is added to the forget
@@ -34,7 +35,7 @@ def initialise(cell: Cell, way: str = "default", forget_bias: float = 0.0) -> No
     with torch.no_grad():
         for layer in layers:
             if way == "identity":
-                _identity(layer)
+                _identity(layer, input_std)
             elif way == "orthogonal":
                 for gate in torch.split(layer.weight[:, layer.input_size :], layer.hidden_size):
                     nn.init.orthogonal_(gate)
@@ -42,10 +43,10 @@ def initialise(cell: Cell, way: str = "default", forget_bias: float = 0.0) -> No
                 layer.bias[_FORGET * layer.hidden_size : (_FORGET + 1) * layer.hidden_size] += forget_bias
 
 
-def _identity(layer: Layer) -> None:
+def _identity(layer: Layer, input_std: float) -> None:
     if layer.gates != 1:
         raise TrainingError("initialisation 'identity' is for the vanilla RNN")
-    nn.init.normal_(layer.weight[:, : layer.input_size], std=1e-3)
+    nn.init.normal_(layer.weight[:, : layer.input_size], std=input_std)
     nn.init.eye_(layer.weight[:, layer.input_size :])
     nn.init.zeros_(layer.bias)
 

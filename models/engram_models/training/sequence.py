@@ -14,7 +14,7 @@ from engram_models.cell import Cell
 from engram_models.registry import cell_type, kinds
 from engram_models.training.bptt import LOSSES, truncated
 from engram_models.training.experiment import Outcome, TrainingError
-from engram_models.training.initialise import initialise
+from engram_models.training.initialise import INPUT_STD, initialise
 from engram_models.training.recipe import Recipe
 from engram_models.training.tasks import Task, Wrapping, task
 
@@ -47,6 +47,7 @@ class SequenceOptions:
     k1: int = 0  # truncated BPTT: how often, and how far back; 0: the whole sequence
     k2: int = 0
     initialisation: str = "default"  # or "identity" (ReLU nets, Le et al. 2015), "orthogonal"
+    input_std: float = INPUT_STD  # of "identity": the standard deviation of the input weights
     forget_bias: float = 0.0  # added to the forget gates' bias
     slots: int = 0  # of a Turing machine in the second half of its training; its weights do not depend on them
     evaluate_every: int = 0  # sequences
@@ -61,6 +62,8 @@ class SequenceOptions:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if min(self.sequences, self.batch) < 1 or self.learning_rate <= 0:
             raise ValueError("sequences, batch and learning_rate must be greater than 0")
+        if self.input_std <= 0:
+            raise ValueError("input_std must be greater than 0")
         if (self.stop_at is not None or self.keep_best) and not (self.evaluate_every and self.metric):
             raise ValueError("stop_at and keep_best need evaluate_every and metric")
 
@@ -81,7 +84,7 @@ class SequenceTraining:
         self._inner = _made(recipe, self._config)
         self.served = self.task.wrap(self._inner) if isinstance(self.task, Wrapping) else self._inner
         self.cell = _made(recipe, {**self._config, "activation": "none"})
-        initialise(self.cell, options.initialisation, options.forget_bias)
+        initialise(self.cell, options.initialisation, options.forget_bias, options.input_std)
         self._late = self.cell
         if options.slots:
             # In a small memory, whatever is written beside what matters does harm at once, and is unlearnt.
