@@ -18,6 +18,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from engram_models import shipped_models_dir
+
 START_S = 60.0
 STOP_S = 30.0
 REDIS_S = 20.0
@@ -28,7 +30,9 @@ class ServerProcess:
 
     def __init__(self, directory: pathlib.Path, *flags: str) -> None:
         self.directory = directory
-        self.flags = flags
+        # Every start proves every bundle: a server with models of its own is spared the shipped ones.
+        own_alone = "--models" in flags and "--shipped-models" not in flags
+        self.flags = (*flags, "--shipped-models", "false") if own_alone else flags
         self.port, self.http_port = free_port(), free_port()
         self.log = directory / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -185,14 +189,28 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
 @pytest.fixture
 def server(tmp_path: pathlib.Path) -> Iterator[ServerProcess]:
     """A server of the test's own, to kill, stop and start again."""
-    with ServerProcess(tmp_path) as one:
+    with ServerProcess(tmp_path, *_digits_alone(tmp_path)) as one:
         yield one
 
 
 @pytest.fixture
 def server_with(tmp_path: pathlib.Path) -> Callable[..., ServerProcess]:
     """Makes a server with flags of the test's own, to be entered as a context."""
-    return lambda *flags: ServerProcess(tmp_path, *flags)
+
+    def make(*flags: str) -> ServerProcess:
+        return ServerProcess(tmp_path, *flags, *(() if "--models" in flags else _digits_alone(tmp_path)))
+
+    return make
+
+
+def _digits_alone(directory: pathlib.Path) -> tuple[str, str]:
+    """Flags of a server whose only model is digits-reader."""
+    models = directory / "digits-alone"
+    models.mkdir(exist_ok=True)
+    link = models / "digits-reader"
+    if not link.exists():
+        link.symlink_to(shipped_models_dir() / "digits-reader")
+    return "--models", str(models)
 
 
 @pytest.fixture
