@@ -71,7 +71,9 @@ def test_one_id_belongs_to_one_model(tmp_path: pathlib.Path, connect: Connect, r
 
     models = tmp_path / "models"
     engram_models.write_bundle(models, "other", "1", engram_models.GRU(3, 4))
-    with type(request.getfixturevalue("shared_server"))(tmp_path, "--models", str(models), "--shipped-models", "true") as server:
+    with type(request.getfixturevalue("shared_server"))(
+        tmp_path, "--models", str(models), "--shipped-models", "true"
+    ) as server:
         raw = connect(server)
         handle_of(raw, "shared-id")
         response = raw.open("shared-id", model="other")
