@@ -75,12 +75,13 @@ def _summarise(recipe: Recipe, runs: Path) -> None:
     """docs/results/<recipe>.json with every seed, its pictures from the first one, and the curves of all seeds in one."""
     found = {seed: _directory(recipe, seed, runs) / "result.json" for seed in recipe.seeds}
     results = [json.loads(path.read_text()) for path in found.values() if path.exists()]
+    results = [one for one in results if one["digest"] == recipe.digest]  # not of the recipe as it was before a change
     if not results:
         return
     summary = {
         "recipe": recipe.name, "claim": recipe.claim, "command": f"engram train {recipe.name} --seed N",
         "passed": f"{sum(one['passed'] for one in results)} of {len(results)} seeds",
-        "seeds_not_run": [seed for seed, path in found.items() if not path.exists()],
+        "seeds_not_run": [seed for seed in recipe.seeds if seed not in {one["seed"] for one in results}],
         "machine": results[0]["machine"], "seconds": round(sum(one["seconds"] for one in results), 1),
         "median": _medians(results), "pass": {name: dict(bound) for name, bound in recipe.bounds.items()},
         **{key: results[0][key] for key in ("options", "model", "task")},

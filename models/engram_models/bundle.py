@@ -238,7 +238,7 @@ def _record_check(cell: Cell) -> dict[str, Tensor]:
     """A seeded run of CHECK_STEPS steps over CHECK_ROWS rows, from a random state."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        inputs = torch.stack([_inputs(cell, generator) for _ in range(CHECK_STEPS)])
+        inputs = torch.stack([cell.inputs_like(_random(cell.input, generator)) for _ in range(CHECK_STEPS)])
     before = [_random(spec, generator) for spec in cell.state_schema]
     outputs, after = _run(cell, inputs, before)
     record = {"check.inputs": inputs, "check.outputs": outputs}
@@ -288,11 +288,6 @@ def _run(cell: Cell, inputs: Tensor, before: Iterable[Tensor]) -> tuple[Tensor, 
             outputs.append(y)
     cell.train(was_training)
     return torch.stack(outputs).cpu(), state
-
-
-def _inputs(cell: Cell, generator: torch.Generator) -> Tensor:
-    noise = _random(cell.input, generator)
-    return cell.inputs_like(noise) if noise.is_floating_point() else noise
 
 
 def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:

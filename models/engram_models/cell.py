@@ -60,7 +60,10 @@ class Cell(nn.Module):
         return cast(State, self.state_type(*tensors))
 
     def inputs_like(self, noise: Tensor) -> Tensor:
-        """Inputs of the size that the cell is made for, from numbers of N(0, 1) [batch, *input.shape]: what a check runs on."""
+        """Inputs of the size that the cell is made for, from random numbers [batch, *input.shape]: what a check runs on.
+
+        Floats are of N(0, 1); a cell whose inputs are no floats has them as they are.
+        """
         return noise
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:

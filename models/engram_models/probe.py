@@ -64,9 +64,9 @@ class _Pool:
         self._cell, self._rows = cell, rows
         self._generator = torch.Generator().manual_seed(11)
         self._device = torch.device(device)
-        self._inputs = [self._random(cell.input.shape, cell.input.torch_dtype) for _ in range(_STEPS)]
-        if cell.input.torch_dtype.is_floating_point:  # numbers that saturate a cell would hide what rounds otherwise
-            self._inputs = [cell.inputs_like(noise) for noise in self._inputs]
+        noise = [self._random(cell.input.shape, cell.input.torch_dtype) for _ in range(_STEPS)]
+        # Numbers that saturate a cell would hide what rounds otherwise.
+        self._inputs = [cell.inputs_like(one) for one in noise]
         self._before = [self._random(spec.shape, spec.torch_dtype) for spec in cell.state_schema]
         self._expected = self._run(torch.arange(rows, device=self._device))
 

@@ -57,11 +57,11 @@ def truncated(cell: Cell, batch: Batch, loss: StepLoss, k1: int, k2: int) -> flo
     k2 >= time the gradient is that of full BPTT to the bit. Returns the batch's mean loss.
     """
     scale = batch.weights.sum().clamp_min(1e-12)
-    total, state = 0.0, _initial(cell, batch)
+    total, state = 0.0, cell.initial_state(len(batch.inputs), batch.inputs.device, batch.inputs.dtype)
     at = 0  # where `state` stands
     for start, first, stop in _windows(batch.inputs.shape[1], k1, k2):
         state, at = _walk(cell, batch, state, at, start)
-        outputs, _ = _steps(cell, batch, state, start, stop)
+        outputs = _steps(cell, batch, state, start, stop)
         part = _loss(outputs[first - start :], batch, first, stop, loss) / scale
         part.backward()  # type: ignore[no-untyped-call]
         total += part.item()
@@ -90,12 +90,12 @@ def _walk(cell: Cell, batch: Batch, state: State, at: int, to: int) -> tuple[Sta
     return state, max(at, to)
 
 
-def _steps(cell: Cell, batch: Batch, state: State, start: int, stop: int) -> tuple[list[Tensor], State]:
+def _steps(cell: Cell, batch: Batch, state: State, start: int, stop: int) -> list[Tensor]:
     outputs = []
     for time in range(start, stop):
         y, state = cell(batch.inputs[:, time], state)
         outputs.append(y)
-    return outputs, state
+    return outputs
 
 
 def _loss(outputs: Sequence[Tensor], batch: Batch, first: int, stop: int, loss: StepLoss) -> Tensor:
@@ -107,7 +107,3 @@ def _loss(outputs: Sequence[Tensor], batch: Batch, first: int, stop: int, loss: 
     stacked = torch.stack([outputs[t] for t in looked_at], 1).flatten(0, 1)
     targets = torch.stack([batch.targets[:, first + t] for t in looked_at], 1).flatten(0, 1)
     return (loss(stacked, targets) * weights[:, looked_at].flatten()).sum()
-
-
-def _initial(cell: Cell, batch: Batch) -> State:
-    return cell.initial_state(len(batch.inputs), batch.inputs.device, batch.inputs.dtype)

@@ -19,6 +19,7 @@ from torch.nn import functional
 from engram_models.boltzmann import DBN
 from engram_models.digits import split_digits
 from engram_models.training.boltzmann import Learning, Pretraining
+from engram_models.training.checkpoint import under
 from engram_models.training.experiment import Outcome, TrainingError
 from engram_models.training.fine_tuning import FineTuning, Tuning
 from engram_models.training.pictures import figure
@@ -137,12 +138,12 @@ class DBNDigits:
         return kept
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self._pretraining.restore(_under("pretraining.", tensors))
+        self._pretraining.restore(under("pretraining.", tensors))
         self._accuracies, self._losses = tensors["accuracies"].tolist(), tensors["losses"].tolist()
         self.done = self._pretraining.done + len(self._losses)
         if self._losses:
             self._tuning = self._begin((len(self._losses) - 1) // self.options.epochs)
-            self._tuning.restore(_under("tuning.", tensors))
+            self._tuning.restore(under("tuning.", tensors))
 
     def finish(self) -> Outcome:
         assert self._tuning is not None
@@ -260,7 +261,3 @@ def _mosaic(images: Tensor, across: int) -> NDArray[np.float32]:
 
 def _flat(rows: Any) -> Tensor:
     return torch.from_numpy(rows).view(len(rows), -1)
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

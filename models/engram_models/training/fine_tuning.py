@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engram_models.boltzmann import DBN
+from engram_models.training.checkpoint import optimizer_tensors, restore_optimizer, under
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,14 @@ class FineTuning:
 
     def tensors(self) -> dict[str, Tensor]:
         kept = {f"weight.{number}": value.detach() for number, value in enumerate(self._weights)}
-        for place, state in self._optimizer.state_dict()["state"].items():
-            kept |= {f"optimizer.{place}.{key}": value for key, value in state.items()}
+        kept |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self._optimizer).items()}
         return {**kept, "generator": self._generator.get_state(), "done": torch.tensor(self.done)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for number, weight in enumerate(self._weights):
                 weight.copy_(tensors[f"weight.{number}"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, place, name = key.split(".")
-                state.setdefault(int(place), {})[name] = value.clone()
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        restore_optimizer(self._optimizer, under("optimizer.", tensors))
         self._generator.set_state(tensors["generator"])
         self.done = int(tensors["done"])
 

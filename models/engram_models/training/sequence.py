@@ -13,6 +13,7 @@ from torch import Tensor
 from engram_models.cell import Cell
 from engram_models.registry import cell_type, kinds
 from engram_models.training.bptt import LOSSES, truncated
+from engram_models.training.checkpoint import optimizer_tensors, restore_optimizer, under
 from engram_models.training.experiment import Outcome, TrainingError
 from engram_models.training.initialise import INPUT_STD, initialise
 from engram_models.training.recipe import Recipe
@@ -46,7 +47,7 @@ class SequenceOptions:
     clip_norm: float = 0.0  # all gradients together to at most this
     k1: int = 0  # truncated BPTT: how often, and how far back; 0: the whole sequence
     k2: int = 0
-    initialisation: str = "default"  # or "identity" (ReLU nets, Le et al. 2015), "orthogonal"
+    initialisation: str = "default"  # or "identity", "orthogonal", "walk": see initialise.py
     input_std: float = INPUT_STD  # of "identity": the standard deviation of the input weights
     forget_bias: float = 0.0  # added to the forget gates' bias
     slots: int = 0  # of a Turing machine in the second half of its training; its weights do not depend on them
@@ -80,7 +81,7 @@ class SequenceTraining:
         self.options, self.seed = options, seed
         self._config = _config(recipe, self.task)
         torch.manual_seed(seed)
-        # The loss wants the numbers before the activation; served is the cell with it, and the very same parameters.
+        # The loss wants the numbers before the activation; `served` is the cell with it, and takes over the weights.
         self._inner = _made(recipe, self._config)
         self.served = self.task.wrap(self._inner) if isinstance(self.task, Wrapping) else self._inner
         self.cell = _made(recipe, {**self._config, "activation": "none"})
@@ -124,24 +125,16 @@ class SequenceTraining:
     def tensors(self) -> dict[str, Tensor]:
         kept = {f"cell.{key}": value for key, value in self.cell.state_dict().items()}
         kept |= {f"best.{key}": value for key, value in self._best.items()}
-        for place, state in self._optimizer.state_dict()["state"].items():
-            kept |= {
-                f"optimizer.{place}.{key}": torch.as_tensor(value) for key, value in state.items() if value is not None
-            }
+        kept |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self._optimizer).items()}
         kept["curve"] = torch.tensor(self._curve, dtype=torch.float64)
         kept["watched"] = torch.tensor(self._watched, dtype=torch.float64)
         kept["counts"] = torch.tensor([self.done, self.total])
         return kept
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self.cell.load_state_dict(_under("cell.", tensors))
-        self._best = _under("best.", tensors)
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in _under("optimizer.", tensors).items():
-            place, _, name = key.partition(".")
-            state.setdefault(int(place), {})[name] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.cell.load_state_dict(under("cell.", tensors))
+        self._best = under("best.", tensors)
+        restore_optimizer(self._optimizer, under("optimizer.", tensors))
         self._curve, self._watched = tensors["curve"].tolist(), tensors["watched"].tolist()
         self.done, self.total = tensors["counts"].tolist()
 
@@ -209,7 +202,3 @@ def _optimizer(cell: Cell, options: SequenceOptions) -> torch.optim.Optimizer:
     elif options.optimizer == "sgd":
         extra |= {"momentum": options.momentum}
     return _OPTIMIZERS[options.optimizer](cell.parameters(), lr=options.learning_rate, **extra)
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

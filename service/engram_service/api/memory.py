@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engram.v1 import memory_pb2 as pb
 from engram_models import PatternMemory, Recalled
-from engram_service.api.unary import UnaryHandlers, check_id
+from engram_service.api.unary import UnaryHandlers, check_id, place_of
 from engram_service.catalog import Served
 from engram_service.core import Core
 from engram_service.engine.queries import Recreator, address, addressable, one_thread, recreate
@@ -90,9 +90,7 @@ class MemoryHandlers:
 
     async def list_patterns(self, request: pb.ListPatternsRequest, left_s: float) -> pb.ListPatternsResponse:
         count = min(request.page_size or _PAGE_DEFAULT, _PAGE_MAX)
-        if request.page_token and not request.page_token.isdigit():
-            raise InvalidArgument("INVALID_ARGUMENT", "page_token is not one that this server gave")
-        start = int(request.page_token or 0)
+        start = place_of(request.page_token)
         labels, bits, summary = await self._call(left_s, self._memories.page, request.session_id, start, count)
         end = start + len(labels)
         return pb.ListPatternsResponse(

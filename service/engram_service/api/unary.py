@@ -95,9 +95,7 @@ class UnaryHandlers:
         self, request: session_pb2.ListSessionsRequest, left_s: float
     ) -> session_pb2.ListSessionsResponse:
         size = min(request.page_size or _PAGE_DEFAULT, _PAGE_MAX)
-        if request.page_token and not request.page_token.isdigit():
-            raise InvalidArgument("INVALID_ARGUMENT", "page_token is not one that this server gave")
-        cursor, found = await self._call(left_s, self._store.page, int(request.page_token or 0), size)
+        cursor, found = await self._call(left_s, self._store.page, place_of(request.page_token), size)
         sessions = [self._session(info) for info in found if request.model in ("", info.model)]
         return session_pb2.ListSessionsResponse(sessions=sessions, next_page_token=str(cursor) if cursor else "")
 
@@ -265,6 +263,13 @@ class UnaryHandlers:
         if info.ttl_ms > 0:
             session.expire_time.FromMilliseconds(int(time.time() * 1000) + info.ttl_ms)
         return session
+
+
+def place_of(page_token: str) -> int:
+    """Where a page begins; 0 without a token. Raises InvalidArgument."""
+    if page_token and not page_token.isdigit():
+        raise InvalidArgument("INVALID_ARGUMENT", "page_token is not one that this server gave")
+    return int(page_token or 0)
 
 
 def check_id(session_id: str) -> None:

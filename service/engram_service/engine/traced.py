@@ -56,9 +56,7 @@ def _example(arena: Arena, rows: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(rows)
     specs = [arena.bundle.input, *arena.bundle.state, *([] if arena.last is None else [arena.bundle.output])]
     value, *own = (_random(rows, spec.shape, spec.torch_dtype, generator) for spec in specs)
-    if value.is_floating_point():
-        value = arena.bundle.cell.inputs_like(value)
-    return [torch.randperm(rows, generator=generator), value, *own]
+    return [torch.randperm(rows, generator=generator), arena.bundle.cell.inputs_like(value), *own]
 
 
 def _random(rows: int, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -62,12 +62,8 @@ class Copy:
         return found
 
     def pictures(self, cell: Cell, seed: int) -> Mapping[str, Callable[[], Figure]]:
-        from engram_models.training.pictures import memory
-
-        if not isinstance(cell, NTM):
-            return {}
         shown = self.draw(1, self.length, generator(seed, 0, purpose=2))
-        return {"memory": lambda: memory(cell, shown, f"copying {self.length} vectors of {self.bits} bits")}
+        return memory_pictures(cell, shown, f"copying {self.length} vectors of {self.bits} bits")
 
     def errors(self, cell: Cell, rows: int, length: int, seed: int) -> Tensor:
         """Wrong bits in each of `rows` fresh sequences, int64 [rows]."""
@@ -137,12 +133,8 @@ class RepeatCopy:
         return found
 
     def pictures(self, cell: Cell, seed: int) -> Mapping[str, Callable[[], Figure]]:
-        from engram_models.training.pictures import memory
-
-        if not isinstance(cell, NTM):
-            return {}
         shown = self.draw(1, self.length, 4, generator(seed, 0, purpose=2))
-        return {"memory": lambda: memory(cell, shown, f"{self.length} vectors of {self.bits} bits, four times")}
+        return memory_pictures(cell, shown, f"{self.length} vectors of {self.bits} bits, four times")
 
     def draw(self, rows: int, length: int, repeats: int, source: torch.Generator) -> Batch:
         shown = torch.randint(0, 2, (rows, length, self.bits), generator=source).float()
@@ -175,3 +167,10 @@ def wrong_bits(cell: Cell, batch: Batch) -> Tensor:
     """How many bits of the steps that count are wrong in each sequence, int64 [rows]."""
     wrong = (answers(cell, batch) != batch.targets.bool()) & (batch.weights > 0).unsqueeze(2)
     return wrong.flatten(1).sum(1)
+
+
+def memory_pictures(cell: Cell, shown: Batch, title: str) -> Mapping[str, Callable[[], Figure]]:
+    """What a Turing machine does with one sequence; nothing for other cells."""
+    from engram_models.training.pictures import memory
+
+    return {"memory": lambda: memory(cell, shown, title)} if isinstance(cell, NTM) else {}

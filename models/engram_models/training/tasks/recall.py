@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engram_models.cell import Cell
-from engram_models.ntm import NTM
 from engram_models.training.bptt import Batch
 from engram_models.training.tasks import generator
-from engram_models.training.tasks.copying import wrong_bits
+from engram_models.training.tasks.copying import memory_pictures, wrong_bits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,12 +57,8 @@ class AssociativeRecall:
         return found
 
     def pictures(self, cell: Cell, seed: int) -> Mapping[str, Callable[[], Figure]]:
-        from engram_models.training.pictures import memory
-
-        if not isinstance(cell, NTM):
-            return {}
         shown = self.draw(1, self.items, generator(seed, 0, purpose=2))
-        return {"memory": lambda: memory(cell, shown, f"{self.items} items, and one that is asked for")}
+        return memory_pictures(cell, shown, f"{self.items} items, and one that is asked for")
 
     def _errors(self, cell: Cell, rows: int, items: int, seed: int) -> torch.Tensor:
         return wrong_bits(cell, self.draw(rows, items, generator(seed, items, purpose=1)))
