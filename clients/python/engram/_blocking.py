@@ -37,12 +37,32 @@ class _Loop:
         if not self._thread.is_alive():
             work.close()
             raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        # Held until the work has ended. A bare lock, which Ctrl-C leaves whole: raised inside a Future's condition, it may
+        # leave that locked for ever.
+        under_way = threading.Lock()
+        under_way.acquire()
+        tasks: list[asyncio.Task[_T]] = []
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(work))
+            tasks[0].add_done_callback(ended)
+
+        def ended(task: asyncio.Task[_T]) -> None:
+            if not task.cancelled():
+                task.exception()  # looked at, also where an interrupted caller does not
+            under_way.release()
+
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
         try:
-            return future.result()
+            self._loop.call_soon_threadsafe(begin)
+            under_way.acquire()
         except BaseException:
-            future.cancel()
+            self._loop.call_soon_threadsafe(cancel)
             raise
+        return tasks[0].result()
 
     def iterate(self, items: AsyncIterator[_T]) -> Iterator[_T]:
         """The items, one by one as they are asked for."""
@@ -73,7 +93,7 @@ class _Loop:
     def stop(self) -> None:
         """Ends what still runs there, gRPC's own tasks with it, and the thread."""
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result()
+            self.wait(_end_tasks())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
