@@ -226,9 +226,29 @@ def test_the_forget_gates_bias(kind: type[LSTM] | type[PeepholeLSTM]) -> None:
         assert torch.allclose(cell(torch.zeros(1, 3), state)[1][1], torch.ones(1, 4), atol=1e-5)
 
 
+@pytest.mark.parametrize("controller", ["lstm", "feedforward"])
+def test_seek_finds_what_was_seen_before(controller: str) -> None:
+    """Seen again, an input takes the read head to the location after the one that it was written to."""
+    torch.manual_seed(5)
+    cell = NTM(8, 8, 100, controller, slots=32)
+    initialise(cell, "seek")
+    shown = torch.eye(8)  # eight inputs that have nothing in common
+    state, written = cell.initial_state(1), []
+    with torch.no_grad():
+        for x in shown:
+            _, state = cell(x[None], state)
+            written.append(int(state.write_weighting0.argmax()))  # type: ignore[attr-defined]
+        everywhere = cell.state_type(*(part.expand(8, *part.shape[1:]) for part in state))
+        _, found = cell(shown, everywhere)
+    assert len(set(written)) == 8
+    after = found.read_weighting0.argmax(1) == torch.tensor(written) + 1  # type: ignore[attr-defined]
+    assert after.sum() >= 4  # a head that does not look finds none
+
+
 @pytest.mark.parametrize(
     ("cell", "way", "word"),
     [
+        (LSTM(2, 3), "seek", "Turing"),
         (LSTM(2, 3), "identity", "vanilla"),
         (LSTM(2, 3), "glorot", "glorot"),
         (NTM(2, 2, 3, "feedforward"), "orthogonal", "ntm"),

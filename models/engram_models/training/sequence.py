@@ -47,7 +47,7 @@ class SequenceOptions:
     clip_norm: float = 0.0  # all gradients together to at most this
     k1: int = 0  # truncated BPTT: how often, and how far back; 0: the whole sequence
     k2: int = 0
-    initialisation: str = "default"  # or "identity", "orthogonal", "walk": see initialise.py
+    initialisation: str = "default"  # or "identity", "orthogonal", "walk", "seek": see initialise.py
     input_std: float = INPUT_STD  # of "identity": the standard deviation of the input weights
     forget_bias: float = 0.0  # added to the forget gates' bias
     slots: int = 0  # of a Turing machine in the second half of its training; its weights do not depend on them
