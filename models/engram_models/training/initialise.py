@@ -14,7 +14,7 @@ _FORGET = 1  # the forget gate's place among i, f, g, o
 _WAYS = ("default", "identity", "orthogonal", "walk", "seek")
 INPUT_STD = 1e-3  # Le et al.'s
 _WALK = 1.0  # logits; more would leave no gradient to learn other moves by
-_LOOK = 10.0  # strength of a key: enough for one location of many to stand out
+_LOOK = 15.0  # strength of a key: enough for one location of many to stand out, and below where it would be clipped
 _INPUT, _PAST = (
     2.0,
     0.2,
