@@ -85,6 +85,8 @@ class RepeatCopy:
 
     After the sequence one input holds the number of repeats, scaled to mean 0 and variance 1 over 1 to `repeats`. Outputs:
     the bits, and the end marker's channel. Thorough tests go beyond the length and beyond the repeats that were trained.
+    Over the first `grow` batches the greatest number of repeats rises from 1 to `repeats`: how to begin again can be learnt
+    only where one copy ends right.
     """
 
     bits: int = 8
@@ -92,11 +94,12 @@ class RepeatCopy:
     repeats: int = 10
     long: int = 20
     more: int = 20
+    grow: int = 0
     test_rows: int = 300
 
     def __post_init__(self) -> None:
-        if min(self.bits, self.length) < 1 or self.repeats < 2:
-            raise ValueError("bits and length must be at least 1, repeats at least 2")
+        if min(self.bits, self.length) < 1 or self.repeats < 2 or self.grow < 0:
+            raise ValueError("bits and length must be at least 1, repeats at least 2, grow at least 0")
 
     @property
     def input_size(self) -> int:
@@ -107,13 +110,12 @@ class RepeatCopy:
         return self.bits + 1
 
     def batch(self, number: int, rows: int, seed: int) -> Batch:
-        source = generator(seed, number)
-        length = int(torch.randint(1, self.length + 1, (), generator=source))
-        return self.draw(rows, length, int(torch.randint(1, self.repeats + 1, (), generator=source)), source)
+        grown = 1 + number * self.repeats // self.grow if self.grow else self.repeats
+        return self._any(rows, min(self.repeats, grown), generator(seed, number))
 
     def evaluate(self, cell: Cell, seed: int, thorough: bool) -> dict[str, Any]:
         tested = range(1, (50 if thorough else 10) + 1)
-        errors = [wrong_bits(cell, self.batch(-number, 8, seed)) for number in tested]
+        errors = [wrong_bits(cell, self._any(8, self.repeats, generator(seed, -number))) for number in tested]
         found = {"bit_errors": torch.cat(errors).double().mean().item()}
         if thorough:
             within, long, more = (
@@ -135,6 +137,11 @@ class RepeatCopy:
     def pictures(self, cell: Cell, seed: int) -> Mapping[str, Callable[[], Figure]]:
         shown = self.draw(1, self.length, 4, generator(seed, 0, purpose=2))
         return memory_pictures(cell, shown, f"{self.length} vectors of {self.bits} bits, four times")
+
+    def _any(self, rows: int, repeats: int, source: torch.Generator) -> Batch:
+        """Sequences of some length and number of repeats, up to those given."""
+        length = int(torch.randint(1, self.length + 1, (), generator=source))
+        return self.draw(rows, length, int(torch.randint(1, repeats + 1, (), generator=source)), source)
 
     def draw(self, rows: int, length: int, repeats: int, source: torch.Generator) -> Batch:
         shown = torch.randint(0, 2, (rows, length, self.bits), generator=source).float()
