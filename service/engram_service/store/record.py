@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 MAGIC = 0x4D52474E  # "NGRM"
 SCHEMA = 1
 INITIAL = 1  # flag: the session is new, its state is the schema's initial one and is not stored
+OUTPUTS_MAX = 32  # that a record keeps: no arena's window is longer
+SEQ_MAX = 2**63  # beyond it, what is counted on from a seq would begin at 0 again
+TIME_MS_MAX = 253_402_300_799_999  # the last millisecond of the year 9999, and of protobuf's timestamps
 
 HEADER = np.dtype(
     [
@@ -181,11 +184,19 @@ class RecordLayout:
             (head["fingerprint"] == self.fingerprint, "written by another model"),
             (initial | (head["state_nbytes"] == self.state_nbytes), "the state has another size"),
             (need <= length, "cut short"),
+            (head["count"] <= np.minimum(head["seq"], OUTPUTS_MAX), "it keeps more outputs than there can be"),
+            (head["seq"] <= SEQ_MAX, "its step number is too great"),
+            (head["acked"] <= head["seq"], "more is acknowledged than was answered"),
+            # Else a step that is asked for again would be answered with what another session left behind.
+            (head["seq"] - head["acked"] <= head["count"], "outputs that were not acknowledged are missing"),
+            (~initial | (head["seq"] == 0), "a new session has steps"),
+            (head["commit_ms"] <= TIME_MS_MAX, "its time is beyond the calendar"),
         )
         sound = np.ones(len(at), np.bool_)
         for good, why in checks:
-            errors.update((int(at[i]), why) for i in np.flatnonzero(sound & ~good))
-            sound &= good
+            if not good.all():
+                errors.update((int(at[i]), why) for i in np.flatnonzero(sound & ~good))
+                sound &= good
         return sound
 
     def _header(self, values: NDArray[np.uint8]) -> NDArray[Any]:
