@@ -220,19 +220,19 @@ def checksums(values: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return sums
 
 
-_FACTORS: dict[int, NDArray[np.uint64]] = {}
+_FACTORS = [np.empty(0, np.uint64)]  # those of the longest record so far: any other's are its first ones
 
 
 def _factors(count: int) -> NDArray[np.uint64]:
     """Odd constants, the same on every machine (SplitMix64); 0 at the place of the checksum itself."""
-    if count not in _FACTORS:
+    if count > len(_FACTORS[0]):
         place = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (place ^ (place >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         factors = (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
-        factors[_CHECKSUM_WORD] = 0
-        _FACTORS[count] = factors
-    return _FACTORS[count]
+        factors[_CHECKSUM_WORD : _CHECKSUM_WORD + 1] = 0
+        _FACTORS[0] = factors
+    return _FACTORS[0][:count]
 
 
 def _padded(nbytes: int) -> int:
