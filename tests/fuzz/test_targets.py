@@ -9,9 +9,13 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from targets import FAULTY, NAMES, target
 from targets.mutation import joined, mutated, parted
+from targets.world import world
+
+from engram_service.sessions.streams import TAKEN_OVER
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INPUTS = {"frames": 800, "exports": 1500, "chunks": 800, "records": 1000, "bundles": 60}
@@ -45,6 +49,23 @@ def test_several_strings_in_one_input() -> None:
     assert parted(joined(parts)) == parts
     assert parted(b"\xff\xff\xff\xffrest") == [b"rest"]
     assert parted(b"\1") == [b""]
+
+
+def test_a_repeat_that_waits_is_refused_with_its_session() -> None:
+    """Found while the state machine's findings were mended: it stayed behind, and the row's next session would have answered it."""
+    at = world()
+    table, stream = at.core.table, at.core.connect()
+    row = table.add("given-up")
+    table.model[row], table.stream[row], table.handle[row] = at.lstm.index, stream.id, stream.name(row)
+    handle = int(table.handle[row])
+    at.core._repeats[row, 9] = (stream, float("inf"))
+    at.core.dismiss(np.array([row]), TAKEN_OVER)
+    assert not at.core._repeats
+    refused, told = (response for response, _ in stream._outbox)
+    assert np.frombuffer(refused.errors.handles, np.uint32).tolist() == [handle]
+    assert np.frombuffer(refused.errors.seqs, np.uint64).tolist() == [9]
+    assert refused.errors.errors[0].reason == "TAKEN_OVER" and told.WhichOneof("frame") == "event"
+    at.core.disconnect(stream)
 
 
 def run(tmp_path: pathlib.Path, name: str, *flags: str) -> tuple[int, dict[str, Any]]:

@@ -136,6 +136,7 @@ class Sessions:
                 await self.call(deadline, self._store.delete, ids)
                 self._core.metrics.sessions_closed.inc(len(ids))
             left = [row for session_id in ids if (row := self._core.table.find(session_id)) is not None]
+            self._core.refuse_repeats(np.array(left, np.int32), closed())
             self._core.residency.remove(np.array(left, np.int32))
         return errors
 
