@@ -364,6 +364,30 @@ class Sessions(RuleBasedStateMachine):
                 assert np.array_equal(found.patterns, np.array(list(one.patterns.values())).reshape(-1, SIZE))
 
 
+def test_single_steps_may_go_to_any_server(pair: Pair) -> None:
+    """Found by the runs below: a server that had stepped a session called the right seq a gap once another had gone on with it,
+    and answered from a session that was closed and made anew elsewhere."""
+    machine = Sessions(pair)
+    name = machine.fresh()
+
+    def step(server: int, seq: int, x: float) -> bytes:
+        raw = np.full(4, x, np.float32).tobytes()
+        request = session_pb2.StepRequest(session_id=name, model="lstm", seq=seq, raw_inputs=raw, raw=True)
+        response = machine.unary(server, "Step", request, session_pb2.StepResponse)
+        assert response.seq == seq
+        return bytes(response.raw_outputs)
+
+    one = machine.initial("lstm")
+    for seq, server in enumerate((1, 0, 0, 1, 1, 0), start=1):
+        expected = machine.advance(one, np.full((1, 4), seq, np.float32)).tobytes()
+        assert step(server, seq, seq) == expected
+        assert step(1 - server, seq, seq) == expected, "sent again, to the other server"
+    pair.clients[0].sessions.close(name)
+    another = machine.advance(machine.initial("lstm"), np.full((1, 4), -1, np.float32)).tobytes()
+    assert step(0, 1, -1) == another
+    assert step(1, 1, -1) == another
+
+
 def test_any_calls_in_any_order_do_what_the_cell_does(pair: Pair) -> None:
     run_state_machine_as_test(
         lambda: Sessions(pair),
