@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_models import Hopfield
+from engram_models import Hopfield, PatternError
 from engram_service.memory.cache import Cache
 from engram_service.memory.chunks import (
     FORGET,
@@ -156,3 +156,12 @@ def test_labels_that_are_not_utf8_or_not_where_they_should_be() -> None:
         body = data[:at] + value + data[at + 1 : -16]
         with pytest.raises(ChunkError, match=why):
             unpack_chunk(body + hashlib.blake2b(body, digest_size=16).digest())
+
+
+def test_numbers_that_have_run_out_are_said_and_not_written() -> None:
+    """Found by fuzzing: a log at its limit could be written to, and then not be read."""
+    held = unfold(CELL, [pack_chunk(Chunk(WHOLE, SIZE, b"", NUMBERS_MAX, [], ["a"], bits(1)))])
+    with pytest.raises(PatternError) as caught:
+        held.stored(Operation(b"i" * 16, NUMBERS_MAX, 1, STORE), bits(1, 2), ["p"], NUMBERS_MAX + 1)
+    assert caught.value.reason == "MEMORY_FULL"
+    assert held.follow(held.stored(Operation(b"i" * 16, 0, 1, STORE), bits(1, 2), ["own"], NUMBERS_MAX))

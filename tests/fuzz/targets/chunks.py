@@ -77,8 +77,9 @@ def used(chunks: list[bytes]) -> None:
     bits = np.zeros((2, (_SIZE + 7) // 8), np.uint8)
     try:
         held.memory.check(bits, names)
+        new = held.stored(Operation(b"n" * 16, first, 2, STORE), bits, names, first + 2)
     except PatternError as error:
         if error.reason != "MEMORY_FULL":
             raise
         return
-    assert held.follow(held.stored(Operation(b"n" * 16, first, 2, STORE), bits, names, first + 2))
+    assert held.follow(new)
