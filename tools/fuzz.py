@@ -70,9 +70,15 @@ def main() -> int:
     if args.worker:
         work(args.worker, engine, args)
     found = supervise(engine, args)
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    write(args.out, found)
     print(json.dumps({"inputs": found["inputs"], "findings": found["findings"], "engine": engine}))
     return 1 if found["findings"] else 0
+
+
+def write(path: Path, run: dict[str, Any]) -> None:
+    """Adds a run to those that the file has: inputs count in all."""
+    runs = [*(json.loads(path.read_text())["runs"] if path.exists() else []), run]
+    path.write_text(json.dumps({"inputs": sum(one["inputs"] for one in runs), "runs": runs}, indent=2) + "\n")
 
 
 def supervise(engine: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -104,12 +110,18 @@ def supervise(engine: str, args: argparse.Namespace) -> dict[str, Any]:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "load_before": round(busy, 1),
         "niceness": os.nice(0),
+        "commit": _commit(),
         "engine": engine,
         "seed": args.seed,
         "inputs": sum(figures.get("inputs", 0) for figures in targets.values()),
         "findings": sum(len(figures.get("found", [])) for figures in targets.values()),
         "targets": targets,
     }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _ended(folder: Path, worker: subprocess.Popen[bytes]) -> dict[str, Any]:
@@ -209,7 +221,7 @@ def work(name: str, engine: str, args: argparse.Namespace) -> NoReturn:
             one = target(name)
         corpus = args.work / name / "corpus"
         corpus.mkdir(exist_ok=True)
-        seeds = one.seeds()
+        seeds = _warmed(one)
         for number, seed in enumerate(seeds):
             (corpus / f"seed-{number}").write_bytes(seed)
 
@@ -225,17 +237,26 @@ def work(name: str, engine: str, args: argparse.Namespace) -> NoReturn:
             "-max_len=65536",
             "-len_control=0",
             "-verbosity=0",
+            f"-artifact_prefix={corpus.parent}/",
         ]
         atheris.Setup([sys.argv[0], str(corpus), *options], count.run, custom_mutator=mutate)
         _limit(hang)
         atheris.Fuzz()
         raise SystemExit("atheris ended before its time")
     one = target(name)
-    seeds = one.seeds()
+    seeds = _warmed(one)
     count = Count(one, args)
     _limit(hang)
     while True:
         count.run(mutated(one, seeds, rng))
+
+
+def _warmed(one: Target) -> list[bytes]:
+    """The valid inputs, run once: what a first one loads is not the input's doing."""
+    seeds = one.seeds()
+    for seed in seeds:
+        one.fuzz_one(seed)
+    return seeds
 
 
 def _limit(hang: Any) -> None:
