@@ -1,4 +1,4 @@
-"""A target with three faults: an error, a long time, and an input that is refused as it should be. For the runner's test."""
+"""A target with two faults: an error, and an input that takes long. For the runner's test."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 
 
 def seeds() -> list[bytes]:
-    return [b"error", b"slow", b"fine"]
+    return [b"fine"]
 
 
 def mend(data: bytes) -> bytes:
-    return next((seed for seed in seeds() if seed[:1] == data[:1]), b"fine")
+    return (b"error", b"slow", b"fine")[sum(data) % 3]
 
 
 def fuzz_one(data: bytes) -> None:
