@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(shell cd proto && find . -name '*.proto' | sed 's|^\./||' | sort)
 GENERATED := clients/python
+SECONDS_A_TARGET ?= 120
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench bench-recall gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench bench-recall fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -21,6 +22,7 @@ help:
 	@echo "make proto     regenerate engram.v1 from proto/"
 	@echo "make docs      the table of settings in docs/operations.md"
 	@echo "make bench     measure, and write docs/benchmarks/;  make bench-recall  memories and the NTM"
+	@echo "make fuzz      hostile bytes, two minutes a target (SECONDS_A_TARGET); writes docs/results/fuzz.json"
 	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
 	@echo "make test-all  the slow tests too"
 	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
@@ -63,7 +65,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not gpu" --timeout 900
+	ENGRAM_FUZZ_EXAMPLES=50 ENGRAM_FUZZ_STEPS=50 $(BIN)/python -m pytest -q -m "not gpu" --timeout 900
 
 learn: $(STAMP)
 	$(BIN)/python tools/learn.py --ship
@@ -79,6 +81,12 @@ bench: $(STAMP)
 
 bench-recall: $(STAMP)
 	$(BIN)/python tools/benchmark_recall.py
+
+fuzz: $(STAMP)
+	$(BIN)/python -c 'import atheris' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev,fuzz]' || \
+		echo "make fuzz: atheris cannot be had here; valid inputs are mutated without its guidance"
+	$(BIN)/python tools/fuzz.py --seconds $(SECONDS_A_TARGET)
 
 gpu: $(STAMP)
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'

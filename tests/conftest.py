@@ -193,6 +193,12 @@ def server(tmp_path: pathlib.Path) -> Iterator[ServerProcess]:
         yield one
 
 
+@pytest.fixture(scope="session")
+def server_type() -> type[ServerProcess]:
+    """For servers that live as long as a module's or a session's tests."""
+    return ServerProcess
+
+
 @pytest.fixture
 def server_with(tmp_path: pathlib.Path) -> Callable[..., ServerProcess]:
     """Makes a server with flags of the test's own, to be entered as a context."""

@@ -20,7 +20,7 @@ from engram_models.normalised import Normalised
 from engram_models.ntm import NTM, content_addressing
 from engram_models.pattern_bits import PatternError
 from engram_models.pattern_rules import RULES
-from engram_models.patterns import PatternMemory, Recalled
+from engram_models.patterns import LABEL_BYTES_MAX, PatternMemory, Recalled
 from engram_models.probe import batch_floor
 from engram_models.recurrent import GRU, LSTM, GRUResetAfter, PeepholeLSTM, VanillaRNN
 from engram_models.spec import TensorSpec
@@ -28,6 +28,7 @@ from engram_models.spec import TensorSpec
 __all__ = [
     "DBN",
     "GRU",
+    "LABEL_BYTES_MAX",
     "LSTM",
     "NTM",
     "RBM",

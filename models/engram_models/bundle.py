@@ -155,8 +155,8 @@ def write_bundle(
 def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
     """Loads and verifies a bundle. Raises BundleError."""
     manifest = _manifest(path / "model.toml")
-    cell = _cell(path, manifest)
     tensors = _tensors(path / "weights.safetensors")
+    cell = _cell(path, manifest, sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()))
     weights = {key: value for key, value in tensors.items() if not key.startswith("check.")}
     _load_weights(path, cell, weights)
     fingerprint = _fingerprint(cell, weights)
@@ -178,7 +178,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         manifest = tomllib.loads(path.read_text())
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: not toml: {error}") from error
     if unknown := set(manifest) - set(_KEYS):
         raise BundleError(f"{path}: there is no key {sorted(unknown)[0]!r}")
@@ -189,17 +189,24 @@ def _manifest(path: Path) -> dict[str, Any]:
             raise BundleError(f"{path}: {key} must be {_KIND_WORDS[kind]}")
     if manifest["format"] != FORMAT:
         raise BundleError(f"{path}: format {manifest['format']}; this version reads {FORMAT}")
+    try:
+        json.dumps(manifest["config"])
+    except TypeError as error:
+        raise BundleError(
+            f"{path}: config may have numbers, strings, true, false, lists and tables: {error}"
+        ) from error
     return manifest
 
 
-def _cell(path: Path, manifest: Mapping[str, Any]) -> Cell:
-    """The untrained cell that the manifest describes, with the schema that it records."""
+def _cell(path: Path, manifest: Mapping[str, Any], nbytes: int) -> Cell:
+    """The untrained cell that the manifest describes, with the schema that it records. The bundle has `nbytes` of tensors."""
     kind = cell_type(str(manifest["kind"]))
     if kind is None:
         raise BundleError(f"{path}: kind {manifest['kind']!r} is not one that this version serves")
     try:
+        _check_size(kind, manifest["config"], nbytes)
         cell = kind.from_config(manifest["config"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise BundleError(f"{path}: config does not fit kind {manifest['kind']}: {error}") from error
     for key, table in (("input", _spec_table(cell.input)), ("output", _spec_table(cell.output))):
         if manifest[key] != table:
@@ -208,6 +215,14 @@ def _cell(path: Path, manifest: Mapping[str, Any]) -> Cell:
     if manifest["state"] != schema:
         raise BundleError(f"{path}: the recorded state schema is not the one that its config gives")
     return cell
+
+
+def _check_size(kind: type[Cell], config: Mapping[str, Any], nbytes: int) -> None:
+    """A config of a few bytes must not have us make more weights than its bundle brings along. Raises ValueError."""
+    with torch.device("meta"):  # shapes alone
+        wanted = sum(tensor.numel() * tensor.itemsize for tensor in kind.from_config(config).state_dict().values())
+    if wanted > nbytes:
+        raise ValueError(f"it asks for {wanted} bytes of weights, weights.safetensors has {nbytes} bytes of tensors")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -254,6 +269,10 @@ def _verify_check(path: Path, cell: Cell, tensors: Mapping[str, Tensor]) -> None
         after = [tensors[f"check.after.{spec.name}"] for spec in cell.state_schema]
     except KeyError as error:
         raise BundleError(f"{path}: the check vector lacks {error.args[0]}") from error
+    for tensor, spec in ((inputs, cell.input), (expected, cell.output)):
+        _check_fits(path, tensor, spec, CHECK_STEPS, CHECK_ROWS)
+    for tensor, spec in zip([*before, *after], [*cell.state_schema, *cell.state_schema], strict=True):
+        _check_fits(path, tensor, spec, CHECK_ROWS)
     device = next(chain(cell.parameters(), cell.buffers()), torch.empty(0)).device
     try:
         outputs, states = _run(cell, inputs.to(device), [tensor.to(device) for tensor in before])
@@ -263,8 +282,6 @@ def _verify_check(path: Path, cell: Cell, tensors: Mapping[str, Tensor]) -> None
         ("outputs", outputs, expected),
         *zip([s.name for s in cell.state_schema], states, after, strict=True),
     ]:
-        if got.shape != want.shape:
-            raise BundleError(f"{path}: the check vector fails: {what} are {tuple(got.shape)}, not {tuple(want.shape)}")
         difference = (got.cpu().double() - want.double()).abs().max().item() if want.numel() else 0.0
         # Relative where numbers are large: a normalised cell answers in the units of its data.
         allowed = CHECK_TOLERANCE * max(
@@ -275,6 +292,13 @@ def _verify_check(path: Path, cell: Cell, tensors: Mapping[str, Tensor]) -> None
                 f"{path}: the check vector fails: {what} differ by {difference:.2g}, at most {allowed:.2g} is allowed; "
                 "the weights are not those that were recorded, or this machine computes something else"
             )
+
+
+def _check_fits(path: Path, tensor: Tensor, spec: TensorSpec, *rows: int) -> None:
+    """A tensor of no bytes may have any number of rows: a check that runs over it might never end."""
+    if tensor.dtype != spec.torch_dtype or tuple(tensor.shape) != (*rows, *spec.shape):
+        found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{spec.torch_dtype} {(*rows, *spec.shape)}"
+        raise BundleError(f"{path}: the check vector fails: {spec.name} is {found}, expected {wanted}")
 
 
 def _run(cell: Cell, inputs: Tensor, before: Iterable[Tensor]) -> tuple[Tensor, State]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engram_models.cell import Cell, State
 from engram_models.pattern_rules import exactly_summed, learn
-from engram_models.patterns import BETA, PATTERNS_MAX, PatternMemory
+from engram_models.patterns import BETA, LABEL_BYTES_MAX, PATTERNS_MAX, PatternMemory
 from engram_models.spec import TensorSpec
 
 
@@ -48,8 +48,8 @@ class Hopfield(Cell):
         super().__init__()
         PatternMemory(size, rule, beta, patterns_max)  # its refusals are ours
         self.labels = list(labels)
-        if any(type(label) is not str or not label for label in self.labels):
-            raise ValueError("labels must be strings, none of them empty")
+        if any(type(label) is not str or not 0 < len(label.encode()) <= LABEL_BYTES_MAX for label in self.labels):
+            raise ValueError(f"labels must be strings of 1 to {LABEL_BYTES_MAX} bytes")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must be distinct")
         if len(self.labels) > patterns_max:
@@ -102,6 +102,8 @@ class Hopfield(Cell):
 
     def _derive(self) -> None:
         """Makes the weights that the patterns give: they are not in the bundle."""
+        if self.patterns.is_meta:
+            return  # a cell of shapes alone
         if self.rule == "dense":
             weights = _softmax_table(self.size, len(self.labels), self.beta)
         else:

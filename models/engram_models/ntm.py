@@ -21,6 +21,7 @@ from engram_models.recurrent import HEADS, LSTMLayer, affine, sigma_
 from engram_models.spec import TensorSpec
 
 MEMORY_START = 1e-6
+PLACES_MAX = 1 << 20  # slots of a memory, heads
 PARAMETER_MAX = 20.0  # head parameters are clipped to this, so that no strength or sharpness runs away
 _TINY = 1e-8
 _ALIGNED = 4  # float32 in the 16 bytes at which matrix libraries like rows to start
@@ -131,6 +132,8 @@ class NTM(Cell):
         super().__init__()
         if min(input_size, output_size, hidden_size, slots, width, read_heads, write_heads) < 1:
             raise ValueError("input_size, output_size, hidden_size, slots, width and heads must be at least 1")
+        if max(slots, read_heads, write_heads) > PLACES_MAX:
+            raise ValueError(f"slots and heads must be at most {PLACES_MAX}")
         if shifts < 0 or 2 * shifts + 1 > slots:
             raise ValueError(f"shifts {shifts} must be at least 0 and 2 * shifts + 1 at most slots, which is {slots}")
         if controller not in _CONTROLLERS:

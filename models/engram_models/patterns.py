@@ -22,6 +22,8 @@ from engram_models.pattern_rules import CLASSICAL_SIZE_MAX, RULES, Weights, load
 from engram_models.pattern_search import PatternSearch
 
 PATTERNS_MAX = 1_000_000
+LABEL_BYTES_MAX = 256
+SIZE_MAX = 1 << 20  # units of a pattern
 BETA = 4.0
 """Above ln(P)/4 for any P up to 8 million: there the nearest pattern wins wherever it leads by two bits."""
 _LABEL_NBYTES = 200  # of a label in its list and its dict, about
@@ -53,6 +55,8 @@ class PatternMemory:
             raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
         if size < 1 or patterns_max < 1:
             raise ValueError(f"size {size} and patterns_max {patterns_max} must be at least 1")
+        if size > SIZE_MAX:
+            raise ValueError(f"size {size} must be at most {SIZE_MAX}")
         if rule != "dense" and size > CLASSICAL_SIZE_MAX:
             raise ValueError(
                 f"size {size}: the {rule} rule has size x size weights, at most {CLASSICAL_SIZE_MAX}; take dense"

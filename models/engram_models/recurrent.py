@@ -18,6 +18,7 @@ from torch.nn import functional
 from engram_models.cell import Cell, State
 from engram_models.spec import TensorSpec
 
+LAYERS_MAX = 256
 _VECTOR = 16  # float32 in the widest vector register
 
 
@@ -211,6 +212,8 @@ class RecurrentCell(Cell):
         super().__init__()
         if min(input_size, hidden_size, layers, output_size or 1) < 1:
             raise ValueError("input_size, hidden_size, layers and output_size must be at least 1")
+        if layers > LAYERS_MAX:
+            raise ValueError(f"layers {layers} must be at most {LAYERS_MAX}")
         if activation not in HEADS:
             raise ValueError(f"activation {activation!r} is not one of {', '.join(HEADS)}")
         sizes = [input_size, *[hidden_size] * (layers - 1)]

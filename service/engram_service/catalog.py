@@ -25,13 +25,13 @@ from engram_service.engine.traced import traced
 from engram_service.errors import NotFound
 from engram_service.metrics import Metrics
 from engram_service.settings import Settings
-from engram_service.store import RecordLayout
+from engram_service.store import OUTPUTS_MAX, RecordLayout
 
 log = logging.getLogger(__name__)
 
 _CUDA_BUCKETS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _WINDOW_BYTES = 2048  # of outputs kept for each resident session, within the limits below
-_WINDOW_MIN, _WINDOW_MAX = 8, 32
+_WINDOW_MIN, _WINDOW_MAX = 8, OUTPUTS_MAX
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -370,8 +370,9 @@ class Core:
             self._answer(advance, sessions, tick.seqs[last], index)
         else:
             self._settle(advance, index)
+            handles = self.table.handle[tick.rows]  # which `lose` gives up
             self.lose(sessions, verdict)
-            self._refuse_index(advance, index, _lost(verdict))
+            self._refuse_index(advance, index, _lost(verdict), handles)
 
     def _answer_volatile(self, advance: Advance, rows: NDArray[np.intp]) -> None:
         tick, table = advance.tick, self.table
@@ -519,10 +520,14 @@ class Core:
     def _refuse_rows(self, stream: Stream, handles: NDArray[Any], seqs: NDArray[np.uint64], refusal: Refusal) -> None:
         self._refuse(stream, handles, seqs, [(np.ones(len(seqs), np.bool_), refusal)])
 
-    def _refuse_index(self, advance: Advance, index: NDArray[np.intp] | None, refusal: Refusal) -> None:
+    def _refuse_index(
+        self, advance: Advance, index: NDArray[np.intp] | None, refusal: Refusal, handles: NDArray[np.uint32] | None = None
+    ) -> None:  # fmt: skip
+        """`handles`: of the tick's rows, where the table has them no longer."""
         tick = advance.tick
+        handles = self.table.handle[tick.rows] if handles is None else handles
         for stream, rows in self._by_stream(advance, index):
-            self._refuse_rows(stream, self.table.handle[tick.rows[rows]], tick.seqs[rows], refusal)
+            self._refuse_rows(stream, handles[rows], tick.seqs[rows], refusal)
             self.metrics.steps.labels(advance.served.bundle.name, refusal.reason.lower()).inc(len(rows))
 
     def _drop_waiting(self, wanted: Any, refusal: Refusal | None = None) -> None:
@@ -570,8 +575,17 @@ class Core:
         """Tells the streams that hold these sessions, voids their handles and forgets the rows (none may be in a tick)."""
         refusal = taken_over() if why == TAKEN_OVER else closed()
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), refusal)
+        self.refuse_repeats(sessions, refusal)
         self.detach(sessions, why)
         self.residency.remove(sessions)
+
+    def refuse_repeats(self, sessions: NDArray[Any], refusal: Refusal) -> None:
+        """Steps that were asked for again and will not be answered. Their row may soon be another session's, and so might the
+        answer be."""
+        gone = set(sessions.tolist()) if self._repeats else set()
+        for key in [key for key in self._repeats if key[0] in gone]:
+            stream, _ = self._repeats.pop(key)
+            self._refuse_rows(stream, self.table.handle[[key[0]]], np.array([key[1]], np.uint64), refusal)
 
     def hand_over(self, sessions: NDArray[np.int32]) -> None:
         """Before an open, move or close: waiting steps of these sessions are dropped; their clients send them again, or

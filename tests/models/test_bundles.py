@@ -104,7 +104,21 @@ SPOILS: dict[str, tuple[Callable[[Path], None], str]] = {
     "check vector fails": (change("check.outputs", lambda w: w + 1e-3), "the check vector fails"),
     "check vector of NaN": (change("check.outputs", lambda w: w * float("nan")), "the check vector fails"),
     "check vector of another shape": (change("check.outputs", lambda w: w[:1].contiguous()), "the check vector fails"),
-    "check input too wide": (change("check.inputs", lambda w: torch.cat((w, w), -1)), "does not run"),
+    "check input too wide": (
+        change("check.inputs", lambda w: torch.cat((w, w), -1)),
+        "the check vector fails: input is",
+    ),
+    "check input without end": (
+        change("check.inputs", lambda w: torch.empty(2**40, 0, 3)),
+        "the check vector fails: input is",
+    ),
+    "check state of another type": (change("check.before.c0", lambda w: w.long()), "the check vector fails: c0 is"),
+    "weights larger than the file": (edit("hidden_size = 4", "hidden_size = 40000"), "bytes of weights"),
+    "weights beyond any machine": (edit("hidden_size = 4", "hidden_size = 4294967296"), "config does not fit"),
+    "number beyond 64 bits": (edit("hidden_size = 4", f"hidden_size = {2**64}"), "config does not fit"),
+    "layers without end": (edit("layers = 1", "layers = 1000000000"), "at most 256"),
+    "a date": (edit("layers = 1", "layers = 1979-05-27"), "config may have"),
+    "nested without end": (edit("layers = 1", "layers = " + "[" * 5000), "not toml"),
     "no check vector": (change("check.before.c0", lambda w: None), "lacks check.before.c0"),
 }
 

@@ -498,7 +498,13 @@ def test_a_served_size_needs_no_floor(rule: str) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(["a", "a"], "distinct"), (["a", ""], "none of them empty"), ([1, 2], "strings"), (["a", "b", "c"], "2")],
+    [
+        (["a", "a"], "distinct"),
+        (["a", ""], "1 to 256 bytes"),
+        (["a", "µ" * 129], "1 to 256 bytes"),
+        ([1, 2], "strings"),
+        (["a", "b", "c"], "2"),
+    ],
 )
 def test_wrong_labels_are_refused(labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_models import Hopfield
+from engram_models import Hopfield, PatternError
 from engram_service.memory.cache import Cache
 from engram_service.memory.chunks import (
     FORGET,
+    NUMBERS_MAX,
     STORE,
     WHOLE,
     Chunk,
@@ -42,7 +44,7 @@ def store(held: Held, *labels: str, id: bytes = b"i" * 16) -> list[bytes]:
     ids=st.lists(st.binary(min_size=16, max_size=16), max_size=3),
     before=st.binary(min_size=16, max_size=16),
     kind=st.sampled_from([WHOLE, STORE, FORGET]),
-    numbers=st.integers(0, 2**64 - 1),
+    numbers=st.integers(0, NUMBERS_MAX),
 )
 @settings(deadline=None, max_examples=60)
 def test_what_is_packed_is_unpacked(
@@ -126,3 +128,40 @@ def test_the_longest_unused_memory_is_let_go_of_first() -> None:
     slot.held = None
     large.used("large", slot)
     assert large.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"numbers": 2**64 - 1}, "numbered"),
+        ({"labels": ["a", "b" * 257]}, "labels do not fit"),
+        ({"labels": ["a", ""]}, "labels do not fit"),
+    ],
+)
+def test_a_forged_chunk_is_refused(change: dict[str, object], why: str) -> None:
+    """Whoever forges a chunk computes its digest too."""
+    chunk = Chunk(WHOLE, SIZE, b"", 0, [], ["a", "b"], bits(2))
+    with pytest.raises(ChunkError, match=why):
+        unpack_chunk(pack_chunk(replace(chunk, **change)))  # type: ignore[arg-type]
+
+
+def test_labels_that_are_not_utf8_or_not_where_they_should_be() -> None:
+    data = pack_chunk(Chunk(WHOLE, SIZE, b"", 0, [], ["ab", "cd"], bits(2)))
+    lengths = data.index(b"\2\0\2\0")
+    for at, value, why in (
+        (data.index(b"abcd"), b"\x87", "UTF-8"),
+        (lengths, b"\1", "lengths"),
+        (lengths, b"\3", "lengths"),
+    ):
+        body = data[:at] + value + data[at + 1 : -16]
+        with pytest.raises(ChunkError, match=why):
+            unpack_chunk(body + hashlib.blake2b(body, digest_size=16).digest())
+
+
+def test_numbers_that_have_run_out_are_said_and_not_written() -> None:
+    """Found by fuzzing: a log at its limit could be written to, and then not be read."""
+    held = unfold(CELL, [pack_chunk(Chunk(WHOLE, SIZE, b"", NUMBERS_MAX, [], ["a"], bits(1)))])
+    with pytest.raises(PatternError) as caught:
+        held.stored(Operation(b"i" * 16, NUMBERS_MAX, 1, STORE), bits(1, 2), ["p"], NUMBERS_MAX + 1)
+    assert caught.value.reason == "MEMORY_FULL"
+    assert held.follow(held.stored(Operation(b"i" * 16, 0, 1, STORE), bits(1, 2), ["own"], NUMBERS_MAX))

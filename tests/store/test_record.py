@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import hypothesis.extra.numpy as arrays
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_service.store import RecordLayout
-from engram_service.store.record import read_headers
+from engram_service.store.record import HEADER, INITIAL, SEQ_MAX, TIME_MS_MAX, checksums, read_headers
 
 WORDS = st.integers(0, 2**64 - 1)
 FINGERPRINT = "0123456789abcdef" * 2
@@ -19,16 +22,18 @@ def packed(draw: st.DrawFn):
     """A layout, and columns of records that fit it."""
     state, output, capacity = draw(st.integers(0, 70)), draw(st.integers(0, 20)), draw(st.integers(0, 4))
     rows = draw(st.integers(1, 4))
-    fields = {
-        name: np.array(draw(st.lists(WORDS, min_size=rows, max_size=rows)), np.uint64)
-        for name in ("seq", "acked", "epoch")
-    }
     counts = np.array(draw(st.lists(st.integers(0, capacity), min_size=rows, max_size=rows)), np.uint32)
+    seqs = [draw(st.integers(int(count), SEQ_MAX)) for count in counts]
+    acked = [seq - draw(st.integers(0, int(count))) for seq, count in zip(seqs, counts, strict=True)]
+    epochs = draw(st.lists(WORDS, min_size=rows, max_size=rows))
+    fields = {
+        name: np.array(values, np.uint64) for name, values in (("seq", seqs), ("acked", acked), ("epoch", epochs))
+    }
     states = draw(arrays.arrays(np.uint8, (rows, state)))
     outputs = draw(arrays.arrays(np.uint8, (rows, capacity, output)))
     for row, count in enumerate(counts):
         outputs[row, count:] = 0
-    return RecordLayout(FINGERPRINT, state, output), fields, states, counts, outputs, draw(WORDS)
+    return RecordLayout(FINGERPRINT, state, output), fields, states, counts, outputs, draw(st.integers(0, TIME_MS_MAX))
 
 
 def pack(case):
@@ -121,3 +126,54 @@ def test_a_record_of_another_model_or_size_is_refused_until_it_is_moved() -> Non
     state, outputs = np.zeros((1, 40), np.uint8), np.zeros((1, 0, 12), np.uint8)
     full = layout.pack(column, column, column, [state], np.zeros(1, np.uint32), outputs, 1)[0].tobytes()
     assert RecordLayout(FINGERPRINT, 32, 12).unpack([full]).errors == {0: "the state has another size"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"flags": INITIAL, "count": 2**32 - 1}, "more outputs than there can be"),
+        ({"flags": INITIAL}, "a new session has steps"),
+        ({"seq": 2**64 - 1, "acked": 2**64 - 1}, "step number"),
+        ({"acked": 8}, "more is acknowledged"),
+        ({"acked": 4}, "not acknowledged are missing"),
+        ({"acked": 5, "count": 1}, "not acknowledged are missing"),
+        ({"seq": 1, "acked": 1}, "more outputs than there can be"),
+        ({"commit_ms": 2**63}, "beyond the calendar"),
+    ],
+)
+def test_a_sound_checksum_makes_no_sound_record(fields: dict[str, int], why: str) -> None:
+    """Whoever forges a record computes its checksum too: what it says must be possible."""
+    layout = RecordLayout(FINGERPRINT, 40, 12)
+    columns = [np.array([value], np.uint64) for value in (7, 5, 2)]
+    outputs = np.zeros((1, 2, 12), np.uint8)
+    sound = layout.pack(*columns, [np.zeros((1, 40), np.uint8)], np.array([2], np.uint32), outputs, 99)
+    forged = sound.copy()
+    header = forged[:, : HEADER.itemsize].view(HEADER)
+    for name, value in fields.items():
+        header[name] = value
+    header["checksum"] = checksums(forged)
+    records = layout.unpack([sound.tobytes(), forged.tobytes()])
+    assert list(records.errors) == [1] and why in records.errors[1]
+    assert records.outputs.shape == (2, 2, 12), "it must not cost memory either"
+
+
+def test_many_outputs_of_one_record_cost_the_others_nothing() -> None:
+    layout = RecordLayout(FINGERPRINT, 40, 4)
+    column = np.full(1, 10**6, np.uint64)
+    outputs = np.zeros((1, 10**5, 4), np.uint8)
+    large = layout.pack(column, column, column, [np.zeros((1, 40), np.uint8)], np.array([10**5], np.uint32), outputs, 9)
+    records = layout.unpack([large.tobytes(), layout.initial(1, 9)])
+    assert list(records.errors) == [0]
+    assert records.outputs.nbytes < 1000
+
+
+def test_records_of_ever_new_lengths_leave_nothing_behind() -> None:
+    """Found by fuzzing: the factors of the checksum were kept for every length that a record, or a forged one, ever had."""
+    layout = RecordLayout(FINGERPRINT, 40, 12)
+    layout.unpack([bytes(1 << 16)])
+    tracemalloc.start()
+    for nbytes in range(64, 1 << 14, 8):
+        layout.unpack([bytes(nbytes)])
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 1 << 18

@@ -54,9 +54,20 @@ def imported(data: bytes) -> Exported:
         raise InvalidArgument("INVALID_EXPORT", "the exported session is damaged: its digest does not fit")
     *lengths, count = _LENGTHS.unpack_from(body, len(_MAGIC))
     parts, start = _cut(body, start, lengths)
+    if start + 8 * count > len(body):
+        raise _misfit()
     sizes = np.frombuffer(body, "<u8", count, start).tolist()
-    memory, _ = _cut(body, start + 8 * count, sizes)
-    return Exported(parts[0].decode(), parts[1].decode(), parts[2].decode(), parts[3], memory)
+    memory, end = _cut(body, start + 8 * count, sizes)
+    if end != len(body):
+        raise _misfit()
+    try:
+        return Exported(parts[0].decode(), parts[1].decode(), parts[2].decode(), parts[3], memory)
+    except UnicodeDecodeError as error:
+        raise InvalidArgument("INVALID_EXPORT", "the exported session's names are not UTF-8") from error
+
+
+def _misfit() -> InvalidArgument:
+    return InvalidArgument("INVALID_EXPORT", "the exported session's lengths do not fit it")
 
 
 def _cut(body: bytes, start: int, lengths: list[int]) -> tuple[list[bytes], int]:

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import memory_pb2 as pb
-from engram_models import PatternMemory, Recalled
+from engram_models import LABEL_BYTES_MAX, PatternMemory, Recalled
 from engram_service.api.unary import UnaryHandlers, check_id, place_of
 from engram_service.catalog import Served
 from engram_service.core import Core
 from engram_service.engine.queries import Recreator, address, addressable, one_thread, recreate
 from engram_service.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
-from engram_service.memory.chunks import LABEL_BYTES_MAX, width_of
+from engram_service.memory.chunks import width_of
 from engram_service.memory.memories import Memories
 from engram_service.sessions.opening import Sessions
 

@@ -30,9 +30,11 @@ from engram_service.memory.chunks import ChunkError
 from engram_service.memory.memories import Memories
 from engram_service.sessions.opening import Sessions, check_ids
 from engram_service.sessions.table import NO_SLOT
-from engram_service.store import Records, SessionInfo, Store
+from engram_service.store import TIME_MS_MAX, Records, SessionInfo, Store
 
 _PAGE_DEFAULT, _PAGE_MAX = 100, 1000
+_PAGE_TOKENS = 2**76  # a cursor of Redis has 64 bits, a node's place 12
+_PAGE_TOKEN_DIGITS_MAX = len(str(_PAGE_TOKENS))
 _STEP_ROWS_MAX = 32
 
 
@@ -258,18 +260,24 @@ class UnaryHandlers:
             id=info.session_id, model=info.model, version=info.version, fingerprint=info.fingerprint, seq=info.seq,
             acknowledged_seq=info.acked, epoch=info.epoch, residency=kind,
         )  # fmt: skip
-        session.create_time.FromMilliseconds(info.created_ms)
-        session.commit_time.FromMilliseconds(info.commit_ms)
+        # A listing reads records unchecked; one that is damaged must not spoil the listing of all.
+        session.create_time.FromMilliseconds(min(info.created_ms, TIME_MS_MAX))
+        session.commit_time.FromMilliseconds(min(info.commit_ms, TIME_MS_MAX))
         if info.ttl_ms > 0:
-            session.expire_time.FromMilliseconds(int(time.time() * 1000) + info.ttl_ms)
+            session.expire_time.FromMilliseconds(min(int(time.time() * 1000) + info.ttl_ms, TIME_MS_MAX))
         return session
 
 
 def place_of(page_token: str) -> int:
     """Where a page begins; 0 without a token. Raises InvalidArgument."""
-    if page_token and not page_token.isdigit():
+    if not page_token:
+        return 0
+    if not (page_token.isascii() and page_token.isdigit() and len(page_token) <= _PAGE_TOKEN_DIGITS_MAX):
         raise InvalidArgument("INVALID_ARGUMENT", "page_token is not one that this server gave")
-    return int(page_token or 0)
+    place = int(page_token)
+    if place >= _PAGE_TOKENS:
+        raise InvalidArgument("INVALID_ARGUMENT", "page_token is not one that this server gave")
+    return place
 
 
 def check_id(session_id: str) -> None:

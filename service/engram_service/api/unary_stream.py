@@ -94,7 +94,7 @@ class UnaryStream:
     async def _step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
         core, table = self._core, self._core.table
         row = table.find(asked.session_id)
-        if row is None or table.stream[row] != self._stream.id:
+        if row is None or table.stream[row] != self._stream.id or self._doubtful(row, asked.seq):
             row = await self._open(asked)
         handle = int(table.handle[row])
         served = core.catalog.models[int(table.model[row])]
@@ -110,6 +110,12 @@ class UnaryStream:
             for key in keys:
                 self._calls.pop(key, None)
         return first + total - 1, call.outputs
+
+    def _doubtful(self, row: int, seq: int) -> bool:
+        """Whether a step seems to be repeated or ahead: another server may have had the session since, or a new one of its
+        name. The next step needs no such doubt: its commit fails."""
+        admitted, applied = self._core.table.admitted.item(row), self._core.table.applied.item(row)
+        return seq not in (0, admitted + 1) and admitted == applied
 
     async def _open(self, asked: Asked) -> int:
         wanted = Wanted(asked.model, asked.version, [asked.session_id], False, CLIENT_ID, 0, attach=False)

@@ -150,7 +150,7 @@ def from_bytes(rows: NDArray[np.uint8], spec: TensorSpec) -> torch.Tensor:
     """Rows of bytes, contiguous uint8 [n, spec.nbytes], as a CPU tensor [n, *shape]."""
     if not rows.flags.writeable:
         rows = rows.copy()
-    return torch.from_numpy(rows).view(spec.torch_dtype).view(len(rows), *spec.shape)
+    return torch.from_numpy(rows).view(-1).view(spec.torch_dtype).view(len(rows), *spec.shape)  # rows may be none
 
 
 def cast_to_bytes(values: NDArray[np.float32], spec: TensorSpec) -> bytes:

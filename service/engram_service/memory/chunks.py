@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_models import LABEL_BYTES_MAX
 from engram_service.store import REVISION_NBYTES
 
-LABEL_BYTES_MAX = 256
+NUMBERS_MAX = 2**63  # labels that servers made in a session's life: there must be room to go on
 WHOLE, STORE, FORGET = 1, 2, 3  # WHOLE: the memory begins with these rows, whatever was before
 
 _MAGIC, _SCHEMA = b"EGMM", 1
@@ -90,16 +91,23 @@ def unpack_chunk(data: bytes) -> Chunk:
     patterns = 0 if kind == FORGET else rows
     if text + text_nbytes + patterns * width_of(size) + REVISION_NBYTES != len(data):
         raise ChunkError("a chunk's length does not fit its header")
+    if numbers > NUMBERS_MAX:
+        raise ChunkError(f"a chunk has numbered {numbers} labels, at most {NUMBERS_MAX} are known")
     operations = [Operation(*_OPERATION.unpack_from(data, _HEADER.size + at * _OPERATION.size)) for at in range(count)]
     lengths = np.frombuffer(data, "<u2", rows, start)
     bits = np.frombuffer(data, np.uint8, patterns * width_of(size), text + text_nbytes)
-    return Chunk(kind, size, before, numbers, operations, _labels(data, lengths, text),
+    return Chunk(kind, size, before, numbers, operations, _labels(data, lengths, text, text_nbytes),
                  bits.reshape(patterns, width_of(size)))  # fmt: skip
 
 
-def _labels(data: bytes, lengths: NDArray[np.uint16], start: int) -> list[str]:
+def _labels(data: bytes, lengths: NDArray[np.uint16], start: int, nbytes: int) -> list[str]:
     ends = (start + np.cumsum(lengths, dtype=np.int64)).tolist()
-    return [data[begin:end].decode() for begin, end in zip([start, *ends], ends, strict=False)]
+    if (ends[-1] if ends else start) != start + nbytes or ((lengths == 0) | (lengths > LABEL_BYTES_MAX)).any():
+        raise ChunkError("a chunk's labels do not fit their lengths")
+    try:
+        return [data[begin:end].decode() for begin, end in zip([start, *ends], ends, strict=False)]
+    except UnicodeDecodeError as error:
+        raise ChunkError("a chunk's labels are not UTF-8") from error
 
 
 def _digest(body: bytes | memoryview) -> bytes:

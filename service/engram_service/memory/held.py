@@ -10,7 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_models import PatternError, PatternMemory
-from engram_service.memory.chunks import FORGET, STORE, WHOLE, Chunk, ChunkError, Operation, chain, unpack_chunk
+from engram_service.memory.chunks import (
+    FORGET,
+    NUMBERS_MAX,
+    STORE,
+    WHOLE,
+    Chunk,
+    ChunkError,
+    Operation,
+    chain,
+    unpack_chunk,
+)
 from engram_service.store import REVISION_NBYTES, revision_of
 
 _OPERATIONS_MAX = 256  # that are known again; a call is repeated soon or never
@@ -92,7 +102,12 @@ class Held:
     # What comes next in the log
 
     def stored(self, operation: Operation, bits: NDArray[np.uint8], labels: Sequence[str], numbers: int) -> list[bytes]:
-        """The chunks for new patterns: with the model's own before them where the log is still to begin."""
+        """The chunks for new patterns: with the model's own before them where the log is still to begin.
+
+        Raises PatternError where the log could not be read with so many labels numbered.
+        """
+        if numbers > NUMBERS_MAX:
+            raise PatternError("MEMORY_FULL", f"{NUMBERS_MAX} labels were numbered, the limit; give labels of your own")
         begun = [] if self.length else self._whole([])
         return chain([*begun, Chunk(STORE, self._size, self.revision, numbers, [operation], labels, bits)])
 

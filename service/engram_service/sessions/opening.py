@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 VOID_HANDLE = 0xFFFFFFFF
 _ID_BYTES_MAX = 128
 _IDS_MAX = 4096  # of one OpenFrame
+_TTL_MS_MAX = 100 * 365 * 86_400_000  # a hundred years: Redis and calendars count no further than they must
 _RETRY_S = 0.1
 
 
@@ -97,6 +98,8 @@ class Sessions:
             raise InvalidArgument(
                 "FRAME_TOO_LARGE", f"{len(wanted.ids)} sessions in one frame; send at most {_IDS_MAX}"
             )
+        if wanted.ttl_ms > _TTL_MS_MAX:
+            raise InvalidArgument("INVALID_ARGUMENT", f"ttl_ms is {wanted.ttl_ms}; give at most {_TTL_MS_MAX}")
         if len(core.table) + len(wanted.ids) > core.settings.sessions_max:
             message = f"this server has {core.settings.sessions_max} sessions, its limit"
             raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
@@ -133,6 +136,7 @@ class Sessions:
                 await self.call(deadline, self._store.delete, ids)
                 self._core.metrics.sessions_closed.inc(len(ids))
             left = [row for session_id in ids if (row := self._core.table.find(session_id)) is not None]
+            self._core.refuse_repeats(np.array(left, np.int32), closed())
             self._core.residency.remove(np.array(left, np.int32))
         return errors
 

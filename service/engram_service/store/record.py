@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 MAGIC = 0x4D52474E  # "NGRM"
 SCHEMA = 1
 INITIAL = 1  # flag: the session is new, its state is the schema's initial one and is not stored
+OUTPUTS_MAX = 32  # that a record keeps: no arena's window is longer
+SEQ_MAX = 2**63  # beyond it, what is counted on from a seq would begin at 0 again
+TIME_MS_MAX = 253_402_300_799_999  # the last millisecond of the year 9999, and of protobuf's timestamps
 
 HEADER = np.dtype(
     [
@@ -181,11 +184,19 @@ class RecordLayout:
             (head["fingerprint"] == self.fingerprint, "written by another model"),
             (initial | (head["state_nbytes"] == self.state_nbytes), "the state has another size"),
             (need <= length, "cut short"),
+            (head["count"] <= np.minimum(head["seq"], OUTPUTS_MAX), "it keeps more outputs than there can be"),
+            (head["seq"] <= SEQ_MAX, "its step number is too great"),
+            (head["acked"] <= head["seq"], "more is acknowledged than was answered"),
+            # Else a step that is asked for again would be answered with what another session left behind.
+            (head["seq"] - head["acked"] <= head["count"], "outputs that were not acknowledged are missing"),
+            (~initial | (head["seq"] == 0), "a new session has steps"),
+            (head["commit_ms"] <= TIME_MS_MAX, "its time is beyond the calendar"),
         )
         sound = np.ones(len(at), np.bool_)
         for good, why in checks:
-            errors.update((int(at[i]), why) for i in np.flatnonzero(sound & ~good))
-            sound &= good
+            if not good.all():
+                errors.update((int(at[i]), why) for i in np.flatnonzero(sound & ~good))
+                sound &= good
         return sound
 
     def _header(self, values: NDArray[np.uint8]) -> NDArray[Any]:
@@ -209,19 +220,19 @@ def checksums(values: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return sums
 
 
-_FACTORS: dict[int, NDArray[np.uint64]] = {}
+_FACTORS = [np.empty(0, np.uint64)]  # those of the longest record so far: any other's are its first ones
 
 
 def _factors(count: int) -> NDArray[np.uint64]:
     """Odd constants, the same on every machine (SplitMix64); 0 at the place of the checksum itself."""
-    if count not in _FACTORS:
+    if count > len(_FACTORS[0]):
         place = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (place ^ (place >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         factors = (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
-        factors[_CHECKSUM_WORD] = 0
-        _FACTORS[count] = factors
-    return _FACTORS[count]
+        factors[_CHECKSUM_WORD : _CHECKSUM_WORD + 1] = 0
+        _FACTORS[0] = factors
+    return _FACTORS[0][:count]
 
 
 def _padded(nbytes: int) -> int:

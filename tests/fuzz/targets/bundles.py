@@ -1,0 +1,77 @@
+"""Bundles: model.toml and weights.safetensors of whoever writes into the models directory."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engram_models import (
+    DBN,
+    GRU,
+    LSTM,
+    NTM,
+    Bidirectional,
+    BundleError,
+    Hopfield,
+    Normalised,
+    load_bundle,
+    write_bundle,
+)
+from targets.mutation import joined, parted
+
+_MEMORY = Path("/dev/shm")
+_SCRATCH = tempfile.TemporaryDirectory(prefix="engram-fuzz-", dir=_MEMORY if _MEMORY.is_dir() else None)
+_BUNDLE = Path(_SCRATCH.name) / "some" / "1"
+_BUNDLE.mkdir(parents=True)
+torch.set_num_threads(1)
+
+
+def seeds() -> list[bytes]:
+    torch.manual_seed(5)
+    patterns = np.random.default_rng(3).choice([-1, 1], (3, 12))
+    cells = [
+        LSTM(2, 3, output_size=2), GRU(2, 2, layers=2), NTM(2, 1, 2, slots=4, width=2), Bidirectional(1, 2, 1), DBN([4, 3, 2], 2),
+        Normalised(LSTM(1, 2, output_size=1)), Hopfield.of(patterns, ["a", "b", "c"], "hebb"), Hopfield.of(patterns, ["a", "b", "c"]),
+    ]  # fmt: skip
+    made = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, cell in enumerate(cells):
+            path = write_bundle(Path(scratch), "m", str(number), cell)
+            made.append(joined([(path / name).read_bytes() for name in ("model.toml", "weights.safetensors")]))
+    return made
+
+
+def mend(data: bytes) -> bytes:
+    """The safetensors header's length, as the header says where it ends."""
+    parts = parted(data, 2)
+    if len(parts) < 2:
+        return data
+    toml, tensors = parts
+    end = tensors.rfind(b"}}") + 2
+    if end > 8:
+        tensors = (
+            (end - 8 + -end % 8).to_bytes(8, "little") + tensors[8:end] + b" " * (-end % 8) + tensors[end:].lstrip(b" ")
+        )
+    return joined([toml, tensors])
+
+
+def fuzz_one(data: bytes) -> None:
+    parts = [*parted(data, 2), b"", b""]
+    (_BUNDLE / "weights.safetensors").write_bytes(parts[1])
+    toml = parts[0]
+    for _ in range(2):
+        (_BUNDLE / "model.toml").write_bytes(toml)
+        try:
+            load_bundle(_BUNDLE)
+        except BundleError as error:
+            # Whoever changes a bundle can write down its fingerprint too.
+            found = re.search(r"fingerprint (.*) is recorded, ([0-9a-f]{32}) is what", str(error), re.S)
+            if found is None:
+                return
+            toml = toml.replace(b'fingerprint = "' + found[1].encode(), b'fingerprint = "' + found[2].encode(), 1)
+        else:
+            return

@@ -1,0 +1,162 @@
+"""Frames: the bytes of a StreamRequest, decoded and admitted by the core, over sessions in all sorts of places."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+
+from engram.v1 import stream_pb2
+from engram_service.sessions.opening import check_ids
+from engram_service.sessions.table import NO_STREAM
+from targets.world import SLOTS, WINDOW, world
+
+# Of each session: last seq accepted, last one answered, last one acknowledged. The last session is another stream's.
+_PLACES = [(0, 0, 0), (7, 7, 5), (9, 6, 6), (40, 40, 32), (2**62, 2**62, 2**62), (3, 3, 3), (5, 5, 5)]
+_COLUMNS = ("admitted", "applied", "acked", "computed", "durable", "stream", "handle", "model", "slot")
+_ROWS_MAX = world().core.settings.frame_rows_max
+
+
+def _prepare() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    at = world()
+    table = at.core.table
+    rows = np.array([table.add(f"s{number}") for number in range(len(_PLACES))])
+    for row, (admitted, applied, acked) in zip(rows, _PLACES, strict=True):
+        stream = at.other if row == rows[-1] else at.stream
+        served = at.hopfield if row == rows[-2] else at.lstm
+        table.admitted[row] = table.computed[row] = admitted
+        table.applied[row] = table.durable[row] = applied
+        table.acked[row] = acked
+        table.model[row], table.stream[row], table.handle[row] = served.index, stream.id, stream.name(row)
+        table.slot[row] = row % SLOTS
+    table.interval[rows[3]] = True
+    at.stream.void(at.stream.name(0), -3)
+    return rows, {name: getattr(table, name)[rows].copy() for name in _COLUMNS}
+
+
+_ROWS, _BEFORE = _prepare()
+
+
+def _steps(handles: list[int], seqs: list[int], **fields: object) -> bytes:
+    values = np.linspace(-1, 1, 4 * len(handles), dtype=np.float32)
+    given = {"inputs": values.tobytes(), **fields}
+    frame = stream_pb2.StepsFrame(
+        handles=np.array(handles, "<u4").tobytes(), seqs=np.array(seqs, "<u8").tobytes(), **given
+    )  # type: ignore[arg-type]
+    return stream_pb2.StreamRequest(steps=frame).SerializeToString()
+
+
+def seeds() -> list[bytes]:
+    acknowledge = stream_pb2.AcknowledgeFrame(
+        handles=np.array([1, 3], "<u4").tobytes(), acknowledged_seqs=np.array([6, 2**63], "<u8").tobytes()
+    )
+    opening = {"request_id": 3, "model": "lstm", "session_ids": ["a", "", "µ"], "durability": 2, "client_id": 7}
+    others = [
+        {"acknowledge": acknowledge},
+        {"open": stream_pb2.OpenFrame(**opening, ttl_ms=2**63)},
+        {"attach": stream_pb2.AttachFrame(**opening)},
+        {"close": stream_pb2.CloseFrame(request_id=1, handles=bytes(4), detach=True)},
+    ]
+    return [
+        _steps([0], [1]),
+        _steps([0, 1, 2, 3], [1, 8, 10, 41], acknowledged_seqs=np.array([0, 7, 6, 40], "<u8").tobytes()),
+        _steps([1, 1, 1, 2], [6, 7, 8, 8], flags=b"\1\0\1\0", timeout_ms=5, dtype="float32"),
+        _steps([0, 3], [1, 41], repeats=np.array([3, 1], "<u4").tobytes(), flags=b"\2\1"),
+        _steps([0, 0, 4, 9], [1, 2, 2**62 + 1, 1], flags=b"\2\2\2\2", inputs=b""),
+        *(stream_pb2.StreamRequest(**one).SerializeToString() for one in others),
+    ]
+
+
+def mend(data: bytes) -> bytes:
+    """Columns cut or filled up to as many rows as there are handles, and inputs to match."""
+    try:
+        request = stream_pb2.StreamRequest.FromString(data)
+    except Exception:
+        return data
+    if request.WhichOneof("frame") != "steps":
+        return data
+    frame, rows = request.steps, max(1, len(request.steps.handles) // 4)
+    for name, width in (
+        ("handles", 4),
+        ("seqs", 8),
+        ("flags", 1),
+        ("repeats", 4),
+        ("acknowledged_seqs", 8),
+        ("inputs", 16),
+    ):
+        value = getattr(frame, name)
+        if value or name in ("handles", "seqs"):
+            setattr(frame, name, (value + bytes(rows * width))[: rows * width])
+    frame.flags = bytes(flag & 3 for flag in frame.flags)
+    return request.SerializeToString()
+
+
+def fuzz_one(data: bytes) -> None:
+    at = world()
+    try:
+        asyncio._set_running_loop(at.loop)  # what is put off to the loop is run by `_then`
+        try:
+            slow = at.frames._handle(at.stream, data)
+        finally:
+            asyncio._set_running_loop(None)
+        if slow is not None:  # an open or close, which asks the store; what it is asked for was decoded
+            slow.close()
+            request = stream_pb2.StreamRequest.FromString(data)
+            check_ids(
+                getattr(request, request.WhichOneof("frame") or "open").session_ids if request.HasField("open") else []
+            )
+        _then()
+        _check()
+    finally:
+        _put_back()
+
+
+def _then() -> None:
+    """The engine's jobs, and what they hand to the loop: answers to repeated steps."""
+    at = world()
+    if at.core.queue._jobs:
+        for job in at.core.queue._jobs:
+            job()
+        at.loop.run_until_complete(asyncio.sleep(0))
+
+
+def _check() -> None:
+    at = world()
+    table = at.core.table
+    answered = 0
+    for response, rows in at.stream._outbox:
+        answered += rows
+        kind = response.WhichOneof("frame")
+        details = response.errors.errors if kind == "errors" else []
+        assert kind in ("errors", "outputs"), kind
+        assert all(detail.reason and detail.reason != "INTERNAL" and detail.message for detail in details), response
+        if kind == "errors":
+            assert len(response.errors.handles) * 2 == len(response.errors.seqs)
+    assert not at.other._outbox, "another stream was answered"
+    waiting = at.core.queue.waiting_rows
+    assert waiting <= _ROWS_MAX and 0 <= at.stream.in_flight <= _ROWS_MAX
+    for name in _COLUMNS:
+        assert getattr(table, name)[_ROWS[-1]] == _BEFORE[name][-1], f"{name} of another stream's session changed"
+    admitted = table.admitted[_ROWS].astype(object) - _BEFORE["admitted"].astype(object)
+    assert sum(admitted) == waiting, "as many steps wait as were accepted"
+    assert (admitted >= 0).all() and (table.acked[_ROWS] >= _BEFORE["acked"]).all()
+    assert (table.acked[_ROWS] <= table.applied[_ROWS]).all(), "more is acknowledged than was answered"
+    assert (table.admitted[_ROWS] <= table.acked[_ROWS] + np.uint64(WINDOW)).all() or not waiting
+
+
+def _put_back() -> None:
+    at = world()
+    core = at.core
+    for stream in (at.stream, at.other):
+        stream._outbox.clear()
+        stream.in_flight = 0
+        stream.ended = False
+    core._drop_waiting(lambda batch: np.ones(len(batch.waiting), np.bool_))
+    core._repeats.clear()
+    core._room = 0
+    core.queue._jobs.clear()
+    at.stream._outbox.clear()
+    at.stream.in_flight = 0
+    for name in _COLUMNS:
+        getattr(core.table, name)[_ROWS] = _BEFORE[name]
+    assert (core.table.stream[_ROWS] != NO_STREAM).all()

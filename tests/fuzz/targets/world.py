@@ -1,0 +1,80 @@
+"""A server's core without Redis, engine and network: models, sessions and streams as they are when bytes come in."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engram_models import LSTM, Hopfield, load_bundle, write_bundle
+from engram_service.api.stream import StreamHandler
+from engram_service.api.unary import UnaryHandlers
+from engram_service.catalog import Catalog, Served
+from engram_service.core import Core
+from engram_service.engine.arena import Arena
+from engram_service.memory.memories import Memories
+from engram_service.metrics import Metrics
+from engram_service.sessions.opening import Sessions
+from engram_service.sessions.streams import Stream
+from engram_service.sessions.table import SessionTable
+from engram_service.settings import Settings
+from engram_service.store import RecordLayout, Store, StoreSettings
+from engram_service.work import WorkQueue
+
+SLOTS, WINDOW = 16, 8
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The parts that targets call."""
+
+    loop: asyncio.AbstractEventLoop
+    core: Core
+    frames: StreamHandler
+    unary: UnaryHandlers
+    memories: Memories
+    stream: Stream
+    other: Stream  # whose sessions nobody else may touch
+    lstm: Served
+    hopfield: Served
+
+
+@functools.cache
+def world() -> World:
+    """Made once for a process; `frames.py` puts the sessions back after every input."""
+    return asyncio.new_event_loop().run_until_complete(_made())
+
+
+async def _made() -> World:
+    torch.set_num_threads(1)
+    metrics, table = Metrics(), SessionTable()
+    settings = Settings(shipped_models=False)
+    catalog = Catalog(settings, torch.device("cpu"), metrics)
+    torch.manual_seed(5)
+    patterns = np.random.default_rng(3).choice([-1, 1], (3, 20))
+    with tempfile.TemporaryDirectory() as scratch:
+        for cell in (LSTM(4, 6, output_size=4), Hopfield.of(patterns, ["a", "b", "c"])):
+            _serve(catalog, write_bundle(Path(scratch), cell.kind, "1", cell))
+    store = Store(StoreSettings("unix:///nowhere", "memory", 0, 100, 1))
+    core = Core(settings, table, WorkQueue(table, 512, 8, 1), catalog, store, metrics)
+    sessions = Sessions(core, store)
+    memories = Memories(catalog.resolve, store, 1 << 20)
+    unary = UnaryHandlers(core, sessions, store, None, memories, "cpu")  # type: ignore[arg-type]
+    return World(asyncio.get_running_loop(), core, StreamHandler(core, sessions), unary, memories, core.connect(),
+                 core.connect(), *catalog.models)  # fmt: skip
+
+
+def _serve(catalog: Catalog, path: Path) -> None:
+    """As the catalog does, but for the probe and the runner: no step is run here."""
+    bundle = load_bundle(path)
+    arena = Arena(bundle, SLOTS, WINDOW, torch.device("cpu"))
+    layout = RecordLayout(bundle.fingerprint, bundle.state_nbytes, bundle.output.nbytes)
+    served = Served(len(catalog.models), bundle, arena, None, layout)  # type: ignore[arg-type]
+    catalog.models.append(served)
+    catalog._by_key[bundle.name, bundle.version] = served
+    catalog._versions[bundle.name] = [bundle.version]
