@@ -21,6 +21,7 @@ from redis.retry import Retry
 from engram_models import shipped_models_dir
 
 START_S = 60.0
+_PATIENT = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 500)]
 STOP_S = 30.0
 REDIS_S = 20.0
 
@@ -92,7 +93,7 @@ class ServerProcess:
     def _wait_ready(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + START_S
-        with grpc.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        with grpc.insecure_channel(self.address, options=_PATIENT) as channel:
             call = channel.unary_unary("/engram.v1.EngramService/GetServer")
             while time.monotonic() < deadline:
                 if self._process.poll() is not None:
