@@ -300,6 +300,8 @@ def test_another_tenants_session_is_not_found(method: str, acme: Peer, globex: P
     assert metadata == {"session": session_id}
     assert (code, reason) == refusal(nothing.value)[:2]
     assert foreign.value.details() == str(nothing.value.details()).replace(missing, session_id), "nobody can tell which"
+    if ASKED[method][0] == NET and method != "StorePatterns":
+        acme.unary(asked("StorePatterns", session_id))
     acme.unary(asked(method, session_id))  # while its own tenant finds it
 
 
@@ -631,8 +633,8 @@ def test_management_is_audited_and_secrets_are_not_logged(own_guarded: tuple[Any
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     audit = [line for line in lines if line["logger"] == "engram.audit"]
     told = [(line["method"], line.get("token", ""), line.get("session", ""), line["outcome"]) for line in audit]
-    assert told[:9] == [
-        ("tokens reload", "", "", "ok"),
+    assert ("tokens reload", "", "", "ok") in told
+    assert [row for row in told if row[1]] == [
         ("ExportSession", "first", "a", "ok"),
         ("ImportSession", "first", "c", "ok"),
         ("ForkSession", "first", ["a", "d"], "ok"),
@@ -642,9 +644,11 @@ def test_management_is_audited_and_secrets_are_not_logged(own_guarded: tuple[Any
         ("Stream close", "first", ["a", "b"], "ok"),
         ("CloseSession", "weak", "", "RIGHT_MISSING"),
     ]
-    assert [row[3] for row in told[9:]] == ["TOKEN_MISSING"], "those without a token cannot fill the disk"
+    asking = [row for row in told if row[3] == "TOKEN_MISSING"]
+    assert 1 <= len(asking) < 5, "those without a token cannot fill the disk"
     assert all(line["tenant"] == "acme" for line in audit if line.get("token") == "first")
     assert all(line["peer"].startswith("ipv4:127.0.0.1") for line in audit if "token" in line)
+    assert not any("inputs" in line for line in lines)
     text = server.log.read_text()
     for token in mine.tokens.values():
         assert token not in text and digest_of(token) not in text
