@@ -30,7 +30,7 @@ from engram._errors import (
     of_detail,
 )
 from engram._options import ClientOptions
-from engram._rpc import StreamCall, call_unary, open_channel, open_stream
+from engram._rpc import StreamCall, call_unary, let_in, open_channel, open_stream
 from engram._status import of_rpc_error
 from engram.v1 import stream_pb2
 
@@ -172,7 +172,8 @@ class Link:
         try:
             call = open_stream(channel, self.options)
             async with asyncio.timeout(self.options.attempt_timeout_s):
-                await call.wait_for_connection()
+                if not await let_in(call):
+                    raise StreamLost("the server ended it at once")
             tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
             attaching = asyncio.create_task(self._attach_all())
             done, _ = await asyncio.wait([*tasks, attaching], return_when=asyncio.FIRST_COMPLETED)

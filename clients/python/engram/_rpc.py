@@ -70,6 +70,16 @@ def open_stream(channel: grpc.aio.Channel, options: ClientOptions) -> StreamCall
     return cast(StreamCall, multi(metadata=_metadata(options)))
 
 
+async def let_in(call: StreamCall) -> bool:
+    """Waits until the server has let the stream in, which its metadata says. Raises grpc.aio.AioRpcError where it has not; False
+    where it ended the stream without a word."""
+    await call.wait_for_connection()
+    if "engram-server" in dict(await call.initial_metadata()):
+        return True
+    await call.read()  # raises what the status says
+    return False
+
+
 async def call_unary(
     channel: grpc.aio.Channel,
     method: str,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from engram import __version__
 from engram.v1 import stream_pb2
 from engram_service.api.access import Access
 from engram_service.api.status import abort
@@ -21,6 +22,8 @@ from engram_service.tenants import id_of, key_of
 from engram_service.tokens import Caller
 
 log = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]"
 
 _OPENS_MAX = 64  # opens and closes of one stream that may wait for the store at once
 
@@ -43,7 +46,7 @@ class StreamHandler:
         self._access = access
         self._guests: dict[Stream, _Guest] = {}
 
-    async def handle(self, requests: Any, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
+    async def handle(self, requests: Any, context: Context) -> None:
         try:
             caller = self._access.admit("Stream", context.invocation_metadata(), context.peer())
             stream = self._core.connect(trace_of(context), caller.tenant)
@@ -52,6 +55,19 @@ class StreamHandler:
         told = {"stream": stream.id, "trace": stream.trace, "tenant": caller.tenant, "token": caller.token}
         log.info("stream opened", extra=told)
         guest = self._guests[stream] = _Guest(caller, context.peer())
+        try:
+            # At once, and not with the first answer: the client then knows that it was let in.
+            await context.send_initial_metadata((("engram-server", __version__),))
+            await self._carry(stream, guest, context)
+        finally:
+            del self._guests[stream]
+            self._core.disconnect(stream)
+            log.info("stream ended", extra=told)
+        if guest.put_out.done():
+            await abort(context, guest.put_out.result())
+
+    async def _carry(self, stream: Stream, guest: _Guest, context: Context) -> None:
+        """Returns when the stream has ended, or has to."""
         work = [asyncio.create_task(self._read(stream, context)), asyncio.create_task(_write(stream, context))]
         waited: list[asyncio.Future[Any]] = [work[1], guest.put_out]
         try:
@@ -61,12 +77,8 @@ class StreamHandler:
         finally:
             for task in work:
                 task.cancel()
-            del self._guests[stream]
-            self._core.disconnect(stream)
-            log.info("stream ended", extra=told)
         if guest.put_out.done():
             await asyncio.wait(work)
-            await abort(context, guest.put_out.result())
 
     def tokens_changed(self) -> None:
         """Puts out those whose token has been revoked, has expired or has lost its right; the others go on."""
@@ -82,7 +94,7 @@ class StreamHandler:
                     self._access.audit.denied("Stream", guest.caller, guest.peer, refusal)
                     guest.put_out.set_result(refusal)
 
-    async def _read(self, stream: Stream, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
+    async def _read(self, stream: Stream, context: Context) -> None:
         """Reads until the client has no more frames; then what is under way is answered, and the stream ends."""
         opens: set[asyncio.Task[None]] = set()
         try:
@@ -181,7 +193,7 @@ class StreamHandler:
         stream.send(stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=frame.request_id, errors=rows)))
 
 
-async def _write(stream: Stream, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
+async def _write(stream: Stream, context: Context) -> None:
     while (answer := await stream.next()) is not None:
         response, rows = answer
         await context.write(response)
