@@ -86,16 +86,7 @@ async def serve(settings: Settings) -> None:
         http = _Http(settings.http, metrics)
         stack.callback(http.stop)
         port = await server.start()
-        log.info(
-            "engram %s serves on %s (port %d), metrics on %s, device %s",
-            __version__,
-            settings.listen,
-            port,
-            settings.http,
-            device,
-        )
-        for exposure in settings.exposures():
-            log.warning("%s", exposure)
+        _announce(settings, port, device)
 
         async with asyncio.TaskGroup() as background:
             loop.add_signal_handler(signal.SIGHUP, lambda: background.create_task(catalog.reload()))
@@ -120,6 +111,13 @@ async def serve(settings: Settings) -> None:
         queue.close()
         core.engine.join()
     log.info("stopped")
+
+
+def _announce(settings: Settings, port: int, device: torch.device) -> None:
+    where = (settings.listen, port, settings.http, device)
+    log.info("engram %s serves on %s (port %d), metrics on %s, device %s", __version__, *where)
+    for exposure in settings.exposures():
+        log.warning("%s", exposure)
 
 
 async def _store(settings: Settings, stack: AsyncExitStack) -> Store:

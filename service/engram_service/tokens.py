@@ -41,11 +41,12 @@ from engram_service.tenants import usable_tenant
 log = logging.getLogger(__name__)
 
 RIGHTS = {
-    "read": "look at sessions and memories, recall",
+    "read": "list and look at sessions and memories, recall",
     "step": "open and step sessions, store and forget patterns",
-    "manage": "list, fork, move, close, export and import sessions",
+    "manage": "fork, move, close, export and import sessions",
     "operate": "what concerns the whole server: reload models, reflection",
 }
+_POLL_MIN_S = 0.05
 _PREFIX = "engram_"  # so that people and secret scanners see what it is
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -122,7 +123,7 @@ class Tokens:
         """Reads the file again when it has changed, and says every so often that a token may have expired; runs until
         cancelled."""
         while self.asked_for:
-            await asyncio.sleep(poll_s)
+            await asyncio.sleep(max(poll_s, _POLL_MIN_S))
             await self.reload()
             self.on_change()
 

@@ -101,6 +101,21 @@ def test_a_client_that_is_not_let_in_is_told_at_once(guarded: tuple[Any, pathlib
             pass
         assert denied.value.reason == reason
         assert time.monotonic() - began < 5.0
+
+    def broken() -> str:
+        raise OSError("no vault")
+
+    impatient = engram.ClientOptions(connect_timeout_s=0.5)
+    with (
+        pytest.raises(engram.Unavailable, match="OSError"),
+        engram.Client(server.address, impatient, token=broken, ca_file=str(ca)),
+    ):
+        pass
+    with (
+        pytest.raises(engram.InvalidInput, match="ASCII"),
+        engram.Client(server.address, token="a\nb", ca_file=str(ca)),
+    ):
+        pass
     with pytest.raises(engram.InvalidInput, match="ca_file"), engram.Client(server.address, ca_file="/none"):
         pass
 

@@ -146,7 +146,7 @@ class Link:
                 await self._one_stream(address)
             except grpc.aio.AioRpcError as failure:
                 self._trouble = self._renewable(of_rpc_error(failure))
-            except InvalidInput as failure:
+            except EngramError as failure:
                 self._trouble = failure
             except (BadFrame, StreamLost, TimeoutError, grpc.aio.UsageError, asyncio.InvalidStateError) as failure:
                 self._trouble = Unavailable(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias, TypeVar, cast
 
@@ -9,7 +10,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from engram._errors import InvalidInput
+from engram._errors import EngramError, InvalidInput, Unavailable
 from engram._options import ClientOptions
 from engram.v1 import stream_pb2
 
@@ -55,8 +56,19 @@ def _content(name: str, path: str | None) -> bytes | None:
         raise InvalidInput(f"{name} = {path!r}: {error.strerror}", reason="INVALID_ARGUMENT") from error
 
 
+def _asked(token: Callable[[], str]) -> str:
+    try:
+        return token()
+    except EngramError:
+        raise
+    except Exception as error:  # the caller's own function: it may fail now and not later
+        raise Unavailable(f"the token's function failed: {type(error).__name__}", reason="TOKEN_UNAVAILABLE") from error
+
+
 def _metadata(options: ClientOptions) -> tuple[tuple[str, str], ...]:
-    token = options.token() if callable(options.token) else options.token
+    token = _asked(options.token) if callable(options.token) else options.token
+    if token and not (token.isascii() and token.isprintable()):
+        raise InvalidInput("token: not printable ASCII", reason="INVALID_ARGUMENT")
     return (*options.metadata, ("authorization", f"Bearer {token}")) if token else tuple(options.metadata)
 
 

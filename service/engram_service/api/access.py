@@ -21,8 +21,8 @@ ANY = ""  # any token will do
 RIGHT_OF = {
     "Stream": "step", "Step": "step", "StorePatterns": "step", "ForgetPatterns": "step",
     "GetSession": "read", "GetSessionState": "read", "Recall": "read", "ListPatterns": "read", "AddressMemory": "read",
-    "Recreate": "read",
-    "ListSessions": "manage", "ForkSession": "manage", "CloseSession": "manage", "MoveSession": "manage",
+    "Recreate": "read", "ListSessions": "read",
+    "ForkSession": "manage", "CloseSession": "manage", "MoveSession": "manage",
     "ExportSession": "manage", "ImportSession": "manage",
     "ListModels": ANY, "GetModel": ANY, "GetServer": ANY,
     "ReloadModels": "operate",

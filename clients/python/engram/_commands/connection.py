@@ -50,16 +50,19 @@ def client_of(args: argparse.Namespace) -> Client:
     return Client([part.strip() for part in args.address.split(",")], options)
 
 
-def _token(args: argparse.Namespace) -> str | None:
-    """A token is never an argument: arguments can be read by everybody on the machine."""
+def _token(args: argparse.Namespace) -> str | Callable[[], str] | None:
+    """A token is never an argument: arguments can be read by everybody on the machine. A file is read again for each connection."""
     from engram import InvalidInput
 
-    if not args.token_file:
-        return os.environ.get("ENGRAM_TOKEN")
-    try:
-        return Path(args.token_file).read_text().strip()
-    except OSError as error:
-        raise InvalidInput(f"--token-file {args.token_file}: {error.strerror}", reason="INVALID_ARGUMENT") from error
+    def read() -> str:
+        try:
+            return Path(args.token_file).read_text().strip()
+        except OSError as error:
+            raise InvalidInput(
+                f"--token-file {args.token_file}: {error.strerror}", reason="INVALID_ARGUMENT"
+            ) from error
+
+    return read if args.token_file else os.environ.get("ENGRAM_TOKEN")
 
 
 def explained(command: str, work: Callable[[], int]) -> int:
