@@ -21,6 +21,7 @@ from redis.retry import Retry
 from engram_models import shipped_models_dir
 
 START_S = 60.0
+_PATIENT = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 500)]
 STOP_S = 30.0
 REDIS_S = 20.0
 
@@ -35,6 +36,7 @@ class ServerProcess:
         self.flags = (*flags, "--shipped-models", "false") if own_alone else flags
         self.port, self.http_port = free_port(), free_port()
         self.log = directory / "server.log"
+        self.credentials: grpc.ChannelCredentials | None = None  # where it speaks TLS
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -92,7 +94,7 @@ class ServerProcess:
     def _wait_ready(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + START_S
-        with grpc.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        with self.channel() as channel:
             call = channel.unary_unary("/engram.v1.EngramService/GetServer")
             while time.monotonic() < deadline:
                 if self._process.poll() is not None:
@@ -100,9 +102,17 @@ class ServerProcess:
                 try:
                     call(b"", timeout=1.0)
                     return
-                except grpc.RpcError:
+                except grpc.RpcError as error:
+                    if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                        return  # it is there, and wants to know who asks
                     time.sleep(0.05)
         raise AssertionError(f"the server did not answer within {START_S} s\n{self.tail()}")
+
+    def channel(self) -> grpc.Channel:
+        """A new connection to it."""
+        if self.credentials is not None:
+            return grpc.secure_channel(self.address, self.credentials, options=_PATIENT)
+        return grpc.insecure_channel(self.address, options=_PATIENT)
 
     def __enter__(self) -> ServerProcess:
         return self.start()
@@ -110,6 +120,47 @@ class ServerProcess:
     def __exit__(self, *exc: object) -> None:
         if self._process is not None and self._process.poll() is None:
             self.stop()
+
+
+class Certificates:
+    """Certificates for 127.0.0.1, each signed by a CA that is made when it is first named."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+
+    def ca(self, name: str) -> pathlib.Path:
+        """A CA's certificate."""
+        cert = self.directory / f"{name}.pem"
+        if not cert.exists():
+            self._openssl(
+                "req",
+                "-x509",
+                *_NEW_KEY,
+                "-keyout",
+                f"{name}.key",
+                "-out",
+                cert.name,
+                "-days",
+                "2",
+                "-subj",
+                f"/CN={name}",
+            )
+        return cert
+
+    def issue(self, name: str, ca: str = "ca") -> tuple[pathlib.Path, pathlib.Path]:
+        """A certificate and its key."""
+        signer, cert, key = self.ca(ca), self.directory / f"{name}.pem", self.directory / f"{name}.key"
+        (self.directory / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
+        self._openssl("req", *_NEW_KEY, "-keyout", key.name, "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        self._openssl("x509", "-req", "-in", f"{name}.csr", "-CA", signer.name, "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "2",
+                      "-extfile", "names", "-out", cert.name)  # fmt: skip
+        return cert, key
+
+    def _openssl(self, *arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=self.directory, check=True, capture_output=True)
+
+
+_NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 
 
 class RedisProcess:
@@ -186,17 +237,25 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
         yield server
 
 
+@pytest.fixture(scope="session")
+def server_type() -> type[ServerProcess]:
+    """For tests that make servers of their own, or that live as long as a module."""
+    return ServerProcess
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Makes CAs and certificates."""
+    if shutil.which("openssl") is None:
+        pytest.skip("certificates for tests are made with the openssl command, which is not here")
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
 @pytest.fixture
 def server(tmp_path: pathlib.Path) -> Iterator[ServerProcess]:
     """A server of the test's own, to kill, stop and start again."""
     with ServerProcess(tmp_path, *_digits_alone(tmp_path)) as one:
         yield one
-
-
-@pytest.fixture(scope="session")
-def server_type() -> type[ServerProcess]:
-    """For servers that live as long as a module's or a session's tests."""
-    return ServerProcess
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import AsyncExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import torch
@@ -16,9 +17,12 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from engram import __version__
+from engram_service.api.access import Access
+from engram_service.api.audit import Audit
 from engram_service.api.memory import MemoryHandlers
 from engram_service.api.server import Server
 from engram_service.api.stream import StreamHandler
+from engram_service.api.tls import Certificate
 from engram_service.api.unary import UnaryHandlers
 from engram_service.api.unary_stream import UnaryStream
 from engram_service.catalog import Catalog
@@ -27,10 +31,12 @@ from engram_service.engine.engine import Engine
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
 from engram_service.sessions.opening import Sessions
+from engram_service.sessions.shares import Shares
 from engram_service.sessions.table import NO_SLOT, SessionTable
 from engram_service.settings import SettingError, Settings, split_address
-from engram_service.store import Store, StoreSettings
+from engram_service.store import Store, StoreSettings, TlsFiles
 from engram_service.store.private import PrivateRedis, PrivateSettings
+from engram_service.tokens import Tokens
 from engram_service.work import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -50,12 +56,15 @@ async def serve(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         device = _device(settings.device)
         metrics = Metrics()
+        tokens = Tokens(Path(settings.tokens_file) if settings.tokens_file else None)
+        access = Access(tokens, Audit(metrics))
+        certificate = Certificate.of(settings)
         store = await _store(settings, stack)
         table = SessionTable()
         workers = settings.engine_threads(device.type == "cpu")
         queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max, workers)
         catalog = Catalog(settings, device, metrics)
-        core = Core(settings, table, queue, catalog, store, metrics)
+        core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits))
         core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers)
         sessions = Sessions(core, store)
         unary = UnaryStream(core, sessions)
@@ -63,7 +72,9 @@ async def serve(settings: Settings) -> None:
         handlers = UnaryHandlers(core, sessions, store, unary, memories, str(device))
         memory_handlers = MemoryHandlers(core, sessions, handlers, memories)
         stack.callback(memory_handlers.close)
-        server = Server(settings, StreamHandler(core, sessions), handlers, memory_handlers)
+        streams = StreamHandler(core, sessions, access)
+        tokens.on_change = streams.tokens_changed
+        server = Server(settings, access, certificate, streams, handlers, memory_handlers)
         _expose(metrics, core, store, device)
         metrics.read_with(metrics.memory_cache_bytes, lambda: memories.cache.nbytes)
 
@@ -75,20 +86,20 @@ async def serve(settings: Settings) -> None:
         http = _Http(settings.http, metrics)
         stack.callback(http.stop)
         port = await server.start()
-        log.info(
-            "engram %s serves on %s (port %d), metrics on %s, device %s",
-            __version__,
-            settings.listen,
-            port,
-            settings.http,
-            device,
-        )
+        _announce(settings, port, device)
 
         async with asyncio.TaskGroup() as background:
             loop.add_signal_handler(signal.SIGHUP, lambda: background.create_task(catalog.reload()))
             tasks = [
                 background.create_task(work)
-                for work in (core.sweep(), core.residency.beat(), catalog.watch(), unary.run(), unary.tidy())
+                for work in (
+                    core.sweep(),
+                    core.residency.beat(),
+                    catalog.watch(),
+                    unary.run(),
+                    unary.tidy(),
+                    tokens.watch(settings.tokens_poll_s),
+                )
             ]
             await stop.wait()
             log.info("draining")
@@ -102,6 +113,13 @@ async def serve(settings: Settings) -> None:
     log.info("stopped")
 
 
+def _announce(settings: Settings, port: int, device: torch.device) -> None:
+    where = (settings.listen, port, settings.http, device)
+    log.info("engram %s serves on %s (port %d), metrics on %s, device %s", __version__, *where)
+    for exposure in settings.exposures():
+        log.warning("%s", exposure)
+
+
 async def _store(settings: Settings, stack: AsyncExitStack) -> Store:
     url, ack, appendfsync = settings.redis_url, settings.redis_ack, settings.redis_appendfsync
     if not url:
@@ -111,8 +129,9 @@ async def _store(settings: Settings, stack: AsyncExitStack) -> Store:
         await asyncio.to_thread(private.start)
         stack.callback(private.stop)
         url = private.url
+    tls = TlsFiles(settings.redis_tls_ca, settings.redis_tls_cert, settings.redis_tls_key)
     store = Store(
-        StoreSettings(url, ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections)
+        StoreSettings(url, ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections, tls)
     )
     stack.callback(store.close)
     return store

@@ -30,10 +30,12 @@ from engram_service.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from engram_service.logs import named
 from engram_service.metrics import Metrics
 from engram_service.scheduler import Batch, Tick
 from engram_service.sessions.admission import FEEDBACK, QUIET, StepColumns, classify, column, read_columns
 from engram_service.sessions.residency import Residency
+from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import (
     CLOSED,
     TAKEN_OVER,
@@ -68,7 +70,9 @@ class Core:
         catalog: Catalog,
         store: Store,
         metrics: Metrics,
+        shares: Shares,
     ) -> None:
+        self.shares = shares
         self.table = table
         self.queue = queue
         self.catalog = catalog
@@ -88,8 +92,8 @@ class Core:
 
     # Streams
 
-    def connect(self, trace: str = "") -> Stream:
-        """A new client stream. Raises ResourceExhausted or, while draining, Unavailable."""
+    def connect(self, trace: str = "", tenant: str = "") -> Stream:
+        """A new client stream of a tenant. Raises ResourceExhausted or, while draining, Unavailable."""
         if self.draining:
             raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
         if len(self.streams) >= self.settings.streams_max:
@@ -97,15 +101,19 @@ class Core:
             raise ResourceExhausted(
                 "TOO_MANY_STREAMS", f"this server has {limit} streams, its limit", retry_after_ms=1000
             )
+        share = self.shares.of(tenant)
+        share.check_stream()
         self._streams_made += 1
-        stream = Stream(self._streams_made, self.settings.stream_rows_max, trace)
+        stream = Stream(self._streams_made, self.settings.stream_rows_max, trace, tenant)
         self.streams[stream.id] = stream
+        share.streams.add(stream)
         return stream
 
     def disconnect(self, stream: Stream) -> None:
         """The client went away: what waits is dropped, what is under way is finished, its sessions are let go."""
         stream.end()
         self.streams.pop(stream.id, None)
+        self.shares.of(stream.tenant).streams.discard(stream)
         self._drop_waiting(lambda batch: np.full(len(batch.waiting), batch.stream is stream))
         rows = stream.attached()
         self.table.stream[rows] = NO_STREAM
@@ -129,7 +137,7 @@ class Core:
             refused = _bad_handles(rows)
             served = self._model_of(rows, refused)
             inputs = self._inputs(served, frame, columns)
-            self._check_room(len(columns))
+            self._check_room(stream, len(columns))
         except Refusal as refusal:
             self._refuse_frame(stream, frame, refusal)
             return
@@ -188,7 +196,7 @@ class Core:
         inputs = np.frombuffer(frame.inputs, np.uint8).reshape(rows, spec.nbytes)
         return inputs if columns.source is None else inputs[columns.source]
 
-    def _check_room(self, rows: int) -> None:
+    def _check_room(self, stream: Stream, rows: int) -> None:
         if self.draining:
             raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
         if rows > self._room:
@@ -196,6 +204,7 @@ class Core:
         if rows > self._room:
             message = f"{self.settings.queue_rows_max} rows are in flight, this server's limit"
             raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+        self.shares.of(stream.tenant).take(rows)
         self._room -= rows
 
     def _admit_one(self, stream: Stream, frame: stream_pb2.StepsFrame, now: float) -> bool:
@@ -220,6 +229,8 @@ class Core:
             return False
         inputs = np.frombuffer(frame.inputs, np.uint8).reshape(1, spec.nbytes)
         if not served.bundle.allows_non_finite and _not_finite(inputs, spec.dtype) is not None:
+            return False
+        if not self.shares.of(stream.tenant).take_one():
             return False
         rows, seqs = np.array([row], np.int32), np.array([seq], np.uint64)
         self._room -= 1
@@ -609,7 +620,7 @@ class Core:
             for row, handle in zip(mine.tolist(), handles.tolist(), strict=True):
                 stream.void(handle, why)
                 log.info(
-                    "session %s", what, extra={"session": table.id_of(row), "stream": stream.id, "trace": stream.trace}
+                    "session %s", what, extra={**named(table.id_of(row)), "stream": stream.id, "trace": stream.trace}
                 )
             stream.send(event_frame(kind, handles))
             if why == TAKEN_OVER:

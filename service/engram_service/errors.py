@@ -11,6 +11,8 @@
       Unavailable              UNAVAILABLE           the store or this server is not there just now
       DataLoss                 DATA_LOSS
       Internal                 INTERNAL
+      Unauthenticated          UNAUTHENTICATED       no token, or none that is known
+      PermissionDenied         PERMISSION_DENIED     a token without the right that the call needs
 
 A refusal travels in two ways: api/status.py turns it into a gRPC status with google.rpc details, and `detail()` turns it
 into the ErrorDetail of a stream's row. Reasons are the names of engram.v1.ErrorReason without their prefix.
@@ -23,6 +25,7 @@ from typing import ClassVar
 import grpc
 
 from engram.v1 import error_pb2
+from engram_service.tenants import id_of
 
 
 class Refusal(Exception):
@@ -90,6 +93,20 @@ class DataLoss(Refusal):
 
 class Internal(Refusal):
     code = grpc.StatusCode.INTERNAL
+
+
+class Unauthenticated(Refusal):
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(Refusal):
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+def no_session(key: str) -> NotFound:
+    """There is no such session, or it is another tenant's: callers cannot tell which."""
+    session_id = id_of(key)
+    return NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
 
 
 def of_detail(detail: error_pb2.ErrorDetail) -> Refusal:

@@ -7,7 +7,14 @@ import logging
 import sys
 import time
 
-_FIELDS = ("session", "stream", "trace", "model", "reason", "rows")
+from engram_service.tenants import id_of, tenant_of
+
+_FIELDS = ("method", "tenant", "token", "peer", "outcome", "session", "stream", "trace", "model", "reason", "rows")
+
+
+def named(key: str) -> dict[str, str]:
+    """The fields that say which session a line is about."""
+    return {"tenant": tenant_of(key), "session": id_of(key)}
 
 
 class JsonFormatter(logging.Formatter):
@@ -44,3 +51,4 @@ def set_up(level: str, form: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    logging.getLogger("engram.audit").setLevel(logging.INFO)  # whoever wants fewer lines still wants these

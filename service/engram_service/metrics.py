@@ -45,6 +45,9 @@ class Metrics:
         self.rows_in_flight = gauge("rows_in_flight", "Rows accepted whose answer has not left")
         self.rows_refused = counter("rows_refused", "Rows refused, by reason", "reason")
         self.streams = gauge("streams", "Open client streams")
+        self.calls_denied = counter(
+            "calls_denied", "Calls and streams refused for want of a token or a right", "reason"
+        )
         self.redis_up = gauge("redis_up", "1 while Redis takes commits")
         self.redis_memory_bytes = gauge("redis_memory_bytes", "used_memory of Redis")
         self.device_memory_bytes = gauge("device_memory_bytes", "Memory of the arenas", "device")

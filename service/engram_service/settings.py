@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,23 @@ class Settings:
     device: str = _setting("auto", "auto, cpu or cuda:N")
     shipped_models: bool = _setting(True, "serve the bundles that come with the package too")
     models_poll_s: float = _setting(2.0, "seconds between looks at the models directory")
+
+    tls_cert: str = _setting(
+        "", "PEM certificate chain of the gRPC service, read again when it changes; none: plain text"
+    )
+    tls_key: str = _setting("", "its PEM key")
+    tls_client_ca: str = _setting(
+        "", "PEM certificates that sign clients' certificates; given: nobody gets in without one"
+    )
+    tokens_file: str = _setting(
+        "", "toml file of tenants' tokens, read again when it changes; none: everybody may do everything"
+    )
+    tokens_poll_s: float = _setting(
+        1.0, "seconds between looks at the tokens file; a revoked token's streams end within them"
+    )
+    redis_tls_ca: str = _setting("", "PEM certificates that sign Redis's, for a rediss:// URL; none: the system's")
+    redis_tls_cert: str = _setting("", "PEM certificate that this server shows to Redis")
+    redis_tls_key: str = _setting("", "its PEM key")
 
     durability: str = _setting("step", "default durability of sessions", ("step", "interval"))
     interval_steps: int = _setting(256, "durability interval: commit after so many steps")
@@ -92,12 +110,40 @@ class Settings:
                 raise SettingError(f"{name} = {getattr(self, name)}: must be at least 1")
         if self.redis_ack == "replicated" and not self.redis_url:
             raise SettingError("redis_ack = 'replicated': the private Redis has no replicas; give a redis_url")
+        self._check_files()
         for name in ("listen", "http"):
             split_address(getattr(self, name), name)
         if self.device not in ("auto", "cpu") and not (self.device.startswith("cuda:") and self.device[5:].isdigit()):
             raise SettingError(f"device = {self.device!r}: use auto, cpu or cuda:N")
         if self.models and not Path(self.models).is_dir():
             raise SettingError(f"models = {self.models!r}: no such directory")
+
+    def _check_files(self) -> None:
+        for name in _FILES:
+            if (path := getattr(self, name)) and not Path(path).is_file():
+                raise SettingError(f"{name} = {path!r}: no such file")
+        for cert, key in (("tls_cert", "tls_key"), ("redis_tls_cert", "redis_tls_key")):
+            if bool(getattr(self, cert)) != bool(getattr(self, key)):
+                raise SettingError(f"{cert} and {key}: give both or neither")
+        if self.tls_client_ca and not self.tls_cert:
+            raise SettingError("tls_client_ca: clients show certificates over TLS alone; give tls_cert and tls_key")
+        if (self.redis_tls_ca or self.redis_tls_cert) and not self.redis_url.startswith("rediss"):
+            raise SettingError("redis_tls_ca, redis_tls_cert: for a rediss:// or rediss+cluster:// redis_url alone")
+
+    def exposures(self) -> list[str]:
+        """What others on the network could do with this server, where that is more than most people want."""
+        found = []
+        if not is_loopback(split_address(self.listen, "listen")[0]):
+            if not self.tokens_file and not self.tls_client_ca:
+                found.append(
+                    f"listen = {self.listen}: whoever reaches it may do everything; set tokens_file, or tls_client_ca"
+                )
+            if not self.tls_cert:
+                what = "tokens and inputs cross" if self.tokens_file else "inputs cross"
+                found.append(f"listen = {self.listen}: {what} the network in plain text; set tls_cert and tls_key")
+        if not is_loopback(split_address(self.http, "http")[0]):
+            found.append(f"http = {self.http}: whoever reaches it may read the metrics; keep the port inside")
+        return found
 
     def model_directories(self) -> list[Path]:
         """Where bundles are looked for; earlier directories win."""
@@ -119,6 +165,17 @@ _AT_LEAST_ONE = (
     "streams_max", "redis_replicas", "redis_ack_timeout_ms",
     "memory_cache_mb", "memory_workers", "memory_calls_max",
 )  # fmt: skip
+
+
+_FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens_file", "redis_tls_ca", "redis_tls_cert", "redis_tls_key")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def split_address(address: str, name: str) -> tuple[str, int]:

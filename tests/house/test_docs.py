@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engram_service.api.access import RIGHT_OF
 from engram_service.metrics import Metrics
 from engram_service.settings import Settings
 
@@ -37,6 +38,12 @@ def test_commands_of_the_readme_exist() -> None:
     commands = {entry.name for entry in entry_points(group="engram.commands")}
     named = set(re.findall(r"`engram (\w+)", (ROOT / "README.md").read_text()))
     assert named <= commands
+
+
+def test_security_names_the_right_of_every_method() -> None:
+    rows = dict(re.findall(r"^\| (`\w+`|any token) \| (.*?) \|$", (ROOT / "docs/security.md").read_text(), re.M))
+    for method, right in RIGHT_OF.items():
+        assert re.search(rf"\b{method}\b", rows[f"`{right}`" if right else "any token"]), method
 
 
 def test_metrics_that_are_named_exist() -> None:

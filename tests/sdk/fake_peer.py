@@ -85,6 +85,7 @@ class FakePeer:
 
     async def stream(self, requests: AsyncIterator[stream_pb2.StreamRequest], context: Any) -> None:
         self.streams += 1
+        await context.send_initial_metadata((("engram-server", "fake"),))
         names: list[str] = []
         queue: asyncio.Queue[Any] = asyncio.Queue()
         self.writers.append(queue)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import asyncio
 import builtins
 import threading
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -118,8 +127,20 @@ class Client:
             y = session.step(x)
     """
 
-    def __init__(self, addresses: str | Sequence[str], options: ClientOptions | None = None) -> None:
-        self._client = AsyncClient(addresses, options)
+    def __init__(
+        self,
+        addresses: str | Sequence[str],
+        options: ClientOptions | None = None,
+        *,
+        token: str | Callable[[], str] | None = None,
+        tls: bool | None = None,
+        ca_file: str | None = None,
+        cert_file: str | None = None,
+        key_file: str | None = None,
+    ) -> None:
+        self._client = AsyncClient(
+            addresses, options, token=token, tls=tls, ca_file=ca_file, cert_file=cert_file, key_file=key_file
+        )
         self._loop = _Loop()
         self.sessions = BlockingSessions(self)
         self.models = BlockingModels(self)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from types import TracebackType
 from typing import Any, TypeVar
@@ -57,17 +58,31 @@ class AsyncClient:
     Args:
         addresses: "host:port", or several that serve the same sessions; a DNS name is resolved by gRPC.
         options: see ClientOptions.
+        token, tls, ca_file, cert_file, key_file: the options of these names; given here, they win.
 
     A lost connection is taken up again at any of the addresses; sessions are carried on, unanswered steps are sent again
     with their numbers, so that each is applied once, and callers only see that it took longer. Errors that may pass are
     tried again until the call's `timeout` (seconds; None: no limit; not given: the option timeout_s).
     """
 
-    def __init__(self, addresses: str | Sequence[str], options: ClientOptions | None = None) -> None:
-        self.options = options or ClientOptions()
+    def __init__(
+        self,
+        addresses: str | Sequence[str],
+        options: ClientOptions | None = None,
+        *,
+        token: str | Callable[[], str] | None = None,
+        tls: bool | None = None,
+        ca_file: str | None = None,
+        cert_file: str | None = None,
+        key_file: str | None = None,
+    ) -> None:
+        given = {"token": token, "tls": tls, "ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
+        wanted: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        self.options = replace(options or ClientOptions(), **wanted)
         self.addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
         if not self.addresses:
             raise InvalidInput("AsyncClient needs at least one address", reason="INVALID_ARGUMENT")
+        self.options.check(self.addresses)
         self.sessions = Sessions(self)
         self.models = Models(self)
         self._client_id = secrets.randbits(63) | 1

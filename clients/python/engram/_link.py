@@ -24,17 +24,19 @@ from engram._errors import (
     ClientClosed,
     DeadlineExceeded,
     EngramError,
+    InvalidInput,
     Unavailable,
     Unsupported,
     of_detail,
 )
 from engram._options import ClientOptions
-from engram._rpc import StreamCall, call_unary, open_channel, open_stream
+from engram._rpc import StreamCall, call_unary, let_in, open_channel, open_stream
 from engram._status import of_rpc_error
 from engram.v1 import stream_pb2
 
 _ATTACH_ROWS = 1024  # sessions in one AttachFrame
 _OUTAGE_CHECK_S = 0.1
+_HOPELESS = (AccessDenied, InvalidInput, Unsupported)
 _DRAIN_S = 30.0  # a server that drains ends the stream itself; one that does not is left after so long
 
 _Response = TypeVar("_Response", bound=Message)
@@ -143,7 +145,9 @@ class Link:
             try:
                 await self._one_stream(address)
             except grpc.aio.AioRpcError as failure:
-                self._trouble = of_rpc_error(failure)
+                self._trouble = self._renewable(of_rpc_error(failure))
+            except EngramError as failure:
+                self._trouble = failure
             except (BadFrame, StreamLost, TimeoutError, grpc.aio.UsageError, asyncio.InvalidStateError) as failure:
                 self._trouble = Unavailable(
                     f"the stream to {address} was given up: {failure}", reason="CONNECTION_LOST"
@@ -168,7 +172,8 @@ class Link:
         try:
             call = open_stream(channel, self.options)
             async with asyncio.timeout(self.options.attempt_timeout_s):
-                await call.wait_for_connection()
+                if not await let_in(call):
+                    raise StreamLost("the server ended it at once")
             tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
             attaching = asyncio.create_task(self._attach_all())
             done, _ = await asyncio.wait([*tasks, attaching], return_when=asyncio.FIRST_COMPLETED)
@@ -260,16 +265,22 @@ class Link:
                 await self._channel.close()
 
     def _patience(self) -> float:
-        if isinstance(self._trouble, AccessDenied | Unsupported):
+        if isinstance(self._trouble, _HOPELESS):
             return 0.0  # no use in waiting
         return self.options.reconnect_timeout_s if self._ever_up else self.options.connect_timeout_s
 
     def _given_up(self) -> EngramError:
-        if isinstance(self._trouble, AccessDenied | Unsupported):
+        if isinstance(self._trouble, _HOPELESS):
             return self._trouble.copy()
         where = ", ".join(self._addresses)
         why = f": {self._trouble.message}" if self._trouble is not None else ""
         return Unavailable(f"no connection to {where} within {self._patience():g} s{why}", reason="CONNECTION_LOST")
+
+    def _renewable(self, error: EngramError) -> EngramError:
+        """A stream that was up was put out: the token may have been replaced meanwhile, so it is tried once more."""
+        if isinstance(error, AccessDenied) and self._up.is_set():
+            return Unavailable(error.message, reason=error.reason)
+        return error
 
     def _backoff(self, attempt: int) -> float:
         wait = min(self.options.backoff_max_s, self.options.backoff_initial_s * 2.0 ** min(attempt, 16))

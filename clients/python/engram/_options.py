@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import ipaddress
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from engram._errors import InvalidInput
 
 if TYPE_CHECKING:
     import grpc
@@ -53,8 +56,57 @@ class ClientOptions:
     ttl_s: float | None = None
     """How long an unused session lives on; None: the server's default."""
 
-    metadata: Sequence[tuple[str, str]] = ()
-    """Sent with every call: authorization, traceparent and the like."""
+    metadata: Sequence[tuple[str, str]] = field(default=(), repr=False)
+    """Sent with every call: traceparent and the like."""
+
+    token: str | Callable[[], str] | None = field(default=None, repr=False)
+    """Says who calls. A callable is asked before every call and every connection, so that a token can be replaced while the
+    client lives; it must not block."""
+
+    token_in_plain_text: bool = False
+    """Lets a token go without TLS to another machine, where everybody between can read it."""
+
+    tls: bool = False
+    """Speak TLS, and trust the system's CAs; a ca_file or a cert_file means it too."""
+
+    ca_file: str | None = None
+    """PEM certificates that sign the server's; None: the system's CAs."""
+
+    cert_file: str | None = None
+    """PEM certificate that this client shows to a server which asks for one. Files are read at every connection."""
+
+    key_file: str | None = None
+    """Its PEM key."""
 
     credentials: grpc.ChannelCredentials | None = None
-    """TLS; None: plain text."""
+    """Channel credentials made elsewhere, instead of the TLS options above."""
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether connections are TLS."""
+        return bool(self.tls or self.ca_file or self.cert_file or self.credentials is not None)
+
+    def check(self, addresses: Sequence[str]) -> None:
+        """Raises InvalidInput for options that do not fit each other, or would give a token away."""
+        if bool(self.cert_file) != bool(self.key_file):
+            raise InvalidInput("cert_file and key_file: give both or neither", reason="INVALID_ARGUMENT")
+        if self.token is None or self.encrypted or self.token_in_plain_text:
+            return
+        for address in addresses:
+            if not _stays_here(address):
+                message = (
+                    f"a token would cross the network to {address} in plain text; give tls=True or a ca_file"
+                    " (or the option token_in_plain_text, where the network is one that you trust)"
+                )
+                raise InvalidInput(message, reason="TOKEN_IN_PLAIN_TEXT")
+
+
+def _stays_here(address: str) -> bool:
+    """Whether an address is on this machine."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = address.removeprefix("dns:///").removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

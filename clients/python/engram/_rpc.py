@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias, TypeVar, cast
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from engram._errors import EngramError, InvalidInput, Unavailable
 from engram._options import ClientOptions
 from engram.v1 import stream_pb2
 
@@ -31,9 +34,42 @@ def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_retries", 0),
     ]
-    if options.credentials is not None:
-        return grpc.aio.secure_channel(address, options.credentials, options=arguments)
+    if options.encrypted:
+        return grpc.aio.secure_channel(address, _credentials(options), options=arguments)
     return grpc.aio.insecure_channel(address, options=arguments)
+
+
+def _credentials(options: ClientOptions) -> grpc.ChannelCredentials:
+    if options.credentials is not None:
+        return options.credentials
+    return grpc.ssl_channel_credentials(
+        root_certificates=_content("ca_file", options.ca_file),
+        private_key=_content("key_file", options.key_file),
+        certificate_chain=_content("cert_file", options.cert_file),
+    )
+
+
+def _content(name: str, path: str | None) -> bytes | None:
+    try:
+        return Path(path).read_bytes() if path else None
+    except OSError as error:
+        raise InvalidInput(f"{name} = {path!r}: {error.strerror}", reason="INVALID_ARGUMENT") from error
+
+
+def _asked(token: Callable[[], str]) -> str:
+    try:
+        return token()
+    except EngramError:
+        raise
+    except Exception as error:  # the caller's own function: it may fail now and not later
+        raise Unavailable(f"the token's function failed: {type(error).__name__}", reason="TOKEN_UNAVAILABLE") from error
+
+
+def _metadata(options: ClientOptions) -> tuple[tuple[str, str], ...]:
+    token = _asked(options.token) if callable(options.token) else options.token
+    if token and not (token.isascii() and token.isprintable()):
+        raise InvalidInput("token: not printable ASCII", reason="INVALID_ARGUMENT")
+    return (*options.metadata, ("authorization", f"Bearer {token}")) if token else tuple(options.metadata)
 
 
 def open_stream(channel: grpc.aio.Channel, options: ClientOptions) -> StreamCall:
@@ -43,7 +79,17 @@ def open_stream(channel: grpc.aio.Channel, options: ClientOptions) -> StreamCall
         request_serializer=stream_pb2.StreamRequest.SerializeToString,
         response_deserializer=stream_pb2.StreamResponse.FromString,
     )
-    return cast(StreamCall, multi(metadata=tuple(options.metadata)))
+    return cast(StreamCall, multi(metadata=_metadata(options)))
+
+
+async def let_in(call: StreamCall) -> bool:
+    """Waits until the server has let the stream in, which its metadata says. Raises grpc.aio.AioRpcError where it has not; False
+    where it ended the stream without a word."""
+    await call.wait_for_connection()
+    if "engram-server" in dict(await call.initial_metadata()):
+        return True
+    await call.read()  # raises what the status says
+    return False
 
 
 async def call_unary(
@@ -60,5 +106,5 @@ async def call_unary(
         request_serializer=type(request).SerializeToString,
         response_deserializer=response_type.FromString,
     )
-    response: _Response = await multi(request, timeout=timeout_s, metadata=tuple(options.metadata))
+    response: _Response = await multi(request, timeout=timeout_s, metadata=_metadata(options))
     return response

@@ -14,6 +14,7 @@ import numpy as np
 
 from engram_service.errors import InvalidArgument
 from engram_service.store import SessionInfo
+from engram_service.tenants import id_of
 
 _MAGIC = b"ENGRAMX2"
 _LENGTHS = struct.Struct("<HHHII")
@@ -24,7 +25,7 @@ _DIGEST_NBYTES = 16
 class Exported:
     """What of a session goes into an export."""
 
-    session_id: str
+    session_id: str  # without its tenant: whoever imports it gets it
     model: str
     version: str
     record: bytes
@@ -32,7 +33,7 @@ class Exported:
 
     @classmethod
     def of(cls, info: SessionInfo, memory: list[bytes]) -> Exported:
-        return cls(info.session_id, info.model, info.version, info.record, memory)
+        return cls(id_of(info.session_id), info.model, info.version, info.record, memory)
 
 
 def exported(session: Exported) -> bytes:

@@ -1,6 +1,6 @@
 """The RPCs of memories: patterns stored, recalled and forgotten; an NTM's memory addressed; inputs recreated.
 
-Each method takes a request and the seconds left, returns the response and raises Refusal; server.py maps it. What is worked
+Each method takes a request and its call, returns the response and raises Refusal; server.py maps it. What is worked
 out happens in threads of its own, so that neither the event loop nor the engine waits for it.
 """
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from engram.v1 import memory_pb2 as pb
 from engram_models import LABEL_BYTES_MAX, PatternMemory, Recalled
+from engram_service.api.call import Call
 from engram_service.api.unary import UnaryHandlers, check_id, place_of
 from engram_service.catalog import Served
 from engram_service.core import Core
@@ -51,7 +52,7 @@ class MemoryHandlers:
         for pool in (self._patterns, self._queries):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    async def store_patterns(self, request: pb.StorePatternsRequest, left_s: float) -> pb.StorePatternsResponse:
+    async def store_patterns(self, request: pb.StorePatternsRequest, call: Call) -> pb.StorePatternsResponse:
         operation = _operation(request.operation_id)
         bits = _rows(request.patterns, request.size, "patterns")
         labels = list(request.labels)
@@ -62,36 +63,38 @@ class MemoryHandlers:
                 "INVALID_PATTERN", f"{len(bits)} patterns and {len(labels)} labels; give one each, or none"
             )
         _check_labels(labels)
-        done = await self._call(left_s, self._memories.store, request.session_id, operation, request.size, bits, labels)
+        done = await self._call(
+            call.left_s, self._memories.store, request.session_id, operation, request.size, bits, labels
+        )
         self._core.metrics.patterns.labels("stored").inc(done.rows)
         return pb.StorePatternsResponse(
             stored=done.rows, first_number=done.first, count=done.summary.count, load=done.summary.load,
             warning=done.warning,
         )  # fmt: skip
 
-    async def forget_patterns(self, request: pb.ForgetPatternsRequest, left_s: float) -> pb.ForgetPatternsResponse:
+    async def forget_patterns(self, request: pb.ForgetPatternsRequest, call: Call) -> pb.ForgetPatternsResponse:
         operation = _operation(request.operation_id)
         if request.all == bool(request.labels):
             raise InvalidArgument("INVALID_ARGUMENT", "give the labels to forget, or all, and not both")
         labels = None if request.all else list(request.labels)
-        done = await self._call(left_s, self._memories.forget, request.session_id, operation, labels)
+        done = await self._call(call.left_s, self._memories.forget, request.session_id, operation, labels)
         self._core.metrics.patterns.labels("forgotten").inc(done.rows)
         return pb.ForgetPatternsResponse(forgotten=done.rows, count=done.summary.count, load=done.summary.load)
 
-    async def recall(self, request: pb.RecallRequest, left_s: float) -> pb.RecallResponse:
+    async def recall(self, request: pb.RecallRequest, call: Call) -> pb.RecallResponse:
         cues = _cues(request)
         sweeps_max = _sweeps(request.sweeps_max or _SWEEPS_DEFAULT)
         started = time.perf_counter()
         model, found = await self._call(
-            left_s, self._memories.recall, request.session_id, cues, request.synchronous, request.seed, sweeps_max
+            call.left_s, self._memories.recall, request.session_id, cues, request.synchronous, request.seed, sweeps_max
         )
         self._observe(model, found, time.perf_counter() - started)
         return _recalled(found, request.size)
 
-    async def list_patterns(self, request: pb.ListPatternsRequest, left_s: float) -> pb.ListPatternsResponse:
+    async def list_patterns(self, request: pb.ListPatternsRequest, call: Call) -> pb.ListPatternsResponse:
         count = min(request.page_size or _PAGE_DEFAULT, _PAGE_MAX)
         start = place_of(request.page_token)
-        labels, bits, summary = await self._call(left_s, self._memories.page, request.session_id, start, count)
+        labels, bits, summary = await self._call(call.left_s, self._memories.page, request.session_id, start, count)
         end = start + len(labels)
         return pb.ListPatternsResponse(
             labels=labels, patterns=bits.tobytes() if request.with_patterns else b"",
@@ -99,8 +102,8 @@ class MemoryHandlers:
             size=summary.size, rule=summary.rule,
         )  # fmt: skip
 
-    async def address_memory(self, request: pb.AddressMemoryRequest, left_s: float) -> pb.AddressMemoryResponse:
-        info = await self._unary.committed(request.session_id, left_s)
+    async def address_memory(self, request: pb.AddressMemoryRequest, call: Call) -> pb.AddressMemoryResponse:
+        info = await self._unary.committed(request.session_id, call.left_s)
         served, state = self._unary.state_of(info)
         spec = addressable(served.bundle)
         if spec is None:
@@ -117,7 +120,7 @@ class MemoryHandlers:
             seq=info.seq, weightings=weightings.tobytes(), reads=reads.tobytes(), slots=slots, width=width
         )
 
-    async def recreate(self, request: pb.RecreateRequest, left_s: float) -> pb.RecreateResponse:
+    async def recreate(self, request: pb.RecreateRequest, call: Call) -> pb.RecreateResponse:
         served = await self._model_of(request)
         cell = served.bundle.cell
         if not isinstance(cell, Recreator):

@@ -14,8 +14,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from engram.v1 import service_pb2
+from engram_service.api.access import Access, Gate
+from engram_service.api.call import Call
+from engram_service.api.confine import confine, ids_of
 from engram_service.api.status import abort
 from engram_service.api.stream import StreamHandler
+from engram_service.api.tls import Certificate
 from engram_service.errors import DeadlineExceeded, Internal, InvalidArgument, Refusal
 from engram_service.settings import Settings
 
@@ -29,9 +33,13 @@ _KEEPALIVE_MS = 20_000
 class Server:
     """Binds, serves, says how it is, stops."""
 
-    def __init__(self, settings: Settings, stream: StreamHandler, *unary: object) -> None:
+    def __init__(
+        self, settings: Settings, access: Access, certificate: Certificate | None, stream: StreamHandler, *unary: object
+    ) -> None:
         self._settings = settings
+        self._certificate = certificate
         self._server = grpc.aio.server(
+            interceptors=[Gate(access)],
             options=[
                 ("grpc.max_receive_message_length", settings.frame_bytes_max * _MESSAGE_MARGIN),
                 ("grpc.max_send_message_length", -1),
@@ -40,7 +48,7 @@ class Server:
                 ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS // 2),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
                 ("grpc.keepalive_permit_without_calls", 1),
-            ]
+            ],
         )
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for method in SERVICE.methods:
@@ -51,7 +59,7 @@ class Server:
             else:
                 name = _snake(method.name)
                 handle = next(getattr(one, name) for one in unary if hasattr(one, name))
-                handlers[method.name] = _unary(method, handle, settings)
+                handlers[method.name] = _unary(method, handle, settings, access)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -61,7 +69,10 @@ class Server:
     async def start(self) -> int:
         """Serves; the bound port. Raises OSError where the address cannot be had."""
         try:
-            port = self._server.add_insecure_port(self._settings.listen)
+            if self._certificate is not None:
+                port = self._server.add_secure_port(self._settings.listen, self._certificate.credentials())
+            else:
+                port = self._server.add_insecure_port(self._settings.listen)
         except RuntimeError as error:
             raise OSError(f"listen = {self._settings.listen}: the address is in use or cannot be bound") from error
         await self._server.start()
@@ -81,34 +92,50 @@ def _serialize(response: Message) -> bytes:
     return response.SerializeToString()
 
 
+def _left_s(context: grpc.aio.ServicerContext[bytes, Message], settings: Settings) -> float:
+    left: float | None = context.time_remaining()
+    left_s = settings.step_timeout_s if left is None else min(left, settings.step_timeout_s)
+    if left_s <= 0:
+        raise DeadlineExceeded("DEADLINE_EXCEEDED", "the call's deadline had passed when it arrived")
+    return left_s
+
+
 def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def _unary(
-    method: Any, handle: Callable[[Any, float], Awaitable[Message]], settings: Settings
+    method: Any, handle: Callable[[Any, Call], Awaitable[Message]], settings: Settings, access: Access
 ) -> grpc.RpcMethodHandler[Any, Any]:
     from google.protobuf import message_factory
 
     request_type = message_factory.GetMessageClass(method.input_type)
 
     async def call(data: bytes, context: grpc.aio.ServicerContext[bytes, Message]) -> Message:
-        left: float | None = context.time_remaining()
-        left_s = settings.step_timeout_s if left is None else min(left, settings.step_timeout_s)
         try:
-            if left_s <= 0:
-                raise DeadlineExceeded("DEADLINE_EXCEEDED", "the call's deadline had passed when it arrived")
-            return await handle(request_type.FromString(data), left_s)
-        except DecodeError:
-            await abort(
-                context, InvalidArgument("INVALID_FRAME", f"the bytes are not an {method.input_type.full_name}")
-            )
+            caller = access.admit(method.name, context.invocation_metadata(), context.peer())
         except Refusal as refusal:
             await abort(context, refusal)
+        ids: list[str] = []
+        try:
+            request = request_type.FromString(data)
+            ids = ids_of(request)
+            confine(request, caller.tenant)
+            response = await handle(request, Call(_left_s(context, settings), caller))
+        except DecodeError:
+            problem: Refusal = InvalidArgument("INVALID_FRAME", f"the bytes are not an {method.input_type.full_name}")
+        except Refusal as refusal:
+            problem = refusal
         except asyncio.CancelledError:
+            access.audit.done(method.name, caller, context.peer(), ids, "CANCELLED")
             raise
         except Exception as error:
             log.exception("%s failed", method.name)
-            await abort(context, Internal("INTERNAL", f"the server failed on this call: {type(error).__name__}"))
+            problem = Internal("INTERNAL", f"the server failed on this call: {type(error).__name__}")
+        else:
+            access.audit.done(method.name, caller, context.peer(), ids)
+            return response
+        access.audit.done(method.name, caller, context.peer(), ids, problem.reason)
+        return await abort(context, problem)
 
     return grpc.unary_unary_rpc_method_handler(call, request_deserializer=None, response_serializer=_serialize)

@@ -4,45 +4,97 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from engram import __version__
 from engram.v1 import stream_pb2
+from engram_service.api.access import Access
 from engram_service.api.status import abort
 from engram_service.core import Core
-from engram_service.errors import Internal, InvalidArgument, Refusal
-from engram_service.sessions.opening import Opened, Sessions, Wanted
+from engram_service.errors import Internal, InvalidArgument, Refusal, Unauthenticated
+from engram_service.sessions.opening import Opened, Sessions, Wanted, new_id
 from engram_service.sessions.streams import Stream
+from engram_service.tenants import id_of, key_of
+from engram_service.tokens import Caller
 
 log = logging.getLogger(__name__)
 
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]"
+
 _OPENS_MAX = 64  # opens and closes of one stream that may wait for the store at once
+
+
+@dataclass(slots=True, eq=False)
+class _Guest:
+    """Whose stream it is; `put_out` is set to end it."""
+
+    caller: Caller
+    peer: str
+    put_out: asyncio.Future[Refusal] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class StreamHandler:
     """Handles EngramService.Stream; requests come as bytes, so that garbage can be answered."""
 
-    def __init__(self, core: Core, sessions: Sessions) -> None:
+    def __init__(self, core: Core, sessions: Sessions, access: Access) -> None:
         self._core = core
         self._sessions = sessions
+        self._access = access
+        self._guests: dict[Stream, _Guest] = {}
 
-    async def handle(self, requests: Any, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
+    async def handle(self, requests: Any, context: Context) -> None:
         try:
-            stream = self._core.connect(trace_of(context))
+            caller = self._access.admit("Stream", context.invocation_metadata(), context.peer())
+            stream = self._core.connect(trace_of(context), caller.tenant)
         except Refusal as refusal:
             await abort(context, refusal)
-        log.info("stream opened", extra={"stream": stream.id, "trace": stream.trace})
-        reader = asyncio.create_task(self._read(stream, context))
+        told = {"stream": stream.id, "trace": stream.trace, "tenant": caller.tenant, "token": caller.token}
+        log.info("stream opened", extra=told)
+        guest = self._guests[stream] = _Guest(caller, context.peer())
         try:
-            await _write(stream, context)
+            # At once, and not with the first answer: the client then knows that it was let in.
+            await context.send_initial_metadata((("engram-server", __version__),))
+            await self._carry(stream, guest, context)
         finally:
-            reader.cancel()
+            del self._guests[stream]
             self._core.disconnect(stream)
-            log.info("stream ended", extra={"stream": stream.id, "trace": stream.trace})
+            log.info("stream ended", extra=told)
+        if guest.put_out.done():
+            await abort(context, guest.put_out.result())
 
-    async def _read(self, stream: Stream, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
+    async def _carry(self, stream: Stream, guest: _Guest, context: Context) -> None:
+        """Returns when the stream has ended, or has to."""
+        work = [asyncio.create_task(self._read(stream, context)), asyncio.create_task(_write(stream, context))]
+        waited: list[asyncio.Future[Any]] = [work[1], guest.put_out]
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if not guest.put_out.done():
+                work[1].result()
+        finally:
+            for task in work:
+                task.cancel()
+        if guest.put_out.done():
+            await asyncio.wait(work)
+
+    def tokens_changed(self) -> None:
+        """Puts out those whose token has been revoked, has expired or has lost its right; the others go on."""
+        self._core.shares.forget_room()
+        for guest in self._guests.values():
+            try:
+                renewed = self._access.renewed(guest.caller, "Stream")
+                if renewed.tenant != guest.caller.tenant:
+                    raise Unauthenticated("TOKEN_UNKNOWN", "this token has been given to another tenant; connect again")
+                guest.caller = renewed
+            except Refusal as refusal:
+                if not guest.put_out.done():
+                    self._access.audit.denied("Stream", guest.caller, guest.peer, refusal)
+                    guest.put_out.set_result(refusal)
+
+    async def _read(self, stream: Stream, context: Context) -> None:
         """Reads until the client has no more frames; then what is under way is answered, and the stream ends."""
         opens: set[asyncio.Task[None]] = set()
         try:
@@ -83,7 +135,7 @@ class StreamHandler:
                 case "attach":
                     return self._open(stream, request.attach, attach=True)
                 case "close":
-                    return self._close(stream, request.close)
+                    return self._close(stream, request.close, self._guests[stream])
                 case _:
                     raise InvalidArgument("INVALID_FRAME", "the request has no frame that this server knows")
         except DecodeError:
@@ -96,18 +148,19 @@ class StreamHandler:
         return None
 
     async def _open(self, stream: Stream, frame: stream_pb2.OpenFrame | stream_pb2.AttachFrame, attach: bool) -> None:
+        tenant = stream.tenant
+        keys = [key_of(tenant, given or new_id()) for given in frame.session_ids]
         default = self._core.settings.durability == "interval"
         interval = default if frame.durability == 0 else frame.durability == stream_pb2.DURABILITY_INTERVAL
-        wanted = Wanted(frame.model, frame.version, frame.session_ids, interval, frame.client_id, frame.ttl_ms, attach)
-        count = len(frame.session_ids)
+        wanted = Wanted(frame.model, frame.version, tenant, keys, interval, frame.client_id, frame.ttl_ms, attach)
         try:
             opened = await self._sessions.open(stream, wanted)
         except Refusal as refusal:
-            opened = Opened.refused(count, list(frame.session_ids), refusal)
+            opened = Opened.refused(len(keys), keys, refusal)
         except Exception as error:
             log.exception("an open failed", extra={"stream": stream.id})
             failure = Internal("INTERNAL", f"the server failed on this open: {type(error).__name__}")
-            opened = Opened.refused(count, list(frame.session_ids), failure)
+            opened = Opened.refused(len(keys), keys, failure)
         made = any(not given for given in frame.session_ids)
         response = stream_pb2.OpenedFrame(
             request_id=frame.request_id,
@@ -115,7 +168,7 @@ class StreamHandler:
             seqs=opened.seqs.tobytes(),
             acknowledged_seqs=opened.acked.tobytes(),
             created=opened.created.tobytes(),
-            session_ids=opened.ids if made else [],
+            session_ids=[id_of(key) for key in opened.ids] if made else [],
             model=None if opened.served is None else self._core.catalog.describe(opened.served),
             window=0 if opened.served is None else opened.served.arena.window,
             rows_max=self._core.settings.frame_rows_max,
@@ -123,16 +176,24 @@ class StreamHandler:
         )
         stream.send(stream_pb2.StreamResponse(opened=response))
 
-    async def _close(self, stream: Stream, frame: stream_pb2.CloseFrame) -> None:
+    async def _close(self, stream: Stream, frame: stream_pb2.CloseFrame, guest: _Guest) -> None:
+        keys: list[str] = []
+        outcome = "CANCELLED"
         try:
+            keys = self._sessions.keys_of(stream, frame)
             errors = await self._sessions.close(stream, frame)
+            outcome = "ok"
         except Refusal as refusal:
             errors = [(row, refusal) for row in range(len(frame.handles) // 4)]
+            outcome = refusal.reason
+        finally:
+            if keys and not frame.detach:
+                self._access.audit.closed(guest.caller, guest.peer, [id_of(key) for key in keys], outcome)
         rows = [stream_pb2.RowError(row=row, error=refusal.detail()) for row, refusal in errors]
         stream.send(stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=frame.request_id, errors=rows)))
 
 
-async def _write(stream: Stream, context: grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]) -> None:
+async def _write(stream: Stream, context: Context) -> None:
     while (answer := await stream.next()) is not None:
         response, rows = answer
         await context.write(response)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engram import __version__
 from engram.v1 import model_pb2, session_pb2, stream_pb2
+from engram_service.api.call import Call
 from engram_service.api.exported import Exported, exported, imported
 from engram_service.api.unary_stream import Asked, UnaryStream
 from engram_service.catalog import Served
@@ -22,24 +23,26 @@ from engram_service.errors import (
     DataLoss,
     FailedPrecondition,
     InvalidArgument,
-    NotFound,
     Refusal,
     Unavailable,
+    no_session,
 )
 from engram_service.memory.chunks import ChunkError
 from engram_service.memory.memories import Memories
-from engram_service.sessions.opening import Sessions, check_ids
+from engram_service.sessions.opening import Sessions, check_ids, new_id
 from engram_service.sessions.table import NO_SLOT
 from engram_service.store import TIME_MS_MAX, Records, SessionInfo, Store
+from engram_service.tenants import beside, id_of, key_of, tenant_of
 
 _PAGE_DEFAULT, _PAGE_MAX = 100, 1000
 _PAGE_TOKENS = 2**76  # a cursor of Redis has 64 bits, a node's place 12
 _PAGE_TOKEN_DIGITS_MAX = len(str(_PAGE_TOKENS))
+_PAGE_S = 0.5
 _STEP_ROWS_MAX = 32
 
 
 class UnaryHandlers:
-    """One method for each unary RPC: request and seconds left in, response out."""
+    """One method for each unary RPC: request and call in, response out. Session ids in requests are keys: see confine.py."""
 
     def __init__(
         self, core: Core, sessions: Sessions, store: Store, unary: UnaryStream, memories: Memories, device: str
@@ -51,7 +54,7 @@ class UnaryHandlers:
         self._unary = unary
         self._device = device
 
-    async def step(self, request: session_pb2.StepRequest, left_s: float) -> session_pb2.StepResponse:
+    async def step(self, request: session_pb2.StepRequest, call: Call) -> session_pb2.StepResponse:
         check_id(request.session_id)
         model, version = request.model, request.version
         if not model:
@@ -75,7 +78,7 @@ class UnaryHandlers:
             request.seq,
             request.quiet,
             request.generate,
-            left_s,
+            call.left_s,
         )
         seq, outputs = await self._unary.step(asked)
         spec = served.bundle.output
@@ -88,40 +91,44 @@ class UnaryHandlers:
                 response.outputs.extend(cast_to_floats(outputs, spec))
         return response
 
-    async def get_session(
-        self, request: session_pb2.GetSessionRequest, left_s: float
-    ) -> session_pb2.GetSessionResponse:
+    async def get_session(self, request: session_pb2.GetSessionRequest, call: Call) -> session_pb2.GetSessionResponse:
         return session_pb2.GetSessionResponse(session=self._session(await self.info(request.session_id)))
 
     async def list_sessions(
-        self, request: session_pb2.ListSessionsRequest, left_s: float
+        self, request: session_pb2.ListSessionsRequest, call: Call
     ) -> session_pb2.ListSessionsResponse:
         size = min(request.page_size or _PAGE_DEFAULT, _PAGE_MAX)
-        cursor, found = await self._call(left_s, self._store.page, place_of(request.page_token), size)
-        sessions = [self._session(info) for info in found if request.model in ("", info.model)]
+        cursor, sessions = place_of(request.page_token), list[session_pb2.Session]()
+        enough = time.monotonic() + _PAGE_S  # others' sessions lie between this tenant's: a page may have to look far
+        while True:
+            cursor, found = await self._call(call.left_s, self._store.page, cursor, size)
+            mine = [info for info in found if tenant_of(info.session_id) == call.tenant]
+            sessions += [self._session(info) for info in mine if request.model in ("", info.model)]
+            if not cursor or len(sessions) * 2 >= size or time.monotonic() > enough:
+                break
         return session_pb2.ListSessionsResponse(sessions=sessions, next_page_token=str(cursor) if cursor else "")
 
     async def close_session(
-        self, request: session_pb2.CloseSessionRequest, left_s: float
+        self, request: session_pb2.CloseSessionRequest, call: Call
     ) -> session_pb2.CloseSessionResponse:
         check_id(request.session_id)
         await self._sessions.delete(request.session_id)
         return session_pb2.CloseSessionResponse()
 
     async def fork_session(
-        self, request: session_pb2.ForkSessionRequest, left_s: float
+        self, request: session_pb2.ForkSessionRequest, call: Call
     ) -> session_pb2.ForkSessionResponse:
-        info = await self.committed(request.session_id, left_s)
-        memory = await self._call(left_s, self._store.memories.copy, request.session_id)
-        new = request.new_session_id or secrets.token_urlsafe(12)
-        await self._create(new, f"{info.model}/{info.version}", info.fingerprint, info.record, left_s, memory)
+        info = await self.committed(request.session_id, call.left_s)
+        memory = await self._call(call.left_s, self._store.memories.copy, request.session_id)
+        new = request.new_session_id or beside(request.session_id, new_id())
+        await self._create(new, f"{info.model}/{info.version}", info.fingerprint, info.record, call.left_s, memory)
         return session_pb2.ForkSessionResponse(session=self._session(await self.info(new)))
 
     async def move_session(
-        self, request: session_pb2.MoveSessionRequest, left_s: float
+        self, request: session_pb2.MoveSessionRequest, call: Call
     ) -> session_pb2.MoveSessionResponse:
         """The session's present stream, if it has one, is told that it was taken over; the next open is on the new version."""
-        info = await self.committed(request.session_id, left_s)
+        info = await self.committed(request.session_id, call.left_s)
         old, new = (
             self._core.catalog.resolve(info.model, info.version),
             self._core.catalog.resolve(info.model, request.version),
@@ -133,7 +140,7 @@ class UnaryHandlers:
         record = new.layout.refingerprinted(info.record)
         token = secrets.token_hex(8)
         if not await self._call(
-            left_s, self._store.rewrite, info, new.reference, new.bundle.fingerprint, record, token
+            call.left_s, self._store.rewrite, info, new.reference, new.bundle.fingerprint, record, token
         ):
             raise Unavailable(
                 "STORE_UNAVAILABLE", "the session was opened or closed meanwhile; try again", retry_after_ms=50
@@ -141,14 +148,14 @@ class UnaryHandlers:
         return session_pb2.MoveSessionResponse(session=self._session(await self.info(request.session_id)))
 
     async def export_session(
-        self, request: session_pb2.ExportSessionRequest, left_s: float
+        self, request: session_pb2.ExportSessionRequest, call: Call
     ) -> session_pb2.ExportSessionResponse:
-        info = await self.committed(request.session_id, left_s)
-        memory = await self._call(left_s, self._store.memories.copy, request.session_id)
+        info = await self.committed(request.session_id, call.left_s)
+        memory = await self._call(call.left_s, self._store.memories.copy, request.session_id)
         return session_pb2.ExportSessionResponse(data=exported(Exported.of(info, memory)))
 
     async def import_session(
-        self, request: session_pb2.ImportSessionRequest, left_s: float
+        self, request: session_pb2.ImportSessionRequest, call: Call
     ) -> session_pb2.ImportSessionResponse:
         found = imported(request.data)
         served = self._core.catalog.resolve(found.model, found.version)
@@ -162,14 +169,14 @@ class UnaryHandlers:
                 await asyncio.to_thread(self._memories.check_log, served, found.memory)
             except ChunkError as error:
                 raise InvalidArgument("INVALID_EXPORT", f"the exported session's memory: {error}") from error
-        new = request.session_id or found.session_id
-        await self._create(new, served.reference, served.bundle.fingerprint, found.record, left_s, found.memory)
+        new = request.session_id or key_of(call.tenant, found.session_id)
+        await self._create(new, served.reference, served.bundle.fingerprint, found.record, call.left_s, found.memory)
         return session_pb2.ImportSessionResponse(session=self._session(await self.info(new)))
 
     async def get_session_state(
-        self, request: session_pb2.GetSessionStateRequest, left_s: float
+        self, request: session_pb2.GetSessionStateRequest, call: Call
     ) -> session_pb2.GetSessionStateResponse:
-        info = await self.committed(request.session_id, left_s)
+        info = await self.committed(request.session_id, call.left_s)
         served, state = self.state_of(info)
         specs = self._core.catalog.describe(served).state
         response = session_pb2.GetSessionStateResponse(seq=info.seq)
@@ -179,22 +186,20 @@ class UnaryHandlers:
             start += own.nbytes
         return response
 
-    async def list_models(
-        self, request: session_pb2.ListModelsRequest, left_s: float
-    ) -> session_pb2.ListModelsResponse:
+    async def list_models(self, request: session_pb2.ListModelsRequest, call: Call) -> session_pb2.ListModelsResponse:
         return session_pb2.ListModelsResponse(models=self._core.catalog.describe_all())
 
-    async def get_model(self, request: session_pb2.GetModelRequest, left_s: float) -> session_pb2.GetModelResponse:
+    async def get_model(self, request: session_pb2.GetModelRequest, call: Call) -> session_pb2.GetModelResponse:
         served = self._core.catalog.resolve(request.model, request.version)
         return session_pb2.GetModelResponse(model=self._core.catalog.describe(served))
 
     async def reload_models(
-        self, request: session_pb2.ReloadModelsRequest, left_s: float
+        self, request: session_pb2.ReloadModelsRequest, call: Call
     ) -> session_pb2.ReloadModelsResponse:
         errors = await self._core.catalog.reload()
         return session_pb2.ReloadModelsResponse(models=self._core.catalog.describe_all(), errors=errors)
 
-    async def get_server(self, request: session_pb2.GetServerRequest, left_s: float) -> session_pb2.GetServerResponse:
+    async def get_server(self, request: session_pb2.GetServerRequest, call: Call) -> session_pb2.GetServerResponse:
         settings = self._core.settings
         default = stream_pb2.DURABILITY_INTERVAL if settings.durability == "interval" else stream_pb2.DURABILITY_STEP
         return session_pb2.GetServerResponse(
@@ -214,7 +219,7 @@ class UnaryHandlers:
             self._core.settings.step_timeout_s, self._store.describe, session_id, with_record
         )
         if info is None:
-            raise NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
+            raise no_session(session_id)
         return info
 
     def state_of(self, info: SessionInfo) -> tuple[Served, NDArray[np.uint8]]:
@@ -243,7 +248,8 @@ class UnaryHandlers:
         ttl_ms = self._core.settings.session_ttl_s * 1000
         session = (session_id, reference, fingerprint, record, ttl_ms, secrets.token_hex(8), memory)
         if not await self._call(left_s, self._store.create, *session):
-            raise AlreadyExists("SESSION_EXISTS", f"there is a session {session_id!r} already", session=session_id)
+            own = id_of(session_id)
+            raise AlreadyExists("SESSION_EXISTS", f"there is a session {own!r} already", session=own)
 
     def _unpacked(self, served: Served, info: SessionInfo) -> Records:
         records = served.layout.unpack([info.record])
@@ -257,7 +263,7 @@ class UnaryHandlers:
         here = row is not None and table.slot[row] != NO_SLOT
         kind = session_pb2.Session.RESIDENCY_DEVICE if here else session_pb2.Session.RESIDENCY_STORED
         session = session_pb2.Session(
-            id=info.session_id, model=info.model, version=info.version, fingerprint=info.fingerprint, seq=info.seq,
+            id=id_of(info.session_id), model=info.model, version=info.version, fingerprint=info.fingerprint, seq=info.seq,
             acknowledged_seq=info.acked, epoch=info.epoch, residency=kind,
         )  # fmt: skip
         # A listing reads records unchecked; one that is damaged must not spoil the listing of all.

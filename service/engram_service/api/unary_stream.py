@@ -14,6 +14,7 @@ from engram_service.errors import Aborted, of_detail
 from engram_service.sessions.admission import FEEDBACK, QUIET
 from engram_service.sessions.opening import Sessions, Wanted
 from engram_service.sessions.table import NO_STREAM
+from engram_service.tenants import tenant_of
 
 CLIENT_ID = 1  # of all unary callers: a session without a stream belongs to whoever steps it
 _TRIES = 3
@@ -59,7 +60,8 @@ class UnaryStream:
         for attempt in range(_TRIES):
             try:
                 async with asyncio.timeout(asked.timeout_s):
-                    return await self._step(asked)
+                    with self._core.shares.of(tenant_of(asked.session_id)).unary(asked.rows + asked.generate):
+                        return await self._step(asked)
             except Aborted:
                 # Another server had taken the session over since the last call: nothing was applied, so claim it again.
                 if attempt == _TRIES - 1:
@@ -118,7 +120,9 @@ class UnaryStream:
         return seq not in (0, admitted + 1) and admitted == applied
 
     async def _open(self, asked: Asked) -> int:
-        wanted = Wanted(asked.model, asked.version, [asked.session_id], False, CLIENT_ID, 0, attach=False)
+        wanted = Wanted(
+            asked.model, asked.version, tenant_of(asked.session_id), [asked.session_id], False, CLIENT_ID, 0, False
+        )
         opened = await self._sessions.open(self._stream, wanted, asked.timeout_s)
         if opened.errors:
             raise opened.errors[0]

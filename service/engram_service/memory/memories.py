@@ -25,6 +25,7 @@ from engram_service.errors import (
     NotFound,
     Refusal,
     Unavailable,
+    no_session,
 )
 from engram_service.memory.cache import Cache, Slot
 from engram_service.memory.chunks import FORGET, STORE, ChunkError, Operation, begins_log
@@ -148,7 +149,7 @@ class Memories:
     def _look(self, session_id: str) -> tuple[Served, MemoryHead]:
         head = self._logs.look(session_id)
         if head is None:
-            raise NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
+            raise no_session(session_id)
         served = self._resolve(head.model, head.version)
         _keeper(served)
         if served.bundle.fingerprint != head.fingerprint:
@@ -237,7 +238,7 @@ class Memories:
         if written is Written.CHANGED:
             return None
         if written is Written.NO_SESSION:
-            raise NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
+            raise no_session(session_id)
         slot.held = None
         slot.until_quiet()
         if begins:

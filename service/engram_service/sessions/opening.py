@@ -30,10 +30,12 @@ from engram_service.errors import (
     Refusal,
     ResourceExhausted,
     Unavailable,
+    no_session,
 )
 from engram_service.sessions.admission import column
 from engram_service.sessions.streams import CLOSED, TAKEN_OVER, Stream
 from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, StoreUnavailable, session_tag
+from engram_service.tenants import id_of
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,8 @@ class Wanted:
 
     model: str
     version: str
-    ids: Sequence[str]
+    tenant: str
+    ids: Sequence[str]  # keys, all of this tenant
     interval: bool
     client_id: int
     ttl_ms: int
@@ -100,23 +103,31 @@ class Sessions:
             )
         if wanted.ttl_ms > _TTL_MS_MAX:
             raise InvalidArgument("INVALID_ARGUMENT", f"ttl_ms is {wanted.ttl_ms}; give at most {_TTL_MS_MAX}")
-        if len(core.table) + len(wanted.ids) > core.settings.sessions_max:
+        more = sum(core.table.find(key) is None for key in wanted.ids)
+        if len(core.table) + more > core.settings.sessions_max:
             message = f"this server has {core.settings.sessions_max} sessions, its limit"
             raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
         served = core.catalog.resolve(wanted.model, wanted.version)
-        ids = [given or secrets.token_urlsafe(12) for given in wanted.ids]
+        ids = list(wanted.ids)
         result = Opened.refused(len(ids), ids, None)
         result.errors = {i: refusal for i, refusal in enumerate(check_ids(ids)) if refusal is not None}
         good = [i for i in range(len(ids)) if i not in result.errors]
-        async with self.hold([ids[i] for i in good], deadline):
-            requests = [self._request(served, wanted, ids[i]) for i in good]
-            claims = await self.call(deadline, self._store.claim, requests)
-            self._apply(stream, wanted, served, good, requests, claims, result)
+        room = core.shares.of(wanted.tenant).sessions(core.table.count_of(wanted.tenant), more)
+        with room:
+            async with self.hold([ids[i] for i in good], deadline):
+                requests = [self._request(served, wanted, ids[i]) for i in good]
+                claims = await self.call(deadline, self._store.claim, requests)
+                self._apply(stream, wanted, served, good, requests, claims, result)
         return result
 
     def hold(self, ids: Sequence[str], deadline: float) -> _Hold:
         """Keeps others from opening, closing or moving these sessions, and waits until none of their steps is under way."""
         return _Hold(self, ids, deadline)
+
+    def keys_of(self, stream: Stream, frame: stream_pb2.CloseFrame) -> list[str]:
+        """The sessions that a CloseFrame is about."""
+        rows = stream.rows_of(column(frame.handles, np.uint32, "handles"))
+        return [self._core.table.id_of(row) for row in np.unique(rows[rows >= 0]).tolist()]
 
     async def close(self, stream: Stream, frame: stream_pb2.CloseFrame) -> list[tuple[int, Refusal]]:
         """Deletes the records of these sessions, or only lets go of them; returns what was refused."""
@@ -126,8 +137,7 @@ class Sessions:
         for i in np.flatnonzero(rows < 0).tolist():
             why = {TAKEN_OVER: taken_over(), CLOSED: closed()}.get(int(rows[i]))
             errors.append((i, why or NotFound("INVALID_HANDLE", f"no session of this stream has handle {handles[i]}")))
-        known = np.unique(rows[rows >= 0])
-        ids = [self._core.table.id_of(row) for row in known.tolist()]
+        ids = self.keys_of(stream, frame)
         deadline = time.monotonic() + self._core.settings.step_timeout_s
         for handle in handles[rows >= 0].tolist():
             stream.void(handle, CLOSED)
@@ -150,7 +160,7 @@ class Sessions:
             if row is not None:
                 self._core.dismiss(np.array([row], np.int32), CLOSED)
         if not existed:
-            raise NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
+            raise no_session(session_id)
         self._core.metrics.sessions_closed.inc()
 
     async def call(
@@ -334,13 +344,18 @@ class _Hold:
             sessions._freed.notify_all()
 
 
+def new_id() -> str:
+    """An id for a session whose client gave none."""
+    return secrets.token_urlsafe(12)
+
+
 def check_ids(ids: Sequence[str]) -> list[Refusal | None]:
-    """For each id, why it cannot be used; None where it can."""
+    """For each key, why the id in it cannot be used; None where it can."""
     seen: set[str] = set()
     checked: list[Refusal | None] = []
-    for session_id in ids:
-        checked.append(_check_id(session_id, session_id in seen))
-        seen.add(session_id)
+    for key in ids:
+        checked.append(_check_id(id_of(key), key in seen))
+        seen.add(key)
     return checked
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_service.catalog import Served
+from engram_service.logs import named
 from engram_service.sessions.table import NO_SLOT, NO_STREAM
 from engram_service.store import Records, Store, StoreUnavailable, Verdict
 
@@ -94,7 +95,7 @@ class Residency:
         found = np.array([value is not None for value in values])
         records = served.layout.unpack([value for value in values if value is not None])
         for number, reason in records.errors.items():
-            log.error("a record cannot be used: %s", reason, extra={"session": table.id_of(int(rows[found][number]))})
+            log.error("a record cannot be used: %s", reason, extra=named(table.id_of(int(rows[found][number]))))
         good = np.flatnonzero(found)[[i for i in range(int(found.sum())) if i not in records.errors]]
         if len(good):
             self.place(

@@ -23,9 +23,10 @@ CLOSED = -3
 class Stream:
     """Handles are dense numbers from 0; `rows` maps them to rows of the session table, or to why they are void."""
 
-    def __init__(self, stream_id: int, rows_in_flight_max: int, trace: str = "") -> None:
+    def __init__(self, stream_id: int, rows_in_flight_max: int, trace: str = "", tenant: str = "") -> None:
         self.id = stream_id
         self.trace = trace  # the trace id that the client sent (W3C trace context); for log lines
+        self.tenant = tenant  # whose sessions it may open
         self.in_flight = 0  # rows accepted whose answer has not been written
         self.ended = False
         self._rows_in_flight_max = rows_in_flight_max

@@ -1,4 +1,4 @@
-"""The sessions that this server knows, as columns: row i of every column is one session.
+"""The sessions that this server knows, as columns: row i of every column is one session. Ids here are keys (tenants.py).
 
 Written by the event loop alone, but for `busy` and `computed`: the engine thread sets them under the queue's lock. An
 idle session costs one row here (some 300 bytes with its id) and nothing else, so columns are as narrow as they can be.
@@ -6,10 +6,13 @@ idle session costs one row here (some 300 bytes with its id) and nothing else, s
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engram_service.tenants import tenant_of
 
 NO_SLOT = -1
 NO_STREAM = -1
@@ -75,6 +78,7 @@ class SessionTable:
         self.ids: list[str | None] = []
         self._row_of: dict[str, int] = {}
         self._free: list[int] = []
+        self._of_tenant: Counter[str] = Counter()
         for name, (dtype, shape, unused) in _COLUMNS.items():
             setattr(self, name, np.full((capacity, *shape), unused, dtype))
 
@@ -88,6 +92,10 @@ class SessionTable:
 
     def find(self, session_id: str) -> int | None:
         return self._row_of.get(session_id)
+
+    def count_of(self, tenant: str) -> int:
+        """How many of the sessions are a tenant's."""
+        return self._of_tenant[tenant]
 
     def id_of(self, row: int) -> str:
         session_id = self.ids[row]
@@ -106,12 +114,15 @@ class SessionTable:
                 self._grow()
             self.ids.append(session_id)
         self._row_of[session_id] = row
+        self._of_tenant[tenant_of(session_id)] += 1
         return row
 
     def remove(self, rows: NDArray[Any]) -> None:
         """Frees rows. Callers hold the queue's lock."""
         for row in rows.tolist():
-            del self._row_of[self.id_of(row)]
+            session_id = self.id_of(row)
+            del self._row_of[session_id]
+            self._of_tenant[tenant_of(session_id)] -= 1
             self.ids[row] = None
         for name, (_, _, unused) in _COLUMNS.items():
             getattr(self, name)[rows] = unused

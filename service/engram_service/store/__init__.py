@@ -16,6 +16,7 @@ from engram_service.store.types import (
     StoreError,
     StoreSettings,
     StoreUnavailable,
+    TlsFiles,
     Verdict,
     Written,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "StoreError",
     "StoreSettings",
     "StoreUnavailable",
+    "TlsFiles",
     "Verdict",
     "Written",
     "revision_of",

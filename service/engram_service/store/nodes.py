@@ -20,7 +20,7 @@ from redis.cluster import ClusterNode, RedisCluster
 from redis.retry import Retry
 
 from engram_service.store.keys import GENERATION, META_PREFIX
-from engram_service.store.types import UNACKNOWLEDGED, StoreError
+from engram_service.store.types import UNACKNOWLEDGED, StoreError, TlsFiles
 
 _CLUSTER = "+cluster"
 _SLOTS = 16384
@@ -42,10 +42,10 @@ class Nodes:
 
     in_slots = False
 
-    def __init__(self, url: str, timeout_s: float, retries: int) -> None:
+    def __init__(self, url: str, timeout_s: float, retries: int, tls: TlsFiles) -> None:
         # One retry is for a connection that was closed while it lay idle; redis-py's own retries back off for seconds.
         retry = Retry(NoBackoff(), retries)
-        self._node = Node("", redis.Redis.from_url(url, retry=retry, **_options(timeout_s)))
+        self._node = Node("", redis.Redis.from_url(url, retry=retry, **_options(url, timeout_s, tls)))
 
     def all(self) -> list[Node]:
         return [self._node]
@@ -84,7 +84,7 @@ class ClusterNodes(Nodes):
 
     in_slots = True
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float, tls: TlsFiles) -> None:
         parts = urlsplit(url)
         credentials, at, hosts = parts.netloc.rpartition("@")
         first, *others = hosts.split(",")
@@ -92,7 +92,7 @@ class ClusterNodes(Nodes):
         self._url = urlunsplit(parts._replace(scheme=scheme, netloc=credentials + at + first))
         self._others = [urlsplit(f"//{host}") for host in others]
         redis.Redis.from_url(self._url)  # raises ValueError
-        self._options = _options(timeout_s)
+        self._options = _options(url, timeout_s, tls)
         self._cluster: RedisCluster | None = None
         self._map: _Map | None = None
         self._asked: dict[str, Node] = {}  # nodes that have no slots yet
@@ -166,14 +166,16 @@ class ClusterNodes(Nodes):
         return [(known.nodes[place], np.flatnonzero(owners == place)) for place in np.unique(owners).tolist()]
 
 
-def open_nodes(url: str, timeout_s: float, retries: int) -> Nodes:
+def open_nodes(url: str, timeout_s: float, retries: int, tls: TlsFiles) -> Nodes:
     """Raises StoreError."""
     try:
         if urlsplit(url).scheme.endswith(_CLUSTER):
-            return ClusterNodes(url, timeout_s)
-        return Nodes(url, timeout_s, retries)
+            return ClusterNodes(url, timeout_s, tls)
+        return Nodes(url, timeout_s, retries, tls)
     except ValueError as error:
-        raise StoreError(f"redis_url cannot be used: {error}") from error
+        # What redis-py says may quote a part of the URL, and a password that is not escaped ends up in any part.
+        why = "write special characters of user and password as %XX" if "@" in url else str(error)
+        raise StoreError(f"redis_url cannot be used: {why}") from None
 
 
 def pipelined(
@@ -243,8 +245,12 @@ def _generation_key(wanted: int) -> bytes:
     return GENERATION + b":{%d}" % number
 
 
-def _options(timeout_s: float) -> dict[str, Any]:
-    return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "protocol": 2}
+def _options(url: str, timeout_s: float, tls: TlsFiles) -> dict[str, Any]:
+    options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "protocol": 2}
+    if urlsplit(url).scheme.startswith("rediss"):
+        files = {"ssl_ca_certs": tls.ca, "ssl_certfile": tls.cert, "ssl_keyfile": tls.key}
+        options.update({name: path for name, path in files.items() if path})
+    return options
 
 
 assert META_PREFIX.endswith(b"{")  # a tag alone decides about the slot

@@ -62,8 +62,8 @@ class Store:
         self._lost_at: dict[bytes, int] = {}  # by generation key: the last loss that it told, in `losses`
         self._trouble = {"commit": "", "watch": ""}
         self._lock = threading.Lock()
-        self._nodes = open_nodes(settings.url, _CALL_TIMEOUT_S, retries=1)
-        self._watched = open_nodes(settings.url, _WATCH_TIMEOUT_S, retries=0)
+        self._nodes = open_nodes(settings.url, _CALL_TIMEOUT_S, 1, settings.tls)
+        self._watched = open_nodes(settings.url, _WATCH_TIMEOUT_S, 0, settings.tls)
         self._claim, self._restore, self._delete, self._create, self._rewrite = (
             Script(redis.Redis(), text)  # which always runs on a pipeline to the node that has the session
             for text in (scripts.CLAIM, scripts.RESTORE, scripts.DELETE, scripts.CREATE, scripts.REWRITE)

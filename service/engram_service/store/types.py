@@ -24,6 +24,15 @@ class StoreError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files for a rediss:// URL, read at each new connection; empty: the system's CAs, no certificate of our own."""
+
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StoreSettings:
     """How to reach Redis, and what a commit means."""
 
@@ -32,6 +41,7 @@ class StoreSettings:
     replicas: int = 1
     ack_timeout_ms: int = 1000
     connections: int = 2
+    tls: TlsFiles = TlsFiles()
 
     @property
     def wait(self) -> tuple[str | int, ...] | None:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,12 +16,25 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
-    """Adds --address."""
+    """Adds --address, and how to be let in there."""
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
         default=os.environ.get("ENGRAM_ADDRESS", DEFAULT_ADDRESS),
         help=f"of the server, or several with commas between (default: ENGRAM_ADDRESS or {DEFAULT_ADDRESS})",
+    )
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        default=os.environ.get("ENGRAM_TOKEN_FILE"),
+        help="has the token (default: ENGRAM_TOKEN_FILE, or the token itself in ENGRAM_TOKEN)",
+    )
+    parser.add_argument(
+        "--ca",
+        metavar="FILE",
+        default=os.environ.get("ENGRAM_CA"),
+        help="speak TLS; PEM certificates that sign the server's, or `system` (default: ENGRAM_CA); a certificate of one's own"
+        " is in the files ENGRAM_CERT and ENGRAM_KEY",
     )
 
 
@@ -28,7 +42,27 @@ def client_of(args: argparse.Namespace) -> Client:
     """A client for --address."""
     from engram import Client, ClientOptions
 
-    return Client([part.strip() for part in args.address.split(",")], ClientOptions(connect_timeout_s=5.0))
+    system = args.ca == "system"
+    options = ClientOptions(
+        connect_timeout_s=5.0, token=_token(args), tls=system, ca_file=None if system else args.ca,
+        cert_file=os.environ.get("ENGRAM_CERT"), key_file=os.environ.get("ENGRAM_KEY"),
+    )  # fmt: skip
+    return Client([part.strip() for part in args.address.split(",")], options)
+
+
+def _token(args: argparse.Namespace) -> str | Callable[[], str] | None:
+    """A token is never an argument: arguments can be read by everybody on the machine. A file is read again for each connection."""
+    from engram import InvalidInput
+
+    def read() -> str:
+        try:
+            return Path(args.token_file).read_text().strip()
+        except OSError as error:
+            raise InvalidInput(
+                f"--token-file {args.token_file}: {error.strerror}", reason="INVALID_ARGUMENT"
+            ) from error
+
+    return read if args.token_file else os.environ.get("ENGRAM_TOKEN")
 
 
 def explained(command: str, work: Callable[[], int]) -> int:

@@ -144,7 +144,8 @@ class EngramServiceServicer:
     """
 
     def Stream(self, request_iterator, context):
-        """The main path: frames of steps of any number of sessions, in both directions.
+        """The main path: frames of steps of any number of sessions, in both directions. The server's initial metadata, which comes
+        as soon as the stream is let in, has engram-server, its version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

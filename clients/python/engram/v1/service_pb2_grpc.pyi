@@ -36,7 +36,9 @@ class EngramServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EngramServiceAsyncStub: ...
     Stream: _grpc.StreamStreamMultiCallable[_stream_pb2.StreamRequest, _stream_pb2.StreamResponse]
-    """The main path: frames of steps of any number of sessions, in both directions."""
+    """The main path: frames of steps of any number of sessions, in both directions. The server's initial metadata, which comes
+    as soon as the stream is let in, has engram-server, its version.
+    """
     Step: _grpc.UnaryUnaryMultiCallable[_session_pb2.StepRequest, _session_pb2.StepResponse]
     """The same for simple clients: one call, one or a few steps of one session."""
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.GetSessionResponse]
@@ -64,7 +66,9 @@ class EngramServiceAsyncStub(EngramServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Stream: _aio.StreamStreamMultiCallable[_stream_pb2.StreamRequest, _stream_pb2.StreamResponse]  # type: ignore[assignment]
-    """The main path: frames of steps of any number of sessions, in both directions."""
+    """The main path: frames of steps of any number of sessions, in both directions. The server's initial metadata, which comes
+    as soon as the stream is let in, has engram-server, its version.
+    """
     Step: _aio.UnaryUnaryMultiCallable[_session_pb2.StepRequest, _session_pb2.StepResponse]  # type: ignore[assignment]
     """The same for simple clients: one call, one or a few steps of one session."""
     GetSession: _aio.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.GetSessionResponse]  # type: ignore[assignment]
@@ -95,7 +99,9 @@ class EngramServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_stream_pb2.StreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_stream_pb2.StreamResponse], _abc.AsyncIterator[_stream_pb2.StreamResponse]]:
-        """The main path: frames of steps of any number of sessions, in both directions."""
+        """The main path: frames of steps of any number of sessions, in both directions. The server's initial metadata, which comes
+        as soon as the stream is let in, has engram-server, its version.
+        """
 
     @_abc_1.abstractmethod
     def Step(

@@ -1,0 +1,56 @@
+"""Who did what: one log line for every call that manages sessions, takes one out, or was denied. Used by server.py and stream.py.
+
+Lines go to the logger engram.audit whatever log_level is. They have the token's name and never the token, and no inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from engram_service.errors import Refusal, Unauthenticated
+from engram_service.metrics import Metrics
+from engram_service.tokens import Caller
+
+AUDITED = frozenset((
+    "ListSessions", "ForkSession", "CloseSession", "MoveSession", "ExportSession", "ImportSession", "GetSessionState",
+    "StorePatterns", "ForgetPatterns", "ReloadModels",
+))  # fmt: skip
+_UNKNOWN_PAUSE_S = 1.0  # at most one line in so long about callers without a token, who could otherwise fill the disk
+
+log = logging.getLogger("engram.audit")
+
+
+class Audit:
+    """Writes the lines."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._denied = metrics.calls_denied
+        self._quiet_until = 0.0
+
+    def done(self, method: str, caller: Caller, peer: str, sessions: Sequence[str], outcome: str = "ok") -> None:
+        """A call that was let in, and what became of it."""
+        if method in AUDITED:
+            self._line(method, caller, peer, sessions, outcome)
+
+    def closed(self, caller: Caller, peer: str, sessions: Sequence[str], outcome: str) -> None:
+        """Sessions that were closed by a frame of a stream."""
+        self._line("Stream close", caller, peer, sessions, outcome)
+
+    def denied(self, method: str, caller: Caller | None, peer: str, refusal: Refusal) -> None:
+        """A call that was not let in, or a stream that was put out."""
+        self._denied.labels(refusal.reason).inc()
+        if isinstance(refusal, Unauthenticated) and caller is None:
+            if time.monotonic() < self._quiet_until:
+                return
+            self._quiet_until = time.monotonic() + _UNKNOWN_PAUSE_S
+        self._line(method, caller or Caller(), peer, (), refusal.reason)
+
+    def _line(self, method: str, caller: Caller, peer: str, sessions: Sequence[str], outcome: str) -> None:
+        who = {"tenant": caller.tenant, "token": caller.token, "peer": peer}
+        fields: dict[str, object] = {"method": method, **who, "outcome": outcome}
+        named = [session for session in sessions if session]
+        if named:
+            fields["session"] = named[0] if len(named) == 1 else named
+        log.info("audit", extra=fields)

@@ -1,0 +1,93 @@
+"""The gRPC server's certificate, from files that are looked at before each handshake: a new one is in force without a restart.
+
+Connections that are up keep what they were made with. Files that do not fit (a certificate without its key yet, because the
+two are written one after the other) leave the former ones in force until they do.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from engram_service.settings import SettingError, Settings
+
+log = logging.getLogger(__name__)
+
+Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+class Certificate:
+    """The files, and what of them is in force. `fetch` is called by gRPC's threads."""
+
+    def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
+        """Raises SettingError where the files cannot be used."""
+        self._cert, self._key, self._client_ca = cert, key, client_ca
+        self._lock = threading.Lock()
+        self._stamp = self._look()
+        try:
+            self.configuration = self._read()
+        except (OSError, ssl.SSLError) as error:
+            raise SettingError(f"tls_cert, tls_key: {_why(error)}") from error
+
+    @classmethod
+    def of(cls, settings: Settings) -> Certificate | None:
+        """None: the server speaks plain text."""
+        if not settings.tls_cert:
+            return None
+        client_ca = Path(settings.tls_client_ca) if settings.tls_client_ca else None
+        return cls(Path(settings.tls_cert), Path(settings.tls_key), client_ca)
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """With a client CA, nobody gets in without a certificate that it has signed."""
+        fetch: Any = self.fetch  # may say None, which gRPC's type stubs do not know
+        return grpc.dynamic_ssl_server_credentials(
+            self.configuration, fetch, require_client_authentication=self._client_ca is not None
+        )
+
+    def fetch(self) -> grpc.ServerCertificateConfiguration | None:
+        """What is new in the files since the last call; None: nothing that can be used."""
+        with self._lock:
+            stamp = self._look()
+            if stamp == self._stamp:
+                return None
+            self._stamp = stamp
+            try:
+                self.configuration = self._read()
+            except (OSError, ssl.SSLError) as error:
+                log.error("tls_cert, tls_key: the former ones stay in force: %s", _why(error))
+                return None
+            log.info("the certificate in %s is in force", self._cert)
+            return self.configuration
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        # OpenSSL says whether key and certificate belong together; gRPC would find out at the first handshake.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self._cert, self._key)
+        roots: bytes | None = None
+        if self._client_ca is not None:
+            context.load_verify_locations(self._client_ca)
+            roots = self._client_ca.read_bytes()
+        pair = (self._key.read_bytes(), self._cert.read_bytes())
+        return grpc.ssl_server_certificate_configuration([pair], roots)
+
+    def _look(self) -> Stamp:
+        return tuple(_stamp(path) for path in (self._cert, self._key, self._client_ca) if path is not None)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return f"not a PEM certificate and its key ({error.reason or error})"
+    return f"{error.filename or 'a file'}: {error.strerror or error}"

@@ -1,0 +1,100 @@
+"""What each tenant has of this server just now, and the limits on it. Event loop only; core.py and opening.py ask.
+
+Limits are looked up at every use, so that a tokens file which is read again counts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from engram_service.errors import ResourceExhausted
+from engram_service.sessions.streams import Stream
+from engram_service.tokens import Limits
+
+_SOON_MS, _LATER_MS = 50, 1000  # rows come free at once, streams and sessions when somebody lets go of them
+_NO_LIMIT = 1 << 62
+
+
+class Share:
+    """One tenant's part."""
+
+    def __init__(self, tenant: str, limits: Callable[[str], Limits]) -> None:
+        self.tenant = tenant
+        self.streams: set[Stream] = set()
+        self._limits = limits
+        self._opening = 0  # sessions that are being opened, and are not in the table yet
+        self._unary_rows = 0  # rows in flight of calls without a stream
+        self._room = 0  # rows that may certainly come before they must be counted again
+
+    def check_stream(self) -> None:
+        """Whether another stream may come. Raises ResourceExhausted."""
+        limit = self._limits(self.tenant).streams_max
+        if limit and len(self.streams) >= limit:
+            raise _reached("streams_max", limit, "streams", _LATER_MS)
+
+    @contextlib.contextmanager
+    def sessions(self, attached: int, more: int) -> Iterator[None]:
+        """Room for so many more sessions while they are opened. Raises ResourceExhausted."""
+        limit = self._limits(self.tenant).sessions_max
+        if limit and more and attached + self._opening + more > limit:
+            raise _reached("sessions_max", limit, "sessions in use at this server", _LATER_MS)
+        self._opening += more
+        try:
+            yield
+        finally:
+            self._opening -= more
+
+    def take(self, rows: int) -> None:
+        """Room for rows of a stream. Raises ResourceExhausted."""
+        if rows > self._room:
+            limit = self._limits(self.tenant).rows_max
+            in_flight = self._unary_rows + sum(stream.in_flight for stream in self.streams) if limit else 0
+            self._room = limit - in_flight if limit else _NO_LIMIT
+            if rows > self._room:
+                raise _reached("rows_max", limit, "rows in flight", _SOON_MS)
+        self._room -= rows
+
+    def take_one(self) -> bool:
+        """The same for the usual single row, where it needs no counting."""
+        if self._room < 1:
+            return False
+        self._room -= 1
+        return True
+
+    @contextlib.contextmanager
+    def unary(self, rows: int) -> Iterator[None]:
+        """Room for the rows of a call without a stream while it lasts. Raises ResourceExhausted."""
+        self.take(rows)
+        self._unary_rows += rows
+        try:
+            yield
+        finally:
+            self._unary_rows -= rows
+
+    def forget_room(self) -> None:
+        """Limits may have changed: count again."""
+        self._room = 0
+
+
+class Shares:
+    """Shares by tenant; no more of them than the tokens file has had tenants."""
+
+    def __init__(self, limits: Callable[[str], Limits]) -> None:
+        self._limits = limits
+        self._of: dict[str, Share] = {}
+
+    def of(self, tenant: str) -> Share:
+        share = self._of.get(tenant)
+        if share is None:
+            share = self._of[tenant] = Share(tenant, self._limits)
+        return share
+
+    def forget_room(self) -> None:
+        for share in self._of.values():
+            share.forget_room()
+
+
+def _reached(name: str, limit: int, what: str, retry_after_ms: int) -> ResourceExhausted:
+    message = f"this tenant has {limit} {what}, its limit ({name})"
+    return ResourceExhausted("TENANT_LIMIT", message, retry_after_ms=retry_after_ms, limit=name, value=limit)
