@@ -1,0 +1,65 @@
+"""The fault campaign (make chaos): see docs/faults.md. Prints its seed; what a seed finds is found again by --seed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import secrets
+import sys
+import tempfile
+import time
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+RESULT = ROOT / "docs" / "results" / "chaos.json"
+
+
+def main() -> int:
+    from chaos.campaign import WORLDS
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, help="of an earlier run; none: a new one, which is printed")
+    parser.add_argument("--world", action="append", choices=[world.name for world in WORLDS], help="only these")
+    parser.add_argument("--seconds", type=float, default=1200.0, help="of faults, over all worlds")
+    parser.add_argument("--clock", type=pathlib.Path, help="libfaketime.so.1, to move clocks too; found by itself in `pip install libfaketime`")
+    parser.add_argument("--keep", type=pathlib.Path, help="directory for histories and logs; none: a temporary one")
+    parser.add_argument("--measure", action="store_true", help="only the three measured scenarios and what failovers lose")
+    parser.add_argument("--out", type=pathlib.Path, help="the result file; of a run over all worlds: docs/results/chaos.json")
+    args = parser.parse_args()
+    return _run(args, WORLDS)
+
+
+def _run(args: argparse.Namespace, worlds: Any) -> int:
+    from chaos.campaign import Campaign, Load
+    from chaos.fleet import clock_library
+    from chaos.measures import measure_all
+    from chaos.results import result_of, write
+
+    seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
+    say(f"seed {seed}")
+    chosen = [] if args.measure else [world for world in worlds if not args.world or world.name in args.world]
+    directory = args.keep or pathlib.Path(tempfile.mkdtemp(prefix="engram-chaos-"))
+    campaign = Campaign(directory, say, args.clock or clock_library())
+    try:
+        outcomes = [campaign.run(world, seed, Load(args.seconds / len(chosen))) for world in chosen]
+        measured = measure_all(campaign, seed, say) if args.measure or not args.world else {}
+    finally:
+        campaign.close()
+    result = result_of(seed, outcomes, measured)
+    print(json.dumps(result["total"] | {"measured": measured}, indent=2))
+    out = args.out or (RESULT if not args.world and not args.measure else None)
+    if out is not None:
+        write(out, result)
+        say(f"wrote {out}")
+    return 0 if all(outcome.clean for outcome in outcomes) else 1
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
