@@ -157,6 +157,24 @@ def test_a_claim_does_not_start_a_session_over_when_redis_came_back_empty(
     assert holder(store, "a").claim().claims[0].status is ClaimStatus.CARRIED
 
 
+def test_a_claim_waits_while_what_was_lost_is_written_back(
+    store: Store, redis_process: Any, holder: MakeHolder, eventually: Any
+) -> None:
+    """Also if it was another thread that found the loss: a claim that comes right after it would find nothing."""
+    told: list[None] = []
+    store.on_loss = lambda: told.append(None)
+    owner = holder(store, "a").claim()
+    owner.commit(1)
+    store.writing_back = lambda: owner.stored() != [1]
+    redis_process.lose_data()
+    redis_process.start()
+    eventually(lambda: told)
+    with pytest.raises(StoreUnavailable, match="lost its data"):
+        holder(store, "a").claim()
+    assert owner.commit(1) == [OK]
+    assert holder(store, "a").claim().claims[0].status is ClaimStatus.CARRIED
+
+
 def test_a_full_redis_is_told_and_recovered_from(
     start_redis: Any, open_store: OpenStore, holder: MakeHolder, troubles: Any, eventually: Any
 ) -> None:

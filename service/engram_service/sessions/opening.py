@@ -278,8 +278,9 @@ class Sessions:
 
     def _forget(self, session_id: str) -> None:
         """After a claim that failed in the store: what this server may have thought of the session is out of date."""
-        row = self._core.table.find(session_id)
-        if row is not None and self._core.table.stream[row] < 0:
+        table = self._core.table
+        row = table.find(session_id)
+        if row is not None and table.stream[row] < 0 and not table.flushing[row]:
             self._core.residency.remove(np.array([row]))
 
 
