@@ -152,7 +152,7 @@ class Store:
             if held[n] == job.tokens[row].tobytes() or (held[n] is None and meta.losses < losses[n]):
                 args = [job.tokens[row].tobytes(), record(row), int(job.ttl_ms[row]), meta.session_id, meta.reference,
                         meta.fingerprint, meta.client_id, meta.epoch, meta.created_ms]  # fmt: skip
-                restored = self._scripted(self._restore, [keys[n]], [args])[0]
+                restored = self._scripted(self._restore, [keys[n]], [args], self.settings.wait)[0]
                 verdicts[n] = Verdict.OK if restored else Verdict.FENCED
         return verdicts
 
@@ -174,7 +174,7 @@ class Store:
                  request.ttl_ms, now_ms, int(request.attach), request.session_id, request.initial]
                 for request in requests
             ]  # fmt: skip
-            return self._scripted(self._claim, keys, args)
+            return self._scripted(self._claim, keys, args, self.settings.wait)
 
         return [_claimed(reply) for reply in self._call(run)]
 
