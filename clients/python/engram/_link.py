@@ -164,6 +164,7 @@ class Link:
         """Connects and serves; returns or raises when the stream is over."""
         channel = open_channel(address, self.options)
         tasks: list[asyncio.Task[None]] = []
+        attaching: asyncio.Task[None] | None = None
         call: StreamCall | None = None
         try:
             call = open_stream(channel, self.options)
@@ -184,9 +185,10 @@ class Link:
                 if task.done():
                     task.result()
         finally:
-            for task in tasks:
+            ending = [*tasks, *([attaching] if attaching is not None else [])]
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
             if call is not None:
                 call.cancel()
             await channel.close()
