@@ -19,15 +19,22 @@ RESULT = ROOT / "docs" / "results" / "chaos.json"
 
 def main() -> int:
     from chaos.campaign import WORLDS
+    from chaos.measures import SCENARIOS
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, help="of an earlier run; none: a new one, which is printed")
     parser.add_argument("--world", action="append", choices=[world.name for world in WORLDS], help="only these")
     parser.add_argument("--seconds", type=float, default=1200.0, help="of faults, over all worlds")
-    parser.add_argument("--clock", type=pathlib.Path, help="libfaketime.so.1, to move clocks too; found by itself in `pip install libfaketime`")
+    parser.add_argument(
+        "--clock",
+        type=pathlib.Path,
+        help="libfaketime.so.1, to move clocks; found after `pip install libfaketime`",
+    )
     parser.add_argument("--keep", type=pathlib.Path, help="directory for histories and logs; none: a temporary one")
-    parser.add_argument("--measure", action="store_true", help="only the three measured scenarios and what failovers lose")
-    parser.add_argument("--out", type=pathlib.Path, help="the result file; of a run over all worlds: docs/results/chaos.json")
+    parser.add_argument("--measure", action="append", choices=list(SCENARIOS), help="only these")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="the result file, to be added to; of a whole run: docs/results/chaos.json"
+    )
     args = parser.parse_args()
     return _run(args, WORLDS)
 
@@ -35,25 +42,27 @@ def main() -> int:
 def _run(args: argparse.Namespace, worlds: Any) -> int:
     from chaos.campaign import Campaign, Load
     from chaos.fleet import clock_library
-    from chaos.measures import measure_all
-    from chaos.results import result_of, write
+    from chaos.measures import SCENARIOS
+    from chaos.results import write
 
     seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
     say(f"seed {seed}")
-    chosen = [] if args.measure else [world for world in worlds if not args.world or world.name in args.world]
+    some = args.world or args.measure
+    chosen = [world for world in worlds if not some or world.name in (args.world or ())]
     directory = args.keep or pathlib.Path(tempfile.mkdtemp(prefix="engram-chaos-"))
+    out = args.out or (None if some else RESULT)
+    outcomes, measured = [], {}
     campaign = Campaign(directory, say, args.clock or clock_library())
     try:
-        outcomes = [campaign.run(world, seed, Load(args.seconds / len(chosen))) for world in chosen]
-        measured = measure_all(campaign, seed, say) if args.measure or not args.world else {}
+        for world in chosen:
+            outcomes.append(campaign.run(world, seed, Load(args.seconds / len(chosen))))
+        for name in SCENARIOS if not some else args.measure or ():
+            measured[name] = SCENARIOS[name](campaign, seed)
+            say(f"{name}: {json.dumps(measured[name])}")
     finally:
         campaign.close()
-    result = result_of(seed, outcomes, measured)
-    print(json.dumps(result["total"] | {"measured": measured}, indent=2))
-    out = args.out or (RESULT if not args.world and not args.measure else None)
     if out is not None:
-        write(out, result)
-        say(f"wrote {out}")
+        say(f"wrote {out}: {json.dumps(write(out, outcomes, measured)['total'])}")
     return 0 if all(outcome.clean for outcome in outcomes) else 1
 
 

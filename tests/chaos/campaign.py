@@ -36,9 +36,9 @@ class Load:
 
     seconds: float
     clients: int = 3
-    sessions: int = 40  # of each client
+    sessions: int = 48  # of each client
     intervals: int = 1  # clients whose sessions have durability interval
-    pause_s: float = 0.5  # between faults, on average
+    pause_s: float = 0.35  # between faults, on average
 
 
 @dataclass
@@ -88,7 +88,9 @@ class Campaign:
     def run(self, world: World, seed: int, load: Load) -> Outcome:
         """One world; what it leaves is deleted unless something was wrong."""
         outcome = Outcome(world.name, seed)
-        self._say(f"world {world.name}, seed {seed}: {world.servers} servers, {load.clients} x {load.sessions} sessions")
+        self._say(
+            f"world {world.name}, seed {seed}: {world.servers} servers, {load.clients} x {load.sessions} sessions"
+        )
         fleet = self.fleet(world, seed, f"{world.name}-{seed}")
         try:
             fleet.start()
@@ -123,7 +125,9 @@ class Campaign:
     def _progress(self, fleet: Fleet, injector: Injector, seconds: float) -> None:
         steps = sum(client.written_bytes() for client in fleet.clients) // ROW.itemsize
         faults = sum(injector.counts.values())
-        self._say(f"  {seconds:5.0f} s  {faults:4d} faults  {steps:8,d} steps acknowledged  {steps / seconds:6,.0f} steps/s")
+        self._say(
+            f"  {seconds:5.0f} s  {faults:4d} faults  {steps:8,d} steps acknowledged  {steps / seconds:6,.0f} steps/s"
+        )
 
     def _finish(self, fleet: Fleet, outcome: Outcome) -> None:
         """Everything is whole again: every client has to come to an end in order."""

@@ -110,7 +110,10 @@ class Reference:
                 goes = torch.from_numpy(seqs > 0)
                 y = torch.where(goes[:, None], new_y, y)
                 state = self._cell.state_type(
-                    *(torch.where(goes.view(-1, *[1] * (one.dim() - 1)), one, old) for one, old in zip(new, state, strict=True))
+                    *(
+                        torch.where(goes.view(-1, *[1] * (one.dim() - 1)), one, old)
+                        for one, old in zip(new, state, strict=True)
+                    )
                 )
         return [row.numpy() for row in y[: len(orders)]]
 
@@ -204,7 +207,9 @@ def _check_life(name: str, stands: int, seqs: NDArray[np.int64], report: Report)
     report.doubled, report.lost, report.reordered = (
         report.doubled + doubled, report.lost + missing, report.reordered + reordered,
     )  # fmt: skip
-    report.problems.append(f"{name}: after {stands}: {doubled} steps twice, {missing} missing, {reordered} out of order")
+    report.problems.append(
+        f"{name}: after {stands}: {doubled} steps twice, {missing} missing, {reordered} out of order"
+    )
 
 
 def _check_bits(
@@ -222,7 +227,9 @@ def _check_bits(
     for word in what:
         setattr(report, word.split()[0], getattr(report, word.split()[0]) + 1)
     where = f"session {session}" + (f" copy {branch}" if branch else "")
-    report.problems.append(f"{where}: from step {first['seq']} on {(~same).sum()} outputs differ: {', '.join(what) or 'unexplained'}")
+    report.problems.append(
+        f"{where}: from step {first['seq']} on {(~same).sum()} outputs differ: {', '.join(what) or 'unexplained'}"
+    )
 
 
 def explain(session: int, seq: int, output: NDArray[np.float32], reference: Reference) -> list[str]:

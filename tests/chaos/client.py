@@ -52,7 +52,14 @@ class Driver:
         seqs = np.array([session.seq for session in sessions])
         self._write(OPENED, numbers, seqs, durable=seqs)
         parts = np.array_split(np.arange(self._count), GROUPS)
-        await asyncio.gather(*(self._drive([sessions[i] for i in part], numbers[part], seqs[part]) for part in parts))
+        try:
+            await asyncio.gather(
+                *(self._drive([sessions[i] for i in part], numbers[part], seqs[part]) for part in parts)
+            )
+        except engram.EngramError:
+            for session in sessions:
+                await _tell_lost(session)
+            raise
         for session, number in zip(sessions, numbers.tolist(), strict=True):
             state = await session.state()
             self._write(FINAL, number, session.seq, output=histories.digest(list(state.values())))
@@ -88,7 +95,7 @@ class Driver:
             self._write(ANSWER, numbers[i], seqs[i], durable=sessions[i].durable_seq, output=y)
 
     async def _run(self, sessions: list[engram.Session], numbers: NDArray[Any], seqs: NDArray[Any]) -> None:
-        length = self._random.randrange(2, 40)
+        length = self._random.randrange(2, 64)
 
         async def one(i: int) -> None:
             steps = np.arange(seqs[i] + 1, seqs[i] + length + 1)
@@ -141,6 +148,14 @@ class Driver:
 
 def name_of(number: int) -> str:
     return f"session-{number}"
+
+
+async def _tell_lost(session: engram.Session) -> None:
+    """For whoever reads the log."""
+    try:
+        await session.run(np.zeros((0, histories.INPUTS), np.float32))
+    except engram.EngramError as error:
+        print(f"lost at step {session.seq}: {session.id}: {error}", file=sys.stderr)
 
 
 def _durable(sessions: list[engram.Session]) -> NDArray[Any]:

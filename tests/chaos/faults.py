@@ -22,7 +22,7 @@ from chaos.fleet import Client, Fleet, Redis, Server, wait_for
 
 CLOCK_S = 6 * 3600  # clocks move by up to so much; a session's time to live is a week
 _POINT_WAIT_S = 6.0
-_AT_ONCE_MAX = 4
+_AT_ONCE_MAX = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,9 @@ class Draw:
 class Injector:
     """Injects until told to stop; counts what happened."""
 
-    def __init__(self, fleet: Fleet, seed: int, weights: dict[str, float], pause_s: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, fleet: Fleet, seed: int, weights: dict[str, float], pause_s: float, say: Callable[[str], None]
+    ) -> None:
         self._fleet = fleet
         self._random = random.Random(seed)
         self._kinds = [kind for kind in weights if self._possible(kind)]
@@ -71,7 +73,15 @@ class Injector:
             return kind != "redis-kill"  # a dead primary is replaced there
         if not world.appendonly:
             # Redis comes back empty: who holds a session is its only copy, and must not die or be robbed of it meanwhile.
-            return kind in ("redis-kill", "redis-pause", "redis-cut", "redis-delay", "client-cut", "client-delay", "client-hold")
+            return kind in (
+                "redis-kill",
+                "redis-pause",
+                "redis-cut",
+                "redis-delay",
+                "client-cut",
+                "client-delay",
+                "client-hold",
+            )
         return kind != "promotion"
 
     def _run(self) -> None:
@@ -91,7 +101,9 @@ class Injector:
         fleet = self._fleet
         if draw.kind in ("redis-kill", "redis-pause", "promotion", "clock-redis"):
             return fleet.primary
-        some: list[Any] = fleet.clients if draw.kind in ("client-kill", "client-pause", "clock-client") else fleet.servers
+        some: list[Any] = (
+            fleet.clients if draw.kind in ("client-kill", "client-pause", "clock-client") else fleet.servers
+        )
         return some[int(draw.target * len(some))]
 
     def _inject(self, draw: Draw, target: Any) -> None:
@@ -196,14 +208,7 @@ def promotion(fleet: Fleet, old: Redis, draw: Draw) -> str:
     if new.client.info("replication").get("master_link_status") != "up":
         return ""
     old.kill()
-    new.client.execute_command("REPLICAOF", "NO", "ONE")
-    fleet.primary = new
-    for server in fleet.servers:
-        server.back.retarget(new.port)
-    time.sleep(draw.length)
-    for path in old.directory.glob("appendonly*"):
-        path.unlink()
-    fleet.follow(old)
+    fleet.promote(new, draw.length)
     return "promotion"
 
 

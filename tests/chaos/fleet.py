@@ -1,10 +1,11 @@
 """Servers, Redis and clients as real processes, with a proxy on every wire between them. What breaks them is in faults.py.
 
-    client -> proxy -> server -> proxy -> Redis (-> proxy -> replica)
+client -> proxy -> server -> proxy -> Redis (-> proxy -> replica)
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -107,6 +108,17 @@ class Nursery:
                     self._ended.notify_all()
 
 
+def clock_library() -> pathlib.Path | None:
+    """libfaketime, if the package of that name is installed; without it, no clocks are moved."""
+    spec = importlib.util.find_spec("libfaketime")
+    found = (
+        []
+        if spec is None or spec.origin is None
+        else sorted(pathlib.Path(spec.origin).parent.rglob("libfaketime.so.1"))
+    )
+    return found[0] if found else None
+
+
 def clock_environment(library: pathlib.Path) -> dict[str, str]:
     """The wall clock comes from a file, the monotonic one is left alone."""
     return {"LD_PRELOAD": str(library), "FAKETIME": "+0", "FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1"}
@@ -134,10 +146,11 @@ class Server:
         flags = [
             "--listen", f"127.0.0.1:{self._port}", "--http", f"127.0.0.1:{self._http}", "--redis-url", self._redis_url,
             "--models", str(self._fleet.models), "--shipped-models", "false", "--tick-rows-max", "256",
-            "--drain-timeout-s", "15", "--log-format", "human", *self._fleet.server_flags,
+            "--drain-timeout-s", "15", "--log-format", "human",
         ]  # fmt: skip
         if world.replicated:
             flags += ["--redis-ack", "replicated", "--redis-ack-timeout-ms", "500"]
+        flags += self._fleet.server_flags
         self.control.unlink(missing_ok=True)
         log = str(self.directory / "log")
         environment = {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}
@@ -176,7 +189,9 @@ class Redis:
 
     def start(self, *flags: str) -> None:
         world = self._fleet.world
-        kept = ("--appendonly", "yes", "--appendfsync", world.appendfsync) if world.appendonly else ("--appendonly", "no")
+        kept = (
+            ("--appendonly", "yes", "--appendfsync", world.appendfsync) if world.appendonly else ("--appendonly", "no")
+        )
         command = [
             _binary(), "--port", str(self.port), "--dir", str(self.directory), "--save", "", *kept, "--logfile",
             str(self.directory / "log"), "--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0",
@@ -281,7 +296,22 @@ class Fleet:
     def follow(self, replica: Redis) -> None:
         """Starts a replica of the primary, and waits until it has caught up."""
         replica.start("--replicaof", "127.0.0.1", str(self.primary.port))
-        wait_for(lambda: replica.client.info("replication").get("master_link_status") == "up", START_S, "no replication")
+        wait_for(
+            lambda: replica.client.info("replication").get("master_link_status") == "up", START_S, "no replication"
+        )
+
+    def promote(self, new: Redis, pause_s: float = 0.0) -> None:
+        """The primary is dead: its replica takes its place, the servers are sent there, and the dead one comes back empty, as a
+        replica."""
+        old = self.primary
+        new.client.execute_command("REPLICAOF", "NO", "ONE")
+        self.primary = new
+        for server in self.servers:
+            server.back.retarget(new.port)
+        time.sleep(pause_s)
+        for path in old.directory.glob("appendonly*"):
+            path.unlink()
+        self.follow(old)
 
     def add_clients(self, count: int, sessions: int, intervals: int, branches: bool = True) -> None:
         for number in range(count):

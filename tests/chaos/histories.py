@@ -33,7 +33,9 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SESSION, _SEQ, _COLUMN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03), np.uint64(0x8CB92BA72F3D8DD7)
 
 
-def inputs(sessions: NDArray[Any] | Sequence[int] | int, seqs: NDArray[Any] | Sequence[int] | int) -> NDArray[np.float32]:
+def inputs(
+    sessions: NDArray[Any] | Sequence[int] | int, seqs: NDArray[Any] | Sequence[int] | int
+) -> NDArray[np.float32]:
     """float32 [..., INPUTS] in [0, 1): splitmix64 of session, seq and column."""
     session, seq = np.broadcast_arrays(np.asarray(sessions, np.uint64), np.asarray(seqs, np.uint64))
     with np.errstate(over="ignore"):

@@ -67,7 +67,6 @@ def _tell(**fields: Any) -> None:
 def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import chaos.client
     import engram_service.app
     import engram_service.commands.serve  # noqa: F401
 

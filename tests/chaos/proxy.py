@@ -25,8 +25,16 @@ class Wires:
         return made
 
     def stop(self) -> None:
+        async def end() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result(10)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(5)
+        self.loop.close()
 
 
 class Proxy:
@@ -40,7 +48,6 @@ class Proxy:
         self._open = asyncio.Event()  # clear while what arrives is held back
         self._open.set()
         self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
     async def start(self, listen: int) -> None:
@@ -81,10 +88,7 @@ class Proxy:
         def end() -> None:
             if self._server is not None:
                 self._server.close()
-            self._open.set()
             self._cut()
-            for task in self._tasks:
-                task.cancel()
 
         self._post(end)
 
@@ -108,14 +112,17 @@ class Proxy:
             self._writers.discard(writer)
             return
         self._writers.add(far_writer)
-        pumps = [asyncio.create_task(self._pump(reader, far_writer)), asyncio.create_task(self._pump(far_reader, writer))]
-        self._tasks.update(pumps)
+        pumps = [
+            asyncio.create_task(self._pump(reader, far_writer)),
+            asyncio.create_task(self._pump(far_reader, writer)),
+        ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            pass  # all proxies end; the stream's own callback takes no cancelled task
         finally:
             for task in pumps:
                 task.cancel()
-            self._tasks.difference_update(pumps)
             for one in (writer, far_writer):
                 self._writers.discard(one)
                 one.transport.abort()

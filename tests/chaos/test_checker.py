@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from chaos.checker import Reference, Report, check
 from chaos.histories import ANSWER, FINAL, OPENED, OUTPUTS, QUIET, ROW, Writer, read, rows
-from numpy.typing import NDArray
 
 STEPS = 30
 SESSION = 7
@@ -95,7 +96,10 @@ def test_seqs_that_were_acknowledged(
 
 
 def test_a_session_that_stands_before_what_was_acknowledged(reference: Reference, outputs: NDArray[np.float32]) -> None:
-    lives = [np.concatenate([opened(0), answers(outputs, 1, 12)]), np.concatenate([opened(9), answers(outputs, 10, 20)])]
+    lives = [
+        np.concatenate([opened(0), answers(outputs, 1, 12)]),
+        np.concatenate([opened(9), answers(outputs, 10, 20)]),
+    ]
     assert numbers(check(lives, reference)) == (3, 0, 0, 0)
 
 
@@ -104,7 +108,10 @@ def test_an_interval_session_may_fall_back_to_what_was_durable(
 ) -> None:
     def lives(stands: int) -> list[NDArray[Any]]:
         first = [opened(0, interval=True), answers(outputs, 1, 12, interval=True, durable=8)]
-        return [np.concatenate(first), np.concatenate([opened(stands, interval=True), answers(outputs, stands + 1, 20)])]
+        return [
+            np.concatenate(first),
+            np.concatenate([opened(stands, interval=True), answers(outputs, stands + 1, 20)]),
+        ]
 
     report = check(lives(8), reference)
     assert report.clean and report.rewound == 4
