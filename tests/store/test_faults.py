@@ -98,6 +98,17 @@ def test_management_calls_whose_answers_are_lost(open_store: OpenStore, wire: An
     assert not store.exists("fork")
 
 
+def test_a_delete_that_comes_late_does_not_end_the_next_session_of_the_id(store: Store, holder: MakeHolder) -> None:
+    first = holder(store, "a").claim()
+    tokens = [token.encode() for token in first.tokens]
+    store.delete(["a"], tokens)
+    second = holder(store, "a").claim()
+    store.delete(["a"], tokens)
+    assert second.commit(1) == [OK] and second.stored() == [1]
+    store.delete(["a"])
+    assert second.stored() == [-1]
+
+
 def test_a_private_redis_that_is_killed_loses_nothing_acknowledged(
     tmp_path: pathlib.Path, open_store: OpenStore, holder: MakeHolder, troubles: Any
 ) -> None:

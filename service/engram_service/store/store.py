@@ -217,10 +217,11 @@ class Store:
         """Whether there is such a session."""
         return self.describe(session_id) is not None
 
-    def delete(self, session_ids: Sequence[str]) -> None:
-        """Ends sessions whoever holds them."""
+    def delete(self, session_ids: Sequence[str], tokens: Sequence[bytes] | None = None) -> None:
+        """Ends sessions whoever holds them, or only under these claims."""
         keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
-        self._call(lambda: self._scripted(self._delete, keys, [[]] * len(keys), self.settings.wait))
+        ended = [b""] * len(keys) if tokens is None else tokens
+        self._call(lambda: self._scripted(self._delete, keys, [[token] for token in ended], self.settings.wait))
 
     def create(
         self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int, token: str,
