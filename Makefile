@@ -10,7 +10,7 @@ PROTOS := $(shell cd proto && find . -name '*.proto' | sed 's|^\./||' | sort)
 GENERATED := clients/python
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench bench-recall gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick chaos chaos-quick demo bench bench-recall gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench     measure, and write docs/benchmarks/;  make bench-recall  memories and the NTM"
 	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
 	@echo "make test-all  the slow tests too"
+	@echo "make chaos     the fault campaign: docs/results/chaos.json (half an hour);  make chaos-quick  a minute of it, part of make test"
 	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
 	@echo "make learn-quick  every recipe's small version, minutes; part of make test"
 
@@ -70,6 +71,12 @@ learn: $(STAMP)
 
 learn-quick: $(STAMP)
 	$(BIN)/python -m pytest -q tests/models/test_recipes.py
+
+chaos: $(STAMP)
+	$(BIN)/python tools/chaos.py
+
+chaos-quick: $(STAMP)
+	$(BIN)/python -m pytest -q tests/chaos
 
 demo: $(STAMP)
 	$(BIN)/engram demo

@@ -14,7 +14,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-RESULT = ROOT / "docs" / "results" / "chaos.json"
+RESULT, PAGE = ROOT / "docs" / "results" / "chaos.json", ROOT / "docs" / "faults.md"
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace, worlds: Any) -> int:
     from chaos.campaign import Campaign, Load
     from chaos.fleet import clock_library
     from chaos.measures import SCENARIOS
-    from chaos.results import write
+    from chaos.results import write, write_table
 
     seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
     say(f"seed {seed}")
@@ -62,7 +62,10 @@ def _run(args: argparse.Namespace, worlds: Any) -> int:
     finally:
         campaign.close()
     if out is not None:
-        say(f"wrote {out}: {json.dumps(write(out, outcomes, measured)['total'])}")
+        result = write(out, outcomes, measured)
+        say(f"wrote {out}: {json.dumps(result['total'])}")
+        if out.resolve() == RESULT:
+            write_table(PAGE, result)
     return 0 if all(outcome.clean for outcome in outcomes) else 1
 
 

@@ -66,6 +66,7 @@ def takeover(campaign: Campaign, seed: int) -> dict[str, Any]:
     async def body(fleet: Fleet, client: engram.AsyncClient) -> dict[str, Any]:
         sessions = await _open(client)
         waits: list[float] = []
+        reconnects: list[float] = []
         for number in range(ROUNDS):
             await _step_all(client, sessions, _WARM_STEPS)
             server = fleet.servers[number % 2]
@@ -77,11 +78,19 @@ def takeover(campaign: Campaign, seed: int) -> dict[str, Any]:
                 await session.step(inputs(n, session.seq + 1))
                 return time.monotonic() - started
 
+            attached = asyncio.create_task(_attached(client))
             waits += await asyncio.gather(*(first(session, n) for n, session in enumerate(sessions)))
+            reconnects.append(await attached - started)
             server.start()
             await asyncio.to_thread(server.wait_serving)
         p50, p99 = np.percentile(np.array(waits) * 1000, [50, 99]).round(1).tolist()
-        return {"sessions": len(sessions), "rounds": ROUNDS, "first_answer_p50_ms": p50, "first_answer_p99_ms": p99}
+        return {
+            "sessions": len(sessions),
+            "rounds": ROUNDS,
+            "attached_again_ms": [round(one * 1000, 1) for one in reconnects],
+            "first_answer_p50_ms": p50,
+            "first_answer_p99_ms": p99,
+        }
 
     return _scenario(campaign, World("takeover", appendfsync="everysec"), seed, body)
 
@@ -162,6 +171,15 @@ SCENARIOS: dict[str, Callable[[Campaign, int], dict[str, Any]]] = {
 
 async def _open(client: engram.AsyncClient, count: int = SESSIONS) -> list[engram.Session]:
     return await client.open_many(MODEL, [name_of(number) for number in range(count)])
+
+
+async def _attached(client: engram.AsyncClient) -> float:
+    """When the client has lost its stream and its sessions are attached on another one."""
+    link = client._linked()
+    while link._up.is_set():
+        await asyncio.sleep(0.001)
+    await link._up.wait()
+    return time.monotonic()
 
 
 async def _step_all(client: engram.AsyncClient, sessions: list[engram.Session], steps: int) -> None:

@@ -1,4 +1,7 @@
-"""The result file: what each world and each measured scenario gave, and the sums. Worlds that were not run again are kept."""
+"""The result file and its table in docs/faults.md: what each world and each measured scenario gave, and the sums.
+
+Worlds and scenarios that were not run again are kept, each with the seed that it was run from.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from chaos.campaign import Outcome
 
-_SUMS = ("faults", "acknowledged", "lost", "doubled", "reordered", "differing", "rewound", "errors")
+BEGIN, END = "<!-- campaign -->", "<!-- end of campaign -->"
+_SUMS = ("faults", "acknowledged", "lost", "doubled", "reordered", "differing", "errors", "rewound")
 
 
 def write(path: pathlib.Path, outcomes: Sequence[Outcome], measured: dict[str, Any]) -> dict[str, Any]:
@@ -27,3 +31,32 @@ def write(path: pathlib.Path, outcomes: Sequence[Outcome], measured: dict[str, A
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def write_table(page: pathlib.Path, result: dict[str, Any]) -> None:
+    """Replaces the table between the page's marks."""
+    head, rest = page.read_text().split(BEGIN)
+    page.write_text("\n".join([head + BEGIN, *_lines(result), END + rest.split(END)[1]]))
+
+
+def _lines(result: dict[str, Any]) -> Iterable[str]:
+    yield f"{result['machine']}."
+    yield ""
+    yield "| world | seed | s | " + " | ".join(_SUMS) + " |"
+    yield "|---|---:|---:|" + "---:|" * len(_SUMS)
+    for one in result["worlds"]:
+        yield f"| {one['world']} | {one['seed']} | {one['seconds']:.0f} | {_cells(one)} |"
+    yield f"| **all** | | {sum(one['seconds'] for one in result['worlds']):.0f} | {_cells(result['total'])} |"
+    yield ""
+    for name, figures in result["measured"].items():
+        yield f"- **{name}**: " + "; ".join(f"{key} {_value(value)}" for key, value in figures.items())
+
+
+def _cells(one: dict[str, Any]) -> str:
+    return " | ".join(f"{one[name]:,}" for name in _SUMS)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_value(one)}" for key, one in value.items()) + ")"
+    return ", ".join(map(_value, value)) if isinstance(value, list) else f"{value:,}"
