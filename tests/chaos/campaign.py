@@ -38,7 +38,7 @@ class Load:
     clients: int = 3
     sessions: int = 48  # of each client
     intervals: int = 1  # clients whose sessions have durability interval
-    pause_s: float = 0.35  # between faults, on average
+    pause_s: float = 0.2  # between faults, on average
 
 
 @dataclass
