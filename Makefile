@@ -11,7 +11,7 @@ GENERATED := clients/python
 SECONDS_A_TARGET ?= 120
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench bench-recall fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench bench-recall chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -25,6 +25,7 @@ help:
 	@echo "make fuzz      hostile bytes, two minutes a target (SECONDS_A_TARGET); writes docs/results/fuzz.json"
 	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
 	@echo "make test-all  the slow tests too"
+	@echo "make chaos     the fault campaign: docs/results/chaos.json (half an hour);  make chaos-quick  a minute of it, part of make test"
 	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
 	@echo "make learn-quick  every recipe's small version, minutes; part of make test"
 
@@ -72,6 +73,12 @@ learn: $(STAMP)
 
 learn-quick: $(STAMP)
 	$(BIN)/python -m pytest -q tests/models/test_recipes.py
+
+chaos: $(STAMP)
+	$(BIN)/python tools/chaos.py
+
+chaos-quick: $(STAMP)
+	$(BIN)/python -m pytest -q tests/chaos
 
 demo: $(STAMP)
 	$(BIN)/engram demo

@@ -81,6 +81,7 @@ async def serve(settings: Settings) -> None:
         for problem in await catalog.reload():
             log.error("model not served: %s", problem)
         store.on_trouble, store.on_loss = core.on_trouble, core.on_loss
+        store.writing_back = lambda: core.residency.writing_back
         store.start()
         core.engine.start()
         http = _Http(settings.http, metrics)

@@ -481,6 +481,7 @@ class Core:
         self._loop.call_soon_threadsafe(self._set_trouble, why)
 
     def on_loss(self) -> None:
+        self.residency.lost_data()
         self._loop.call_soon_threadsafe(self.residency.write_back)
 
     def _set_trouble(self, why: str) -> None:

@@ -27,6 +27,7 @@ class Faults:
     reverse_frames: bool = False  # answers to the rows of one frame in two frames, the later first
     rows: Callable[[list[str], np.ndarray], dict[int, error_pb2.ErrorDetail]] | None = None
     forget_on_connect: Callable[[str, int], int] | None = None  # (id, seq) -> seq after a crash
+    taken: set[str] = field(default_factory=set)  # sessions that another client holds: an attach of them is refused
 
 
 @dataclass
@@ -122,8 +123,13 @@ class FakePeer:
 
     def _open(self, frame: Any, names: list[str], attach: bool) -> stream_pb2.StreamResponse:
         handles, seqs, acked, ids = [], [], [], []
+        errors: list[stream_pb2.RowError] = []
         for number, given in enumerate(frame.session_ids):
             name = given or f"made-{len(self.records)}-{number}"
+            if attach and name in self.faults.taken:
+                errors.append(
+                    stream_pb2.RowError(row=number, error=error_pb2.ErrorDetail(code=10, reason="TAKEN_OVER"))
+                )
             record = self.records.setdefault(name, Record())
             if attach and self.faults.forget_on_connect is not None:
                 record.seq = self.faults.forget_on_connect(name, record.seq)
@@ -136,7 +142,7 @@ class FakePeer:
         opened = stream_pb2.OpenedFrame(
             request_id=frame.request_id, handles=np.array(handles, "<u4").tobytes(), seqs=np.array(seqs, "<u8").tobytes(),
             acknowledged_seqs=np.array(acked, "<u8").tobytes(), created=bytes(len(ids)), session_ids=ids, model=self.model(),
-            window=self.window, rows_max=4096,
+            window=self.window, rows_max=4096, errors=errors,
         )  # fmt: skip
         return stream_pb2.StreamResponse(opened=opened)
 

@@ -226,16 +226,34 @@ def test_steps_that_were_durable_and_are_gone_are_a_typed_error() -> None:
     play(body)
 
 
+def taken_over(handle: int) -> stream_pb2.StreamResponse:
+    event = stream_pb2.EventFrame(
+        type=stream_pb2.EventFrame.TYPE_TAKEN_OVER, handles=np.array([handle], "<u4").tobytes()
+    )
+    return stream_pb2.StreamResponse(event=event)
+
+
+def test_a_session_that_its_own_late_attach_took_over_goes_on() -> None:
+    """An attach that was sent on an earlier stream may come late, and take the session from the server that has it now."""
+
+    async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
+        a, b = await client.open_many("count", ["a", "b"])
+        await client.step_many([a, b], np.zeros((2, WIDTH)))
+        running = asyncio.gather(a.run(np.zeros((200, WIDTH))), b.run(np.zeros((200, WIDTH))))
+        peer.push(taken_over(1))
+        for Y in await running:
+            assert Y[:, 0].tolist() == list(range(1, 201))
+        assert peer.streams == 1, "the other sessions of the stream are not disturbed"
+
+    play(body)
+
+
 def test_events_end_only_the_sessions_they_name() -> None:
     async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
         a, b, c = await client.open_many("count", ["a", "b", "c"])
         await client.step_many([a, b, c], np.zeros((3, WIDTH)))
-        handles = np.array([1], "<u4").tobytes()
-        peer.push(
-            stream_pb2.StreamResponse(
-                event=stream_pb2.EventFrame(type=stream_pb2.EventFrame.TYPE_TAKEN_OVER, handles=handles)
-            )
-        )
+        peer.faults.taken.add("b")
+        peer.push(taken_over(1))
         await asyncio.sleep(0.1)
         with pytest.raises(engram.TakenOver):
             await b.step(row(0))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engram.v1 import session_pb2
+from engram.v1 import session_pb2, stream_pb2
 from engram_service.store.keys import meta_key, session_tag
 
 ServerProcess = Any
@@ -134,6 +134,20 @@ def test_an_open_right_after_redis_came_back_empty_carries_on(
     assert np.frombuffer(response.seqs, np.uint64).tolist() == [1], "a living session must not start over"
     taken = int(np.frombuffer(response.handles, np.uint32)[0])
     assert _step(again, taken, 2) == expected[1]
+
+
+def test_a_session_that_was_opened_and_not_stepped_is_written_back_too(
+    server: ServerProcess, redis_process: RedisProcess, connect: Connect
+) -> None:
+    raw = connect(server)
+    expected = reference(raw, 1)
+    handle_of(raw, "new")
+    redis_process.lose_data()
+    redis_process.start()
+    raw.send(attach=stream_pb2.AttachFrame(request_id=1, model="digits-reader", session_ids=["new"], client_id=5))
+    opened = raw.next("opened")
+    assert not opened.errors, opened.errors
+    assert _step(raw, int(np.frombuffer(opened.handles, np.uint32)[0]), 1) == expected[0]
 
 
 def test_a_full_redis_says_so_and_goes_on_when_there_is_room(

@@ -98,6 +98,17 @@ def test_management_calls_whose_answers_are_lost(open_store: OpenStore, wire: An
     assert not store.exists("fork")
 
 
+def test_a_delete_that_comes_late_does_not_end_the_next_session_of_the_id(store: Store, holder: MakeHolder) -> None:
+    first = holder(store, "a").claim()
+    tokens = [token.encode() for token in first.tokens]
+    store.delete(["a"], tokens)
+    second = holder(store, "a").claim()
+    store.delete(["a"], tokens)
+    assert second.commit(1) == [OK] and second.stored() == [1]
+    store.delete(["a"])
+    assert second.stored() == [-1]
+
+
 def test_a_private_redis_that_is_killed_loses_nothing_acknowledged(
     tmp_path: pathlib.Path, open_store: OpenStore, holder: MakeHolder, troubles: Any
 ) -> None:
@@ -154,6 +165,24 @@ def test_a_claim_does_not_start_a_session_over_when_redis_came_back_empty(
     with pytest.raises(StoreUnavailable, match="lost its data"):
         holder(store, "a").claim()
     assert owner.commit(2) == [OK]
+    assert holder(store, "a").claim().claims[0].status is ClaimStatus.CARRIED
+
+
+def test_a_claim_waits_while_what_was_lost_is_written_back(
+    store: Store, redis_process: Any, holder: MakeHolder, eventually: Any
+) -> None:
+    """Also if it was another thread that found the loss: a claim that comes right after it would find nothing."""
+    told: list[None] = []
+    store.on_loss = lambda: told.append(None)
+    owner = holder(store, "a").claim()
+    owner.commit(1)
+    store.writing_back = lambda: owner.stored() != [1]
+    redis_process.lose_data()
+    redis_process.start()
+    eventually(lambda: told)
+    with pytest.raises(StoreUnavailable, match="lost its data"):
+        holder(store, "a").claim()
+    assert owner.commit(1) == [OK]
     assert holder(store, "a").claim().claims[0].status is ClaimStatus.CARRIED
 
 

@@ -64,11 +64,12 @@ class BadFrame(Exception):
 
 
 class Core:
-    """See the module. `wake` is called when there may be something to send; `draining` when the server goes away."""
+    """See the module. `wake` is called when there may be something to send; `draining` when the server goes away,
+    `attach` when it shall be asked whose these sessions are."""
 
     def __init__(
         self, options: ClientOptions, base: int, loop: asyncio.AbstractEventLoop, wake: Callable[[], None],
-        draining: Callable[[], None],
+        draining: Callable[[], None], attach: Callable[[NDArray[np.int64]], None],
     ) -> None:  # fmt: skip
         self.options = options
         self.loop = loop
@@ -82,6 +83,7 @@ class Core:
         self.due: list[Part] = []
         self._wake = wake
         self._draining = draining
+        self._attach = attach
         self._by_handle = np.full(64, -1, np.int64)
         self._live_max = 1024
         self._early_parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any] | None]] = []
@@ -404,9 +406,12 @@ class Core:
         told = _BY_EVENT.get(frame.type)
         if told is None:
             return
-        for slot in self._slots(frame.handles).tolist():
-            if slot >= 0:
-                self.lose(slot, make_error(told[0], told[2], told[1]))
+        slots = self._slots(frame.handles)
+        if frame.type == stream_pb2.EventFrame.TYPE_TAKEN_OVER:
+            self.dispute(slots[slots >= 0])
+            return
+        for slot in slots[slots >= 0].tolist():
+            self.lose(slot, make_error(told[0], told[2], told[1]))
 
     # Sessions come and go
 
@@ -462,6 +467,20 @@ class Core:
         self._early_parts.clear()
         self.due.clear()  # in the log, and sent again from there
         self.recovery.reset()
+
+    def dispute(self, slots: NDArray[np.int64]) -> None:
+        """These sessions were taken over: by another client, or by an attach of our own on an earlier stream, which came late.
+        An attach tells, for it never takes a session from another client."""
+        table = self.table
+        slots = np.unique(slots[~table.lost[slots] & (table.handle[slots] != VOID_HANDLE)])
+        if not len(slots):
+            return
+        self.collect()
+        self._by_handle[table.handle[slots]] = -1
+        table.handle[slots], table.held[slots], table.seen[slots] = VOID_HANDLE, True, 0
+        for slot in slots.tolist():
+            self.recovery.drop(slot)  # all that is not answered is sent again after the attach
+        self._attach(slots)
 
     def lose(self, slot: int, error: EngramError) -> None:
         """A session is no longer ours: its calls fail, the others are not touched."""

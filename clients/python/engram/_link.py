@@ -53,7 +53,7 @@ class Link:
         self.options = options
         self.client_id = client_id
         self.loop = asyncio.get_running_loop()
-        self.core = Core(options, base, self.loop, self._wake, self._on_draining)
+        self.core = Core(options, base, self.loop, self._wake, self._on_draining, self._attach_again)
         self._addresses = list(addresses)
         self._turn = 0
         self._channel: grpc.aio.Channel | None = None
@@ -67,6 +67,7 @@ class Link:
         self._down_since = self.loop.time()
         self._trouble: EngramError | None = None
         self._closing = False
+        self._again: set[asyncio.Task[None]] = set()  # attaches of sessions that were said to be another's
         self._tasks = [asyncio.create_task(self._keep_up()), asyncio.create_task(self._tend())]
 
     # For the client
@@ -130,9 +131,10 @@ class Link:
     async def close(self) -> None:
         """Ends the stream in order, and every call that still waits with ClientClosed."""
         self._closing = True
-        for task in self._tasks:
+        ending = [*self._tasks, *self._again]
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*ending, return_exceptions=True)
         self.core.fail_waiting(ClientClosed("the client was closed", reason="CLIENT_CLOSED"), 0.0, 0.0)
 
     # Keeping it up
@@ -168,6 +170,7 @@ class Link:
         """Connects and serves; returns or raises when the stream is over."""
         channel = open_channel(address, self.options)
         tasks: list[asyncio.Task[None]] = []
+        attaching: asyncio.Task[None] | None = None
         call: StreamCall | None = None
         try:
             call = open_stream(channel, self.options)
@@ -189,9 +192,10 @@ class Link:
                 if task.done():
                     task.result()
         finally:
-            for task in tasks:
+            ending = [*tasks, *([attaching] if attaching is not None else [])]
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
             if call is not None:
                 call.cancel()
             await channel.close()
@@ -291,7 +295,21 @@ class Link:
     async def _attach_all(self) -> None:
         """Carries the sessions on, in bulk, on the new stream."""
         table = self.core.table
-        slots = np.array(sorted(slot for slot in table.ids if not table.lost[slot]), np.int64)
+        await self._attach_many(np.array(sorted(slot for slot in table.ids if not table.lost[slot]), np.int64))
+
+    def _attach_again(self, slots: NDArray[np.int64]) -> None:
+        """On this stream, while others go on; if it ends first, the next one attaches all."""
+
+        async def attach() -> None:
+            with contextlib.suppress(StreamLost):
+                await self._attach_many(slots)
+
+        task = asyncio.create_task(attach())
+        self._again.add(task)
+        task.add_done_callback(self._again.discard)
+
+    async def _attach_many(self, slots: NDArray[np.int64]) -> None:
+        table = self.core.table
         pieces: list[NDArray[np.int64]] = []
         for model in np.unique(table.model[slots]).tolist():
             mine = slots[table.model[slots] == model]

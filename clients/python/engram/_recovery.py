@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engram._errors import RETRYABLE, Aborted, DataLoss, EngramError
+from engram._errors import RETRYABLE, Aborted, DataLoss, EngramError, TakenOver
 from engram._table import Span
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ class Recovery:
         table = self._core.table
         if table.lost[slot] or seq <= table.confirmed[slot] or seq > table.sent[slot]:
             return  # out of date
+        if isinstance(error, TakenOver):
+            self._core.dispute(np.array([slot]))
+            return
         if isinstance(error, (Aborted, DataLoss)) or error.reason in _FATAL_REASONS:
             self._core.lose(slot, error)
             return

@@ -70,6 +70,7 @@ class Opened:
     created: NDArray[np.uint8]
     ids: list[str]
     served: Served | None = None
+    losses: int = 0  # of the store, before the claims
     errors: dict[int, Refusal] = field(default_factory=dict)
 
     @classmethod
@@ -78,7 +79,7 @@ class Opened:
         zeros = np.zeros(count, np.uint64)
         errors = {} if refusal is None else dict.fromkeys(range(count), refusal)
         return cls(
-            np.full(count, VOID_HANDLE, np.uint32), zeros, zeros.copy(), np.zeros(count, np.uint8), ids, None, errors
+            np.full(count, VOID_HANDLE, np.uint32), zeros, zeros.copy(), np.zeros(count, np.uint8), ids, errors=errors
         )
 
 
@@ -116,7 +117,7 @@ class Sessions:
         with room:
             async with self.hold([ids[i] for i in good], deadline):
                 requests = [self._request(served, wanted, ids[i]) for i in good]
-                claims = await self.call(deadline, self._store.claim, requests)
+                claims, result.losses = await self._claim(requests, deadline)
                 self._apply(stream, wanted, served, good, requests, claims, result)
         return result
 
@@ -137,13 +138,15 @@ class Sessions:
         for i in np.flatnonzero(rows < 0).tolist():
             why = {TAKEN_OVER: taken_over(), CLOSED: closed()}.get(int(rows[i]))
             errors.append((i, why or NotFound("INVALID_HANDLE", f"no session of this stream has handle {handles[i]}")))
-        ids = self.keys_of(stream, frame)
+        known = np.unique(rows[rows >= 0])
+        ids = [self._core.table.id_of(row) for row in known.tolist()]
+        tokens = [self._core.table.token[row].tobytes() for row in known.tolist()]
         deadline = time.monotonic() + self._core.settings.step_timeout_s
         for handle in handles[rows >= 0].tolist():
             stream.void(handle, CLOSED)
         async with self.hold(ids, deadline):
             if not frame.detach:
-                await self.call(deadline, self._store.delete, ids)
+                await self.call(deadline, self._store.delete, ids, tokens)
                 self._core.metrics.sessions_closed.inc(len(ids))
             left = [row for session_id in ids if (row := self._core.table.find(session_id)) is not None]
             self._core.refuse_repeats(np.array(left, np.int32), closed())
@@ -178,6 +181,15 @@ class Sessions:
                         "STORE_UNAVAILABLE", f"the store cannot be reached ({error})", retry_after_ms=500
                     ) from error
                 await asyncio.sleep(_RETRY_S)
+
+    async def _claim(self, requests: Sequence[ClaimRequest], deadline: float) -> tuple[list[ClaimResult], int]:
+        """The claims, and how often the store had lost its data before them. What was claimed in a store that has lost its data
+        meanwhile is claimed again: the former rows are written back, and the new ones are not there yet to be."""
+        while True:
+            losses = self._store.losses
+            claims = await self.call(deadline, self._store.claim, requests)
+            if self._store.losses == losses:
+                return claims, losses
 
     def _request(self, served: Served, wanted: Wanted, session_id: str) -> ClaimRequest:
         ttl_ms = wanted.ttl_ms or self._core.settings.session_ttl_s * 1000
@@ -259,7 +271,7 @@ class Sessions:
             table.client_id[row] = wanted.client_id
             table.created_ms[row] = claim.created_ms
             table.ttl_ms[row] = request.ttl_ms
-            table.losses[row] = self._store.losses
+            table.losses[row] = result.losses
             table.handle[row] = result.handles[place] = stream.name(row)
             result.created[place] = claim.status is ClaimStatus.CREATED
         if not len(rows):
@@ -292,8 +304,9 @@ class Sessions:
 
     def _forget(self, session_id: str) -> None:
         """After a claim that failed in the store: what this server may have thought of the session is out of date."""
-        row = self._core.table.find(session_id)
-        if row is not None and self._core.table.stream[row] < 0:
+        table = self._core.table
+        row = table.find(session_id)
+        if row is not None and table.stream[row] < 0 and not table.flushing[row]:
             self._core.residency.remove(np.array([row]))
 
 

@@ -40,7 +40,10 @@ class Residency:
         self._started = time.monotonic()
         self._wanting: dict[int, deque[int]] = {}  # model -> sessions that wait for a slot
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lost = np.empty(0, np.intp)
+        self._losses = self._losses_taken_up = (
+            0  # times that the store lost its data: told, and begun to be written back
+        )
+        self._lost = np.empty(0, np.intp)  # what is being written back
 
     def clock(self) -> float:
         """Seconds since the server started; small enough for float32 columns."""
@@ -237,6 +240,8 @@ class Residency:
     def on_flushed(self, rows: NDArray[Any], seqs: NDArray[np.uint64], verdict: Verdict) -> None:
         core, table = self._core, self._core.table
         table.flushing[rows] = False
+        self._lost = np.setdiff1d(self._lost, rows)
+        self._core.queue.release(rows[~table.interval[rows]])
         if not verdict.ok:
             core.lose_when_free(rows, verdict)
             return
@@ -247,18 +252,39 @@ class Residency:
 
     # A store that has lost its data
 
+    def lost_data(self) -> None:
+        """The store has lost its data; `write_back` follows on the event loop. Called from the store's threads."""
+        self._losses += 1
+
     def write_back(self) -> None:
-        """Commits every resident session that is not in a tick (those write themselves back when their commit fails)."""
+        """Commits every resident session that is not in a tick (those write themselves back when their commit fails).
+
+        Meanwhile sessions of durability step are held: a commit of theirs could be done before this one, and be undone by it.
+        """
         table = self._core.table
+        taken_up = self._losses
+        self._place_new()
         rows = np.flatnonzero((table.slot[: table.high] != NO_SLOT) & ~table.busy[: table.high])
+        self._core.queue.hold(rows[~table.interval[rows] & ~table.flushing[rows]])
         self.flush(rows)
-        self._lost = rows
+        self._lost, self._losses_taken_up = rows, taken_up
+
+    def _place_new(self) -> None:
+        """Sessions that were opened and not yet stepped have no slot; they get one, as far as there are some, to be committed."""
+        table = self._core.table
+        for served in self._core.catalog.models:
+            high = table.high
+            new = (table.model[:high] == served.index) & (table.slot[:high] == NO_SLOT) & (table.applied[:high] == 0)
+            new &= (table.stream[:high] != NO_STREAM) & ~table.busy[:high]
+            free = served.arena.capacity - served.arena.resident
+            self.want(served, np.flatnonzero(new)[:free].astype(np.int32))
 
     @property
     def writing_back(self) -> bool:
-        if len(self._lost) and not self._core.table.flushing[self._lost].any():
-            self._lost = self._lost[:0]
-        return len(self._lost) > 0
+        """Whether sessions are still to be written to a store that has lost its data. Also called from the store's threads."""
+        if self._losses != self._losses_taken_up:
+            return True
+        return bool(self._core.table.flushing[self._lost].any())
 
     # Heartbeat
 
@@ -272,7 +298,8 @@ class Residency:
                 self.flush(rows)
             self.serve_wanting()
             if self.clock() >= sweep_at:
-                self._sweep(self.clock() - settings.resident_idle_s)
+                if not self._core.store_trouble:  # a store that is away may come back empty, and need what is here
+                    self._sweep(self.clock() - settings.resident_idle_s)
                 await self._touch()
                 sweep_at = self.clock() + 1.0
 

@@ -75,10 +75,12 @@ return 1
 """
 )
 
+# ARGV: token of the claim that is ended ("" any): a delete that comes late must not end the session that has the id by then.
 DELETE = (
     _SAME_CLAIM
     + """
 local t = redis.call('HGET', KEYS[1], 't')
+if t and ARGV[1] ~= '' and t ~= ARGV[1] then return 0 end
 if t then redis.call('DEL', KEYS[1], KEYS[1] .. ':' .. t) end
 if memory then redis.call('DEL', memory) end
 return 1

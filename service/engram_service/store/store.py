@@ -50,7 +50,7 @@ _THERE_BUT_REFUSES = ("OOM", UNACKNOWLEDGED)  # trouble of commits that a Redis 
 
 class Store:
     """One Redis. `on_trouble(why)` is called from other threads when it stops and when it starts (empty) taking writes,
-    `on_loss()` when it has lost its data."""
+    `on_loss()` when it has lost its data; while `writing_back()`, nobody claims."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self.settings = settings
@@ -58,6 +58,7 @@ class Store:
         self.used_memory_bytes = 0
         self.on_trouble: Callable[[str], None] = lambda why: None
         self.on_loss: Callable[[], None] = lambda: None
+        self.writing_back: Callable[[], bool] = lambda: False
         self._generations: dict[bytes, bytes] = {}  # by key
         self._lost_at: dict[bytes, int] = {}  # by generation key: the last loss that it told, in `losses`
         self._trouble = {"commit": "", "watch": ""}
@@ -151,7 +152,8 @@ class Store:
             if held[n] == job.tokens[row].tobytes() or (held[n] is None and meta.losses < losses[n]):
                 args = [job.tokens[row].tobytes(), record(row), int(job.ttl_ms[row]), meta.session_id, meta.reference,
                         meta.fingerprint, meta.client_id, meta.epoch, meta.created_ms]  # fmt: skip
-                verdicts[n] = Verdict.OK if self._scripted(self._restore, [keys[n]], [args])[0] else Verdict.FENCED
+                restored = self._scripted(self._restore, [keys[n]], [args], self.settings.wait)[0]
+                verdicts[n] = Verdict.OK if restored else Verdict.FENCED
         return verdicts
 
     # Claims
@@ -160,16 +162,19 @@ class Store:
         """Takes sessions over, or creates them. Raises StoreUnavailable; then some may have been claimed: claim again."""
 
         def run() -> list[Any]:
-            if self._check_generation(self._nodes):
+            # Whichever thread it was that found the loss: a claim must not find the store empty before it is written to.
+            if self._check_generation(self._nodes) or self.writing_back():
                 raise redis.exceptions.ConnectionError(
                     "Redis has lost its data; living sessions are being written back"
                 )
             now_ms = int(time.time() * 1000)
-            return self._scripted(self._claim, [meta_key(session_tag(request.session_id)) for request in requests], [
+            keys = [meta_key(session_tag(request.session_id)) for request in requests]
+            args = [
                 [request.token, request.model, request.version, request.create_version, request.fingerprint, request.client_id,
                  request.ttl_ms, now_ms, int(request.attach), request.session_id, request.initial]
                 for request in requests
-            ])  # fmt: skip
+            ]  # fmt: skip
+            return self._scripted(self._claim, keys, args, self.settings.wait)
 
         return [_claimed(reply) for reply in self._call(run)]
 
@@ -212,10 +217,11 @@ class Store:
         """Whether there is such a session."""
         return self.describe(session_id) is not None
 
-    def delete(self, session_ids: Sequence[str]) -> None:
-        """Ends sessions whoever holds them."""
+    def delete(self, session_ids: Sequence[str], tokens: Sequence[bytes] | None = None) -> None:
+        """Ends sessions whoever holds them, or only under these claims."""
         keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
-        self._call(lambda: self._scripted(self._delete, keys, [[]] * len(keys), self.settings.wait))
+        ended = [b""] * len(keys) if tokens is None else tokens
+        self._call(lambda: self._scripted(self._delete, keys, [[token] for token in ended], self.settings.wait))
 
     def create(
         self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int, token: str,
@@ -275,9 +281,9 @@ class Store:
             self._generations.update(pairs)
             self.losses += bool(lost)
             self._lost_at.update(dict.fromkeys(lost, self.losses))
-        if lost:
-            log.warning("Redis has lost its data; living sessions are written back")
-            self.on_loss()
+            if lost:
+                log.warning("Redis has lost its data; living sessions are written back")
+                self.on_loss()  # before any other thread learns of the new generation
         return bool(lost)
 
     def _losses_of(self, keys: Sequence[bytes]) -> list[int]:

@@ -1,0 +1,164 @@
+"""Runs worlds: starts a fleet, lets clients step and the injector break things, heals everything, and checks the histories."""
+
+from __future__ import annotations
+
+import pathlib
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from chaos.checker import Reference, Report, check
+from chaos.faults import WEIGHTS, Injector
+from chaos.fleet import Client, Fleet, Nursery, World, wait_for
+from chaos.histories import ROW, read
+
+WORLDS = (
+    World("always", servers=3, appendfsync="always"),
+    World("everysec", servers=2, appendfsync="everysec"),
+    World("no", servers=2, appendfsync="no"),
+    World("emptied", servers=1, appendonly=False),
+    World("replicated", servers=2, replicated=True),
+)
+
+_PROGRESS_S = 10.0
+_START_S = 120.0
+_END_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is done to a world, and for how long."""
+
+    seconds: float
+    clients: int = 3
+    sessions: int = 48  # of each client
+    intervals: int = 1  # clients whose sessions have durability interval
+    pause_s: float = 0.2  # between faults, on average
+
+
+@dataclass
+class Outcome:
+    """What became of one world."""
+
+    world: str
+    seed: int
+    seconds: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    report: Report = field(default_factory=Report)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        return self.report.clean and not self.errors
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "world": self.world, "seed": self.seed, "seconds": round(self.seconds, 1), "errors": len(self.errors),
+            **self.report.numbers(), "faults": sum(self.faults.values()), "fault_kinds": dict(sorted(self.faults.items())),
+        }  # fmt: skip
+
+
+class Campaign:
+    """Worlds one after the other, on one nursery."""
+
+    def __init__(
+        self, directory: pathlib.Path, say: Callable[[str], None], clock_library: pathlib.Path | None = None
+    ) -> None:
+        self.directory = directory
+        self._say = say
+        self._clock_library = clock_library
+        self.nursery = Nursery(clock_library)
+        self._reference: Reference | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        self.nursery.stop()
+
+    def fleet(self, world: World, seed: int, name: str, *server_flags: str) -> Fleet:
+        self.nursery.wait_ready()
+        directory = self.directory / name
+        shutil.rmtree(directory, ignore_errors=True)
+        return Fleet(world, directory, self.nursery, seed, self._clock_library, server_flags)
+
+    def run(self, world: World, seed: int, load: Load) -> Outcome:
+        """One world; what it leaves is deleted unless something was wrong."""
+        outcome = Outcome(world.name, seed)
+        self._say(
+            f"world {world.name}, seed {seed}: {world.servers} servers, {load.clients} x {load.sessions} sessions"
+        )
+        fleet = self.fleet(world, seed, f"{world.name}-{seed}")
+        try:
+            fleet.start()
+            fleet.add_clients(load.clients, load.sessions, load.intervals)
+            wait_for(lambda: all(client.written_bytes() for client in fleet.clients), _START_S, "clients do not start")
+            self._disturb(fleet, outcome, load)
+            self._finish(fleet, outcome)
+        except Exception as error:
+            outcome.errors.append(f"{type(error).__name__}: {error}")
+        finally:
+            fleet.stop()
+        outcome.report = self._check(fleet.clients)
+        self._conclude(outcome, fleet)
+        return outcome
+
+    def _disturb(self, fleet: Fleet, outcome: Outcome, load: Load) -> None:
+        injector = Injector(fleet, random.Random(outcome.seed).getrandbits(32), WEIGHTS, load.pause_s, self._say)
+        started = told = time.monotonic()
+        injector.start()
+        try:
+            while time.monotonic() - started < load.seconds and not _failed(fleet.clients):
+                time.sleep(0.2)
+                if time.monotonic() - told >= _PROGRESS_S:
+                    told = time.monotonic()
+                    self._progress(fleet, injector, told - started)
+        finally:
+            injector.stop()
+            outcome.seconds = time.monotonic() - started
+            outcome.faults = injector.counts
+            outcome.errors += injector.failures
+
+    def _progress(self, fleet: Fleet, injector: Injector, seconds: float) -> None:
+        steps = sum(client.written_bytes() for client in fleet.clients) // ROW.itemsize
+        faults = sum(injector.counts.values())
+        self._say(
+            f"  {seconds:5.0f} s  {faults:4d} faults  {steps:8,d} steps acknowledged  {steps / seconds:6,.0f} steps/s"
+        )
+
+    def _finish(self, fleet: Fleet, outcome: Outcome) -> None:
+        """Everything is whole again: every client has to come to an end in order."""
+        fleet.heal()
+        for client in fleet.clients:
+            client.signal(signal.SIGTERM)
+        for client in fleet.clients:
+            code = client.wait_ended(_END_S)
+            if code != 0:
+                tail = client.log.read_text(errors="replace")[-3000:]
+                outcome.errors.append(f"{client.name} ended with {code}\n{tail}")
+
+    def _check(self, clients: list[Client]) -> Report:
+        if self._reference is None:
+            self._reference = Reference()
+        total = Report()
+        for client in clients:
+            total.add(check([read(path) for path in client.lives if path.exists()], self._reference))
+        return total
+
+    def _conclude(self, outcome: Outcome, fleet: Fleet) -> None:
+        numbers = ", ".join(f"{name} {value:,}" for name, value in outcome.report.numbers().items())
+        self._say(f"  {sum(outcome.faults.values())} faults; {numbers}; errors {len(outcome.errors)}")
+        if outcome.clean:
+            shutil.rmtree(fleet.directory)
+            return
+        for line in (outcome.report.problems + outcome.errors)[:20]:
+            self._say(f"  ! {line}")
+        self._say(f"  histories and logs: {fleet.directory}")
+        self._say(f"  again: .venv/bin/python tools/chaos.py --seed {outcome.seed} --world {outcome.world}")
+
+
+def _failed(clients: list[Client]) -> bool:
+    return any(client.failed for client in clients)

@@ -1,0 +1,312 @@
+"""The faults, and the injector that draws them from a seed.
+
+Kind, target, length and pause are drawn in a fixed order from one generator. Several faults are under way at once, but one
+target has one at a time: a fault whose target is taken is dropped. So a seed repeats the sequence of draws, though not to the
+millisecond what meets what.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from chaos import points
+from chaos.fleet import Client, Fleet, Redis, Server, wait_for
+
+CLOCK_S = 6 * 3600  # clocks move by up to so much; a session's time to live is a week
+_POINT_WAIT_S = 6.0
+_AT_ONCE_MAX = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One fault as the seed has it: which of the targets (0..1), how long (0..1), and a detail (0..1)."""
+
+    kind: str
+    target: float
+    length: float
+    detail: float
+
+
+class Injector:
+    """Injects until told to stop; counts what happened."""
+
+    def __init__(
+        self, fleet: Fleet, seed: int, weights: dict[str, float], pause_s: float, say: Callable[[str], None]
+    ) -> None:
+        self._fleet = fleet
+        self._random = random.Random(seed)
+        self._kinds = [kind for kind in weights if self._possible(kind)]
+        self._weights = [weights[kind] for kind in self._kinds]
+        self._pause_s = pause_s
+        self._say = say
+        self.counts: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self._busy: set[str] = set()
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._workers: list[threading.Thread] = []
+        self._thread = threading.Thread(target=self._run, name="injector", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No new faults; returns when the last is over."""
+        self._stopping.set()
+        self._thread.join()
+        for worker in self._workers:
+            worker.join(60)
+
+    def _possible(self, kind: str) -> bool:
+        world = self._fleet.world
+        if kind.startswith("clock"):
+            return self._fleet.clock_library is not None
+        if world.replicated:
+            return kind != "redis-kill"  # a dead primary is replaced there
+        if not world.appendonly:
+            # Redis comes back empty: the arena is the only copy, and a session without a client leaves it within a second.
+            return kind in ("redis-kill", "redis-pause", "redis-cut", "redis-delay")
+        return kind != "promotion"
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._random.uniform(0.2, 1.8) * self._pause_s):
+            kind = self._random.choices(self._kinds, self._weights)[0]
+            draw = Draw(kind, self._random.random(), self._random.random(), self._random.random())
+            target = self._target(draw)
+            with self._lock:
+                if target.name in self._busy or len(self._busy) >= _AT_ONCE_MAX:
+                    continue
+                self._busy.add(target.name)
+            worker = threading.Thread(target=self._inject, args=(draw, target), daemon=True)
+            self._workers = [one for one in self._workers if one.is_alive()] + [worker]
+            worker.start()
+
+    def _target(self, draw: Draw) -> Any:
+        fleet = self._fleet
+        if draw.kind in ("redis-kill", "redis-pause", "promotion", "clock-redis"):
+            return fleet.primary
+        some: list[Any] = (
+            fleet.clients if draw.kind in ("client-kill", "client-pause", "clock-client") else fleet.servers
+        )
+        return some[int(draw.target * len(some))]
+
+    def _inject(self, draw: Draw, target: Any) -> None:
+        try:
+            what = FAULTS[draw.kind](self._fleet, target, draw)
+            if what:
+                with self._lock:
+                    self.counts[what] += 1
+        except Exception:
+            self.failures.append(f"{draw} on {target.name}\n{traceback.format_exc()}")
+            self._say(f"fault {draw.kind} on {target.name} failed:\n{traceback.format_exc()}")
+        finally:
+            with self._lock:
+                self._busy.discard(target.name)
+
+
+# What each does. They return the name to count, or nothing where the fault did not come about.
+
+
+def server_kill(fleet: Fleet, server: Server, draw: Draw) -> str:
+    server.signal(signal.SIGKILL)
+    _again(server, draw.length)
+    return "server-kill"
+
+
+def _again(server: Server, pause_s: float) -> None:
+    assert server.wait_ended(10) is not None
+    time.sleep(pause_s)
+    server.start()
+    server.wait_serving()
+
+
+def server_drain(fleet: Fleet, server: Server, draw: Draw) -> str:
+    server.signal(signal.SIGTERM)
+    code = server.wait_ended(60)
+    assert code == 0, f"a drained server ended with {code}"
+    _again(server, draw.length * 0.5)
+    return "server-drain"
+
+
+def server_freeze(fleet: Fleet, server: Server, draw: Draw) -> str:
+    """Stopped and continued; its clients wait."""
+    server.signal(signal.SIGSTOP)
+    time.sleep(0.1 + 1.4 * draw.length)
+    server.signal(signal.SIGCONT)
+    return "server-freeze"
+
+
+def server_zombie(fleet: Fleet, server: Server, draw: Draw) -> str:
+    """Stopped in the middle of its work; its sessions go on elsewhere; then it wakes up and writes."""
+    server.signal(signal.SIGSTOP)
+    server.front.refuse(True)
+    server.front.cut()
+    time.sleep(1.0 + 2.0 * draw.length)
+    server.signal(signal.SIGCONT)
+    time.sleep(0.2 + draw.detail)
+    server.front.refuse(False)
+    return "server-zombie"
+
+
+def server_point(fleet: Fleet, server: Server, draw: Draw) -> str:
+    """Dies at a place that was chosen."""
+    name = points.NAMES[int(draw.detail * len(points.NAMES))]
+    count = 1 + int(draw.length * 20) if name.endswith("commit") else 1
+    wait_for(lambda: not server.control.exists(), 5, "a server does not look at its control file")
+    part = server.control.with_suffix(".new")
+    part.write_text(f"{name} {count}\n")
+    part.rename(server.control)
+    if name.endswith("claim"):
+        other = fleet.servers[(fleet.servers.index(server) + 1) % len(fleet.servers)]
+        if other is not server:
+            other.front.cut()  # somebody has to come and claim
+    elif name == "drain":
+        wait_for(lambda: not server.control.exists(), 5, "a server does not look at its control file")
+        server.signal(signal.SIGTERM)
+    code = server.wait_ended(_POINT_WAIT_S)
+    if code is None:
+        server.control.write_text("")  # nothing came by: disarmed
+        if server.wait_ended(0.2) is None:
+            return ""
+    _again(server, 0.2)
+    return "" if code == 0 else f"point-{name}"
+
+
+def redis_kill(fleet: Fleet, target: Redis, draw: Draw) -> str:
+    target.kill()
+    time.sleep(draw.length * 0.8)
+    target.start()
+    return "redis-kill" if fleet.world.appendonly else "redis-emptied"
+
+
+def redis_pause(fleet: Fleet, target: Redis, draw: Draw) -> str:
+    target.signal(signal.SIGSTOP)
+    time.sleep(0.1 + 1.9 * draw.length)
+    target.signal(signal.SIGCONT)
+    return "redis-pause"
+
+
+def promotion(fleet: Fleet, old: Redis, draw: Draw) -> str:
+    """The primary dies, its replica is promoted, the servers are sent there; the dead one comes back as a replica."""
+    new = next(one for one in fleet.redises if one is not old)
+    if new.client.info("replication").get("master_link_status") != "up":
+        return ""
+    old.kill()
+    fleet.promote(new, draw.length)
+    return "promotion"
+
+
+def client_cut(fleet: Fleet, server: Server, draw: Draw) -> str:
+    if draw.detail < 0.5:
+        server.front.refuse(True)
+        server.front.cut()
+        time.sleep(draw.length)
+        server.front.refuse(False)
+    else:
+        server.front.cut()
+    return "client-cut"
+
+
+def client_delay(fleet: Fleet, server: Server, draw: Draw) -> str:
+    server.front.delay(0.005 + 0.1 * draw.detail)
+    time.sleep(0.2 + draw.length)
+    server.front.delay(0.0)
+    return "client-delay"
+
+
+def client_hold(fleet: Fleet, server: Server, draw: Draw) -> str:
+    """Nothing passes for a while; then it arrives late, or is lost with the connection."""
+    server.front.hold(True)
+    time.sleep(0.1 + 1.4 * draw.length)
+    if draw.detail < 0.5:
+        server.front.cut()
+    server.front.hold(False)
+    return "client-hold"
+
+
+def redis_cut(fleet: Fleet, server: Server, draw: Draw) -> str:
+    server.back.cut()
+    return "redis-cut"
+
+
+def redis_delay(fleet: Fleet, server: Server, draw: Draw) -> str:
+    server.back.delay(0.002 + 0.05 * draw.detail)
+    time.sleep(0.2 + draw.length)
+    server.back.delay(0.0)
+    return "redis-delay"
+
+
+def redis_hold(fleet: Fleet, server: Server, draw: Draw) -> str:
+    """What the server sends to Redis is held back; half of the time its clients leave it meanwhile, and it arrives late."""
+    server.back.hold(True)
+    time.sleep(0.2 + 0.8 * draw.length)
+    if draw.detail < 0.5:
+        server.front.refuse(True)
+        server.front.cut()
+        time.sleep(0.3 + draw.length)
+    server.back.hold(False)
+    time.sleep(0.2)
+    server.front.refuse(False)
+    return "redis-hold"
+
+
+def client_kill(fleet: Fleet, client: Client, draw: Draw) -> str:
+    client.signal(signal.SIGKILL)
+    assert client.wait_ended(10) is not None
+    time.sleep(draw.length * 0.3)
+    client.start()
+    return "client-kill"
+
+
+def client_pause(fleet: Fleet, client: Client, draw: Draw) -> str:
+    client.signal(signal.SIGSTOP)
+    time.sleep(0.1 + draw.length)
+    client.signal(signal.SIGCONT)
+    return "client-pause"
+
+
+def clock(fleet: Fleet, target: Server | Redis | Client, draw: Draw) -> str:
+    """Its wall clock jumps, forwards or back."""
+    part = target.clock.with_suffix(".new")
+    part.write_text(f"{int((2 * draw.detail - 1) * CLOCK_S):+d}\n")
+    part.rename(target.clock)
+    time.sleep(0.1)
+    return f"clock-{target.name.split('-')[0]}"
+
+
+FAULTS: dict[str, Callable[[Fleet, Any, Draw], str]] = {
+    "server-kill": server_kill,
+    "server-drain": server_drain,
+    "server-freeze": server_freeze,
+    "server-zombie": server_zombie,
+    "server-point": server_point,
+    "redis-kill": redis_kill,
+    "redis-pause": redis_pause,
+    "promotion": promotion,
+    "client-cut": client_cut,
+    "client-delay": client_delay,
+    "client-hold": client_hold,
+    "redis-cut": redis_cut,
+    "redis-delay": redis_delay,
+    "redis-hold": redis_hold,
+    "client-kill": client_kill,
+    "client-pause": client_pause,
+    "clock-server": clock,
+    "clock-redis": clock,
+    "clock-client": clock,
+}
+
+# How often each is drawn. What takes seconds to recover from is drawn less, so that there is something to disturb.
+WEIGHTS = {
+    "server-kill": 3, "server-drain": 2, "server-freeze": 3, "server-zombie": 3, "server-point": 4, "redis-kill": 3,
+    "redis-pause": 2, "promotion": 2, "client-cut": 6, "client-delay": 4, "client-hold": 4, "redis-cut": 6, "redis-delay": 4,
+    "redis-hold": 4, "client-kill": 4, "client-pause": 3, "clock-server": 2, "clock-redis": 1, "clock-client": 1,
+}  # fmt: skip

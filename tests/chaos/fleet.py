@@ -1,0 +1,365 @@
+"""Servers, Redis and clients as real processes, with a proxy on every wire between them. What breaks them is in faults.py.
+
+client -> proxy -> server -> proxy -> Redis (-> proxy -> replica)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from chaos.histories import MODEL
+from chaos.proxy import Proxy, Wires
+from engram_models import shipped_models_dir
+from engram_service.store.private import _binary
+
+TESTS = pathlib.Path(__file__).parents[1]
+START_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What one part of a campaign runs on."""
+
+    name: str
+    servers: int = 2
+    appendonly: bool = True
+    appendfsync: str = "everysec"
+    replicated: bool = False
+
+
+class Nursery:
+    """The process that all servers and clients are forked from; see nursery.py."""
+
+    def __init__(self, clock: pathlib.Path | None = None) -> None:
+        """`clock`: libfaketime; its children then read their clock's offset from a file."""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1",
+                       "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
+        if clock is not None:
+            environment |= clock_environment(clock)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "chaos.nursery"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        self._pids: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._ends: dict[int, int] = {}  # exit codes by pid
+        self._ended = threading.Condition()
+        self._lock = threading.Lock()
+        self._ready = threading.Event()
+        threading.Thread(target=self._read, name="nursery", daemon=True).start()
+
+    def wait_ready(self) -> None:
+        assert self._ready.wait(START_S), "the nursery does not start"
+
+    def spawn(self, task: dict[str, Any]) -> int:
+        with self._lock:
+            self._send(task)
+            return self._pids.get(timeout=30)
+
+    def signal(self, pid: int, number: signal.Signals) -> None:
+        self._send({"pid": pid, "signal": int(number)})
+
+    def ended(self, pid: int) -> int | None:
+        """The exit code of a child, if it has ended."""
+        with self._ended:
+            return self._ends.get(pid)
+
+    def wait(self, pid: int, timeout_s: float) -> int | None:
+        with self._ended:
+            self._ended.wait_for(lambda: pid in self._ends, timeout_s)
+            return self._ends.get(pid)
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+    def _send(self, task: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(task).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            said = json.loads(line)
+            if "ready" in said:
+                self._ready.set()
+            elif "pid" in said:
+                self._pids.put(said["pid"])
+            else:
+                with self._ended:
+                    self._ends[said["ended"]] = said["code"]
+                    self._ended.notify_all()
+
+
+def clock_library() -> pathlib.Path | None:
+    """libfaketime, if the package of that name is installed; without it, no clocks are moved."""
+    spec = importlib.util.find_spec("libfaketime")
+    found = (
+        []
+        if spec is None or spec.origin is None
+        else sorted(pathlib.Path(spec.origin).parent.rglob("libfaketime.so.1"))
+    )
+    return found[0] if found else None
+
+
+def clock_environment(library: pathlib.Path) -> dict[str, str]:
+    """The wall clock comes from a file, the monotonic one is left alone."""
+    return {"LD_PRELOAD": str(library), "FAKETIME": "+0", "FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1"}
+
+
+class Server:
+    """One `engram serve` behind its proxies, on the same ports in every life."""
+
+    def __init__(self, fleet: Fleet, number: int, redis_port: int) -> None:
+        self._fleet, self.name = fleet, f"server-{number}"
+        self.directory = fleet.directory / self.name
+        self.directory.mkdir()
+        self._port, self.address_port, wire_port, self._http = (free_port() for _ in range(4))
+        self.front: Proxy = fleet.wires.proxy(self.address_port, self._port)
+        self.back: Proxy = fleet.wires.proxy(wire_port, redis_port)
+        self._redis_url = f"redis://127.0.0.1:{wire_port}/0"
+        self.control = self.directory / "control"
+        self.clock = self.directory / "clock"
+        self.pid = 0
+        self.paused = False
+
+    def start(self) -> None:
+        """Does not wait until it serves."""
+        world = self._fleet.world
+        flags = [
+            "--listen", f"127.0.0.1:{self._port}", "--http", f"127.0.0.1:{self._http}", "--redis-url", self._redis_url,
+            "--models", str(self._fleet.models), "--shipped-models", "false", "--tick-rows-max", "256",
+            "--drain-timeout-s", "15", "--log-format", "human",
+        ]  # fmt: skip
+        if world.replicated:
+            flags += ["--redis-ack", "replicated", "--redis-ack-timeout-ms", "500"]
+        flags += self._fleet.server_flags
+        self.control.unlink(missing_ok=True)
+        log = str(self.directory / "log")
+        environment = {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}
+        self.pid = self._fleet.nursery.spawn(
+            {"run": "server", "name": self.name, "control": str(self.control), "flags": flags, "log": log, "environment": environment}
+        )  # fmt: skip
+
+    @property
+    def running(self) -> bool:
+        return self.pid > 0 and self._fleet.nursery.ended(self.pid) is None
+
+    def signal(self, number: signal.Signals) -> None:
+        self._fleet.nursery.signal(self.pid, number)
+
+    def wait_ended(self, timeout_s: float) -> int | None:
+        return self._fleet.nursery.wait(self.pid, timeout_s)
+
+    def wait_serving(self, timeout_s: float = START_S) -> None:
+        wait_for(lambda: accepts(self._port), timeout_s, f"{self.name} does not serve")
+
+
+class Redis:
+    """One Redis on a port, in every life with the same directory."""
+
+    def __init__(self, fleet: Fleet, number: int) -> None:
+        self._fleet, self.name = fleet, f"redis-{number}"
+        self.directory = fleet.directory / self.name
+        self.directory.mkdir()
+        self.port = free_port()
+        self.clock = self.directory / "clock"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port, socket_timeout=5, retry=Retry(NoBackoff(), 0))
+
+    def start(self, *flags: str) -> None:
+        world = self._fleet.world
+        kept = (
+            ("--appendonly", "yes", "--appendfsync", world.appendfsync) if world.appendonly else ("--appendonly", "no")
+        )
+        command = [
+            _binary(), "--port", str(self.port), "--dir", str(self.directory), "--save", "", *kept, "--logfile",
+            str(self.directory / "log"), "--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0",
+            "--repl-ping-replica-period", "1", *flags,
+        ]  # fmt: skip
+        environment = dict(os.environ)
+        if self._fleet.clock_library is not None:
+            environment |= clock_environment(self._fleet.clock_library) | {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        wait_for(self._loaded, START_S, f"{self.name} does not start")
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def _loaded(self) -> bool:
+        try:
+            return not self.client.info("persistence")["loading"]
+        except redis.exceptions.RedisError:
+            return False
+
+
+class Client:
+    """One client, and the histories of its lives."""
+
+    def __init__(self, fleet: Fleet, number: int, first: int, count: int, interval: bool, branches: bool) -> None:
+        self._fleet, self.name = fleet, f"client-{number}"
+        self._plan = {"first": first, "count": count, "interval": interval, "branches": branches}
+        self._number = number
+        self.lives: list[pathlib.Path] = []
+        self.log = fleet.directory / f"{self.name}.log"
+        self.clock = fleet.directory / f"{self.name}.clock"
+        self.pid = 0
+
+    def start(self) -> None:
+        life = len(self.lives) + 1
+        self.lives.append(self._fleet.directory / f"{self.name}.{life}.history")
+        turn = self._number % len(self._fleet.servers)
+        servers = self._fleet.servers[turn:] + self._fleet.servers[:turn]
+        task = {
+            "run": "client", "name": self.name, "log": str(self.log), "history": str(self.lives[-1]), "life": life,
+            "seed": self._fleet.seed * 1_000_003 + self._number * 1009 + life,
+            "addresses": [f"127.0.0.1:{server.address_port}" for server in servers],
+            "environment": {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}, **self._plan,
+        }  # fmt: skip
+        self.pid = self._fleet.nursery.spawn(task)
+
+    @property
+    def running(self) -> bool:
+        return self.pid > 0 and self._fleet.nursery.ended(self.pid) is None
+
+    def signal(self, number: signal.Signals) -> None:
+        self._fleet.nursery.signal(self.pid, number)
+
+    def wait_ended(self, timeout_s: float) -> int | None:
+        return self._fleet.nursery.wait(self.pid, timeout_s)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended because of an error that the SDK raised to it."""
+        return self.pid > 0 and self._fleet.nursery.ended(self.pid) == 1
+
+    def written_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.lives if path.exists())
+
+
+class Fleet:
+    """All processes of one world."""
+
+    def __init__(
+        self, world: World, directory: pathlib.Path, nursery: Nursery, seed: int,
+        clock_library: pathlib.Path | None = None, server_flags: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.world, self.directory, self.nursery, self.seed = world, directory, nursery, seed
+        self.clock_library = clock_library
+        self.server_flags = server_flags
+        directory.mkdir(parents=True)
+        self.models = directory / "models"
+        self.models.mkdir()
+        (self.models / MODEL).symlink_to(shipped_models_dir() / MODEL)
+        self.wires = Wires()
+        self.redises = [Redis(self, number) for number in range(2 if world.replicated else 1)]
+        self.primary = self.redises[0]
+        self.servers: list[Server] = []
+        self.clients: list[Client] = []
+
+    def start(self) -> None:
+        self.primary.start()
+        for replica in self.redises[1:]:
+            self.follow(replica)
+        self.servers = [Server(self, number, self.primary.port) for number in range(self.world.servers)]
+        for server in self.servers:
+            server.start()
+        for server in self.servers:
+            server.wait_serving()
+
+    def follow(self, replica: Redis) -> None:
+        """Starts a replica of the primary, and waits until it has caught up."""
+        replica.start("--replicaof", "127.0.0.1", str(self.primary.port))
+        wait_for(
+            lambda: replica.client.info("replication").get("master_link_status") == "up", START_S, "no replication"
+        )
+
+    def promote(self, new: Redis, pause_s: float = 0.0) -> None:
+        """The primary is dead: its replica takes its place, the servers are sent there, and the dead one comes back empty, as a
+        replica."""
+        old = self.primary
+        new.client.execute_command("REPLICAOF", "NO", "ONE")
+        self.primary = new
+        for server in self.servers:
+            server.back.retarget(new.port)
+        time.sleep(pause_s)
+        for path in old.directory.glob("appendonly*"):
+            path.unlink()
+        self.follow(old)
+
+    def add_clients(self, count: int, sessions: int, intervals: int, branches: bool = True) -> None:
+        for number in range(count):
+            made = Client(self, number, number * sessions, sessions, number < intervals, branches)
+            self.clients.append(made)
+            made.start()
+
+    def heal(self) -> None:
+        """Everything runs and every wire is whole; what was dead is started."""
+        for server in self.servers:
+            server.front.heal()
+            server.back.heal()
+            if server.running:
+                server.signal(signal.SIGCONT)
+            else:
+                server.start()
+        for server in self.servers:
+            server.wait_serving()
+
+    def stop(self) -> None:
+        for process in (*self.clients, *self.servers):
+            if process.running:
+                process.signal(signal.SIGKILL)
+        for server in self.servers:
+            server.front.close()
+            server.back.close()
+        for one in self.redises:
+            if one.process is not None:
+                one.signal(signal.SIGCONT)
+                one.kill()
+        self.wires.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(what)
+        time.sleep(0.02)

@@ -1,0 +1,137 @@
+"""A TCP proxy that cuts, delays, holds back and refuses: every wire of the campaign goes through one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+
+_CHUNK = 1 << 16
+
+
+class Wires:
+    """The event loop of all proxies, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="wires", daemon=True)
+        self._thread.start()
+
+    def proxy(self, listen: int, target: int) -> Proxy:
+        """A proxy on 127.0.0.1, listening when this returns."""
+        made = Proxy(self.loop, target)
+        asyncio.run_coroutine_threadsafe(made.start(listen), self.loop).result(10)
+        return made
+
+    def stop(self) -> None:
+        async def end() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result(10)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(5)
+        self.loop.close()
+
+
+class Proxy:
+    """One port in front of another. The methods without an underscore may be called from any thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, target: int) -> None:
+        self._loop = loop
+        self._target = target
+        self._delay_s = 0.0
+        self._refusing = False
+        self._open = asyncio.Event()  # clear while what arrives is held back
+        self._open.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, listen: int) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", listen, limit=_CHUNK)
+
+    def cut(self) -> None:
+        """Every connection ends with a reset; what was under way is lost."""
+        self._post(self._cut)
+
+    def delay(self, seconds: float) -> None:
+        """From now on whatever passes takes so much longer, in either direction."""
+        self._post(lambda: setattr(self, "_delay_s", seconds))
+
+    def hold(self, held: bool) -> None:
+        """While held, nothing passes and nothing is lost: it arrives late."""
+        self._post(self._open.clear if held else self._open.set)
+
+    def refuse(self, refusing: bool) -> None:
+        """While refusing, new connections are closed at once."""
+        self._post(lambda: setattr(self, "_refusing", refusing))
+
+    def retarget(self, target: int) -> None:
+        """New connections go to another port; the old ones are cut."""
+
+        def change() -> None:
+            self._target = target
+            self._cut()
+
+        self._post(change)
+
+    def heal(self) -> None:
+        """As if nothing had ever been."""
+        self.delay(0.0)
+        self.refuse(False)
+        self.hold(False)
+
+    def close(self) -> None:
+        def end() -> None:
+            if self._server is not None:
+                self._server.close()
+            self._cut()
+
+        self._post(end)
+
+    def _post(self, work: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(work)
+
+    def _cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refusing:
+            writer.transport.abort()
+            return
+        self._writers.add(writer)
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target, limit=_CHUNK)
+        except OSError:
+            writer.transport.abort()
+            self._writers.discard(writer)
+            return
+        self._writers.add(far_writer)
+        pumps = [
+            asyncio.create_task(self._pump(reader, far_writer)),
+            asyncio.create_task(self._pump(far_reader, writer)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            pass  # all proxies end; the stream's own callback takes no cancelled task
+        finally:
+            for task in pumps:
+                task.cancel()
+            for one in (writer, far_writer):
+                self._writers.discard(one)
+                one.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(_CHUNK):
+                await self._open.wait()
+                if self._delay_s:
+                    await asyncio.sleep(self._delay_s)
+                writer.write(data)
+                await writer.drain()

@@ -1,0 +1,77 @@
+"""The fault campaign (make chaos): see docs/faults.md. Prints its seed; what a seed finds is found again by --seed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import secrets
+import sys
+import tempfile
+import time
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+RESULT, PAGE = ROOT / "docs" / "results" / "chaos.json", ROOT / "docs" / "faults.md"
+
+
+def main() -> int:
+    from chaos.campaign import WORLDS
+    from chaos.measures import SCENARIOS
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, help="of an earlier run; none: a new one, which is printed")
+    parser.add_argument("--world", action="append", choices=[world.name for world in WORLDS], help="only these")
+    parser.add_argument("--seconds", type=float, default=1200.0, help="of faults, over all worlds")
+    parser.add_argument(
+        "--clock",
+        type=pathlib.Path,
+        help="libfaketime.so.1, to move clocks; found after `pip install libfaketime`",
+    )
+    parser.add_argument("--keep", type=pathlib.Path, help="directory for histories and logs; none: a temporary one")
+    parser.add_argument("--measure", action="append", choices=list(SCENARIOS), help="only these")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="the result file, to be added to; of a whole run: docs/results/chaos.json"
+    )
+    args = parser.parse_args()
+    return _run(args, WORLDS)
+
+
+def _run(args: argparse.Namespace, worlds: Any) -> int:
+    from chaos.campaign import Campaign, Load
+    from chaos.fleet import clock_library
+    from chaos.measures import SCENARIOS
+    from chaos.results import write, write_table
+
+    seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
+    say(f"seed {seed}")
+    some = args.world or args.measure
+    chosen = [world for world in worlds if not some or world.name in (args.world or ())]
+    directory = args.keep or pathlib.Path(tempfile.mkdtemp(prefix="engram-chaos-"))
+    out = args.out or (None if some else RESULT)
+    outcomes, measured = [], {}
+    campaign = Campaign(directory, say, args.clock or clock_library())
+    try:
+        for world in chosen:
+            outcomes.append(campaign.run(world, seed, Load(args.seconds / len(chosen))))
+        for name in SCENARIOS if not some else args.measure or ():
+            measured[name] = SCENARIOS[name](campaign, seed)
+            say(f"{name}: {json.dumps(measured[name])}")
+    finally:
+        campaign.close()
+    if out is not None:
+        result = write(out, outcomes, measured)
+        say(f"wrote {out}: {json.dumps(result['total'])}")
+        if out.resolve() == RESULT:
+            write_table(PAGE, result)
+    return 0 if all(outcome.clean for outcome in outcomes) else 1
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
