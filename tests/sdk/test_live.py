@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import signal
 import subprocess
@@ -302,7 +303,9 @@ def test_stream_command_bad_line(shared_server, bad: str) -> None:
 
 
 def test_stream_command_interrupted_and_closed_pipe(shared_server) -> None:
-    process = command(shared_server, "stream", MODEL)
+    # Tests that run in the background have SIGINT ignored, and children inherit that.
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = command(shared_server, "stream", MODEL, preexec_fn=heeded)
     process.stdin.write(csv(digits(1)[0]))
     process.stdin.flush()
     process.stdout.readline()
