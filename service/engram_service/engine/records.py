@@ -25,11 +25,11 @@ def pack_records(
     Rows are put together by how many outputs they keep, rounded up to a power of two, so that a block packs as one array.
     """
     arena = served.arena
-    # The newest output is always kept: a session that runs on its own output needs it.
-    counts = np.clip(seqs - acked, 1, arena.window).astype(np.uint32)
+    # The newest output, where there is one, is always kept: a session that runs on its own output needs it.
+    counts = np.minimum(np.clip(seqs - acked, 1, arena.window), seqs).astype(np.uint32)
     now_ms = int(time.time() * 1000)
     blocks: list[tuple[NDArray[np.intp], RecordBlock]] = []
-    for rows, capacity in _by_capacity(counts):
+    for rows, capacity in _by_capacity(np.maximum(counts, 1)):
         if len(rows) == len(counts):
             outputs = _outputs(served, slots, seqs, counts, capacity)
             return [(rows, RecordBlock(served.layout, seqs, acked, epochs, states, counts, outputs, now_ms))]
@@ -63,6 +63,6 @@ def _outputs(
     place = np.arange(capacity, dtype=np.uint64)
     first = seqs - counts.astype(np.uint64) + np.uint64(1)
     outputs = served.arena.kept(slots[:, None], first[:, None] + place)
-    if capacity > 1:
+    if capacity > 1 or not counts.all():
         outputs[place[None, :] >= counts[:, None]] = 0
     return outputs
