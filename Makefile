@@ -25,7 +25,7 @@ help:
 	@echo "make fuzz      hostile bytes, two minutes a target (SECONDS_A_TARGET); writes docs/results/fuzz.json"
 	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
 	@echo "make test-all  the slow tests too"
-	@echo "make chaos     the fault campaign: docs/results/chaos.json (half an hour);  make chaos-quick  a minute of it, part of make test"
+	@echo "make chaos     the fault campaign: docs/results/chaos.json (half an hour);  make chaos-quick  a minute of it"
 	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
 	@echo "make learn-quick  every recipe's small version, minutes; part of make test"
 
@@ -78,7 +78,7 @@ chaos: $(STAMP)
 	$(BIN)/python tools/chaos.py
 
 chaos-quick: $(STAMP)
-	$(BIN)/python -m pytest -q tests/chaos
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/chaos
 
 demo: $(STAMP)
 	$(BIN)/engram demo

@@ -1,4 +1,4 @@
-"""The campaign in small, with real faults on real processes: part of every run of the tests."""
+"""The campaign in small, with real faults on real processes: `make chaos-quick`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("world", [WORLDS[0], WORLDS[3], WORLDS[4]], ids=lambda world: world.name)
 def test_nothing_is_lost_and_nobody_sees_an_error(campaign: Campaign, world: World) -> None:

@@ -61,11 +61,11 @@ async def _made() -> World:
         for cell in (LSTM(4, 6, output_size=4), Hopfield.of(patterns, ["a", "b", "c"])):
             _serve(catalog, write_bundle(Path(scratch), cell.kind, "1", cell))
     store = Store(StoreSettings("unix:///nowhere", "memory", 0, 100, 1))
-    core = Core(settings, table, WorkQueue(table, 512, 8, 1), catalog, store, metrics)
+    core = Core(settings, table, WorkQueue(table, 512, 8, 1), catalog, store, metrics, Shares(lambda tenant: Limits()))
     sessions = Sessions(core, store)
     memories = Memories(catalog.resolve, store, 1 << 20)
     unary = UnaryHandlers(core, sessions, store, None, memories, "cpu")  # type: ignore[arg-type]
-    return World(asyncio.get_running_loop(), core, StreamHandler(core, sessions), unary, memories, core.connect(),
+    return World(asyncio.get_running_loop(), core, StreamHandler(core, sessions, Access(Tokens(None), Audit(metrics))), unary, memories, core.connect(),
                  core.connect(), *catalog.models)  # fmt: skip
 
 
