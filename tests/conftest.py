@@ -187,30 +187,29 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
 
 
 @pytest.fixture
-def server(tmp_path: pathlib.Path) -> Iterator[ServerProcess]:
+def digits_alone(tmp_path: pathlib.Path) -> tuple[str, ...]:
+    """Flags of a server whose only model is digits-reader, and which therefore starts quickly."""
+    models = tmp_path / "digits-alone"
+    models.mkdir()
+    (models / "digits-reader").symlink_to(shipped_models_dir() / "digits-reader")
+    return "--models", str(models), "--shipped-models", "false"
+
+
+@pytest.fixture
+def server(tmp_path: pathlib.Path, digits_alone: tuple[str, ...]) -> Iterator[ServerProcess]:
     """A server of the test's own, to kill, stop and start again."""
-    with ServerProcess(tmp_path, *_digits_alone(tmp_path)) as one:
+    with ServerProcess(tmp_path, *digits_alone) as one:
         yield one
 
 
 @pytest.fixture
-def server_with(tmp_path: pathlib.Path) -> Callable[..., ServerProcess]:
-    """Makes a server with flags of the test's own, to be entered as a context."""
+def server_with(tmp_path: pathlib.Path, digits_alone: tuple[str, ...]) -> Callable[..., ServerProcess]:
+    """Makes a server with flags of the test's own, to be entered as a context. Unless they name models, it has digits-reader alone."""
 
     def make(*flags: str) -> ServerProcess:
-        return ServerProcess(tmp_path, *flags, *(() if "--models" in flags else _digits_alone(tmp_path)))
+        return ServerProcess(tmp_path, *flags, *(() if "--models" in flags else digits_alone))
 
     return make
-
-
-def _digits_alone(directory: pathlib.Path) -> tuple[str, str]:
-    """Flags of a server whose only model is digits-reader."""
-    models = directory / "digits-alone"
-    models.mkdir(exist_ok=True)
-    link = models / "digits-reader"
-    if not link.exists():
-        link.symlink_to(shipped_models_dir() / "digits-reader")
-    return "--models", str(models)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,13 @@ TAKEN_OVER = stream_pb2.EventFrame.TYPE_TAKEN_OVER
 
 @pytest.fixture
 def pair(
-    tmp_path: pathlib.Path, redis_process: RedisProcess, request: pytest.FixtureRequest
+    tmp_path: pathlib.Path, redis_process: RedisProcess, server_type: type[ServerProcess], digits_alone: Sequence[str]
 ) -> Iterator[list[ServerProcess]]:
     """Two servers on one Redis."""
-    server_type = type(request.getfixturevalue("shared_server"))
     servers = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        servers.append(server_type(tmp_path / name, "--redis-url", redis_process.url))
+        servers.append(server_type(tmp_path / name, "--redis-url", redis_process.url, *digits_alone))
     with servers[0], servers[1]:
         yield servers
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,17 +22,10 @@ INPUTS = np.random.default_rng(5).random((60, 8), dtype=np.float32)
 
 
 @pytest.fixture
-def server(
-    tmp_path: pathlib.Path, redis_process: RedisProcess, request: pytest.FixtureRequest
-) -> Iterator[ServerProcess]:
+def server(server_with: Callable[..., ServerProcess], redis_process: RedisProcess) -> Iterator[ServerProcess]:
     """A server on the test's own Redis."""
-    process = _server_type(request)(tmp_path, "--redis-url", redis_process.url)
-    with process:
+    with server_with("--redis-url", redis_process.url) as process:
         yield process
-
-
-def _server_type(request: pytest.FixtureRequest) -> Any:
-    return type(request.getfixturevalue("shared_server"))
 
 
 def handle_of(raw: Raw, session_id: str = "", **fields: Any) -> int:
@@ -153,10 +145,10 @@ def test_a_full_redis_says_so_and_goes_on_when_there_is_room(
 
 
 def test_redis_absent_at_start(
-    tmp_path: pathlib.Path, redis_process: RedisProcess, connect: Connect, request: Any
+    server_with: Callable[..., ServerProcess], redis_process: RedisProcess, connect: Connect
 ) -> None:
     redis_process.kill()
-    with _server_type(request)(tmp_path, "--redis-url", redis_process.url, "--step-timeout-s", "1") as server:
+    with server_with("--redis-url", redis_process.url, "--step-timeout-s", "1") as server:
         raw = connect(server)
         response = raw.open("early")
         assert [row.error.reason for row in response.errors] == ["STORE_UNAVAILABLE"]
@@ -167,13 +159,13 @@ def test_redis_absent_at_start(
 
 
 def test_steps_wait_for_a_replica_that_is_gone_and_go_on_when_it_is_back(
-    tmp_path: pathlib.Path, start_redis: Any, free_port: Any, connect: Connect, request: Any
+    server_with: Callable[..., ServerProcess], start_redis: Any, free_port: Any, connect: Connect
 ) -> None:
     port = str(free_port())
     primary = start_redis("--port", port, "--repl-diskless-sync-delay", "0")
     replica = start_redis("--replicaof", "127.0.0.1", port)
     flags = ("--redis-url", primary.url, "--redis-ack", "replicated", "--redis-ack-timeout-ms", "200")
-    with _server_type(request)(tmp_path, *flags) as server:
+    with server_with(*flags) as server:
         raw = connect(server)
         expected = reference(raw, 4)
         handle = handle_of(raw, "copied")
