@@ -186,6 +186,12 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
         yield server
 
 
+@pytest.fixture(scope="session")
+def server_type() -> type[ServerProcess]:
+    """For tests that make servers of their own, or that live as long as a module."""
+    return ServerProcess
+
+
 @pytest.fixture
 def digits_alone(tmp_path: pathlib.Path) -> tuple[str, ...]:
     """Flags of a server whose only model is digits-reader, and which therefore starts quickly."""
