@@ -253,11 +253,11 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture
 def digits_alone(tmp_path: pathlib.Path) -> tuple[str, ...]:
-    """Flags of a server whose only model is digits-reader, and which therefore starts quickly."""
+    """Flags of a server whose only model is digits-reader, which therefore starts quickly."""
     models = tmp_path / "digits-alone"
     models.mkdir()
     (models / "digits-reader").symlink_to(shipped_models_dir() / "digits-reader")
-    return "--models", str(models), "--shipped-models", "false"
+    return "--models", str(models)
 
 
 @pytest.fixture

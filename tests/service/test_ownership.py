@@ -65,14 +65,14 @@ def test_the_newest_open_wins_and_the_other_is_told(shared_server: ServerProcess
     assert not first.next("opened").errors, "the client that opened it last may attach again"
 
 
-def test_one_id_belongs_to_one_model(tmp_path: pathlib.Path, connect: Connect, request: pytest.FixtureRequest) -> None:
+def test_one_id_belongs_to_one_model(
+    tmp_path: pathlib.Path, connect: Connect, server_with: Callable[..., ServerProcess]
+) -> None:
     import engram_models
 
     models = tmp_path / "models"
     engram_models.write_bundle(models, "other", "1", engram_models.GRU(3, 4))
-    with type(request.getfixturevalue("shared_server"))(
-        tmp_path, "--models", str(models), "--shipped-models", "true"
-    ) as server:
+    with server_with("--models", str(models), "--shipped-models", "true") as server:
         raw = connect(server)
         handle_of(raw, "shared-id")
         response = raw.open("shared-id", model="other")

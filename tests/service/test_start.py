@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 
 from engram.v1 import session_pb2, stream_pb2
 
@@ -92,13 +91,13 @@ def test_metrics_and_health(server: ServerProcess, connect: Connect) -> None:
 
 
 def test_models_come_and_are_refused_while_it_runs(
-    tmp_path: pathlib.Path, connect: Connect, request: pytest.FixtureRequest
+    tmp_path: pathlib.Path, connect: Connect, server_with: Callable[..., ServerProcess]
 ) -> None:
     import engram_models
 
     models = tmp_path / "models"
     engram_models.write_bundle(models, "own", "1", engram_models.LSTM(3, 4))
-    with type(request.getfixturevalue("shared_server"))(tmp_path, "--models", str(models)) as server:
+    with server_with("--models", str(models)) as server:
         raw = connect(server)
 
         def reload() -> Any:
@@ -173,10 +172,8 @@ def test_log_lines_carry_session_and_trace_and_no_inputs(shared_server: ServerPr
     assert any(line.get("trace") == trace and line["message"] == "stream opened" for line in lines)
 
 
-def test_sessions_of_unary_callers_are_let_go(
-    tmp_path: pathlib.Path, connect: Connect, request: pytest.FixtureRequest
-) -> None:
-    with type(request.getfixturevalue("shared_server"))(tmp_path, "--resident-idle-s", "0.5") as server:
+def test_sessions_of_unary_callers_are_let_go(connect: Connect, server_with: Callable[..., ServerProcess]) -> None:
+    with server_with("--resident-idle-s", "0.5") as server:
         raw = connect(server)
 
         def step() -> Any:
