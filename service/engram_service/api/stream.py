@@ -135,7 +135,7 @@ class StreamHandler:
                 case "attach":
                     return self._open(stream, request.attach, attach=True)
                 case "close":
-                    return self._close(stream, request.close, self._guests[stream])
+                    return self._close(stream, request.close)
                 case _:
                     raise InvalidArgument("INVALID_FRAME", "the request has no frame that this server knows")
         except DecodeError:
@@ -176,7 +176,8 @@ class StreamHandler:
         )
         stream.send(stream_pb2.StreamResponse(opened=response))
 
-    async def _close(self, stream: Stream, frame: stream_pb2.CloseFrame, guest: _Guest) -> None:
+    async def _close(self, stream: Stream, frame: stream_pb2.CloseFrame) -> None:
+        guest = self._guests[stream]
         keys: list[str] = []
         outcome = "CANCELLED"
         try:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from engram_models import LSTM, Hopfield, load_bundle, write_bundle
+from engram_service.api.access import Access
+from engram_service.api.audit import Audit
 from engram_service.api.stream import StreamHandler
 from engram_service.api.unary import UnaryHandlers
 from engram_service.catalog import Catalog, Served
@@ -20,10 +22,12 @@ from engram_service.engine.arena import Arena
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
 from engram_service.sessions.opening import Sessions
+from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Stream
 from engram_service.sessions.table import SessionTable
 from engram_service.settings import Settings
 from engram_service.store import RecordLayout, Store, StoreSettings
+from engram_service.tokens import Limits, Tokens
 from engram_service.work import WorkQueue
 
 SLOTS, WINDOW = 16, 8
@@ -65,8 +69,10 @@ async def _made() -> World:
     sessions = Sessions(core, store)
     memories = Memories(catalog.resolve, store, 1 << 20)
     unary = UnaryHandlers(core, sessions, store, None, memories, "cpu")  # type: ignore[arg-type]
-    return World(asyncio.get_running_loop(), core, StreamHandler(core, sessions, Access(Tokens(None), Audit(metrics))), unary, memories, core.connect(),
-                 core.connect(), *catalog.models)  # fmt: skip
+    frames = StreamHandler(core, sessions, Access(Tokens(None), Audit(metrics)))
+    return World(
+        asyncio.get_running_loop(), core, frames, unary, memories, core.connect(), core.connect(), *catalog.models
+    )
 
 
 def _serve(catalog: Catalog, path: Path) -> None:
