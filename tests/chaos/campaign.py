@@ -94,7 +94,8 @@ class Campaign:
         fleet = self.fleet(world, seed, f"{world.name}-{seed}")
         try:
             fleet.start()
-            fleet.add_clients(load.clients, load.sessions, load.intervals)
+            # A copy that nobody has open yet is in Redis alone.
+            fleet.add_clients(load.clients, load.sessions, load.intervals, branches=world.appendonly)
             wait_for(lambda: all(client.written_bytes() for client in fleet.clients), _START_S, "clients do not start")
             self._disturb(fleet, outcome, load)
             self._finish(fleet, outcome)

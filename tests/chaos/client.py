@@ -126,9 +126,9 @@ class Driver:
         # A call whose answer was lost is made again by the SDK, and may then find what it did the first time.
         with contextlib.suppress(engram.AlreadyExists):
             if self._random.random() < 0.5:
-                await copies.fork(sessions[i].id, name)
+                await copies.fork(sessions[i].id, name, min_seq=seq)
             else:
-                await copies.import_(await copies.export(sessions[i].id), name)
+                await copies.import_(await copies.export(sessions[i].id, min_seq=seq), name)
         # From there on, and, once it was closed, from the beginning.
         for start in (seq, 0):
             copy = await self._client.open(MODEL, name)

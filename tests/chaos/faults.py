@@ -81,11 +81,13 @@ class Injector:
             kind = self._random.choices(self._kinds, self._weights)[0]
             draw = Draw(kind, self._random.random(), self._random.random(), self._random.random())
             target = self._target(draw)
+            # There may be another primary by the time that one has come back.
+            name = "redis" if isinstance(target, Redis) else target.name
             with self._lock:
-                if target.name in self._busy or len(self._busy) >= _AT_ONCE_MAX:
+                if name in self._busy or len(self._busy) >= _AT_ONCE_MAX:
                     continue
-                self._busy.add(target.name)
-            worker = threading.Thread(target=self._inject, args=(draw, target), daemon=True)
+                self._busy.add(name)
+            worker = threading.Thread(target=self._inject, args=(draw, target, name), daemon=True)
             self._workers = [one for one in self._workers if one.is_alive()] + [worker]
             worker.start()
 
@@ -98,7 +100,7 @@ class Injector:
         )
         return some[int(draw.target * len(some))]
 
-    def _inject(self, draw: Draw, target: Any) -> None:
+    def _inject(self, draw: Draw, target: Any, name: str) -> None:
         try:
             what = FAULTS[draw.kind](self._fleet, target, draw)
             if what:
@@ -109,7 +111,7 @@ class Injector:
             self._say(f"fault {draw.kind} on {target.name} failed:\n{traceback.format_exc()}")
         finally:
             with self._lock:
-                self._busy.discard(target.name)
+                self._busy.discard(name)
 
 
 # What each does. They return the name to count, or nothing where the fault did not come about.

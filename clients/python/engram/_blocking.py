@@ -352,9 +352,11 @@ class BlockingSessions:
         """See Sessions.get."""
         return self._client._loop.wait(self._client._client.sessions.get(session_id, timeout=timeout))
 
-    def state(self, session_id: str, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
+    def state(self, session_id: str, *, min_seq: int = 0, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
         """See Sessions.state."""
-        return self._client._loop.wait(self._client._client.sessions.state(session_id, timeout=timeout))
+        return self._client._loop.wait(
+            self._client._client.sessions.state(session_id, min_seq=min_seq, timeout=timeout)
+        )
 
     def store(
         self,
@@ -428,9 +430,13 @@ class BlockingSessions:
             self._client._client.sessions.recreate(session_id, x, mask, sweeps=sweeps, timeout=timeout)
         )
 
-    def fork(self, session_id: str, new_session_id: str | None = None, *, timeout: float | None = UNSET) -> SessionInfo:
+    def fork(
+        self, session_id: str, new_session_id: str | None = None, *, min_seq: int = 0, timeout: float | None = UNSET
+    ) -> SessionInfo:
         """See Sessions.fork."""
-        return self._client._loop.wait(self._client._client.sessions.fork(session_id, new_session_id, timeout=timeout))
+        return self._client._loop.wait(
+            self._client._client.sessions.fork(session_id, new_session_id, min_seq=min_seq, timeout=timeout)
+        )
 
     def close(self, session_id: str, *, timeout: float | None = UNSET) -> None:
         """See Sessions.close."""
@@ -440,9 +446,11 @@ class BlockingSessions:
         """See Sessions.move."""
         return self._client._loop.wait(self._client._client.sessions.move(session_id, version, timeout=timeout))
 
-    def export(self, session_id: str, *, timeout: float | None = UNSET) -> bytes:
+    def export(self, session_id: str, *, min_seq: int = 0, timeout: float | None = UNSET) -> bytes:
         """See Sessions.export."""
-        return self._client._loop.wait(self._client._client.sessions.export(session_id, timeout=timeout))
+        return self._client._loop.wait(
+            self._client._client.sessions.export(session_id, min_seq=min_seq, timeout=timeout)
+        )
 
     def import_(self, data: bytes, session_id: str | None = None, *, timeout: float | None = UNSET) -> SessionInfo:
         """See Sessions.import_."""

@@ -46,9 +46,11 @@ class Sessions:
         response = await self._client._unary("GetSession", request, session_pb2.GetSessionResponse, timeout)
         return SessionInfo.of(response.session)
 
-    async def state(self, session_id: str, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
-        """The state tensors by name, as they stand in Redis; bfloat16 as float32."""
-        request = session_pb2.GetSessionStateRequest(session_id=session_id)
+    async def state(
+        self, session_id: str, *, min_seq: int = 0, timeout: float | None = UNSET
+    ) -> dict[str, NDArray[Any]]:
+        """The state tensors by name, as they stand in Redis; bfloat16 as float32. min_seq: see `fork`."""
+        request = session_pb2.GetSessionStateRequest(session_id=session_id, min_seq=min_seq)
         response = await self._client._unary("GetSessionState", request, session_pb2.GetSessionStateResponse, timeout)
         state: dict[str, NDArray[Any]] = {}
         for tensor in response.tensors:
@@ -115,10 +117,15 @@ class Sessions:
         return await _memories.recreate(self._client, {"session_id": session_id}, x, mask, sweeps, timeout)
 
     async def fork(
-        self, session_id: str, new_session_id: str | None = None, *, timeout: float | None = UNSET
+        self, session_id: str, new_session_id: str | None = None, *, min_seq: int = 0, timeout: float | None = UNSET
     ) -> SessionInfo:
-        """A new session that stands where this one stands; without an id the server makes one."""
-        request = session_pb2.ForkSessionRequest(session_id=session_id, new_session_id=new_session_id or "")
+        """A new session that stands where this one stands in Redis; without an id the server makes one.
+
+        min_seq: the step that it stands at, or a later one. Of a session with durability `interval`, Redis may be behind.
+        """
+        request = session_pb2.ForkSessionRequest(
+            session_id=session_id, new_session_id=new_session_id or "", min_seq=min_seq
+        )
         response = await self._client._unary("ForkSession", request, session_pb2.ForkSessionResponse, timeout)
         return SessionInfo.of(response.session)
 
@@ -133,9 +140,9 @@ class Sessions:
         response = await self._client._unary("MoveSession", request, session_pb2.MoveSessionResponse, timeout)
         return SessionInfo.of(response.session)
 
-    async def export(self, session_id: str, *, timeout: float | None = UNSET) -> bytes:
-        """The session as self-contained bytes for `import_`."""
-        request = session_pb2.ExportSessionRequest(session_id=session_id)
+    async def export(self, session_id: str, *, min_seq: int = 0, timeout: float | None = UNSET) -> bytes:
+        """The session as self-contained bytes for `import_`. min_seq: see `fork`."""
+        request = session_pb2.ExportSessionRequest(session_id=session_id, min_seq=min_seq)
         response = await self._client._unary("ExportSession", request, session_pb2.ExportSessionResponse, timeout)
         return response.data
 

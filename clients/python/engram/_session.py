@@ -142,9 +142,9 @@ class Session:
             await inputs.aclose()  # type: ignore[attr-defined]
 
     async def state(self, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
-        """The state tensors by name, without the batch dimension, as they stand in Redis now."""
+        """The state tensors by name, without the batch dimension, after the last step that was answered."""
         self._live()
-        return await self._client.sessions.state(self._id, timeout=timeout)
+        return await self._client.sessions.state(self._id, min_seq=self.seq, timeout=timeout)
 
     async def store(
         self, patterns: ArrayLike, labels: Sequence[str] | str | None = None, *, timeout: float | None = UNSET
@@ -217,9 +217,9 @@ class Session:
         return await self._client.sessions.recreate(self._id, x, mask, sweeps=sweeps, timeout=timeout)
 
     async def fork(self, session_id: str | None = None, *, timeout: float | None = UNSET) -> Session:
-        """A new session, opened, that stands where this one stands in Redis now."""
+        """A new session, opened, that stands after the last step of this one that was answered."""
         index = self._model_index
-        info = await self._client.sessions.fork(self._id, session_id, timeout=timeout)
+        info = await self._client.sessions.fork(self._id, session_id, min_seq=self.seq, timeout=timeout)
         link = self._client._core.models[index]
         opened = await self._client._open(link.info.name, [info.id], info.version, link.durability, timeout)
         return opened[0]

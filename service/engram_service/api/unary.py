@@ -38,6 +38,7 @@ _PAGE_DEFAULT, _PAGE_MAX = 100, 1000
 _PAGE_TOKENS = 2**76  # a cursor of Redis has 64 bits, a node's place 12
 _PAGE_TOKEN_DIGITS_MAX = len(str(_PAGE_TOKENS))
 _PAGE_S = 0.5
+_COMMIT_POLL_S = 0.005
 _STEP_ROWS_MAX = 32
 
 
@@ -118,7 +119,7 @@ class UnaryHandlers:
     async def fork_session(
         self, request: session_pb2.ForkSessionRequest, call: Call
     ) -> session_pb2.ForkSessionResponse:
-        info = await self.committed(request.session_id, call.left_s)
+        info = await self.committed(request.session_id, call.left_s, request.min_seq)
         memory = await self._call(call.left_s, self._store.memories.copy, request.session_id)
         new = request.new_session_id or beside(request.session_id, new_id())
         await self._create(new, f"{info.model}/{info.version}", info.fingerprint, info.record, call.left_s, memory)
@@ -150,7 +151,7 @@ class UnaryHandlers:
     async def export_session(
         self, request: session_pb2.ExportSessionRequest, call: Call
     ) -> session_pb2.ExportSessionResponse:
-        info = await self.committed(request.session_id, call.left_s)
+        info = await self.committed(request.session_id, call.left_s, request.min_seq)
         memory = await self._call(call.left_s, self._store.memories.copy, request.session_id)
         return session_pb2.ExportSessionResponse(data=exported(Exported.of(info, memory)))
 
@@ -176,7 +177,7 @@ class UnaryHandlers:
     async def get_session_state(
         self, request: session_pb2.GetSessionStateRequest, call: Call
     ) -> session_pb2.GetSessionStateResponse:
-        info = await self.committed(request.session_id, call.left_s)
+        info = await self.committed(request.session_id, call.left_s, request.min_seq)
         served, state = self.state_of(info)
         specs = self._core.catalog.describe(served).state
         response = session_pb2.GetSessionStateResponse(seq=info.seq)
@@ -214,10 +215,11 @@ class UnaryHandlers:
 
     async def info(self, session_id: str, with_record: bool = False) -> SessionInfo:
         """The session as Redis has it. Raises NotFound."""
+        return await self._described(session_id, self._core.settings.step_timeout_s, with_record)
+
+    async def _described(self, session_id: str, left_s: float, with_record: bool) -> SessionInfo:
         check_id(session_id)
-        info: SessionInfo | None = await self._call(
-            self._core.settings.step_timeout_s, self._store.describe, session_id, with_record
-        )
+        info: SessionInfo | None = await self._call(left_s, self._store.describe, session_id, with_record)
         if info is None:
             raise no_session(session_id)
         return info
@@ -230,16 +232,27 @@ class UnaryHandlers:
             return served, served.arena.pack(list(served.bundle.cell.initial_state(1)), 1)[0]
         return served, records.states[0]
 
-    async def committed(self, session_id: str, left_s: float) -> SessionInfo:
-        """The session with its record, after what this server holds of it has been committed."""
-        row = self._core.table.find(session_id)
-        if row is not None and self._core.table.interval[row]:
-            deadline = time.monotonic() + left_s
-            at = np.array([row])
-            while len(np.intersect1d(self._core.residency.dirty(), at)) and time.monotonic() < deadline:
-                self._core.residency.flush(at)
-                await asyncio.sleep(0.002)
-        return await self.info(session_id, with_record=True)
+    async def committed(self, session_id: str, left_s: float, min_seq: int = 0) -> SessionInfo:
+        """The session with its record, once that has what this server has applied by now, and is at step `min_seq`: another server
+        may hold the session, or its client may still have to replay it. Raises NotFound, Unavailable."""
+        table, deadline = self._core.table, time.monotonic() + left_s
+        row = table.find(session_id)
+        applied = 0 if row is None else table.applied[row]
+        while True:
+            row = table.find(session_id)
+            if row is not None and table.interval[row] and table.durable[row] < applied:
+                self._core.residency.flush(np.array([row]))
+            else:
+                info = await self._described(session_id, deadline - time.monotonic(), with_record=True)
+                if info.seq >= min_seq:
+                    return info
+            if time.monotonic() + _COMMIT_POLL_S > deadline:
+                raise Unavailable(
+                    "STORE_UNAVAILABLE",
+                    f"step {max(min_seq, applied)} is not committed yet; try again",
+                    retry_after_ms=500,
+                )
+            await asyncio.sleep(_COMMIT_POLL_S)
 
     async def _create(
         self, session_id: str, reference: str, fingerprint: str, record: bytes, left_s: float, memory: list[bytes]

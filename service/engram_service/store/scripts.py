@@ -1,7 +1,8 @@
 """The scripts that change a session's keys together. Each touches the keys of one session (or copies one to another).
 
 KEYS[1] is the session's hash; record and memory are named from it, in the same cluster slot. Every script may be run
-again when its answer was lost: the second run changes nothing more and gives the same answer.
+again when its answer was lost: the second run changes nothing more and gives the same answer. It writes all the same what is there
+already, for WAIT waits for what a connection has written, and the first run may have been another's.
 
 In a cluster, KEYS[2] is the record under the token that the caller found in the hash (or under none). Redis itself then refuses
 the script (TRYAGAIN) while a slot moves and only some of the keys are there yet; without it, the others would seem to be lost.
@@ -45,6 +46,7 @@ if name ~= ARGV[2] or (ARGV[3] ~= '' and version ~= ARGV[3]) then return {'OTHER
 if ARGV[9] == '1' and m[4] ~= ARGV[6] then return {'TAKEN_OVER'} end
 local new = k .. ':' .. ARGV[1]
 if old == new then
+  redis.call('HSET', k, 't', ARGV[1])
   return {m[5] == '1' and record == ARGV[11] and 'CREATED' or 'CARRIED', m[2], m[3], tonumber(m[5]), m[6], record}
 end
 redis.call('RENAME', old, new)
@@ -94,8 +96,10 @@ CREATE = (
     + """
 local k = KEYS[1]
 local t = redis.call('HGET', k, 't')
-if t == ARGV[1] then return 1 end
-if t and redis.call('EXISTS', k .. ':' .. t) == 1 then return 0 end
+if t and redis.call('EXISTS', k .. ':' .. t) == 1 then
+  redis.call('HSET', k, 't', t)
+  return t == ARGV[1] and 1 or 0
+end
 redis.call('SET', k .. ':' .. ARGV[1], ARGV[2], 'PX', ARGV[3])
 redis.call('DEL', k)
 if memory then redis.call('DEL', memory) end
@@ -116,7 +120,10 @@ REWRITE = (
     + """
 local k = KEYS[1]
 local t = redis.call('HGET', k, 't')
-if t == ARGV[2] then return 1 end
+if t == ARGV[2] then
+  redis.call('HSET', k, 't', t)
+  return 1
+end
 if t ~= ARGV[1] then return 0 end
 local ttl = redis.call('PTTL', k .. ':' .. ARGV[1])
 if ttl == -2 then return 0 end

@@ -162,11 +162,7 @@ class Store:
         """Takes sessions over, or creates them. Raises StoreUnavailable; then some may have been claimed: claim again."""
 
         def run() -> list[Any]:
-            # Whichever thread it was that found the loss: a claim must not find the store empty before it is written to.
-            if self._check_generation(self._nodes) or self.writing_back():
-                raise redis.exceptions.ConnectionError(
-                    "Redis has lost its data; living sessions are being written back"
-                )
+            self._check_loss()
             now_ms = int(time.time() * 1000)
             keys = [meta_key(session_tag(request.session_id)) for request in requests]
             args = [
@@ -191,7 +187,14 @@ class Store:
 
     def describe(self, session_id: str, with_record: bool = False) -> SessionInfo | None:
         """A session's hash and record header (or whole record); None if there is no such session."""
-        found = self._call(lambda: self._describe([meta_key(session_tag(session_id))], with_record))
+
+        def run() -> list[SessionInfo]:
+            found = self._describe([meta_key(session_tag(session_id))], with_record)
+            if not found:
+                self._check_loss()
+            return found
+
+        found = self._call(run)
         return found[0] if found else None
 
     def page(self, cursor: int, count: int) -> tuple[int, list[SessionInfo]]:
@@ -285,6 +288,11 @@ class Store:
                 log.warning("Redis has lost its data; living sessions are written back")
                 self.on_loss()  # before any other thread learns of the new generation
         return bool(lost)
+
+    def _check_loss(self) -> None:
+        """Whichever thread found the loss: nobody must find the store empty before it is written to. Raises RedisError."""
+        if self._check_generation(self._nodes) or self.writing_back():
+            raise redis.exceptions.ConnectionError("Redis has lost its data; living sessions are being written back")
 
     def _losses_of(self, keys: Sequence[bytes]) -> list[int]:
         """For each key the last loss of the node that has it."""

@@ -27,7 +27,7 @@ from engram.v1 import stream_pb2 as engram_dot_v1_dot_stream__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65ngram/v1/session.proto\x12\tengram.v1\x1a\x15\x65ngram/v1/model.proto\x1a\x16\x65ngram/v1/stream.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x03\n\x07Session\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x0b\n\x03seq\x18\x05 \x01(\x04\x12\x18\n\x10\x61\x63knowledged_seq\x18\x06 \x01(\x04\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63ommit_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\tresidency\x18\x0b \x01(\x0e\x32\x1c.engram.v1.Session.Residency\"R\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x14\n\x10RESIDENCY_STORED\x10\x01\x12\x14\n\x10RESIDENCY_DEVICE\x10\x02\"\xa0\x01\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06inputs\x18\x04 \x03(\x02\x12\x12\n\nraw_inputs\x18\x05 \x01(\x0c\x12\x0b\n\x03seq\x18\x06 \x01(\x04\x12\r\n\x05quiet\x18\x07 \x01(\x08\x12\x10\n\x08generate\x18\x08 \x01(\r\x12\x0b\n\x03raw\x18\t \x01(\x08\"P\n\x0cStepResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0f\n\x07outputs\x18\x02 \x03(\x02\x12\x13\n\x0braw_outputs\x18\x03 \x01(\x0c\x12\r\n\x05shape\x18\x04 \x03(\r\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"9\n\x12GetSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.engram.v1.Session\"K\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"U\n\x14ListSessionsResponse\x12$\n\x08sessions\x18\x01 \x03(\x0b\x32\x12.engram.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"@\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\":\n\x13\x46orkSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.engram.v1.Session\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x16\n\x14\x43loseSessionResponse\"9\n\x12MoveSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\":\n\x13MoveSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.engram.v1.Session\"*\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"%\n\x15\x45xportSessionResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"8\n\x14ImportSessionRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\nsession_id\x18\x02 \x01(\t\"<\n\x15ImportSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.engram.v1.Session\",\n\x16GetSessionStateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"J\n\x17GetSessionStateResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\"\n\x07tensors\x18\x02 \x03(\x0b\x32\x11.engram.v1.Tensor\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.engram.v1.Model\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"3\n\x10GetModelResponse\x12\x1f\n\x05model\x18\x01 \x01(\x0b\x32\x10.engram.v1.Model\"\x15\n\x13ReloadModelsRequest\"H\n\x14ReloadModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.engram.v1.Model\x12\x0e\n\x06\x65rrors\x18\x02 \x03(\t\"\x12\n\x10GetServerRequest\"\x7f\n\x11GetServerResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x17\n\x0f\x66rame_bytes_max\x18\x03 \x01(\r\x12)\n\ndurability\x18\x04 \x01(\x0e\x32\x15.engram.v1.Durabilityb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65ngram/v1/session.proto\x12\tengram.v1\x1a\x15\x65ngram/v1/model.proto\x1a\x16\x65ngram/v1/stream.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x03\n\x07Session\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x0b\n\x03seq\x18\x05 \x01(\x04\x12\x18\n\x10\x61\x63knowledged_seq\x18\x06 \x01(\x04\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63ommit_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\tresidency\x18\x0b \x01(\x0e\x32\x1c.engram.v1.Session.Residency\"R\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x14\n\x10RESIDENCY_STORED\x10\x01\x12\x14\n\x10RESIDENCY_DEVICE\x10\x02\"\xa0\x01\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06inputs\x18\x04 \x03(\x02\x12\x12\n\nraw_inputs\x18\x05 \x01(\x0c\x12\x0b\n\x03seq\x18\x06 \x01(\x04\x12\r\n\x05quiet\x18\x07 \x01(\x08\x12\x10\n\x08generate\x18\x08 \x01(\r\x12\x0b\n\x03raw\x18\t \x01(\x08\"P\n\x0cStepResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0f\n\x07outputs\x18\x02 \x03(\x02\x12\x13\n\x0braw_outputs\x18\x03 \x01(\x0c\x12\r\n\x05shape\x18\x04 \x03(\r\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"9\n\x12GetSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.engram.v1.Session\"K\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"U\n\x14ListSessionsResponse\x12$\n\x08sessions\x18\x01 \x03(\x0b\x32\x12.engram.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Q\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x0f\n\x07min_seq\x18\x03 \x01(\x04\":\n\x13\x46orkSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.engram.v1.Session\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x16\n\x14\x43loseSessionResponse\"9\n\x12MoveSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\":\n\x13MoveSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.engram.v1.Session\";\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07min_seq\x18\x02 \x01(\x04\"%\n\x15\x45xportSessionResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"8\n\x14ImportSessionRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\nsession_id\x18\x02 \x01(\t\"<\n\x15ImportSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.engram.v1.Session\"=\n\x16GetSessionStateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07min_seq\x18\x02 \x01(\x04\"J\n\x17GetSessionStateResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\"\n\x07tensors\x18\x02 \x03(\x0b\x32\x11.engram.v1.Tensor\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.engram.v1.Model\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"3\n\x10GetModelResponse\x12\x1f\n\x05model\x18\x01 \x01(\x0b\x32\x10.engram.v1.Model\"\x15\n\x13ReloadModelsRequest\"H\n\x14ReloadModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.engram.v1.Model\x12\x0e\n\x06\x65rrors\x18\x02 \x03(\t\"\x12\n\x10GetServerRequest\"\x7f\n\x11GetServerResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x17\n\x0f\x66rame_bytes_max\x18\x03 \x01(\r\x12)\n\ndurability\x18\x04 \x01(\x0e\x32\x15.engram.v1.Durabilityb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,43 +51,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTSESSIONSRESPONSE']._serialized_start=951
   _globals['_LISTSESSIONSRESPONSE']._serialized_end=1036
   _globals['_FORKSESSIONREQUEST']._serialized_start=1038
-  _globals['_FORKSESSIONREQUEST']._serialized_end=1102
-  _globals['_FORKSESSIONRESPONSE']._serialized_start=1104
-  _globals['_FORKSESSIONRESPONSE']._serialized_end=1162
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=1164
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=1205
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1207
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1229
-  _globals['_MOVESESSIONREQUEST']._serialized_start=1231
-  _globals['_MOVESESSIONREQUEST']._serialized_end=1288
-  _globals['_MOVESESSIONRESPONSE']._serialized_start=1290
-  _globals['_MOVESESSIONRESPONSE']._serialized_end=1348
-  _globals['_EXPORTSESSIONREQUEST']._serialized_start=1350
-  _globals['_EXPORTSESSIONREQUEST']._serialized_end=1392
-  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=1394
-  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=1431
-  _globals['_IMPORTSESSIONREQUEST']._serialized_start=1433
-  _globals['_IMPORTSESSIONREQUEST']._serialized_end=1489
-  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=1491
-  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=1551
-  _globals['_GETSESSIONSTATEREQUEST']._serialized_start=1553
-  _globals['_GETSESSIONSTATEREQUEST']._serialized_end=1597
-  _globals['_GETSESSIONSTATERESPONSE']._serialized_start=1599
-  _globals['_GETSESSIONSTATERESPONSE']._serialized_end=1673
-  _globals['_LISTMODELSREQUEST']._serialized_start=1675
-  _globals['_LISTMODELSREQUEST']._serialized_end=1694
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1696
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1750
-  _globals['_GETMODELREQUEST']._serialized_start=1752
-  _globals['_GETMODELREQUEST']._serialized_end=1801
-  _globals['_GETMODELRESPONSE']._serialized_start=1803
-  _globals['_GETMODELRESPONSE']._serialized_end=1854
-  _globals['_RELOADMODELSREQUEST']._serialized_start=1856
-  _globals['_RELOADMODELSREQUEST']._serialized_end=1877
-  _globals['_RELOADMODELSRESPONSE']._serialized_start=1879
-  _globals['_RELOADMODELSRESPONSE']._serialized_end=1951
-  _globals['_GETSERVERREQUEST']._serialized_start=1953
-  _globals['_GETSERVERREQUEST']._serialized_end=1971
-  _globals['_GETSERVERRESPONSE']._serialized_start=1973
-  _globals['_GETSERVERRESPONSE']._serialized_end=2100
+  _globals['_FORKSESSIONREQUEST']._serialized_end=1119
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=1121
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=1179
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=1181
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=1222
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1224
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1246
+  _globals['_MOVESESSIONREQUEST']._serialized_start=1248
+  _globals['_MOVESESSIONREQUEST']._serialized_end=1305
+  _globals['_MOVESESSIONRESPONSE']._serialized_start=1307
+  _globals['_MOVESESSIONRESPONSE']._serialized_end=1365
+  _globals['_EXPORTSESSIONREQUEST']._serialized_start=1367
+  _globals['_EXPORTSESSIONREQUEST']._serialized_end=1426
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=1428
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=1465
+  _globals['_IMPORTSESSIONREQUEST']._serialized_start=1467
+  _globals['_IMPORTSESSIONREQUEST']._serialized_end=1523
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=1525
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=1585
+  _globals['_GETSESSIONSTATEREQUEST']._serialized_start=1587
+  _globals['_GETSESSIONSTATEREQUEST']._serialized_end=1648
+  _globals['_GETSESSIONSTATERESPONSE']._serialized_start=1650
+  _globals['_GETSESSIONSTATERESPONSE']._serialized_end=1724
+  _globals['_LISTMODELSREQUEST']._serialized_start=1726
+  _globals['_LISTMODELSREQUEST']._serialized_end=1745
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1747
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1801
+  _globals['_GETMODELREQUEST']._serialized_start=1803
+  _globals['_GETMODELREQUEST']._serialized_end=1852
+  _globals['_GETMODELRESPONSE']._serialized_start=1854
+  _globals['_GETMODELRESPONSE']._serialized_end=1905
+  _globals['_RELOADMODELSREQUEST']._serialized_start=1907
+  _globals['_RELOADMODELSREQUEST']._serialized_end=1928
+  _globals['_RELOADMODELSRESPONSE']._serialized_start=1930
+  _globals['_RELOADMODELSRESPONSE']._serialized_end=2002
+  _globals['_GETSERVERREQUEST']._serialized_start=2004
+  _globals['_GETSERVERREQUEST']._serialized_end=2022
+  _globals['_GETSERVERRESPONSE']._serialized_start=2024
+  _globals['_GETSERVERRESPONSE']._serialized_end=2151
 # @@protoc_insertion_point(module_scope)

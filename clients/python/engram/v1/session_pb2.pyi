@@ -111,12 +111,14 @@ class ListSessionsResponse(_message.Message):
     def __init__(self, sessions: _Optional[_Iterable[_Union[Session, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ForkSessionRequest(_message.Message):
-    __slots__ = ("session_id", "new_session_id")
+    __slots__ = ("session_id", "new_session_id", "min_seq")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     NEW_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MIN_SEQ_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     new_session_id: str
-    def __init__(self, session_id: _Optional[str] = ..., new_session_id: _Optional[str] = ...) -> None: ...
+    min_seq: int
+    def __init__(self, session_id: _Optional[str] = ..., new_session_id: _Optional[str] = ..., min_seq: _Optional[int] = ...) -> None: ...
 
 class ForkSessionResponse(_message.Message):
     __slots__ = ("session",)
@@ -149,10 +151,12 @@ class MoveSessionResponse(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class ExportSessionRequest(_message.Message):
-    __slots__ = ("session_id",)
+    __slots__ = ("session_id", "min_seq")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MIN_SEQ_FIELD_NUMBER: _ClassVar[int]
     session_id: str
-    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+    min_seq: int
+    def __init__(self, session_id: _Optional[str] = ..., min_seq: _Optional[int] = ...) -> None: ...
 
 class ExportSessionResponse(_message.Message):
     __slots__ = ("data",)
@@ -175,10 +179,12 @@ class ImportSessionResponse(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class GetSessionStateRequest(_message.Message):
-    __slots__ = ("session_id",)
+    __slots__ = ("session_id", "min_seq")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MIN_SEQ_FIELD_NUMBER: _ClassVar[int]
     session_id: str
-    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+    min_seq: int
+    def __init__(self, session_id: _Optional[str] = ..., min_seq: _Optional[int] = ...) -> None: ...
 
 class GetSessionStateResponse(_message.Message):
     __slots__ = ("seq", "tensors")
