@@ -16,7 +16,7 @@ CODE := clients/python service models tests tools
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
 	@echo "make demo      stream real digits through a server that is killed half way"
-	@echo "make test      the quick suite, some ten minutes on two cores"
+	@echo "make test      the quick suite, some six minutes on two cores"
 	@echo "make check     ruff, format, mypy --strict, proto lint, generated code"
 	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
 	@echo "make proto     regenerate engram.v1 from proto/"
@@ -63,7 +63,7 @@ proto-check: $(STAMP)
 check: lint types proto-lint proto-check
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-all: $(STAMP)
 	ENGRAM_FUZZ_EXAMPLES=50 ENGRAM_FUZZ_STEPS=50 $(BIN)/python -m pytest -q -m "not gpu" --timeout 900

@@ -195,10 +195,8 @@ class StreamHandler:
 
 
 async def _write(stream: Stream, context: Context) -> None:
-    while (answer := await stream.next()) is not None:
-        response, rows = answer
+    while (response := await stream.next()) is not None:
         await context.write(response)
-        stream.wrote(rows)
 
 
 def _say(stream: Stream, refusal: Refusal) -> None:

@@ -72,13 +72,11 @@ class UnaryStream:
 
     async def run(self) -> None:
         """Hands answers to the calls that wait for them; runs until the stream ends."""
-        while (answer := await self._stream.next()) is not None:
-            response, rows = answer
+        while (response := await self._stream.next()) is not None:
             if response.WhichOneof("frame") == "outputs":
                 self._deliver(response.outputs)
             elif response.WhichOneof("frame") == "errors":
                 self._refuse(response.errors)
-            self._stream.wrote(rows)
 
     async def tidy(self) -> None:
         """Lets go of sessions that nobody has stepped for a while, so that they cost nothing; runs until cancelled."""

@@ -27,14 +27,14 @@ class Stream:
         self.id = stream_id
         self.trace = trace  # the trace id that the client sent (W3C trace context); for log lines
         self.tenant = tenant  # whose sessions it may open
-        self.in_flight = 0  # rows accepted whose answer has not been written
+        self.in_flight = 0  # rows accepted whose answer is not on its way
         self.ended = False
         self._rows_in_flight_max = rows_in_flight_max
         self._rows = np.full(16, UNKNOWN, np.int32)
         self._handles = 0
         self._spare: list[int] = []
         self._outbox: deque[tuple[stream_pb2.StreamResponse, int]] = deque()
-        self._written = asyncio.Event()
+        self._freed = asyncio.Event()
         self._posted = asyncio.Event()
 
     # Handles
@@ -84,29 +84,31 @@ class Stream:
         self._outbox.append((response, rows))
         self._posted.set()
 
-    async def next(self) -> tuple[stream_pb2.StreamResponse, int] | None:
-        """The next frame to write; None once the stream has ended and all is written."""
+    async def next(self) -> stream_pb2.StreamResponse | None:
+        """The next frame to write; None once the stream has ended and none is left.
+
+        Its rows are no longer in flight from now on: a client that has its answer is to find its room free.
+        """
         while not self._outbox:
             if self.ended:
                 return None
             self._posted.clear()
             await self._posted.wait()
-        return self._outbox.popleft()
-
-    def wrote(self, rows: int) -> None:
+        response, rows = self._outbox.popleft()
         self.in_flight -= rows
-        self._written.set()
+        self._freed.set()
+        return response
 
     async def room(self) -> None:
         """Returns when another frame may be read: gRPC's flow control holds the client back until then."""
         while self.in_flight >= self._rows_in_flight_max and not self.ended:
-            self._written.clear()
-            await self._written.wait()
+            self._freed.clear()
+            await self._freed.wait()
 
     def end(self) -> None:
         self.ended = True
         self._posted.set()
-        self._written.set()
+        self._freed.set()
 
 
 def outputs_frame(
