@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import engram
 from engram.v1 import session_pb2, stream_pb2
 
 ServerProcess = Any
@@ -32,7 +33,8 @@ def pair(
     servers = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        servers.append(server_type(tmp_path / name, "--redis-url", redis_process.url, *digits_alone))
+        flags = ("--redis-url", redis_process.url, "--interval-ms", "60000", "--interval-steps", "10000")
+        servers.append(server_type(tmp_path / name, *flags, *digits_alone))
     with servers[0], servers[1]:
         yield servers
 
@@ -210,3 +212,25 @@ def test_fork_export_import_and_state(shared_server: ServerProcess, connect: Con
             session_pb2.ImportSessionRequest(data=bytes(damaged), session_id="d"),
             session_pb2.ImportSessionResponse,
         )
+
+
+def test_a_copy_waits_for_the_step_that_it_is_to_stand_at(pair: list[ServerProcess], connect: Connect) -> None:
+    """Durability `interval` lets Redis be behind, and another server than the session's has only that."""
+    first, second = (engram.Client(server.address) for server in pair)
+    with first, second:
+        session = first.open("digits-reader", "ahead", durability="interval")
+        session.run(INPUTS[:4])
+        assert second.sessions.fork("ahead", "behind").seq == 0
+        with pytest.raises(engram.EngramError):
+            second.sessions.export("ahead", min_seq=4, timeout=0.5)
+        assert session.fork("level").seq == 4
+        for copy in (
+            second.sessions.import_(second.sessions.export("ahead", min_seq=4), "other"),
+            second.sessions.fork("ahead", min_seq=4),
+        ):
+            assert copy.seq == 4
+        session.run(INPUTS[4:6])
+        state, level = session.state(), second.sessions.state("level")
+        second.open("digits-reader", "level").run(INPUTS[4:6])
+        assert all((state[name] == tensor).all() for name, tensor in second.sessions.state("level", min_seq=6).items())
+        assert any((state[name] != tensor).any() for name, tensor in level.items())
