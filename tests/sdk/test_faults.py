@@ -11,6 +11,7 @@ import pytest
 from fake_peer import WIDTH, FakePeer
 
 import engram
+from engram._table import VOID_HANDLE
 from engram.v1 import error_pb2, stream_pb2
 
 QUICK = engram.ClientOptions(
@@ -391,5 +392,21 @@ def test_step_many_tells_which_rows_failed() -> None:
         peer.faults.rows = None
         await client.step_many([*sessions, *sessions], np.ones((10, WIDTH)))
         assert [s.seq for s in sessions] == [3, 2, 3, 2, 3]
+
+    play(body)
+
+
+def test_a_close_waits_for_its_session_to_be_attached_again_and_lets_others_work() -> None:
+    async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
+        session = await client.open("count", "a")
+        slot, table = session._slot, client._core.table
+        handle = table.handle[slot]
+        table.handle[slot] = VOID_HANDLE
+        with pytest.raises(engram.DeadlineExceeded):
+            await session.close(timeout=0.1)
+        closing = asyncio.create_task(session.close())
+        await asyncio.sleep(0.05)
+        table.handle[slot] = handle
+        await closing
 
     play(body)

@@ -38,6 +38,7 @@ from engram.v1 import session_pb2, stream_pb2
 
 _OPEN_ROWS = 1024  # sessions in one OpenFrame
 _GOODBYE_S = 5.0
+_ATTACHING_S = 0.01
 _DURABILITIES = {
     None: stream_pb2.DURABILITY_UNSPECIFIED,
     "step": stream_pb2.DURABILITY_STEP,
@@ -384,7 +385,9 @@ class AsyncClient:
                 await link.up()
             slots = np.array([session._slot for session in alive])
             handles = table.handle[slots]
-            if (handles == VOID_HANDLE).any():
+            if (handles == VOID_HANDLE).any():  # they are being attached again
+                async with _until(deadline):
+                    await asyncio.sleep(_ATTACHING_S)
                 continue
             try:
                 async with _until(deadline):
