@@ -140,8 +140,12 @@ def test_a_session_expires_and_a_commit_renews_it(store: Store, holder: MakeHold
     assert late.commit(1) == [OK], "for as long again, who still holds a session may carry it on"
     for seq in range(5, 10):
         assert kept.commit(seq) == [OK]
-        store.touch(kept.tags, np.array([300], np.uint64))
+        store.touch(kept.tags, kept.token_rows, np.array([300], np.uint64))
         time.sleep(0.1)
+    for _ in range(5):
+        time.sleep(0.1)
+        store.touch(kept.tags, kept.token_rows, np.array([300], np.uint64))
+    assert kept.stored() == [9], "a session that is held and not stepped"
     assert brief.commit(1) == [GONE] and brief.stored() == [-1]
     time.sleep(0.7)
     assert keys_of(redis_process) == 0, "nothing is left of any"

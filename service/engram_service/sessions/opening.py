@@ -283,7 +283,7 @@ class Sessions:
         for name in ("admitted", "computed", "applied", "durable"):
             getattr(table, name)[rows] = kept.seq
         table.acked[rows] = kept.acked
-        table.used[rows] = core.residency.clock()
+        table.used[rows] = table.touched[rows] = core.residency.clock()
         at = np.array([places[k] for k in sound])
         result.seqs[at], result.acked[at] = kept.seq, kept.acked
         advanced = np.flatnonzero(kept.seq > 0)

@@ -56,6 +56,7 @@ class Store:
         self.settings = settings
         self.losses = 0  # how often Redis was found to have lost its data
         self.used_memory_bytes = 0
+        self.expired_keys = 0
         self.on_trouble: Callable[[str], None] = lambda why: None
         self.on_loss: Callable[[], None] = lambda: None
         self.writing_back: Callable[[], bool] = lambda: False
@@ -178,12 +179,12 @@ class Store:
 
         return [_claimed(reply) for reply in self._call(run)]
 
-    def touch(self, tags: NDArray[np.uint8], ttl_ms: NDArray[np.uint64]) -> None:
-        """Keeps the hashes and memories of sessions in use; their records' time is renewed by every commit."""
+    def touch(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8], ttl_ms: NDArray[np.uint64]) -> None:
+        """Renews the time of sessions under these claims: of hash, memory and record."""
         pairs = [
-            (key(tag.tobytes()), int(ttl) * 2)
-            for tag, ttl in zip(tags, ttl_ms, strict=True)
-            for key in (meta_key, memory_key)
+            pair
+            for tag, token, ttl in zip(map(bytes, tags), map(bytes, tokens), ttl_ms.tolist(), strict=True)
+            for pair in ((record_key(tag, token), ttl), (meta_key(tag), ttl * 2), (memory_key(tag), ttl * 2))
         ]
         self._call(lambda: self._pipelined([key for key, _ in pairs], lambda pipe, at: pipe.pexpire(*pairs[at])))
 
@@ -264,6 +265,8 @@ class Store:
                 self._check_generation(self._watched)
                 used = [int(node.client.info("memory")["used_memory"]) for node in self._watched.all()]
                 self.used_memory_bytes = sum(used)
+                expired = [int(node.client.info("stats")["expired_keys"]) for node in self._watched.all()]
+                self.expired_keys = sum(expired)
                 self._note("watch", "")
             except (redis.exceptions.RedisError, OSError) as error:
                 self._note("watch", _why(error))
