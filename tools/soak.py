@@ -1,4 +1,4 @@
-"""`make soak`: a server under churn for SOAK_SECONDS (1800), and whether its memory, files and threads stay flat.
+"""`make soak`: a server under churn for SECONDS (1800), and whether its memory, files and threads stay flat.
 
 Clients open, step, fork, close, let go, reconnect, store and recall, and one of them is killed every now and then. The arena
 is smaller than what they have open, and sessions that are left alone expire within a minute, so that everything that comes

@@ -39,10 +39,12 @@ from engram_service.store.types import (
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Wanted = Callable[[str, str], bool]  # by session id and model
 
 _CALL_TIMEOUT_S = 5.0
 _WATCH_S = 0.5
 _WATCH_TIMEOUT_S = 1.0
+_PAGE_S = 0.5
 _NODES_MAX = 4096  # of a cluster; a page's cursor is a node's cursor and its place
 _NO_CLUSTER = "Cluster mode is not enabled"  # as redis-py says it
 _THERE_BUT_REFUSES = ("OOM", UNACKNOWLEDGED)  # trouble of commits that a Redis which answers may still have
@@ -195,8 +197,16 @@ class Store:
         found = self._call(lambda: self._describe([meta_key(session_tag(session_id))], with_record))
         return found[0] if found else None
 
-    def page(self, cursor: int, count: int) -> tuple[int, list[SessionInfo]]:
-        """About `count` sessions, and the cursor of the next page (0: no more)."""
+    def page(
+        self, cursor: int, count: int, wanted: Wanted = lambda session_id, model: True
+    ) -> tuple[int, list[SessionInfo]]:
+        """About `count` of the sessions that are wanted, and the cursor of the next page (0: no more).
+
+        Redis looks at no more than `count` keys at a time. Where those that are wanted lie far apart, the page ends early, maybe
+        with none. A session that is there from the first page to the last is found once, or twice where Redis grew or shrank its
+        table of keys meanwhile.
+        """
+        enough = time.monotonic() + _PAGE_S
 
         def run() -> tuple[int, list[SessionInfo]]:
             found: list[SessionInfo] = []
@@ -204,9 +214,9 @@ class Store:
             at, place = divmod(cursor, _NODES_MAX)  # one node after the other
             while place < len(nodes):
                 at, keys = nodes[place].client.scan(at, match=META_PREFIX + b"*}", count=max(count, 10))
-                found.extend(self._describe([key for key in keys if isinstance(key, bytes)], False))
+                found.extend(self._describe([key for key in keys if isinstance(key, bytes)], False, wanted))
                 place += at == 0
-                if len(found) >= count:
+                if len(found) * 2 >= count or time.monotonic() > enough:
                     break
             return (at * _NODES_MAX + place if place < len(nodes) else 0), found
 
@@ -242,9 +252,15 @@ class Store:
         keys = [meta_key(session_tag(session_id))]
         return bool(self._call(lambda: self._scripted(script, keys, [args], self.settings.wait))[0])
 
-    def _describe(self, keys: Sequence[bytes], with_record: bool) -> list[SessionInfo]:
+    def _describe(
+        self, keys: Sequence[bytes], with_record: bool, wanted: Wanted = lambda session_id, model: True
+    ) -> list[SessionInfo]:
         metas = self._pipelined(keys, lambda pipe, at: pipe.hmget(keys[at], "i", "m", "f", "t", "e", "c"))
-        known = [(key, meta) for key, meta in zip(keys, metas, strict=True) if meta[0] is not None]
+        known = [
+            (key, meta)
+            for key, meta in zip(keys, metas, strict=True)
+            if meta[0] is not None and wanted(meta[0].decode(), _reference(meta[1])[0])
+        ]
         names = [key + b":" + meta[3] for key, meta in known]
         records = self._pipelined(
             names, lambda pipe, at: pipe.get(names[at]) if with_record else pipe.getrange(names[at], 0, 63)
