@@ -247,6 +247,8 @@ class UnaryHandlers:
     ) -> None:
         check_id(session_id)
         ttl_ms = self._core.settings.session_ttl_s * 1000
+        if await self._sessions.above_limit([session_id], ttl_ms, time.monotonic() + left_s):
+            raise self._core.shares.of(tenant_of(session_id)).stored_full()
         session = (session_id, reference, fingerprint, record, ttl_ms, secrets.token_hex(8), memory)
         if not await self._call(left_s, self._store.create, *session):
             own = id_of(session_id)

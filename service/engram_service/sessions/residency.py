@@ -311,9 +311,11 @@ class Residency:
         rows = np.flatnonzero(old & (table.stream[:high] != NO_STREAM) & (table.model[:high] >= 0))[:_TOUCHED_MAX]
         if len(rows):
             table.touched[rows] = clock
+            ids = [table.id_of(row) for row in rows.tolist()]
             columns = (table.tag[rows].copy(), table.token[rows].copy(), table.ttl_ms[rows].copy())
             try:
                 await asyncio.to_thread(self._store.touch, *columns)
+                await asyncio.to_thread(self._store.tally.keep, ids, columns[2].tolist())
             except StoreUnavailable:
                 table.touched[rows] = -1.0
 

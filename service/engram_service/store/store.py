@@ -23,6 +23,7 @@ from engram_service.store.keys import META_PREFIX, memory_key, meta_key, record_
 from engram_service.store.memories import MemoryLogs, revision_of
 from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
 from engram_service.store.record import read_headers
+from engram_service.store.tally import Tally
 from engram_service.store.types import (
     UNACKNOWLEDGED,
     ClaimRequest,
@@ -78,6 +79,9 @@ class Store:
                 lambda: self._scripted(script, keys, args, settings.wait if durable else None)
             ),
             lambda keys, add: self._call(lambda: self._pipelined(keys, add)),
+        )
+        self.tally = Tally(
+            lambda text: Script(redis.Redis(), text), lambda keys, add: self._call(lambda: self._pipelined(keys, add))
         )
         self._committers = Committers(self._nodes, settings, self._diagnose_job, lambda why: self._note("commit", why))
         self._closed = threading.Event()
@@ -174,7 +178,8 @@ class Store:
             keys = [meta_key(session_tag(request.session_id)) for request in requests]
             args = [
                 [request.token, request.model, request.version, request.create_version, request.fingerprint, request.client_id,
-                 request.ttl_ms, now_ms, int(request.attach), request.session_id, request.initial]
+                 request.ttl_ms, now_ms, 1 if request.attach else 0 if request.may_create else 2, request.session_id,
+                 request.initial]
                 for request in requests
             ]  # fmt: skip
             return self._scripted(self._claim, keys, args, self.settings.wait)
@@ -232,7 +237,8 @@ class Store:
         """Ends sessions whoever holds them, or only under these claims."""
         keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
         ended = [b""] * len(keys) if tokens is None else tokens
-        self._call(lambda: self._scripted(self._delete, keys, [[token] for token in ended], self.settings.wait))
+        done = self._call(lambda: self._scripted(self._delete, keys, [[token] for token in ended], self.settings.wait))
+        self.tally.give_back([session_id for session_id, gone in zip(session_ids, done, strict=True) if gone])
 
     def create(
         self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int, token: str,
