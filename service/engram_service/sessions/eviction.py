@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-GRACE_S = 0.01
+GRACE_S = 0.004
 TURN_S = 0.1
 
 
