@@ -41,7 +41,12 @@ FLAGS = (
 SERIES = {
     "server_rss_mb": ("resident memory of the server", "MB", 4.0, 0.03),
     "server_files": ("open files of the server", "", 3.0, 0.0),
-    "server_threads": ("threads of the server", "", 1.0, 0.0),
+    "server_threads": (
+        "threads of the server",
+        "",
+        2.0,
+        0.0,
+    ),  # a pool may make one more: a step of 1 is a slope of 1.5
     "redis_used_mb": ("memory of Redis", "MB", 1.0, 0.05),
     "redis_connections": ("connections to Redis", "", 1.0, 0.0),
     "sessions_known": ("sessions that the server knows: the load itself", "", 40.0, 0.0),
