@@ -9,9 +9,10 @@ STAMP := $(VENV)/.installed
 PROTOS := $(shell cd proto && find . -name '*.proto' | sed 's|^\./||' | sort)
 GENERATED := clients/python
 SECONDS_A_TARGET ?= 120
+SECONDS ?= 1800
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench bench-recall chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench bench-recall bench-arena bench-stored soak chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -22,6 +23,8 @@ help:
 	@echo "make proto     regenerate engram.v1 from proto/"
 	@echo "make docs      the table of settings in docs/operations.md"
 	@echo "make bench     measure, and write docs/benchmarks/;  make bench-recall  memories and the NTM"
+	@echo "make bench-arena  more active sessions than slots;  make bench-stored  a million stored sessions (ten minutes)"
+	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
 	@echo "make fuzz      hostile bytes, two minutes a target (SECONDS_A_TARGET); writes docs/results/fuzz.json"
 	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
 	@echo "make test-all  the slow tests too"
@@ -88,6 +91,15 @@ bench: $(STAMP)
 
 bench-recall: $(STAMP)
 	$(BIN)/python tools/benchmark_recall.py
+
+bench-arena: $(STAMP)
+	$(BIN)/python tools/benchmark_arena.py
+
+bench-stored: $(STAMP)
+	$(BIN)/python tools/benchmark_stored.py
+
+soak: $(STAMP)
+	$(BIN)/python tools/soak.py --seconds $(SECONDS)
 
 fuzz: $(STAMP)
 	$(BIN)/python -c 'import atheris' 2>/dev/null || \

@@ -159,6 +159,7 @@ def _expose(metrics: Metrics, core: Core, store: Store, device: torch.device) ->
     metrics.read_with(metrics.rows_in_flight, core.rows_in_flight)
     metrics.read_with(metrics.streams, lambda: len(core.streams) - 1)  # less the unary one
     metrics.read_with(metrics.redis_memory_bytes, lambda: store.used_memory_bytes)
+    metrics.read_with(metrics.redis_expired_keys, lambda: store.expired_keys)
     metrics.redis_up.set(1)
 
     def arenas() -> int:

@@ -147,10 +147,9 @@ class Catalog:
         window = max(_WINDOW_MIN, min(_WINDOW_MAX, _WINDOW_BYTES // bundle.output.nbytes))
         state_nbytes = sum(spec.nbytes for spec in bundle.state)
         slot_nbytes = state_nbytes + (window + 1) * bundle.output.nbytes
-        capacity = max(
-            self._settings.tick_rows_max,
-            min(self._settings.arena_slots_max, (self._settings.arena_mb << 20) // slot_nbytes),
-        )
+        # However large a slot is, a whole tick fits; the number that the operator sets holds in any case.
+        fitting = max(self._settings.tick_rows_max, (self._settings.arena_mb << 20) // slot_nbytes)
+        capacity = min(self._settings.arena_slots_max, fitting)
         arena = Arena(bundle, capacity, window, self._device)
         shapes, step = self._shapes(bundle), step_of(arena)
         cuda = self._device.type == "cuda"

@@ -42,6 +42,9 @@ class Metrics:
         self.stage_seconds = histogram("stage_seconds", "Seconds by stage, one observation a tick", _SECONDS, "stage")
         self.commit_bytes = counter("commit_bytes", "Bytes of records sent to Redis")
         self.commit_rows = counter("commit_rows", "Records sent to Redis")
+        self.records_loaded = counter(
+            "records_loaded", "Records read from Redis into an arena, of sessions that had left it", "model"
+        )
         self.rows_in_flight = gauge("rows_in_flight", "Rows accepted whose answer has not left")
         self.rows_refused = counter("rows_refused", "Rows refused, by reason", "reason")
         self.streams = gauge("streams", "Open client streams")
@@ -50,6 +53,9 @@ class Metrics:
         )
         self.redis_up = gauge("redis_up", "1 while Redis takes commits")
         self.redis_memory_bytes = gauge("redis_memory_bytes", "used_memory of Redis")
+        self.redis_expired_keys = gauge(
+            "redis_expired_keys", "Keys that Redis has expired since it started; a session has two or three"
+        )
         self.device_memory_bytes = gauge("device_memory_bytes", "Memory of the arenas", "device")
         self.recalls = counter(
             "recalls", "Cues by what they recalled: stored, spurious or unsettled", "model", "outcome"

@@ -63,7 +63,7 @@ class Settings:
     durability: str = _setting("step", "default durability of sessions", ("step", "interval"))
     interval_steps: int = _setting(256, "durability interval: commit after so many steps")
     interval_ms: int = _setting(200, "durability interval: commit after so many milliseconds")
-    session_ttl_s: int = _setting(604_800, "seconds until an unused session expires")
+    session_ttl_s: int = _setting(604_800, "seconds until a session expires that no stream holds")
 
     redis_ack: str = _setting("memory", "what a commit waits for", ("memory", "replicated", "disk"))
     redis_replicas: int = _setting(1, "redis_ack = replicated: how many replicas must have a commit")

@@ -7,6 +7,7 @@
     sessions_max = 20000
     streams_max = 40
     rows_max = 50000
+    stored_max = 1000000
 
     [tokens.acme-cameras]         # the token's name, for logs
     tenant = "acme"
@@ -59,11 +60,12 @@ class TokensError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a tenant may have at one server at a time; 0: as much as the server has."""
+    """What a tenant may have at a time, at one server where nothing else is said; 0: as much as the server has."""
 
     sessions_max: int = 0
     streams_max: int = 0
     rows_max: int = 0
+    stored_max: int = 0  # in Redis, whichever servers use it
 
 
 @dataclass(frozen=True, slots=True)

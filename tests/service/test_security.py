@@ -205,6 +205,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokensFile:
     for right in RIGHTS:
         found.add(f"only-{right}", "acme", right)
     found.add("old", "acme", *ALL, expires="2020-01-01T00:00:00Z")
+    found.add("narrow", "narrow", *ALL)
+    found.limits = "[tenants.narrow]\nstored_max = 3"
     found.write()
     return found
 
@@ -606,6 +608,29 @@ def test_limits_are_each_tenants_own(own_guarded: tuple[Any, TokensFile]) -> Non
         assert not two.open("a").errors, "a session of its own is taken over, not counted twice"
         one.unary(pb.CloseSessionRequest(session_id="b"))
         assert not two.open("d").errors
+
+
+def test_stored_sessions_are_limited(guarded: Any, tokens: TokensFile, globex: Peer) -> None:
+    full = (grpc.StatusCode.RESOURCE_EXHAUSTED, "TENANT_LIMIT")
+    with Peer(guarded, tokens.tokens["narrow"]) as one:
+        assert not one.stream().open("a", "b", "c").errors
+        one.step(0)
+        data = one.unary(pb.ExportSessionRequest(session_id="a")).data
+        one.send(close=stream_pb2.CloseFrame(request_id=2, handles=np.array([0, 1], np.uint32).tobytes(), detach=True))
+        one.next()
+        errors = one.open("a", "d", "b").errors
+        assert [error.row for error in errors] == [1], "those that there are can be opened"
+        assert dict(errors[0].error.metadata) == {"limit": "stored_max", "value": "3"}
+        assert "close some" in errors[0].error.message
+        assert refused(lambda: one.unary(pb.StepRequest(session_id="e", model=LSTM_MODEL, inputs=[1, 1, 1]))) == full
+        assert refused(lambda: one.unary(pb.ForkSessionRequest(session_id="a", new_session_id="e"))) == full
+        assert refused(lambda: one.unary(pb.ImportSessionRequest(session_id="e", data=data))) == full
+        assert refused(lambda: one.unary(pb.ImportSessionRequest(session_id="b", data=data)))[1] == "SESSION_EXISTS"
+        assert {info.id for info in one.unary(pb.ListSessionsRequest()).sessions} == {"a", "b", "c"}
+        assert not globex.stream().open(*(f"g{i}" for i in range(8))).errors, "another tenant has limits of its own"
+        one.unary(pb.CloseSessionRequest(session_id="c"))
+        one.unary(pb.ForkSessionRequest(session_id="a", new_session_id="e"))
+        assert refused(lambda: one.unary(pb.ForkSessionRequest(session_id="a", new_session_id="f"))) == full
 
 
 # The audit, and what is not in it

@@ -83,6 +83,10 @@ class Holder:
     def tags(self) -> Any:
         return np.array([np.frombuffer(session_tag(name), np.uint8) for name in self.ids]).reshape(-1, 22)
 
+    @property
+    def token_rows(self) -> Any:
+        return np.array([np.frombuffer(token.encode(), np.uint8) for token in self.tokens]).reshape(-1, 16)
+
     def job(self, seq: int, commit: Commit) -> CommitJob:
         """Every session at this seq; the state tells session and seq, and the last output is kept."""
         count = len(self.ids)
@@ -93,10 +97,9 @@ class Holder:
             self.layout, column, column - 1, np.ones(count, np.uint64), [states], np.ones(count, np.uint32),
             np.full((count, 1, self.layout.output_nbytes), seq, np.uint8), int(time.time() * 1000),
         )  # fmt: skip
-        tokens = np.array([np.frombuffer(token.encode(), np.uint8) for token in self.tokens]).reshape(-1, 16)
         return CommitJob(
             self.tags,
-            tokens,
+            self.token_rows,
             [(np.arange(count), block)],
             np.full(count, self.ttl_ms, np.uint64),
             self._meta,

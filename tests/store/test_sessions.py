@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -140,8 +141,12 @@ def test_a_session_expires_and_a_commit_renews_it(store: Store, holder: MakeHold
     assert late.commit(1) == [OK], "for as long again, who still holds a session may carry it on"
     for seq in range(5, 10):
         assert kept.commit(seq) == [OK]
-        store.touch(kept.tags, np.array([300], np.uint64))
+        store.touch(kept.tags, kept.token_rows, np.array([300], np.uint64))
         time.sleep(0.1)
+    for _ in range(5):
+        time.sleep(0.1)
+        store.touch(kept.tags, kept.token_rows, np.array([300], np.uint64))
+    assert kept.stored() == [9], "a session that is held and not stepped"
     assert brief.commit(1) == [GONE] and brief.stored() == [-1]
     time.sleep(0.7)
     assert keys_of(redis_process) == 0, "nothing is left of any"
@@ -184,6 +189,32 @@ def test_pages_list_every_session_once(store: Store, holder: MakeHolder) -> None
     assert pages > 2
     assert {info.session_id for info in found} == names and len(found) == len(names)
     assert {(info.seq, info.model, info.version, info.epoch) for info in found} == {(2, "m", "1", 1)}
+
+
+def test_a_session_that_stays_is_listed_whatever_comes_and_goes(store: Store, holder: MakeHolder) -> None:
+    stay = {f"stay-{n}" for n in range(400)}
+    holder(store, *stay, *(f"go-0-{n}" for n in range(200))).claim()
+    cursor, found, turn = 0, [], 0
+    while True:
+        cursor, page = store.page(cursor, 50)
+        found += [info.session_id for info in page]
+        store.delete([f"go-{turn}-{n}" for n in range(200)])
+        turn += 1
+        if not cursor:
+            break
+        holder(store, *(f"go-{turn}-{n}" for n in range(200 * (turn % 3)))).claim()  # Redis's table grows and shrinks
+        holder(store, *list(stay)[turn :: max(1, turn)][:20]).claim()  # taken over: listed all the same
+    assert turn > 4
+    assert stay <= set(found)
+    assert max(Counter(found).values()) <= 2
+
+
+def test_a_listing_may_want_some_alone(store: Store, holder: MakeHolder) -> None:
+    holder(store, *(f"a-{n}" for n in range(300))).claim()
+    holder(store, "b-1", "b-2").claim(model="other")
+    cursor, found = store.page(0, 1000, lambda session_id, model: model == "other" and session_id != "b-1")
+    assert not cursor, "others between them make no pages"
+    assert [info.session_id for info in found] == ["b-2"]
 
 
 def test_sessions_of_an_lstm_cost_redis_little_more_than_their_state(

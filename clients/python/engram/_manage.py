@@ -29,7 +29,10 @@ class Sessions:
         self._client = client
 
     async def list(self, model: str = "", *, timeout: float | None = UNSET) -> AsyncIterator[SessionInfo]:
-        """All sessions, or those of one model, page by page."""
+        """All sessions, or those of one model, page by page.
+
+        One that is there all the while is listed at least once, and seldom twice; one that comes or goes meanwhile may be
+        listed or not."""
         token = ""
         while True:
             request = session_pb2.ListSessionsRequest(page_size=_PAGE, page_token=token, model=model)

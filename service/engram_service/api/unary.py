@@ -37,8 +37,8 @@ from engram_service.tenants import beside, id_of, key_of, tenant_of
 _PAGE_DEFAULT, _PAGE_MAX = 100, 1000
 _PAGE_TOKENS = 2**76  # a cursor of Redis has 64 bits, a node's place 12
 _PAGE_TOKEN_DIGITS_MAX = len(str(_PAGE_TOKENS))
-_PAGE_S = 0.5
 _COMMIT_POLL_S = 0.005
+_MADE_AT_ONCE = 50  # sessions of a page, on the event loop
 _STEP_ROWS_MAX = 32
 
 
@@ -98,16 +98,17 @@ class UnaryHandlers:
     async def list_sessions(
         self, request: session_pb2.ListSessionsRequest, call: Call
     ) -> session_pb2.ListSessionsResponse:
-        size = min(request.page_size or _PAGE_DEFAULT, _PAGE_MAX)
-        cursor, sessions = place_of(request.page_token), list[session_pb2.Session]()
-        enough = time.monotonic() + _PAGE_S  # others' sessions lie between this tenant's: a page may have to look far
-        while True:
-            cursor, found = await self._call(call.left_s, self._store.page, cursor, size)
-            mine = [info for info in found if tenant_of(info.session_id) == call.tenant]
-            sessions += [self._session(info) for info in mine if request.model in ("", info.model)]
-            if not cursor or len(sessions) * 2 >= size or time.monotonic() > enough:
-                break
-        return session_pb2.ListSessionsResponse(sessions=sessions, next_page_token=str(cursor) if cursor else "")
+        size, place = min(request.page_size or _PAGE_DEFAULT, _PAGE_MAX), place_of(request.page_token)
+
+        def wanted(session_id: str, model: str) -> bool:
+            return tenant_of(session_id) == call.tenant and request.model in ("", model)
+
+        cursor, found = await self._call(call.left_s, self._store.page, place, size, wanted)
+        response = session_pb2.ListSessionsResponse(next_page_token=str(cursor) if cursor else "")
+        for start in range(0, len(found), _MADE_AT_ONCE):
+            response.sessions.extend(self._session(info) for info in found[start : start + _MADE_AT_ONCE])
+            await asyncio.sleep(0)  # steps need not wait for a whole page to be written out
+        return response
 
     async def close_session(
         self, request: session_pb2.CloseSessionRequest, call: Call
@@ -259,6 +260,8 @@ class UnaryHandlers:
     ) -> None:
         check_id(session_id)
         ttl_ms = self._core.settings.session_ttl_s * 1000
+        if await self._sessions.above_limit([session_id], ttl_ms, time.monotonic() + left_s):
+            raise self._core.shares.of(tenant_of(session_id)).stored_full()
         session = (session_id, reference, fingerprint, record, ttl_ms, secrets.token_hex(8), memory)
         if not await self._call(left_s, self._store.create, *session):
             own = id_of(session_id)

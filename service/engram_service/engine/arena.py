@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from engram_models import Bundle, TensorSpec
 
+_NOBODY = -1
+
 
 class Arena:
     """Slots for `capacity` sessions of one model; slot `capacity` is scratch, for rows that pad a batch."""
@@ -31,6 +33,8 @@ class Arena:
         self.last = self._tensor(bundle.output) if bundle.generates else None
         self._ring = self._host((capacity + 1, window, self.output_nbytes))
         self._free = list(range(capacity - 1, -1, -1))
+        self._holder = np.full(capacity, _NOBODY, np.int32)  # session in each slot, as a row of the session table
+        self._since = np.zeros(capacity)  # when it came, on the session table's clock
         self._initial = [
             torch.full((1, *spec.shape), spec.initial, dtype=spec.torch_dtype, device=device) for spec in bundle.state
         ]
@@ -42,13 +46,24 @@ class Arena:
     def resident(self) -> int:
         return self.capacity - len(self._free)
 
-    def take(self, count: int) -> NDArray[np.int32]:
-        """Up to `count` free slots, lowest first."""
-        taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        return np.array(taken, np.int32)
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, rows: NDArray[np.int32], now: float) -> NDArray[np.int32]:
+        """Slots for these sessions, for no more of them than there are free ones."""
+        slots = np.array([self._free.pop() for _ in rows.tolist()], np.int32)
+        self._holder[slots], self._since[slots] = rows, now
+        return slots
 
     def give_back(self, slots: NDArray[np.int32]) -> None:
+        self._holder[slots] = _NOBODY
         self._free.extend(slots.tolist())
+
+    def holders(self) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """The resident sessions, and since when they are."""
+        used = self._holder != _NOBODY
+        return self._holder[used], self._since[used]
 
     def trim(self) -> None:
         """Returns the memory of slots above the highest one in use to the system (host arenas)."""

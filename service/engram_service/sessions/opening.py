@@ -13,7 +13,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from engram_service.errors import (
 from engram_service.sessions.admission import column
 from engram_service.sessions.streams import CLOSED, TAKEN_OVER, Stream
 from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, StoreUnavailable, session_tag
-from engram_service.tenants import id_of
+from engram_service.tenants import id_of, tenant_of
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +117,22 @@ class Sessions:
         with room:
             async with self.hold([ids[i] for i in good], deadline):
                 requests = [self._request(served, wanted, ids[i]) for i in good]
+                if not wanted.attach and (
+                    above := await self.above_limit([ids[i] for i in good], wanted.ttl_ms, deadline)
+                ):
+                    requests = [replace(one, may_create=one.session_id not in above) for one in requests]
                 claims, result.losses = await self._claim(requests, deadline)
                 self._apply(stream, wanted, served, good, requests, claims, result)
         return result
+
+    async def above_limit(self, ids: Sequence[str], ttl_ms: int, deadline: float) -> set[str]:
+        """Before sessions of one tenant are created: those of which it may have no more. The others have their place."""
+        if not ids or not (tenant := tenant_of(ids[0])):
+            return set()
+        limit = self._core.shares.of(tenant).stored_max
+        ttl_ms = ttl_ms or self._core.settings.session_ttl_s * 1000
+        above: set[str] = await self.call(deadline, self._store.tally.take, ids, ttl_ms, limit)
+        return above
 
     def hold(self, ids: Sequence[str], deadline: float) -> _Hold:
         """Keeps others from opening, closing or moving these sessions, and waits until none of their steps is under way."""
@@ -229,6 +242,8 @@ class Sessions:
         match claim.status:
             case ClaimStatus.CREATED:
                 return served
+            case ClaimStatus.NOT_FOUND if not wanted.attach:
+                raise self._core.shares.of(wanted.tenant).stored_full()
             case ClaimStatus.NOT_FOUND:
                 raise NotFound("SESSION_NOT_FOUND", "there is no such session; it was closed or has expired")
             case ClaimStatus.TAKEN_OVER:
@@ -283,7 +298,7 @@ class Sessions:
         for name in ("admitted", "computed", "applied", "durable"):
             getattr(table, name)[rows] = kept.seq
         table.acked[rows] = kept.acked
-        table.used[rows] = core.residency.clock()
+        table.used[rows] = table.touched[rows] = core.residency.clock()
         at = np.array([places[k] for k in sound])
         result.seqs[at], result.acked[at] = kept.seq, kept.acked
         advanced = np.flatnonzero(kept.seq > 0)

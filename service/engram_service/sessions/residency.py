@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from engram_service.catalog import Served
 from engram_service.logs import named
+from engram_service.sessions.eviction import GRACE_S, leaving
 from engram_service.sessions.table import NO_SLOT, NO_STREAM
 from engram_service.store import Records, Store, StoreUnavailable, Verdict
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 0.05
 _LOAD_RETRY_S = 0.1
+_TOUCHED_MAX = 10_000  # sessions whose time is renewed in one beat: a session has a quarter of its time for it
 _SPARE_SLOTS = 4  # part of the arena (1/n) that opens leave free for sessions that step
 
 
@@ -39,6 +41,7 @@ class Residency:
         self._store = store
         self._started = time.monotonic()
         self._wanting: dict[int, deque[int]] = {}  # model -> sessions that wait for a slot
+        self._again: asyncio.TimerHandle | None = None  # of serve_wanting
         self._tasks: set[asyncio.Task[None]] = set()
         self._losses = self._losses_taken_up = (
             0  # times that the store lost its data: told, and begun to be written back
@@ -67,14 +70,20 @@ class Residency:
             if not waiting:
                 continue
             served = self._core.catalog.models[model]
-            if served.arena.capacity - served.arena.resident < len(waiting):
-                self._evict(served, len(waiting))
-            slots = served.arena.take(len(waiting))
-            if len(slots):
-                self._bring(served, np.array([waiting.popleft() for _ in slots], np.int32), slots)
+            if served.arena.free < len(waiting):
+                self._evict(served, len(waiting) - served.arena.free)
+            if count := min(served.arena.free, len(waiting)):
+                self._bring(served, np.array([waiting.popleft() for _ in range(count)], np.int32))
+            if waiting and self._again is None:  # nobody may step meanwhile, and so ask for it
+                self._again = asyncio.get_running_loop().call_later(GRACE_S, self._serve_again)
 
-    def _bring(self, served: Served, rows: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
+    def _serve_again(self) -> None:
+        self._again = None
+        self.serve_wanting()
+
+    def _bring(self, served: Served, rows: NDArray[np.int32]) -> None:
         table = self._core.table
+        slots = served.arena.take(rows, self.clock())
         table.slot[rows] = slots
         table.used[rows] = self.clock()
         new = table.applied[rows] == 0
@@ -96,6 +105,7 @@ class Residency:
             except StoreUnavailable:
                 await asyncio.sleep(_LOAD_RETRY_S)
         found = np.array([value is not None for value in values])
+        core.metrics.records_loaded.labels(served.bundle.name).inc(int(found.sum()))
         records = served.layout.unpack([value for value in values if value is not None])
         for number, reason in records.errors.items():
             log.error("a record cannot be used: %s", reason, extra=named(table.id_of(int(rows[found][number]))))
@@ -132,8 +142,8 @@ class Residency:
     def place_if_room(self, served: Served, rows: NDArray[np.int32], records: Records) -> None:
         """After an open: saves a second read, where slots are plenty."""
         arena = served.arena
-        if arena.capacity - arena.resident - len(rows) > arena.capacity // _SPARE_SLOTS:
-            self.place(served, rows, arena.take(len(rows)), records)
+        if arena.free - len(rows) > arena.capacity // _SPARE_SLOTS:
+            self.place(served, rows, arena.take(rows, self.clock()), records)
 
     def with_outputs(self, served: Served, rows: NDArray[np.int32], then: Callable[[], None]) -> None:
         """Calls `then` once the kept outputs of these sessions can be read (or it is clear that they cannot)."""
@@ -177,29 +187,19 @@ class Residency:
         served.arena.give_back(table.slot[held])
         table.slot[held] = NO_SLOT
 
-    def _idle(self, served: Served) -> NDArray[np.intp]:
-        """Resident sessions of a model with nothing under way and nothing volatile, longest unused first."""
+    def _still(self, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Which of these have nothing under way and nothing volatile."""
         table = self._core.table
-        high = table.high
-        mask = (
-            (table.model[:high] == served.index)
-            & (table.slot[:high] != NO_SLOT)
-            & ~table.busy[:high]
-            & ~table.opening[:high]
-        )
-        mask &= (
-            (table.admitted[:high] == table.applied[:high])
-            & (table.applied[:high] == table.durable[:high])
-            & ~table.flushing[:high]
-        )
-        rows = np.flatnonzero(mask)
-        ordered: NDArray[np.intp] = rows[np.argsort(table.used[rows], kind="stable")]
-        return ordered
+        still: NDArray[np.bool_] = ~table.busy[rows] & ~table.opening[rows] & ~table.flushing[rows]
+        still &= (table.admitted[rows] == table.applied[rows]) & (table.applied[rows] == table.durable[rows])
+        return still
 
     def _evict(self, served: Served, count: int) -> None:
-        idle = self._idle(served)[:count]
-        if len(idle):
-            self.forget_slots(served, idle)
+        """Makes room for others that wait."""
+        rows, since = served.arena.holders()
+        gone = leaving(self._core.table.used[rows], since, self._still(rows), self.clock(), count)
+        if len(gone):
+            self.forget_slots(served, rows[gone])
 
     # Durability interval
 
@@ -276,8 +276,7 @@ class Residency:
             high = table.high
             new = (table.model[:high] == served.index) & (table.slot[:high] == NO_SLOT) & (table.applied[:high] == 0)
             new &= (table.stream[:high] != NO_STREAM) & ~table.busy[:high]
-            free = served.arena.capacity - served.arena.resident
-            self.want(served, np.flatnonzero(new)[:free].astype(np.int32))
+            self.want(served, np.flatnonzero(new)[: served.arena.free].astype(np.int32))
 
     @property
     def writing_back(self) -> bool:
@@ -304,15 +303,19 @@ class Residency:
                 sweep_at = self.clock() + 1.0
 
     async def _touch(self) -> None:
-        """Renews the hashes of sessions that step on and on without an open; a commit renews the record alone."""
+        """Renews the time of sessions that a stream holds: of those that step on and on, whose commits renew the record alone,
+        and of those that are idle, which must not expire under their client."""
         table = self._core.table
         high, clock = table.high, self.clock()
         old = (clock - table.touched[:high]) * 1000 > table.ttl_ms[:high] / 4
-        rows = np.flatnonzero(old & (table.used[:high] > table.touched[:high]) & (table.model[:high] >= 0))
+        rows = np.flatnonzero(old & (table.stream[:high] != NO_STREAM) & (table.model[:high] >= 0))[:_TOUCHED_MAX]
         if len(rows):
             table.touched[rows] = clock
+            ids = [table.id_of(row) for row in rows.tolist()]
+            columns = (table.tag[rows].copy(), table.token[rows].copy(), table.ttl_ms[rows].copy())
             try:
-                await asyncio.to_thread(self._store.touch, table.tag[rows].copy(), table.ttl_ms[rows].copy())
+                await asyncio.to_thread(self._store.touch, *columns)
+                await asyncio.to_thread(self._store.tally.keep, ids, columns[2].tolist())
             except StoreUnavailable:
                 table.touched[rows] = -1.0
 
@@ -320,8 +323,8 @@ class Residency:
         """Frees the slots of idle sessions, and forgets those that no stream holds."""
         table, freed = self._core.table, False
         for served in self._core.catalog.models:
-            idle = self._idle(served)
-            old = idle[table.used[idle] < unused_since]
+            rows, _ = served.arena.holders()
+            old = rows[self._still(rows) & (table.used[rows] < unused_since)]
             if len(old):
                 self.forget_slots(served, old)
                 served.arena.trim()

@@ -45,6 +45,15 @@ class Share:
         finally:
             self._opening -= more
 
+    @property
+    def stored_max(self) -> int:
+        """Sessions that may be stored, in Redis and so for all servers; 0: no limit."""
+        return self._limits(self.tenant).stored_max
+
+    def stored_full(self) -> ResourceExhausted:
+        """What is said where a session would be one too many."""
+        return _reached("stored_max", self.stored_max, "stored sessions; close some", _LATER_MS)
+
     def take(self, rows: int) -> None:
         """Room for rows of a stream. Raises ResourceExhausted."""
         if rows > self._room:
@@ -96,5 +105,5 @@ class Shares:
 
 
 def _reached(name: str, limit: int, what: str, retry_after_ms: int) -> ResourceExhausted:
-    message = f"this tenant has {limit} {what}, its limit ({name})"
+    message = f"this tenant's limit is reached ({name}): {limit} {what}"
     return ResourceExhausted("TENANT_LIMIT", message, retry_after_ms=retry_after_ms, limit=name, value=limit)

@@ -28,7 +28,11 @@ _COLUMNS: dict[str, tuple[Any, tuple[int, ...], float]] = {
     "created_ms": (np.uint64, (), 0),
     "ttl_ms": (np.uint64, (), 0),
     "losses": (np.uint16, (), 0),  # the store's count of losses at the claim
-    "touched": (np.float32, (), 0.0),  # when the hash's time was renewed, seconds on the table's clock
+    "touched": (
+        np.float32,
+        (),
+        0.0,
+    ),  # when the session's time was last renewed, by open or touch; seconds on the table's clock
     "model": (np.int16, (), -1),  # index in the catalog
     "slot": (np.int32, (), NO_SLOT),  # row in the model's arena
     "stream": (np.int32, (), NO_STREAM),  # stream that the session is attached to

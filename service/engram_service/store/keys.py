@@ -4,6 +4,7 @@
                                    g revision of the memory, where it has one of its own
     engram:{TAG}:TOKEN     string  the record, under the claim's token; see record.py
     engram:{TAG}:m         list    the memory's log, where there is one; see memories.py
+    engram:stored:{TENANT} zset    tags of a tenant's sessions, by when they expire; see tally.py
     engram:generation      string  random; gone or different: this Redis has lost its data; in a cluster one on
                                    each node, engram:generation:{N}
 
@@ -32,6 +33,10 @@ def meta_key(tag: bytes) -> bytes:
 
 def record_key(tag: bytes, token: bytes) -> bytes:
     return META_PREFIX + tag + b"}:" + token
+
+
+def tally_key(tenant: str) -> bytes:
+    return b"engram:stored:{" + tenant.encode() + b"}"
 
 
 def memory_key(tag: bytes) -> bytes:

@@ -21,7 +21,8 @@ local memory = g and KEYS[1] .. ':m'
 """
 
 # Claims a session for a new token: the record is renamed, so that commits under the old token find nothing.
-# ARGV: token, model, version ("" any), version to create, fingerprint, client id, ttl ms, now ms, attach (0/1), id, initial record
+# ARGV: token, model, version ("" any), version to create, fingerprint, client id, ttl ms, now ms, attach, id, initial record
+# attach: 0 an open; 1 an attach, by the session's own client; 2 an open that must not create
 CLAIM = (
     _SAME_CLAIM
     + """
@@ -34,7 +35,7 @@ if m[1] and not record then
   if memory then redis.call('DEL', memory) end
 end
 if not record then
-  if ARGV[9] == '1' then return {'NOT_FOUND'} end
+  if ARGV[9] ~= '0' then return {'NOT_FOUND'} end
   redis.call('SET', k .. ':' .. ARGV[1], ARGV[11], 'PX', ARGV[7])
   redis.call('HSET', k, 'i', ARGV[10], 'm', ARGV[2] .. '/' .. ARGV[4], 'f', ARGV[5])
   redis.call('HSET', k, 't', ARGV[1], 'h', ARGV[6], 'e', 1, 'c', ARGV[8], 'l', ARGV[7])
@@ -113,6 +114,25 @@ redis.call('PEXPIRE', k, ARGV[3] * 2)
 return 1
 """
 )
+
+# Places in a tenant's tally, which is KEYS[1]: the indexes of those that are above the limit, which get none.
+# ARGV: now ms, until when ms, limit (0 none), tags
+PLACE = """
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1])
+local limit, count, above = tonumber(ARGV[3]), redis.call('ZCARD', KEYS[1]), {}
+for i = 4, #ARGV do
+  local known = redis.call('ZSCORE', KEYS[1], ARGV[i])
+  if not known and limit > 0 and count >= limit then
+    above[#above + 1] = i - 4
+  else
+    if not known then count = count + 1 end
+    redis.call('ZADD', KEYS[1], ARGV[2], ARGV[i])
+  end
+end
+local left = ARGV[2] - ARGV[1]
+if redis.call('PTTL', KEYS[1]) < left then redis.call('PEXPIRE', KEYS[1], left) end
+return above
+"""
 
 # Puts another record and model reference in place, under a new token. ARGV: old token, new token, record, reference, fingerprint
 REWRITE = (

@@ -23,6 +23,7 @@ from engram_service.store.keys import META_PREFIX, memory_key, meta_key, record_
 from engram_service.store.memories import MemoryLogs, revision_of
 from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
 from engram_service.store.record import read_headers
+from engram_service.store.tally import Tally
 from engram_service.store.types import (
     UNACKNOWLEDGED,
     ClaimRequest,
@@ -39,10 +40,12 @@ from engram_service.store.types import (
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Wanted = Callable[[str, str], bool]  # by session id and model
 
 _CALL_TIMEOUT_S = 5.0
 _WATCH_S = 0.5
 _WATCH_TIMEOUT_S = 1.0
+_PAGE_S = 0.5
 _NODES_MAX = 4096  # of a cluster; a page's cursor is a node's cursor and its place
 _NO_CLUSTER = "Cluster mode is not enabled"  # as redis-py says it
 _THERE_BUT_REFUSES = ("OOM", UNACKNOWLEDGED)  # trouble of commits that a Redis which answers may still have
@@ -56,6 +59,7 @@ class Store:
         self.settings = settings
         self.losses = 0  # how often Redis was found to have lost its data
         self.used_memory_bytes = 0
+        self.expired_keys = 0
         self.on_trouble: Callable[[str], None] = lambda why: None
         self.on_loss: Callable[[], None] = lambda: None
         self.writing_back: Callable[[], bool] = lambda: False
@@ -75,6 +79,9 @@ class Store:
                 lambda: self._scripted(script, keys, args, settings.wait if durable else None)
             ),
             lambda keys, add: self._call(lambda: self._pipelined(keys, add)),
+        )
+        self.tally = Tally(
+            lambda text: Script(redis.Redis(), text), lambda keys, add: self._call(lambda: self._pipelined(keys, add))
         )
         self._committers = Committers(self._nodes, settings, self._diagnose_job, lambda why: self._note("commit", why))
         self._closed = threading.Event()
@@ -167,19 +174,20 @@ class Store:
             keys = [meta_key(session_tag(request.session_id)) for request in requests]
             args = [
                 [request.token, request.model, request.version, request.create_version, request.fingerprint, request.client_id,
-                 request.ttl_ms, now_ms, int(request.attach), request.session_id, request.initial]
+                 request.ttl_ms, now_ms, 1 if request.attach else 0 if request.may_create else 2, request.session_id,
+                 request.initial]
                 for request in requests
             ]  # fmt: skip
             return self._scripted(self._claim, keys, args, self.settings.wait)
 
         return [_claimed(reply) for reply in self._call(run)]
 
-    def touch(self, tags: NDArray[np.uint8], ttl_ms: NDArray[np.uint64]) -> None:
-        """Keeps the hashes and memories of sessions in use; their records' time is renewed by every commit."""
+    def touch(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8], ttl_ms: NDArray[np.uint64]) -> None:
+        """Renews the time of sessions under these claims: of hash, memory and record."""
         pairs = [
-            (key(tag.tobytes()), int(ttl) * 2)
-            for tag, ttl in zip(tags, ttl_ms, strict=True)
-            for key in (meta_key, memory_key)
+            pair
+            for tag, token, ttl in zip(map(bytes, tags), map(bytes, tokens), ttl_ms.tolist(), strict=True)
+            for pair in ((record_key(tag, token), ttl), (meta_key(tag), ttl * 2), (memory_key(tag), ttl * 2))
         ]
         self._call(lambda: self._pipelined([key for key, _ in pairs], lambda pipe, at: pipe.pexpire(*pairs[at])))
 
@@ -197,8 +205,16 @@ class Store:
         found = self._call(run)
         return found[0] if found else None
 
-    def page(self, cursor: int, count: int) -> tuple[int, list[SessionInfo]]:
-        """About `count` sessions, and the cursor of the next page (0: no more)."""
+    def page(
+        self, cursor: int, count: int, wanted: Wanted = lambda session_id, model: True
+    ) -> tuple[int, list[SessionInfo]]:
+        """About `count` of the sessions that are wanted, and the cursor of the next page (0: no more).
+
+        Redis looks at no more than `count` keys at a time. Where those that are wanted lie far apart, the page ends early, maybe
+        with none. A session that is there from the first page to the last is found once, or twice where Redis grew or shrank its
+        table of keys meanwhile.
+        """
+        enough = time.monotonic() + _PAGE_S
 
         def run() -> tuple[int, list[SessionInfo]]:
             found: list[SessionInfo] = []
@@ -206,9 +222,9 @@ class Store:
             at, place = divmod(cursor, _NODES_MAX)  # one node after the other
             while place < len(nodes):
                 at, keys = nodes[place].client.scan(at, match=META_PREFIX + b"*}", count=max(count, 10))
-                found.extend(self._describe([key for key in keys if isinstance(key, bytes)], False))
+                found.extend(self._describe([key for key in keys if isinstance(key, bytes)], False, wanted))
                 place += at == 0
-                if len(found) >= count:
+                if len(found) * 2 >= count or time.monotonic() > enough:
                     break
             return (at * _NODES_MAX + place if place < len(nodes) else 0), found
 
@@ -224,7 +240,8 @@ class Store:
         """Ends sessions whoever holds them, or only under these claims."""
         keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
         ended = [b""] * len(keys) if tokens is None else tokens
-        self._call(lambda: self._scripted(self._delete, keys, [[token] for token in ended], self.settings.wait))
+        done = self._call(lambda: self._scripted(self._delete, keys, [[token] for token in ended], self.settings.wait))
+        self.tally.give_back([session_id for session_id, gone in zip(session_ids, done, strict=True) if gone])
 
     def create(
         self, session_id: str, reference: str, fingerprint: str, record: bytes, ttl_ms: int, token: str,
@@ -244,9 +261,15 @@ class Store:
         keys = [meta_key(session_tag(session_id))]
         return bool(self._call(lambda: self._scripted(script, keys, [args], self.settings.wait))[0])
 
-    def _describe(self, keys: Sequence[bytes], with_record: bool) -> list[SessionInfo]:
+    def _describe(
+        self, keys: Sequence[bytes], with_record: bool, wanted: Wanted = lambda session_id, model: True
+    ) -> list[SessionInfo]:
         metas = self._pipelined(keys, lambda pipe, at: pipe.hmget(keys[at], "i", "m", "f", "t", "e", "c"))
-        known = [(key, meta) for key, meta in zip(keys, metas, strict=True) if meta[0] is not None]
+        known = [
+            (key, meta)
+            for key, meta in zip(keys, metas, strict=True)
+            if meta[0] is not None and wanted(meta[0].decode(), _reference(meta[1])[0])
+        ]
         names = [key + b":" + meta[3] for key, meta in known]
         records = self._pipelined(
             names, lambda pipe, at: pipe.get(names[at]) if with_record else pipe.getrange(names[at], 0, 63)
@@ -267,6 +290,8 @@ class Store:
                 self._check_generation(self._watched)
                 used = [int(node.client.info("memory")["used_memory"]) for node in self._watched.all()]
                 self.used_memory_bytes = sum(used)
+                expired = [int(node.client.info("stats")["expired_keys"]) for node in self._watched.all()]
+                self.expired_keys = sum(expired)
                 self._note("watch", "")
             except (redis.exceptions.RedisError, OSError) as error:
                 self._note("watch", _why(error))

@@ -60,7 +60,7 @@ class StoreSettings:
 class ClaimStatus(enum.Enum):
     CREATED = "CREATED"
     CARRIED = "CARRIED"
-    NOT_FOUND = "NOT_FOUND"  # an attach to a session that is not there
+    NOT_FOUND = "NOT_FOUND"  # an attach, or an open that may not create, of a session that is not there
     OTHER_MODEL = "OTHER_MODEL"
     TAKEN_OVER = "TAKEN_OVER"  # an attach to a session that another client has opened
 
@@ -77,6 +77,7 @@ class ClaimRequest:
     token: str  # 16 hex digits, new
     ttl_ms: int
     initial: bytes  # the record if the session is new
+    may_create: bool = True
 
 
 @dataclass(frozen=True, slots=True)

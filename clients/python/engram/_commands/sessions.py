@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from engram._commands.connection import add_address, client_of, explained
 
 if TYPE_CHECKING:
     from engram import Client, SessionInfo
+
+_BLOCK = 500  # rows of a listing whose columns are aligned
 
 HELP = "list, show, fork, close, export, import and move sessions"
 
@@ -78,20 +82,23 @@ def _act(args: argparse.Namespace) -> int:
 
 
 def _list(client: Client, args: argparse.Namespace) -> None:
-    rows = []
-    for info in client.sessions.list(args.model):
-        rows.append(info)
-        if len(rows) == args.limit:
-            break
+    """As they come: there may be a million."""
+    found = itertools.islice(client.sessions.list(args.model), args.limit or None)
     if args.json:
-        print(json.dumps([_plain(info) for info in rows]))
+        print("[", end="")
+        for number, info in enumerate(found):
+            print(", " * (number > 0) + json.dumps(_plain(info)), end="")
+        print("]")
         return
-    table = [["SESSION", "MODEL", "VERSION", "STEP", "WHERE", "LAST STEP", "EXPIRES"]]
-    table += [
+    rows = (
         [info.id, info.model, info.version, str(info.seq), info.residency, _when(info.committed), _when(info.expires)]
-        for info in rows
-    ]
-    _print_table(table)
+        for info in found
+    )
+    block = [["SESSION", "MODEL", "VERSION", "STEP", "WHERE", "LAST STEP", "EXPIRES"], *itertools.islice(rows, _BLOCK)]
+    widths: list[int] = []
+    while block:
+        widths = _print_table(block, widths)
+        block = list(itertools.islice(rows, _BLOCK))
 
 
 def _show(client: Client, args: argparse.Namespace) -> None:
@@ -165,10 +172,13 @@ def _print_info(info: SessionInfo, as_json: bool) -> None:
         print(f"{key.replace('_', ' '):17} {'' if value is None else value}")
 
 
-def _print_table(rows: list[list[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def _print_table(rows: list[list[str]], least: Sequence[int] = ()) -> list[int]:
+    """Returns the columns' widths, for rows that follow."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(pair) for pair in itertools.zip_longest(widths, least, fillvalue=0)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return widths
 
 
 def _when(time: datetime.datetime | None) -> str:

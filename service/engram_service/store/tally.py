@@ -1,0 +1,55 @@
+"""How many sessions each tenant has stored, for its limit: a sorted set of tags, by when they expire. The store's alone.
+
+A session's place is taken before it is made, in one script, so that servers which make sessions at the same time cannot exceed
+the limit together. It is given back when the session is closed, and is over a quarter of the session's time after the session has
+expired: a session that is held renews its place no more often. A place that was taken for a session which then was not
+made, because a server died in between, is over as late. Without tenants there are no tallies.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from redis.commands.core import Script
+
+from engram_service.store import scripts
+from engram_service.store.keys import session_tag, tally_key
+from engram_service.tenants import tenant_of
+
+_LATE = 1.25  # of the session's time
+_SLACK_MS = 3000  # renewals may be as late as this
+
+Pipelined = Callable[[Sequence[bytes], Callable[[Any, int], object]], list[Any]]
+
+
+class Tally:
+    """Places of sessions, by their keys. Blocking and thread-safe; raises StoreUnavailable."""
+
+    def __init__(self, make: Callable[[str], Script], pipelined: Pipelined) -> None:
+        self._place = make(scripts.PLACE)
+        self._pipelined = pipelined
+
+    def take(self, session_ids: Sequence[str], ttl_ms: int, limit: int) -> set[str]:
+        """Places for sessions of one tenant, or longer ones for those that have one; which are above the limit (0: none)."""
+        if not session_ids or not (tenant := tenant_of(session_ids[0])):
+            return set()
+        key, now_ms = tally_key(tenant), int(time.time() * 1000)
+        args: list[Any] = [now_ms, now_ms + int(ttl_ms * _LATE) + _SLACK_MS, limit, *map(session_tag, session_ids)]
+        above = self._pipelined([key], lambda pipe, at: self._place([key], args, pipe))[0]
+        return {session_ids[at] for at in above}
+
+    def keep(self, session_ids: Sequence[str], ttl_ms: Sequence[int]) -> None:
+        """Renews places, or makes them again where Redis has lost them."""
+        alike: dict[tuple[str, int], list[str]] = defaultdict(list)
+        for session_id, ttl in zip(session_ids, ttl_ms, strict=True):
+            alike[tenant_of(session_id), ttl].append(session_id)
+        for (_, ttl), some in alike.items():
+            self.take(some, ttl, 0)
+
+    def give_back(self, session_ids: Sequence[str]) -> None:
+        """These sessions are closed."""
+        pairs = [(tally_key(tenant), session_tag(one)) for one in session_ids if (tenant := tenant_of(one))]
+        self._pipelined([key for key, _ in pairs], lambda pipe, at: pipe.zrem(*pairs[at]))
