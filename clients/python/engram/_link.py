@@ -34,7 +34,7 @@ from engram._rpc import StreamCall, call_unary, let_in, open_channel, open_strea
 from engram._status import of_rpc_error
 from engram.v1 import stream_pb2
 
-_ATTACH_ROWS = 1024  # sessions in one AttachFrame
+_ATTACH_ROWS = 256  # sessions in one AttachFrame: while Redis claims some, the server reads the next
 _OUTAGE_CHECK_S = 0.1
 _HOPELESS = (AccessDenied, InvalidInput, Unsupported)
 _DRAIN_S = 30.0  # a server that drains ends the stream itself; one that does not is left after so long
@@ -162,8 +162,10 @@ class Link:
             drained, self._draining = self._draining, False
             if not was_up or drained:
                 self._turn += 1
-            if not (was_up and attempt == 0 and len(self._addresses) > 1):
-                await asyncio.sleep(self._backoff(attempt))
+            # A connection that was lost is looked for at every address before the first wait.
+            rounds, rest = divmod(attempt, len(self._addresses))
+            if rest == 0 and (attempt or len(self._addresses) == 1):
+                await asyncio.sleep(self._backoff(rounds))
             attempt += 1
 
     async def _one_stream(self, address: str) -> None:

@@ -44,6 +44,7 @@ _ID_BYTES_MAX = 128
 _IDS_MAX = 4096  # of one OpenFrame
 _TTL_MS_MAX = 100 * 365 * 86_400_000  # a hundred years: Redis and calendars count no further than they must
 _RETRY_S = 0.1
+_TOKEN_NBYTES = 8
 
 
 @dataclass(slots=True)
@@ -116,7 +117,7 @@ class Sessions:
         room = core.shares.of(wanted.tenant).sessions(core.table.count_of(wanted.tenant), more)
         with room:
             async with self.hold([ids[i] for i in good], deadline):
-                requests = [self._request(served, wanted, ids[i]) for i in good]
+                requests = self._requests(served, wanted, [ids[i] for i in good])
                 if not wanted.attach and (
                     above := await self.above_limit([ids[i] for i in good], wanted.ttl_ms, deadline)
                 ):
@@ -204,13 +205,19 @@ class Sessions:
             if self._store.losses == losses:
                 return claims, losses
 
-    def _request(self, served: Served, wanted: Wanted, session_id: str) -> ClaimRequest:
+    def _requests(self, served: Served, wanted: Wanted, ids: Sequence[str]) -> list[ClaimRequest]:
         ttl_ms = wanted.ttl_ms or self._core.settings.session_ttl_s * 1000
-        return ClaimRequest(
-            session_id=session_id, model=wanted.model, version=wanted.version, create_version=served.bundle.version,
-            fingerprint=served.bundle.fingerprint, client_id=wanted.client_id, attach=wanted.attach,
-            token=secrets.token_hex(8), ttl_ms=ttl_ms, initial=served.layout.initial(1, int(time.time() * 1000)),
-        )  # fmt: skip
+        initial = served.layout.initial(1, int(time.time() * 1000))
+        tokens = secrets.token_hex(_TOKEN_NBYTES * len(ids))
+        width = 2 * _TOKEN_NBYTES
+        return [
+            ClaimRequest(
+                session_id=session_id, model=wanted.model, version=wanted.version, create_version=served.bundle.version,
+                fingerprint=served.bundle.fingerprint, client_id=wanted.client_id, attach=wanted.attach,
+                token=tokens[n * width : (n + 1) * width], ttl_ms=ttl_ms, initial=initial,
+            )
+            for n, session_id in enumerate(ids)
+        ]  # fmt: skip
 
     def _apply(
         self, stream: Stream, wanted: Wanted, served: Served, good: Sequence[int], requests: Sequence[ClaimRequest],
@@ -275,22 +282,19 @@ class Sessions:
             message = f"the session's record cannot be used ({reason}); close the session to start over"
             result.errors[places[k]] = DataLoss("RECORD_CORRUPTED", message)
             self._forget(requests[k].session_id)
-        rows = np.empty(len(sound), np.int32)
-        for n, k in enumerate(sound):
-            request, claim, place = requests[k], claims[k], places[k]
-            row = self._row(request.session_id)
-            rows[n] = row
-            table.tag[row] = np.frombuffer(session_tag(request.session_id), np.uint8)
-            table.token[row] = np.frombuffer(request.token.encode(), np.uint8)
-            table.epoch[row] = claim.epoch
-            table.client_id[row] = wanted.client_id
-            table.created_ms[row] = claim.created_ms
-            table.ttl_ms[row] = request.ttl_ms
-            table.losses[row] = result.losses
-            table.handle[row] = result.handles[place] = stream.name(row)
-            result.created[place] = claim.status is ClaimStatus.CREATED
-        if not len(rows):
+        if not sound:
             return
+        requests, claims = [requests[k] for k in sound], [claims[k] for k in sound]
+        at = np.array([places[k] for k in sound])
+        rows = np.array([self._row(request.session_id) for request in requests], np.int32)
+        table.tag[rows] = _characters([session_tag(request.session_id) for request in requests])
+        table.token[rows] = _characters([request.token.encode() for request in requests])
+        table.epoch[rows] = [claim.epoch for claim in claims]
+        table.created_ms[rows] = [claim.created_ms for claim in claims]
+        table.ttl_ms[rows] = [request.ttl_ms for request in requests]
+        table.client_id[rows], table.losses[rows] = wanted.client_id, result.losses
+        table.handle[rows] = result.handles[at] = [stream.name(row) for row in rows.tolist()]
+        result.created[at] = [claim.status is ClaimStatus.CREATED for claim in claims]
         kept = records.only(sound)
         table.model[rows] = served.index
         table.stream[rows] = stream.id
@@ -299,7 +303,6 @@ class Sessions:
             getattr(table, name)[rows] = kept.seq
         table.acked[rows] = kept.acked
         table.used[rows] = table.touched[rows] = core.residency.clock()
-        at = np.array([places[k] for k in sound])
         result.seqs[at], result.acked[at] = kept.seq, kept.acked
         advanced = np.flatnonzero(kept.seq > 0)
         if len(advanced):
@@ -377,6 +380,11 @@ def new_id() -> str:
     return secrets.token_urlsafe(12)
 
 
+def _characters(texts: Sequence[bytes]) -> NDArray[np.uint8]:
+    """Texts of equal length, uint8 [n, length]."""
+    return np.frombuffer(b"".join(texts), np.uint8).reshape(len(texts), -1)
+
+
 def check_ids(ids: Sequence[str]) -> list[Refusal | None]:
     """For each key, why the id in it cannot be used; None where it can."""
     seen: set[str] = set()
@@ -390,7 +398,8 @@ def check_ids(ids: Sequence[str]) -> list[Refusal | None]:
 def _check_id(session_id: str, repeated: bool) -> Refusal | None:
     if not session_id or len(session_id.encode()) > _ID_BYTES_MAX:
         return InvalidArgument("INVALID_SESSION_ID", f"a session id has 1 to {_ID_BYTES_MAX} bytes of UTF-8")
-    if any(unicodedata.category(char) in ("Cc", "Zs", "Zl", "Zp") for char in session_id):
+    plain = session_id.isascii() and session_id.isprintable() and " " not in session_id
+    if not plain and any(unicodedata.category(char) in ("Cc", "Zs", "Zl", "Zp") for char in session_id):
         return InvalidArgument("INVALID_SESSION_ID", f"session id {session_id!r} has white space or control characters")
     if repeated:
         return InvalidArgument("INVALID_SESSION_ID", f"session id {session_id!r} stands twice in the frame")
