@@ -201,7 +201,9 @@ class Core:
             raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
         if rows > self._room:
             self._room = self.settings.queue_rows_max - self.rows_in_flight()
-        if rows > self._room:
+        # Where greedy clients have filled the queue, one that has less than its share is still let in.
+        share = self.settings.queue_rows_max // len(self.streams)
+        if rows > self._room and stream.in_flight + rows > share:
             message = f"{self.settings.queue_rows_max} rows are in flight, this server's limit"
             raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
         self.shares.of(stream.tenant).take(rows)

@@ -88,7 +88,9 @@ class Settings:
     frame_rows_max: int = _setting(16_384, "most rows in one frame")
     frame_bytes_max: int = _setting(16 << 20, "most bytes in one frame")
     stream_rows_max: int = _setting(32_768, "rows in flight of one stream before it is read no further")
-    queue_rows_max: int = _setting(262_144, "rows in flight of all streams before steps are refused")
+    queue_rows_max: int = _setting(
+        262_144, "rows in flight of all streams before those with more than their share are refused"
+    )
     sessions_max: int = _setting(1_000_000, "sessions attached to this server")
     streams_max: int = _setting(4096, "streams of this server")
     step_timeout_s: float = _setting(30.0, "time for a step that names none")

@@ -231,3 +231,25 @@ def test_a_closed_session_stays_closed(server: ServerProcess, connect: Connect) 
     assert raw.next("event").type == 2  # TYPE_CLOSED
     raw.steps([handle], [2], INPUTS[1][None])
     assert raw.refusal()[0] == "SESSION_CLOSED"
+
+
+def test_a_full_queue_refuses_those_with_more_than_their_share(
+    server_with: Callable[..., ServerProcess], redis_process: RedisProcess, connect: Connect
+) -> None:
+    """While Redis says nothing, what was admitted stays in flight."""
+    with server_with("--queue-rows-max", "60", "--redis-url", redis_process.url) as server:
+        greedy, small = connect(server), connect(server)
+        greedy.open(*(f"greedy-{number}" for number in range(60)))
+        small.open("small")
+        redis_process.pause()
+        greedy.steps(list(range(60)), [1] * 60)
+        greedy.steps([0], [2])
+        errors = greedy.next("errors")
+        assert [detail.reason for detail in errors.errors] == ["QUEUE_FULL"] and errors.errors[0].retry_after_ms > 0
+        small.steps([0], [1])
+        redis_process.go_on()
+        small.next("outputs")
+        answered = 0
+        while answered < 60:
+            answered += len(greedy.next("outputs").seqs) // 8
+        assert greedy.step(0, 2), "what was refused is taken when there is room again"
