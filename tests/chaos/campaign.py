@@ -133,7 +133,10 @@ class Campaign:
     def _finish(self, fleet: Fleet, outcome: Outcome) -> None:
         """Everything is whole again: every client has to come to an end in order."""
         fleet.heal()
-        for client in fleet.clients:
+        for client in fleet.clients:  # one that was just begun again may not listen to signals yet
+            wait_for(
+                lambda client=client: client.begun or not client.running, _START_S, f"{client.name} does not begin"
+            )
             client.signal(signal.SIGTERM)
         for client in fleet.clients:
             code = client.wait_ended(_END_S)

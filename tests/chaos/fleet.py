@@ -259,6 +259,11 @@ class Client:
         """Whether it ended because of an error that the SDK raised to it."""
         return self.pid > 0 and self._fleet.nursery.ended(self.pid) == 1
 
+    @property
+    def begun(self) -> bool:
+        """Whether its present life has opened its sessions."""
+        return self.lives[-1].exists() and self.lives[-1].stat().st_size > 0
+
     def written_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.lives if path.exists())
 
