@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 
@@ -164,6 +165,27 @@ def test_a_claim_does_not_start_a_session_over_when_redis_came_back_empty(
     redis_process.start()
     with pytest.raises(StoreUnavailable, match="lost its data"):
         holder(store, "a").claim()
+    assert owner.commit(2) == [OK]
+    assert holder(store, "a").claim().claims[0].status is ClaimStatus.CARRIED
+
+
+def test_what_was_on_its_way_when_redis_lost_its_data_does_not_meet_the_empty_one(
+    store: Store, redis_process: Any, holder: MakeHolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look whether the data is there and the claim itself, Redis dies and comes back with nothing."""
+    owner = holder(store, "a").claim()
+    owner.commit(1)
+    tags, tokens = owner.tags, np.array([list(token.encode()) for token in owner.tokens], np.uint8)
+    store._closed.set()  # without the watcher, which might see it first
+    store._watcher.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_check_generation", lambda: False)
+        redis_process.lose_data()
+        redis_process.start()
+        with pytest.raises(StoreUnavailable, match="lost its data"):
+            holder(store, "a").claim()
+        with pytest.raises(StoreUnavailable, match="lost its data"):
+            store.diagnose(tags, tokens)
     assert owner.commit(2) == [OK]
     assert holder(store, "a").claim().claims[0].status is ClaimStatus.CARRIED
 

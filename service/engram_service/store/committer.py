@@ -96,9 +96,10 @@ class Link:
 
     def _ready(self) -> Any:
         if self._connection is None:
-            # Not from the pool, which counts what it ever made and stops at a limit.
+            # Not from the pool, which counts what it ever made and stops at a limit; and without its greeting, for a commit
+            # finds out by itself that Redis has lost the record.
             pool = self._node.client.connection_pool
-            connection: Any = pool.connection_class(**pool.connection_kwargs)
+            connection: Any = pool.connection_class(**{**pool.connection_kwargs, "redis_connect_func": None})
             connection.socket_timeout = connection.socket_connect_timeout = self._timeout_s
             connection.connect()
             _block_in_kernel(connection._sock, self._timeout_s)

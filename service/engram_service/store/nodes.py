@@ -27,6 +27,7 @@ _SLOTS = 16384
 _CRC16 = np.array([binascii.crc_hqx(bytes([byte]), 0) for byte in range(256)], np.uint16)
 
 Add = Callable[[Any, int], object]
+Greet = Callable[[Any], object]
 Wait = tuple[str | int, ...] | None
 Split = list[tuple["Node", NDArray[np.intp]]]  # nodes, and the rows that are theirs
 
@@ -42,10 +43,13 @@ class Nodes:
 
     in_slots = False
 
-    def __init__(self, url: str, timeout_s: float, retries: int, tls: TlsFiles) -> None:
-        # One retry is for a connection that was closed while it lay idle; redis-py's own retries back off for seconds.
-        retry = Retry(NoBackoff(), retries)
-        self._node = Node("", redis.Redis.from_url(url, retry=retry, **_options(url, timeout_s, tls)))
+    def __init__(self, url: str, timeout_s: float, tls: TlsFiles, greet: Greet | None) -> None:
+        # The retry is for a connection that was closed while it lay idle; redis-py's own retries back off for seconds.
+        retry = Retry(NoBackoff(), 1, (redis.exceptions.ConnectionError,))
+        options = _options(url, timeout_s, tls)
+        if greet is not None:
+            options["redis_connect_func"] = lambda connection: (connection.on_connect(), greet(connection))
+        self._node = Node("", redis.Redis.from_url(url, retry=retry, **options))
 
     def all(self) -> list[Node]:
         return [self._node]
@@ -84,7 +88,7 @@ class ClusterNodes(Nodes):
 
     in_slots = True
 
-    def __init__(self, url: str, timeout_s: float, tls: TlsFiles) -> None:
+    def __init__(self, url: str, timeout_s: float, tls: TlsFiles, greet: Greet | None) -> None:
         parts = urlsplit(url)
         credentials, at, hosts = parts.netloc.rpartition("@")
         first, *others = hosts.split(",")
@@ -92,7 +96,7 @@ class ClusterNodes(Nodes):
         self._url = urlunsplit(parts._replace(scheme=scheme, netloc=credentials + at + first))
         self._others = [urlsplit(f"//{host}") for host in others]
         redis.Redis.from_url(self._url)  # raises ValueError
-        self._options = _options(url, timeout_s, tls)
+        self._options = _options(url, timeout_s, tls) | ({"redis_connect_func": greet} if greet is not None else {})
         self._cluster: RedisCluster | None = None
         self._map: _Map | None = None
         self._asked: dict[str, Node] = {}  # nodes that have no slots yet
@@ -166,12 +170,12 @@ class ClusterNodes(Nodes):
         return [(known.nodes[place], np.flatnonzero(owners == place)) for place in np.unique(owners).tolist()]
 
 
-def open_nodes(url: str, timeout_s: float, retries: int, tls: TlsFiles) -> Nodes:
-    """Raises StoreError."""
+def open_nodes(url: str, timeout_s: float, tls: TlsFiles, greet: Greet | None = None) -> Nodes:
+    """`greet` is called with each new connection. Raises StoreError."""
     try:
         if urlsplit(url).scheme.endswith(_CLUSTER):
-            return ClusterNodes(url, timeout_s, tls)
-        return Nodes(url, timeout_s, retries, tls)
+            return ClusterNodes(url, timeout_s, tls, greet)
+        return Nodes(url, timeout_s, tls, greet)
     except ValueError as error:
         # What redis-py says may quote a part of the URL, and a password that is not escaped ends up in any part.
         why = "write special characters of user and password as %XX" if "@" in url else str(error)

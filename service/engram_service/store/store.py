@@ -47,6 +47,7 @@ _WATCH_S = 0.5
 _WATCH_TIMEOUT_S = 1.0
 _PAGE_S = 0.5
 _NODES_MAX = 4096  # of a cluster; a page's cursor is a node's cursor and its place
+_LOST = "Redis has lost its data; living sessions are being written back"
 _NO_CLUSTER = "Cluster mode is not enabled"  # as redis-py says it
 _THERE_BUT_REFUSES = ("OOM", UNACKNOWLEDGED)  # trouble of commits that a Redis which answers may still have
 
@@ -67,8 +68,8 @@ class Store:
         self._lost_at: dict[bytes, int] = {}  # by generation key: the last loss that it told, in `losses`
         self._trouble = {"commit": "", "watch": ""}
         self._lock = threading.Lock()
-        self._nodes = open_nodes(settings.url, _CALL_TIMEOUT_S, 1, settings.tls)
-        self._watched = open_nodes(settings.url, _WATCH_TIMEOUT_S, 0, settings.tls)
+        self._nodes = open_nodes(settings.url, _CALL_TIMEOUT_S, settings.tls, self._greet)
+        self._watched = open_nodes(settings.url, _WATCH_TIMEOUT_S, settings.tls)
         self._claim, self._restore, self._delete, self._create, self._rewrite = (
             Script(redis.Redis(), text)  # which always runs on a pipeline to the node that has the session
             for text in (scripts.CLAIM, scripts.RESTORE, scripts.DELETE, scripts.CREATE, scripts.REWRITE)
@@ -90,9 +91,9 @@ class Store:
     def start(self) -> None:
         """Checks that Redis can do what is asked of it, if it is there; begins to watch it. Raises StoreError."""
         try:
-            for node in self._nodes.all():
+            for node in self._watched.all():
                 self._check_server(node.client.info("server"))
-            self._check_generation(self._nodes)
+            self._check_generation()
         except redis.exceptions.AuthenticationError as error:
             raise StoreError(f"Redis refuses the credentials in redis_url: {error}") from error
         except (redis.exceptions.RedisError, OSError) as error:
@@ -149,7 +150,7 @@ class Store:
 
     def _diagnose_job(self, job: CommitJob, rows: NDArray[np.intp], record: Callable[[int], bytes]) -> list[Verdict]:
         """The same for rows of a commit; a record that Redis has lost is written back."""
-        self._check_generation(self._nodes)
+        self._check_generation()
         verdicts = self.diagnose(job.tags[rows], job.tokens[rows])
         keys = [meta_key(job.tags[row].tobytes()) for row in rows]
         held, losses = self._tokens(keys), self._losses_of(keys)
@@ -287,7 +288,7 @@ class Store:
     def _watch(self) -> None:
         while not self._closed.wait(_WATCH_S):
             try:
-                self._check_generation(self._watched)
+                self._check_generation()
                 used = [int(node.client.info("memory")["used_memory"]) for node in self._watched.all()]
                 self.used_memory_bytes = sum(used)
                 expired = [int(node.client.info("stats")["expired_keys"]) for node in self._watched.all()]
@@ -297,13 +298,28 @@ class Store:
                 self._note("watch", _why(error))
                 self._refresh(self._watched)
 
-    def _check_generation(self, nodes: Nodes) -> bool:
+    def _greet(self, connection: Any) -> None:
+        """A connection reaches one life of a Redis: what is asked on it cannot meet one that has lost its data and that nobody
+        knows of yet. A claim would begin sessions anew there, and a look at their hashes find them closed."""
+        with self._lock:
+            known = list(self._generations.items())
+        for key, generation in known:
+            connection.send_command("GET", key)
+            try:
+                found = connection.read_response()
+            except redis.exceptions.ResponseError:
+                continue  # another node of the cluster has it
+            if found != generation:
+                raise redis.exceptions.ConnectionError(_LOST)
+
+    def _check_generation(self) -> bool:
         """Whether Redis, or a node of it, was found just now to have lost its data."""
+        nodes = self._watched
         with self._lock:
             keys = [key for key, _ in nodes.generation_keys()]
             proposed = secrets.token_hex(8).encode()
-            pipelined(nodes, keys, lambda pipe, at: pipe.set(keys[at], proposed, nx=True))
-            found = pipelined(nodes, keys, lambda pipe, at: pipe.get(keys[at]))
+            self._pipelined(keys, lambda pipe, at: pipe.set(keys[at], proposed, nx=True), nodes=nodes)
+            found = self._pipelined(keys, lambda pipe, at: pipe.get(keys[at]), nodes=nodes)
             pairs = [(key, value) for key, value in zip(keys, found, strict=True) if isinstance(value, bytes)]
             lost = [key for key, value in pairs if self._generations.get(key, value) != value]
             self._generations.update(pairs)
@@ -316,16 +332,16 @@ class Store:
 
     def _check_loss(self) -> None:
         """Whichever thread found the loss: nobody must find the store empty before it is written to. Raises RedisError."""
-        if self._check_generation(self._nodes) or self.writing_back():
-            raise redis.exceptions.ConnectionError("Redis has lost its data; living sessions are being written back")
+        if self._check_generation() or self.writing_back():
+            raise redis.exceptions.ConnectionError(_LOST)
 
     def _losses_of(self, keys: Sequence[bytes]) -> list[int]:
         """For each key the last loss of the node that has it."""
         last: dict[str, int] = {}
-        for key, node in self._nodes.generation_keys():
+        for key, node in self._watched.generation_keys():
             last[node.name] = max(last.get(node.name, 0), self._lost_at.get(key, 0))
         found = [0] * len(keys)
-        for node, rows in self._nodes.of_keys(keys):
+        for node, rows in self._watched.of_keys(keys):
             for at in rows.tolist():
                 found[at] = last.get(node.name, 0)
         return found
@@ -365,17 +381,16 @@ class Store:
             ]
         return self._pipelined(keys, lambda pipe, at: script(named[at], args[at], pipe), wait)
 
-    def _pipelined(self, keys: Sequence[bytes], add: Add, wait: Wait = None) -> list[Any]:
+    def _pipelined(self, keys: Sequence[bytes], add: Add, wait: Wait = None, nodes: Nodes | None = None) -> list[Any]:
         """`add(pipe, at)` for each key, on the node that has it; with `wait`, as safe as a commit when this returns."""
+        nodes = nodes or self._nodes
         try:
-            return pipelined(self._nodes, keys, add, wait, self.settings.waited)
+            return pipelined(nodes, keys, add, wait, self.settings.waited)
         except (redis.exceptions.MovedError, redis.exceptions.ClusterDownError, redis.exceptions.ConnectionError):
-            if not self._nodes.in_slots:
+            if not nodes.in_slots:
                 raise
-            self._nodes.refresh()
-            return pipelined(
-                self._nodes, keys, add, wait, self.settings.waited
-            )  # all that we ask for may be asked twice
+            nodes.refresh()
+            return pipelined(nodes, keys, add, wait, self.settings.waited)  # all that we ask for may be asked twice
 
     def _call(self, work: Callable[[], T]) -> T:
         try:
