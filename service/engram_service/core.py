@@ -362,8 +362,10 @@ class Core:
     def committed(self, advance: Advance, job_rows: NDArray[np.intp], verdict: Verdict) -> None:
         self._loop.call_soon_threadsafe(self._on_committed, advance, job_rows, verdict)
 
-    def flushed(self, sessions: NDArray[Any], seqs: NDArray[np.uint64], verdict: Verdict) -> None:
-        self._loop.call_soon_threadsafe(self.residency.on_flushed, sessions, seqs, verdict)
+    def flushed(
+        self, sessions: NDArray[Any], tokens: NDArray[np.uint8], seqs: NDArray[np.uint64], verdict: Verdict
+    ) -> None:
+        self._loop.call_soon_threadsafe(self.residency.on_flushed, sessions, tokens, seqs, verdict)
 
     def failed(self, served: Served, tick: Tick, error: Exception) -> None:
         self._loop.call_soon_threadsafe(self._on_failed, served, tick, error)
@@ -499,12 +501,15 @@ class Core:
         while self.residency.writing_back and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
 
-    def meta(self, row: int) -> MetaFields:
-        """What a session's hash holds; for the store, from a committer thread, while the session is in a tick."""
+    def meta(self, row: int, token: NDArray[np.uint8]) -> MetaFields | None:
+        """What the hash of a session holds that is under this claim; for the store, from a committer thread."""
         table = self.table
-        served = self.catalog.models[int(table.model[row])]
-        return MetaFields(table.id_of(row), served.reference, served.bundle.fingerprint, int(table.client_id[row]),
-                          int(table.epoch[row]), int(table.created_ms[row]), int(table.losses[row]))  # fmt: skip
+        with self.queue.lock:
+            if (table.token[row] != token).any():
+                return None
+            served = self.catalog.models[int(table.model[row])]
+            return MetaFields(table.id_of(row), served.reference, served.bundle.fingerprint, int(table.client_id[row]),
+                              int(table.epoch[row]), int(table.created_ms[row]), int(table.losses[row]))  # fmt: skip
 
     # Refusals
 
@@ -565,14 +570,17 @@ class Core:
             self.metrics.sessions_expired.inc(len(sessions))
         self.dismiss(sessions, TAKEN_OVER if verdict.fenced else CLOSED)
 
-    def lose_when_free(self, sessions: NDArray[Any], verdict: Verdict) -> None:
-        """The same for interval sessions, which may be in a tick: their rows are forgotten after it."""
+    def lose_when_free(self, sessions: NDArray[Any], tokens: NDArray[np.uint8], verdict: Verdict) -> None:
+        """The same for interval sessions, which may be in a tick: their rows are forgotten after it, if they are still under
+        these claims."""
+        same = (self.table.token[sessions] == tokens).all(axis=1)
+        sessions, tokens = sessions[same], tokens[same]
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), _lost(verdict))
         free = ~self.table.busy[sessions]
         if free.any():
             self.lose(sessions[free], verdict)
         if not free.all():
-            self._loop.call_later(0.005, self.lose_when_free, sessions[~free], verdict)
+            self._loop.call_later(0.005, self.lose_when_free, sessions[~free], tokens[~free], verdict)
 
     def tell_durable(self, sessions: NDArray[Any]) -> None:
         """Interval durability: says to the streams what is safe now."""

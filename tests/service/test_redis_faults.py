@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from engram.v1 import session_pb2, stream_pb2
 from engram_service.store.keys import meta_key, session_tag
@@ -74,6 +75,52 @@ def test_a_paused_redis_beyond_the_deadline_is_unavailable_and_then_found_again(
         "the step that had been computed is answered when it is asked for again"
     )
     assert _step(raw, handle, 3) == expected[2]
+
+
+def test_an_interval_commit_that_ends_late_says_nothing_of_the_session_that_has_the_row_by_then(
+    server_with: Callable[..., ServerProcess], start_redis: Any, free_port: Any, connect: Connect
+) -> None:
+    """Sessions are closed while their last commit waits for a replica that hangs; others are opened as soon as they are closed."""
+    port, count, interval = str(free_port()), 48, stream_pb2.DURABILITY_INTERVAL
+    primary = start_redis("--port", port, "--repl-diskless-sync-delay", "0")
+    replica = start_redis("--replicaof", "127.0.0.1", port)
+    flags = ("--redis-url", primary.url, "--redis-ack", "replicated", "--redis-ack-timeout-ms", "300")
+    with server_with(*flags) as server:
+        raw = connect(server)
+        first = handle_of(raw, "first")
+        handles = np.frombuffer(
+            raw.open(*(f"before-{n}" for n in range(count)), durability=interval).handles, np.uint32
+        )
+        _step(raw, first, 1)
+        replica.pause()
+        raw.steps([first], [2], INPUTS[1][None], timeout_ms=800)
+        assert raw.refusal()[0] == "STORE_UNAVAILABLE", "the server knows that commits are not acknowledged"
+        _step_all(raw, handles, [1, 2, 3])
+        raw.send(close=stream_pb2.CloseFrame(request_id=2, handles=handles.tobytes()))
+        time.sleep(0.5)  # their commits are on their way
+        replica.go_on()
+        assert not raw.next("closed").errors
+        handles = np.frombuffer(raw.open(*(f"after-{n}" for n in range(count)), durability=interval).handles, np.uint32)
+        _step_all(raw, handles, [1])
+        told: dict[int, int] = {}
+        while len(told) < count:
+            frame = raw.next()
+            assert frame.WhichOneof("frame") == "durable", frame
+            seqs = np.frombuffer(frame.durable.durable_seqs, np.uint64).tolist()
+            told |= zip(np.frombuffer(frame.durable.handles, np.uint32).tolist(), seqs, strict=True)
+        assert told == dict.fromkeys(handles.tolist(), 1)
+
+
+def _step_all(raw: Raw, handles: NDArray[Any], seqs: Iterable[int]) -> None:
+    """Steps of interval sessions, which are answered whatever Redis does."""
+    for seq in seqs:
+        rows = np.repeat(INPUTS[seq - 1][None], len(handles), 0)
+        raw.steps(handles.tolist(), [seq] * len(handles), rows)
+        left = len(handles)
+        while left:
+            frame = raw.next()
+            assert frame.WhichOneof("frame") in ("outputs", "durable"), frame
+            left -= len(frame.outputs.seqs) // 8
 
 
 @pytest.mark.parametrize("emptied", [False, True], ids=["restarted", "restarted empty"])

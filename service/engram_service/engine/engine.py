@@ -58,8 +58,10 @@ class Answers(Protocol):
     def committed(self, advance: Advance, job_rows: NDArray[np.intp], verdict: Verdict) -> None:
         """The store's word on these rows of the tick's job."""
 
-    def flushed(self, sessions: NDArray[Any], seqs: NDArray[np.uint64], verdict: Verdict) -> None:
-        """The store's word on an interval commit."""
+    def flushed(
+        self, sessions: NDArray[Any], tokens: NDArray[np.uint8], seqs: NDArray[np.uint64], verdict: Verdict
+    ) -> None:
+        """The store's word on an interval commit of sessions that were under these claims."""
 
     def failed(self, served: Served, tick: Tick, error: Exception) -> None:
         """The cell raised: nothing of the tick was committed."""
@@ -70,7 +72,7 @@ class Engine:
 
     def __init__(
         self, queue: WorkQueue, table: SessionTable, catalog: Catalog, store: Store, answers: Answers, metrics: Metrics,
-        meta: Callable[[int], MetaFields], workers: int,
+        meta: Callable[[int, NDArray[np.uint8]], MetaFields | None], workers: int,
     ) -> None:  # fmt: skip
         self._queue = queue
         self._table = table
@@ -168,22 +170,29 @@ class Engine:
         def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
             self._answers.committed(advance, rows, verdict)
 
-        return self._commit_job(advance.served, tick.rows[last], tick.seqs[last], states, done)
+        sessions = tick.rows[last]
+        return self._commit_job(advance.served, sessions, self._table.token[sessions], tick.seqs[last], states, done)
 
-    def flush(self, served: Served, sessions: NDArray[np.int32]) -> None:
-        """Commits sessions as the arena holds them (durability interval). A job of the queue: engine thread only."""
-        sessions = sessions[self._table.slot[sessions] >= 0]
-        seqs = self._table.computed[sessions]
-        slots = self._table.slot[sessions]
+    def flush(self, served: Served, sessions: NDArray[np.int32], tokens: NDArray[np.uint8]) -> None:
+        """Commits sessions as the arena holds them (durability interval), if they still are under these claims, uint8
+        [n, TOKEN_NBYTES]. A job of the queue: engine thread only."""
+        table = self._table
+        here = (table.slot[sessions] >= 0) & (table.token[sessions] == tokens).all(axis=1)
+        if not here.all():
+            gone = sessions[~here]
+            self._answers.flushed(gone, tokens[~here], table.durable[gone], Verdict.OK)
+            sessions, tokens = sessions[here], tokens[here]
+        seqs = table.computed[sessions]
 
         def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
-            self._answers.flushed(sessions[rows], seqs[rows], verdict)
+            self._answers.flushed(sessions[rows], tokens[rows], seqs[rows], verdict)
 
-        self._store.submit(self._commit_job(served, sessions, seqs, [served.arena.packed(slots)], done))
+        states = [served.arena.packed(table.slot[sessions])]
+        self._store.submit(self._commit_job(served, sessions, tokens, seqs, states, done))
 
     def _commit_job(
-        self, served: Served, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]],
-        done: Callable[[NDArray[np.intp], Verdict], None],
+        self, served: Served, sessions: NDArray[np.int32], tokens: NDArray[np.uint8], seqs: NDArray[np.uint64],
+        states: list[NDArray[np.uint8]], done: Callable[[NDArray[np.intp], Verdict], None],
     ) -> CommitJob:  # fmt: skip
         table = self._table
         blocks = pack_records(served, table.slot[sessions], seqs, table.acked[sessions], table.epoch[sessions], states)
@@ -191,10 +200,10 @@ class Engine:
         self._metrics.commit_bytes.inc(sum(block.nbytes for _, block in blocks))
         return CommitJob(
             tags=table.tag[sessions],
-            tokens=table.token[sessions],
+            tokens=tokens,
             blocks=blocks,
             ttl_ms=table.ttl_ms[sessions],
-            meta=lambda row: self._meta(int(sessions[row])),
+            meta=lambda row: self._meta(int(sessions[row]), tokens[row]),
             done=done,
         )
 

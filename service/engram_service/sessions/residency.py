@@ -217,7 +217,8 @@ class Residency:
         )
         if len(rows):
             table.flushing[rows] = True
-            self._core.queue.post(lambda: self._core.engine.flush(served, rows))
+            tokens = table.token[rows]
+            self._core.queue.post(lambda: self._core.engine.flush(served, rows, tokens))
 
     def dirty(self, older_than: float = 0.0) -> NDArray[np.intp]:
         """Interval sessions whose record is behind by more than `older_than` seconds."""
@@ -237,13 +238,18 @@ class Residency:
             self.flush(rows)
             await asyncio.sleep(0.005)
 
-    def on_flushed(self, rows: NDArray[Any], seqs: NDArray[np.uint64], verdict: Verdict) -> None:
+    def on_flushed(
+        self, rows: NDArray[Any], tokens: NDArray[np.uint8], seqs: NDArray[np.uint64], verdict: Verdict
+    ) -> None:
         core, table = self._core, self._core.table
+        # While the store was away the session may have been closed or claimed anew, and its row be another's.
+        same = (table.token[rows] == tokens).all(axis=1)
+        rows, tokens, seqs = rows[same], tokens[same], seqs[same]
         table.flushing[rows] = False
         self._lost = np.setdiff1d(self._lost, rows)
         self._core.queue.release(rows[~table.interval[rows]])
         if not verdict.ok:
-            core.lose_when_free(rows, verdict)
+            core.lose_when_free(rows, tokens, verdict)
             return
         table.durable[rows] = seqs
         table.dirty_since[rows] = self.clock()

@@ -156,6 +156,8 @@ class Store:
         held, losses = self._tokens(keys), self._losses_of(keys)
         for n, row in enumerate(rows.tolist()):
             meta = job.meta(row)
+            if meta is None:
+                continue
             # Our own claim without a record was evicted or half deleted; no claim at all may be a loss since we claimed.
             if held[n] == job.tokens[row].tobytes() or (held[n] is None and meta.losses < losses[n]):
                 args = [job.tokens[row].tobytes(), record(row), int(job.ttl_ms[row]), meta.session_id, meta.reference,

@@ -131,7 +131,7 @@ class CommitJob:
     tokens: NDArray[np.uint8]  # [n, 16]
     blocks: list[tuple[NDArray[np.intp], RecordBlock]]  # rows of the job and their records; each row in one block
     ttl_ms: NDArray[np.uint64]
-    meta: Callable[[int], MetaFields]
+    meta: Callable[[int], MetaFields | None]  # None: the session is not under this claim any more
     done: Callable[[NDArray[np.intp], Verdict], None]
 
 
