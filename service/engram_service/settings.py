@@ -33,6 +33,9 @@ class Settings:
 
     models: str = _setting("", "directory of bundles, <name>/<version>/; watched for new ones")
     listen: str = _setting("127.0.0.1:50051", "address of the gRPC service, HOST:PORT")
+    advertise: str = _setting(
+        "", "HOST:PORT at which clients reach this very server, which reconnecting ones then try first; none: not told"
+    )
     http: str = _setting("127.0.0.1:9464", "address of /metrics and /healthz, HOST:PORT")
     redis_url: str = _setting(
         "",
@@ -115,6 +118,8 @@ class Settings:
         self._check_files()
         for name in ("listen", "http"):
             split_address(getattr(self, name), name)
+        if self.advertise:
+            split_address(self.advertise, "advertise")
         if self.device not in ("auto", "cpu") and not (self.device.startswith("cuda:") and self.device[5:].isdigit()):
             raise SettingError(f"device = {self.device!r}: use auto, cpu or cuda:N")
         if self.models and not Path(self.models).is_dir():

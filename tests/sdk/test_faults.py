@@ -267,6 +267,19 @@ def test_events_end_only_the_sessions_they_name() -> None:
     play(body)
 
 
+def test_a_server_that_drains_for_ever_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engram._link._DRAIN_S", 0.3)
+
+    async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
+        session = await client.open("count")
+        peer.push(stream_pb2.StreamResponse(event=stream_pb2.EventFrame(type=stream_pb2.EventFrame.TYPE_DRAINING)))
+        await asyncio.sleep(0.1)
+        assert (await session.step(row(3)) == row(3)).all()
+        assert peer.streams == 2
+
+    play(body)
+
+
 def test_draining_server_is_left_without_an_error() -> None:
     async def main() -> None:
         first, second = FakePeer(), FakePeer()

@@ -37,6 +37,7 @@ from engram.v1 import stream_pb2
 _ATTACH_ROWS = 256  # sessions in one AttachFrame: while Redis claims some, the server reads the next
 _OUTAGE_CHECK_S = 0.1
 _HOPELESS = (AccessDenied, InvalidInput, Unsupported)
+_HINT_S = 1.0
 _DRAIN_S = 30.0  # a server that drains ends the stream itself; one that does not is left after so long
 
 _Response = TypeVar("_Response", bound=Message)
@@ -47,7 +48,8 @@ class StreamLost(Exception):
 
 
 class Link:
-    """One client's connection. `addresses` are tried in turn, from the one that worked last."""
+    """One client's connection. `addresses` are tried in turn, from the one that worked last; before them, once, the address
+    that the server itself gave."""
 
     def __init__(self, addresses: Sequence[str], options: ClientOptions, client_id: int, base: int) -> None:
         self.options = options
@@ -56,6 +58,7 @@ class Link:
         self.core = Core(options, base, self.loop, self._wake, self._on_draining, self._attach_again)
         self._addresses = list(addresses)
         self._turn = 0
+        self._known_as = ""  # where the server of the last stream said that it can be found
         self._channel: grpc.aio.Channel | None = None
         self._control: list[stream_pb2.StreamRequest] = []
         self._requests: dict[int, asyncio.Future[stream_pb2.StreamResponse]] = {}
@@ -142,10 +145,11 @@ class Link:
     async def _keep_up(self) -> None:
         attempt = 0
         while True:
-            address = self._addresses[self._turn % len(self._addresses)]
+            hint, self._known_as = self._known_as, ""
+            address = hint or self._addresses[self._turn % len(self._addresses)]
             was_up = False
             try:
-                await self._one_stream(address)
+                await self._one_stream(address, _HINT_S if hint else self.options.attempt_timeout_s)
             except grpc.aio.AioRpcError as failure:
                 self._trouble = self._renewable(of_rpc_error(failure))
             except EngramError as failure:
@@ -160,6 +164,10 @@ class Link:
             if was_up:
                 attempt = 0
             drained, self._draining = self._draining, False
+            if drained:
+                self._known_as = ""
+            if self._known_as or hint:
+                continue  # once, without a wait; then the addresses have their turns
             if not was_up or drained:
                 self._turn += 1
             # A connection that was lost is looked for at every address before the first wait.
@@ -168,17 +176,18 @@ class Link:
                 await asyncio.sleep(self._backoff(rounds))
             attempt += 1
 
-    async def _one_stream(self, address: str) -> None:
-        """Connects and serves; returns or raises when the stream is over."""
+    async def _one_stream(self, address: str, timeout_s: float) -> None:
+        """Connects, in time, and serves; returns or raises when the stream is over."""
         channel = open_channel(address, self.options)
         tasks: list[asyncio.Task[None]] = []
         attaching: asyncio.Task[None] | None = None
         call: StreamCall | None = None
         try:
             call = open_stream(channel, self.options)
-            async with asyncio.timeout(self.options.attempt_timeout_s):
-                if not await let_in(call):
-                    raise StreamLost("the server ended it at once")
+            async with asyncio.timeout(timeout_s):
+                told = await let_in(call)
+            if told is None:
+                raise StreamLost("the server ended it at once")
             tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
             attaching = asyncio.create_task(self._attach_all())
             done, _ = await asyncio.wait([*tasks, attaching], return_when=asyncio.FIRST_COMPLETED)
@@ -186,11 +195,15 @@ class Link:
                 attaching.result()
                 self._channel = channel
                 self._ever_up = True
+                if self.options.follow and told not in self._addresses and self.options.may_go_to(told):
+                    self._known_as = told
                 self._up.set()
             else:
                 tasks.append(attaching)
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
+                if task.cancelled():
+                    raise StreamLost("its channel was closed")
                 if task.done():
                     task.result()
         finally:

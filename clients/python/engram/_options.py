@@ -35,6 +35,10 @@ class ClientOptions:
     attempt_timeout_s: float = 5.0
     """How long one attempt to connect to one address may take."""
 
+    follow: bool = True
+    """Look for a lost server first at the address that it gave of itself (its setting `advertise`), where the sessions still
+    are; for servers behind one name. It is tried once, for a second."""
+
     keepalive_s: float = 20.0
     """A silent connection is probed after so long, and given up after half of that without an answer."""
 
@@ -90,15 +94,19 @@ class ClientOptions:
         """Raises InvalidInput for options that do not fit each other, or would give a token away."""
         if bool(self.cert_file) != bool(self.key_file):
             raise InvalidInput("cert_file and key_file: give both or neither", reason="INVALID_ARGUMENT")
-        if self.token is None or self.encrypted or self.token_in_plain_text:
-            return
         for address in addresses:
-            if not _stays_here(address):
+            if not self.may_go_to(address):
                 message = (
                     f"a token would cross the network to {address} in plain text; give tls=True or a ca_file"
                     " (or the option token_in_plain_text, where the network is one that you trust)"
                 )
                 raise InvalidInput(message, reason="TOKEN_IN_PLAIN_TEXT")
+
+    def may_go_to(self, address: str) -> bool:
+        """Whether a token that goes there cannot be read on the way, or there is none."""
+        if self.token is None or self.encrypted or self.token_in_plain_text:
+            return True
+        return _stays_here(address)
 
 
 def _stays_here(address: str) -> bool:

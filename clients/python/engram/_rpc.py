@@ -82,14 +82,15 @@ def open_stream(channel: grpc.aio.Channel, options: ClientOptions) -> StreamCall
     return cast(StreamCall, multi(metadata=_metadata(options)))
 
 
-async def let_in(call: StreamCall) -> bool:
-    """Waits until the server has let the stream in, which its metadata says. Raises grpc.aio.AioRpcError where it has not; False
-    where it ended the stream without a word."""
+async def let_in(call: StreamCall) -> str | None:
+    """Waits until the server has let the stream in, which its metadata says; the address at which it wants to be found again, or
+    "". Raises grpc.aio.AioRpcError where it has not let it in; None where it ended the stream without a word."""
     await call.wait_for_connection()
-    if "engram-server" in dict(await call.initial_metadata()):
-        return True
+    told = dict(await call.initial_metadata())
+    if "engram-server" in told:
+        return str(told.get("engram-address", ""))
     await call.read()  # raises what the status says
-    return False
+    return None
 
 
 async def call_unary(

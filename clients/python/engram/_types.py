@@ -105,10 +105,13 @@ class ServerInfo:
     device: str
     frame_bytes_max: int
     durability: str
+    address: str
+    """Where this very server can be reached; "" where it was not told."""
 
     @classmethod
     def of(cls, server: session_pb2.GetServerResponse) -> ServerInfo:
-        return cls(server.server_version, server.device, server.frame_bytes_max, _DURABILITY.get(server.durability, ""))
+        durability = _DURABILITY.get(server.durability, "")
+        return cls(server.server_version, server.device, server.frame_bytes_max, durability, server.address)
 
 
 _RESIDENCY = {session_pb2.Session.RESIDENCY_STORED: "stored", session_pb2.Session.RESIDENCY_DEVICE: "device"}

@@ -45,6 +45,8 @@ class StreamHandler:
         self._sessions = sessions
         self._access = access
         self._guests: dict[Stream, _Guest] = {}
+        address = core.settings.advertise
+        self._greeting = (("engram-server", __version__), *((("engram-address", address),) if address else ()))
 
     async def handle(self, requests: Any, context: Context) -> None:
         try:
@@ -57,7 +59,7 @@ class StreamHandler:
         guest = self._guests[stream] = _Guest(caller, context.peer())
         try:
             # At once, and not with the first answer: the client then knows that it was let in.
-            await context.send_initial_metadata((("engram-server", __version__),))
+            await context.send_initial_metadata(self._greeting)
             await self._carry(stream, guest, context)
         finally:
             del self._guests[stream]

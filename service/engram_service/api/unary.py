@@ -209,6 +209,7 @@ class UnaryHandlers:
             device=self._device,
             frame_bytes_max=settings.frame_bytes_max,
             durability=default,
+            address=settings.advertise,
         )
 
     async def _call(self, left_s: float, work: Any, *arguments: Any) -> Any:

@@ -145,7 +145,8 @@ class EngramServiceServicer:
 
     def Stream(self, request_iterator, context):
         """The main path: frames of steps of any number of sessions, in both directions. The server's initial metadata, which comes
-        as soon as the stream is let in, has engram-server, its version.
+        as soon as the stream is let in, has engram-server, its version, and engram-address where the server was told its own: a
+        client whose stream is lost does well to look there first, for there its sessions still are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,8 @@ class EngramServiceStub:
     def __new__(cls, channel: _aio.Channel) -> EngramServiceAsyncStub: ...
     Stream: _grpc.StreamStreamMultiCallable[_stream_pb2.StreamRequest, _stream_pb2.StreamResponse]
     """The main path: frames of steps of any number of sessions, in both directions. The server's initial metadata, which comes
-    as soon as the stream is let in, has engram-server, its version.
+    as soon as the stream is let in, has engram-server, its version, and engram-address where the server was told its own: a
+    client whose stream is lost does well to look there first, for there its sessions still are.
     """
     Step: _grpc.UnaryUnaryMultiCallable[_session_pb2.StepRequest, _session_pb2.StepResponse]
     """The same for simple clients: one call, one or a few steps of one session."""
@@ -67,7 +68,8 @@ class EngramServiceAsyncStub(EngramServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Stream: _aio.StreamStreamMultiCallable[_stream_pb2.StreamRequest, _stream_pb2.StreamResponse]  # type: ignore[assignment]
     """The main path: frames of steps of any number of sessions, in both directions. The server's initial metadata, which comes
-    as soon as the stream is let in, has engram-server, its version.
+    as soon as the stream is let in, has engram-server, its version, and engram-address where the server was told its own: a
+    client whose stream is lost does well to look there first, for there its sessions still are.
     """
     Step: _aio.UnaryUnaryMultiCallable[_session_pb2.StepRequest, _session_pb2.StepResponse]  # type: ignore[assignment]
     """The same for simple clients: one call, one or a few steps of one session."""
@@ -100,7 +102,8 @@ class EngramServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_stream_pb2.StreamResponse], _abc.AsyncIterator[_stream_pb2.StreamResponse]]:
         """The main path: frames of steps of any number of sessions, in both directions. The server's initial metadata, which comes
-        as soon as the stream is let in, has engram-server, its version.
+        as soon as the stream is let in, has engram-server, its version, and engram-address where the server was told its own: a
+        client whose stream is lost does well to look there first, for there its sessions still are.
         """
 
     @_abc_1.abstractmethod

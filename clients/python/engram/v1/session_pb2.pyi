@@ -235,13 +235,15 @@ class GetServerRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerResponse(_message.Message):
-    __slots__ = ("server_version", "device", "frame_bytes_max", "durability")
+    __slots__ = ("server_version", "device", "frame_bytes_max", "durability", "address")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     FRAME_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     device: str
     frame_bytes_max: int
     durability: _stream_pb2.Durability
-    def __init__(self, server_version: _Optional[str] = ..., device: _Optional[str] = ..., frame_bytes_max: _Optional[int] = ..., durability: _Optional[_Union[_stream_pb2.Durability, str]] = ...) -> None: ...
+    address: str
+    def __init__(self, server_version: _Optional[str] = ..., device: _Optional[str] = ..., frame_bytes_max: _Optional[int] = ..., durability: _Optional[_Union[_stream_pb2.Durability, str]] = ..., address: _Optional[str] = ...) -> None: ...
