@@ -12,7 +12,7 @@ SECONDS_A_TARGET ?= 120
 SECONDS ?= 1800
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload soak chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload soak chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -28,6 +28,7 @@ help:
 	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
 	@echo "make fuzz      hostile bytes, two minutes a target (SECONDS_A_TARGET); writes docs/results/fuzz.json"
 	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
+	@echo "make test-cluster  the suites of service and SDK on a Redis Cluster of three primaries (nine minutes)"
 	@echo "make test-all  the slow tests too"
 	@echo "make chaos     the fault campaign: docs/results/chaos.json (half an hour);  make chaos-quick  a minute of it"
 	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
@@ -68,6 +69,9 @@ check: lint types proto-lint proto-check
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --redis cluster tests/service tests/sdk tests/fuzz/test_sessions.py
 
 test-all: $(STAMP)
 	ENGRAM_FUZZ_EXAMPLES=50 ENGRAM_FUZZ_STEPS=50 $(BIN)/python -m pytest -q -m "not gpu" --timeout 900

@@ -1,4 +1,7 @@
-"""Real servers for tests: `engram serve` as a subprocess, with a private Redis in a directory of its own; and a Redis to mistreat."""
+"""Real servers for tests: `engram serve` as a subprocess, with a private Redis in a directory of its own; and a Redis to mistreat.
+
+With `--redis cluster` each of these is a Redis Cluster of three primaries.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,51 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import grpc
 import pytest
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from engram_models import shipped_models_dir
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from redises import RedisCluster, RedisProcess, free_port
 
 START_S = 60.0
 _PATIENT = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 500)]
 STOP_S = 30.0
-REDIS_S = 20.0
+
+_Redis = TypeVar("_Redis", RedisProcess, RedisCluster)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--redis",
+        choices=("single", "cluster"),
+        default="single",
+        help="what the servers of the tests keep sessions in",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "single_redis(why): not with --redis cluster")
+    ServerProcess.on_cluster = config.getoption("--redis") == "cluster"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (marker := item.get_closest_marker("single_redis")) and ServerProcess.on_cluster:
+        pytest.skip(f"not on a Redis Cluster: {marker.args[0]}")
 
 
 class ServerProcess:
     """`engram serve` on fixed ports; may be stopped, killed and started again on the same ports and data."""
+
+    on_cluster = False  # sessions are in a Redis Cluster, unless the flags say where
 
     def __init__(self, directory: pathlib.Path, *flags: str) -> None:
         self.directory = directory
@@ -38,10 +64,17 @@ class ServerProcess:
         self.log = directory / "server.log"
         self.credentials: grpc.ChannelCredentials | None = None  # where it speaks TLS
         self._process: subprocess.Popen[bytes] | None = None
+        self._cluster = RedisCluster(directory / "cluster") if self.on_cluster and "--redis-url" not in flags else None
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    def redis(self) -> Any:
+        """A client of the Redis or cluster that is its own."""
+        if self._cluster is not None:
+            return self._cluster.client
+        return redis.Redis(unix_socket_path=str(self.directory / "data" / "redis.sock"))
 
     @property
     def pid(self) -> int:
@@ -50,9 +83,14 @@ class ServerProcess:
 
     def start(self) -> ServerProcess:
         """Starts it and waits until it answers."""
+        flags = self.flags
+        if self._cluster is not None:
+            if not self._cluster.processes:
+                self._cluster.start()
+            flags = ("--redis-url", self._cluster.url, *flags)
         command = [
             sys.executable, "-m", "engram", "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
-            "--data-dir", str(self.directory / "data"), *self.flags,
+            "--data-dir", str(self.directory / "data"), *flags,
         ]  # fmt: skip
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -120,6 +158,8 @@ class ServerProcess:
     def __exit__(self, *exc: object) -> None:
         if self._process is not None and self._process.poll() is None:
             self.stop()
+        if self._cluster is not None:
+            self._cluster.stop()
 
 
 class Certificates:
@@ -161,73 +201,6 @@ class Certificates:
 
 
 _NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-
-
-class RedisProcess:
-    """A Redis of the test's own, on a unix socket, and on a port if it is given one by `flags`."""
-
-    def __init__(self, directory: pathlib.Path, *flags: str) -> None:
-        self.directory = directory
-        self.flags = flags
-        self.socket = directory / "r.sock"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self.socket}"
-
-    @property
-    def client(self) -> redis.Redis:
-        return redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
-
-    def start(self, *flags: str) -> None:
-        from engram_service.store.private import _binary
-
-        command = [
-            _binary(), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory), "--save", "",
-            "--appendonly", "yes", "--logfile", str(self.directory / "redis.log"), *self.flags, *flags,
-        ]  # fmt: skip
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + REDIS_S
-        while True:
-            try:
-                self.client.ping()
-                return
-            except redis.exceptions.AuthenticationError:
-                return
-            except redis.exceptions.RedisError:
-                assert self.process.poll() is None and time.monotonic() < deadline, "Redis does not start"
-                time.sleep(0.02)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def lose_data(self) -> None:
-        """Killed, its file deleted."""
-        self.kill()
-        for path in self.directory.glob("appendonly*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def pause(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.go_on()
-            self.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
@@ -280,22 +253,34 @@ def server_with(tmp_path: pathlib.Path, digits_alone: tuple[str, ...]) -> Callab
 @pytest.fixture
 def start_redis(tmp_path: pathlib.Path) -> Iterator[Callable[..., RedisProcess]]:
     """Starts Redis processes with flags of their own, and ends them."""
-    yield from _starter(tmp_path)
+    yield from _starter(RedisProcess, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def start_module_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RedisProcess]]:
     """The same for a whole module."""
-    yield from _starter(tmp_path_factory.mktemp("redis"))
+    yield from _starter(RedisProcess, tmp_path_factory.mktemp("redis"))
 
 
-def _starter(parent: pathlib.Path) -> Iterator[Callable[..., RedisProcess]]:
-    started: list[RedisProcess] = []
+@pytest.fixture
+def start_cluster(tmp_path: pathlib.Path) -> Iterator[Callable[..., RedisCluster]]:
+    """Starts Redis Clusters, and ends them."""
+    yield from _starter(RedisCluster, tmp_path)
 
-    def start(*flags: str) -> RedisProcess:
+
+@pytest.fixture(scope="module")
+def start_module_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RedisCluster]]:
+    """The same for a whole module."""
+    yield from _starter(RedisCluster, tmp_path_factory.mktemp("redis"))
+
+
+def _starter(kind: type[_Redis], parent: pathlib.Path) -> Iterator[Callable[..., _Redis]]:
+    started: list[_Redis] = []
+
+    def start(*flags: str) -> _Redis:
         directory = parent / f"redis-{len(started)}"
         directory.mkdir()
-        started.append(RedisProcess(directory, *flags))
+        started.append(kind(directory, *flags))
         started[-1].start()
         return started[-1]
 
@@ -305,8 +290,15 @@ def _starter(parent: pathlib.Path) -> Iterator[Callable[..., RedisProcess]]:
 
 
 @pytest.fixture
-def redis_process(start_redis: Callable[..., RedisProcess]) -> RedisProcess:
-    return start_redis()
+def redis_process(request: pytest.FixtureRequest) -> Any:
+    """A Redis, or a cluster, on which a test's servers have their sessions."""
+    return request.getfixturevalue("start_cluster" if ServerProcess.on_cluster else "start_redis")()
+
+
+@pytest.fixture(scope="module")
+def module_redis(request: pytest.FixtureRequest) -> Any:
+    """The same for a whole module."""
+    return request.getfixturevalue("start_module_cluster" if ServerProcess.on_cluster else "start_module_redis")()
 
 
 @pytest.fixture(name="free_port", scope="session")

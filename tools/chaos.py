@@ -48,11 +48,15 @@ def _run(args: argparse.Namespace, worlds: Any) -> int:
     seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
     say(f"seed {seed}")
     some = args.world or args.measure
-    chosen = [world for world in worlds if not some or world.name in (args.world or ())]
+    clock = args.clock or clock_library()
+    if clock is None:
+        say("no libfaketime (pip install libfaketime): the world clocks is left out")
+    able = [world for world in worlds if clock or not world.clocks]
+    chosen = [world for world in able if not some or world.name in (args.world or ())]
     directory = args.keep or pathlib.Path(tempfile.mkdtemp(prefix="engram-chaos-"))
     out = args.out or (None if some else RESULT)
     outcomes, measured = [], {}
-    campaign = Campaign(directory, say, args.clock or clock_library())
+    campaign = Campaign(directory, say, clock)
     try:
         for world in chosen:
             outcomes.append(campaign.run(world, seed, Load(args.seconds / len(chosen))))

@@ -23,6 +23,8 @@ WORLDS = (
     World("no", servers=2, appendfsync="no"),
     World("emptied", servers=1, appendonly=False),
     World("replicated", servers=2, replicated=True),
+    World("cluster", servers=2, cluster=True),
+    World("clocks", servers=2, clocks=True),
 )
 
 _PROGRESS_S = 10.0
@@ -72,21 +74,27 @@ class Campaign:
         self.directory = directory
         self._say = say
         self._clock_library = clock_library
-        self.nursery = Nursery(clock_library)
+        self._nurseries: dict[bool, Nursery] = {}  # under libfaketime everything is slower: a nursery of its own
         self._reference: Reference | None = None
         directory.mkdir(parents=True, exist_ok=True)
 
     def close(self) -> None:
-        self.nursery.stop()
+        for nursery in self._nurseries.values():
+            nursery.stop()
 
     def fleet(self, world: World, seed: int, name: str, *server_flags: str) -> Fleet:
-        self.nursery.wait_ready()
+        clock = self._clock_library if world.clocks else None
+        if world.clocks not in self._nurseries:
+            self._nurseries[world.clocks] = Nursery(clock)
+        nursery = self._nurseries[world.clocks]
+        nursery.wait_ready()
         directory = self.directory / name
         shutil.rmtree(directory, ignore_errors=True)
-        return Fleet(world, directory, self.nursery, seed, self._clock_library, server_flags)
+        return Fleet(world, directory, nursery, seed, clock, server_flags)
 
     def run(self, world: World, seed: int, load: Load) -> Outcome:
         """One world; what it leaves is deleted unless something was wrong."""
+        assert not world.clocks or self._clock_library, "clocks are moved by libfaketime, which is not here"
         outcome = Outcome(world.name, seed)
         self._say(
             f"world {world.name}, seed {seed}: {world.servers} servers, {load.clients} x {load.sessions} sessions"

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import redis
+
 from chaos import points
 from chaos.fleet import Client, Fleet, Redis, Server, wait_for
 
@@ -68,9 +70,18 @@ class Injector:
     def _possible(self, kind: str) -> bool:
         world = self._fleet.world
         if kind.startswith("clock"):
-            return self._fleet.clock_library is not None
+            return world.clocks
+        if kind == "slot-migration":
+            return world.cluster
         if world.replicated:
             return kind != "redis-kill"  # a dead primary is replaced there
+        if world.cluster:
+            return kind not in (
+                "promotion",
+                "redis-cut",
+                "redis-delay",
+                "redis-hold",
+            )  # no proxy between servers and nodes
         if not world.appendonly:
             # Redis comes back empty: the arena is the only copy, and a session without a client leaves it within a second.
             return kind in ("redis-kill", "redis-pause", "redis-cut", "redis-delay")
@@ -93,8 +104,8 @@ class Injector:
 
     def _target(self, draw: Draw) -> Any:
         fleet = self._fleet
-        if draw.kind in ("redis-kill", "redis-pause", "promotion", "clock-redis"):
-            return fleet.primary
+        if draw.kind in ("redis-kill", "redis-pause", "promotion", "clock-redis", "slot-migration"):
+            return fleet.redises[int(draw.target * len(fleet.redises))] if fleet.world.cluster else fleet.primary
         some: list[Any] = (
             fleet.clients if draw.kind in ("client-kill", "client-pause", "clock-client") else fleet.servers
         )
@@ -196,6 +207,37 @@ def redis_pause(fleet: Fleet, target: Redis, draw: Draw) -> str:
     return "redis-pause"
 
 
+def slot_migration(fleet: Fleet, source: Redis, draw: Draw) -> str:
+    """Slots with sessions in them move from one primary to another, key by key; for a while some keys are here, some there."""
+    others = [node for node in fleet.redises if node is not source]
+    target = others[int(draw.detail * len(others))]
+    mine = source.slots_in_use()[: 1 + int(draw.length * 12)]
+    for at in mine:
+        _insist(target, "CLUSTER", "SETSLOT", at, "IMPORTING", source.node_id)
+        _insist(source, "CLUSTER", "SETSLOT", at, "MIGRATING", target.node_id)
+    for at in mine:
+        while keys := _insist(source, "CLUSTER", "GETKEYSINSLOT", at, 1):
+            # A try that fails may have copied the key already; here it still is the right one.
+            _insist(source, "MIGRATE", "127.0.0.1", target.port, keys[0], 0, 5000, "REPLACE")
+            time.sleep(0.02 * draw.length)
+    for at in mine:
+        for node in (target, source, *others):
+            _insist(node, "CLUSTER", "SETSLOT", at, "NODE", target.node_id)
+    return "slot-migration" if mine else ""
+
+
+def _insist(node: Redis, *command: Any) -> Any:
+    """Repeats a command of a move until it is done, as whoever moves slots has to: a node may just have come back."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return node.client.execute_command(*command)
+        except redis.exceptions.RedisError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 def promotion(fleet: Fleet, old: Redis, draw: Draw) -> str:
     """The primary dies, its replica is promoted, the servers are sent there; the dead one comes back as a replica."""
     new = next(one for one in fleet.redises if one is not old)
@@ -292,6 +334,7 @@ FAULTS: dict[str, Callable[[Fleet, Any, Draw], str]] = {
     "server-point": server_point,
     "redis-kill": redis_kill,
     "redis-pause": redis_pause,
+    "slot-migration": slot_migration,
     "promotion": promotion,
     "client-cut": client_cut,
     "client-delay": client_delay,
@@ -309,6 +352,6 @@ FAULTS: dict[str, Callable[[Fleet, Any, Draw], str]] = {
 # How often each is drawn. What takes seconds to recover from is drawn less, so that there is something to disturb.
 WEIGHTS = {
     "server-kill": 3, "server-drain": 2, "server-freeze": 3, "server-zombie": 3, "server-point": 4, "redis-kill": 3,
-    "redis-pause": 2, "promotion": 2, "client-cut": 6, "client-delay": 4, "client-hold": 4, "redis-cut": 6, "redis-delay": 4,
+    "redis-pause": 2, "slot-migration": 4, "promotion": 2, "client-cut": 6, "client-delay": 4, "client-hold": 4, "redis-cut": 6, "redis-delay": 4,
     "redis-hold": 4, "client-kill": 4, "client-pause": 3, "clock-server": 2, "clock-redis": 1, "clock-client": 1,
 }  # fmt: skip

@@ -23,10 +23,13 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from redises import BUS_MAX, SLOTS, free_port
 
 from chaos.histories import MODEL
 from chaos.proxy import Proxy, Wires
 from engram_models import shipped_models_dir
+from engram_service.store.keys import META_PREFIX
+from engram_service.store.nodes import slot
 from engram_service.store.private import _binary
 
 TESTS = pathlib.Path(__file__).parents[1]
@@ -42,6 +45,8 @@ class World:
     appendonly: bool = True
     appendfsync: str = "everysec"
     replicated: bool = False
+    cluster: bool = False
+    clocks: bool = False  # wall clocks are moved
 
 
 class Nursery:
@@ -124,39 +129,12 @@ def clock_environment(library: pathlib.Path) -> dict[str, str]:
     return {"LD_PRELOAD": str(library), "FAKETIME": "+0", "FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1"}
 
 
-class Server:
-    """One `engram serve` behind its proxies, on the same ports in every life."""
+class Forked:
+    """A child of the nursery, and its lives."""
 
-    def __init__(self, fleet: Fleet, number: int, redis_port: int) -> None:
-        self._fleet, self.name = fleet, f"server-{number}"
-        self.directory = fleet.directory / self.name
-        self.directory.mkdir()
-        self._port, self.address_port, wire_port, self._http = (free_port() for _ in range(4))
-        self.front: Proxy = fleet.wires.proxy(self.address_port, self._port)
-        self.back: Proxy = fleet.wires.proxy(wire_port, redis_port)
-        self._redis_url = f"redis://127.0.0.1:{wire_port}/0"
-        self.control = self.directory / "control"
-        self.clock = self.directory / "clock"
+    def __init__(self, fleet: Fleet, name: str) -> None:
+        self._fleet, self.name = fleet, name
         self.pid = 0
-        self.paused = False
-
-    def start(self) -> None:
-        """Does not wait until it serves."""
-        world = self._fleet.world
-        flags = [
-            "--listen", f"127.0.0.1:{self._port}", "--http", f"127.0.0.1:{self._http}", "--redis-url", self._redis_url,
-            "--models", str(self._fleet.models), "--shipped-models", "false", "--tick-rows-max", "256",
-            "--drain-timeout-s", "15", "--log-format", "human",
-        ]  # fmt: skip
-        if world.replicated:
-            flags += ["--redis-ack", "replicated", "--redis-ack-timeout-ms", "500"]
-        flags += self._fleet.server_flags
-        self.control.unlink(missing_ok=True)
-        log = str(self.directory / "log")
-        environment = {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}
-        self.pid = self._fleet.nursery.spawn(
-            {"run": "server", "name": self.name, "control": str(self.control), "flags": flags, "log": log, "environment": environment}
-        )  # fmt: skip
 
     @property
     def running(self) -> bool:
@@ -167,6 +145,46 @@ class Server:
 
     def wait_ended(self, timeout_s: float) -> int | None:
         return self._fleet.nursery.wait(self.pid, timeout_s)
+
+
+class Server(Forked):
+    """One `engram serve` behind its proxies, on the same ports in every life."""
+
+    def __init__(self, fleet: Fleet, number: int) -> None:
+        super().__init__(fleet, f"server-{number}")
+        self.directory = fleet.directory / self.name
+        self.directory.mkdir()
+        self._port, self.address_port, wire_port, self._http = (free_port() for _ in range(4))
+        self.front: Proxy = fleet.wires.proxy(self.address_port, self._port)
+        # Nodes of a cluster tell their own addresses, which lead past a proxy.
+        self.back: Proxy = fleet.wires.proxy(wire_port, fleet.primary.port)
+        self._redis_url = (
+            f"redis+cluster://127.0.0.1:{fleet.primary.port}"
+            if fleet.world.cluster
+            else f"redis://127.0.0.1:{wire_port}/0"
+        )
+        self.control = self.directory / "control"
+        self.clock = self.directory / "clock"
+
+    def start(self) -> None:
+        """Does not wait until it serves."""
+        world = self._fleet.world
+        flags = [
+            "--listen", f"127.0.0.1:{self._port}", "--http", f"127.0.0.1:{self._http}", "--redis-url", self._redis_url,
+            "--models", str(self._fleet.models), "--shipped-models", "false", "--tick-rows-max", "256",
+            "--drain-timeout-s", "15", "--log-format", "human",
+        ]  # fmt: skip
+        if not world.appendonly:
+            flags += ["--resident-idle-s", "3600"]  # what left the arena would be in Redis alone
+        if world.replicated:
+            flags += ["--redis-ack", "replicated", "--redis-ack-timeout-ms", "500"]
+        flags += self._fleet.server_flags
+        self.control.unlink(missing_ok=True)
+        log = str(self.directory / "log")
+        environment = {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}
+        self.pid = self._fleet.nursery.spawn(
+            {"run": "server", "name": self.name, "control": str(self.control), "flags": flags, "log": log, "environment": environment}
+        )  # fmt: skip
 
     def wait_serving(self, timeout_s: float = START_S) -> None:
         wait_for(lambda: accepts(self._port), timeout_s, f"{self.name} does not serve")
@@ -179,7 +197,7 @@ class Redis:
         self._fleet, self.name = fleet, f"redis-{number}"
         self.directory = fleet.directory / self.name
         self.directory.mkdir()
-        self.port = free_port()
+        self.port = free_port(BUS_MAX)
         self.clock = self.directory / "clock"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -192,10 +210,18 @@ class Redis:
         kept = (
             ("--appendonly", "yes", "--appendfsync", world.appendfsync) if world.appendonly else ("--appendonly", "no")
         )
+        in_slots = (
+            "--cluster-enabled",
+            "yes",
+            "--cluster-node-timeout",
+            "1500",
+            "--cluster-require-full-coverage",
+            "no",
+        )
         command = [
             _binary(), "--port", str(self.port), "--dir", str(self.directory), "--save", "", *kept, "--logfile",
             str(self.directory / "log"), "--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0",
-            "--repl-ping-replica-period", "1", *flags,
+            "--repl-ping-replica-period", "1", *(in_slots if world.cluster else ()), *flags,
         ]  # fmt: skip
         environment = dict(os.environ)
         if self._fleet.clock_library is not None:
@@ -212,6 +238,19 @@ class Redis:
         self.process.kill()
         self.process.wait()
 
+    def knows_all(self, count: int) -> bool:
+        """Whether, as a node of a cluster, it sees so many and every slot served."""
+        info = self.client.execute_command("CLUSTER INFO")
+        return (info["cluster_known_nodes"], info["cluster_state"]) == (str(count), "ok")
+
+    @property
+    def node_id(self) -> str:
+        return str(self.client.execute_command("CLUSTER MYID").decode())
+
+    def slots_in_use(self) -> list[int]:
+        """Of a node of a cluster: its slots that have sessions."""
+        return sorted({slot(key) for key in self.client.scan_iter(match=META_PREFIX + b"*}", count=1000)})
+
     def _loaded(self) -> bool:
         try:
             return not self.client.info("persistence")["loading"]
@@ -219,17 +258,16 @@ class Redis:
             return False
 
 
-class Client:
+class Client(Forked):
     """One client, and the histories of its lives."""
 
     def __init__(self, fleet: Fleet, number: int, first: int, count: int, interval: bool, branches: bool) -> None:
-        self._fleet, self.name = fleet, f"client-{number}"
+        super().__init__(fleet, f"client-{number}")
         self._plan = {"first": first, "count": count, "interval": interval, "branches": branches}
         self._number = number
         self.lives: list[pathlib.Path] = []
         self.log = fleet.directory / f"{self.name}.log"
         self.clock = fleet.directory / f"{self.name}.clock"
-        self.pid = 0
 
     def start(self) -> None:
         life = len(self.lives) + 1
@@ -243,16 +281,6 @@ class Client:
             "environment": {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}, **self._plan,
         }  # fmt: skip
         self.pid = self._fleet.nursery.spawn(task)
-
-    @property
-    def running(self) -> bool:
-        return self.pid > 0 and self._fleet.nursery.ended(self.pid) is None
-
-    def signal(self, number: signal.Signals) -> None:
-        self._fleet.nursery.signal(self.pid, number)
-
-    def wait_ended(self, timeout_s: float) -> int | None:
-        return self._fleet.nursery.wait(self.pid, timeout_s)
 
     @property
     def failed(self) -> bool:
@@ -283,20 +311,33 @@ class Fleet:
         self.models.mkdir()
         (self.models / MODEL).symlink_to(shipped_models_dir() / MODEL)
         self.wires = Wires()
-        self.redises = [Redis(self, number) for number in range(2 if world.replicated else 1)]
+        count = 3 if world.cluster else 2 if world.replicated else 1
+        self.redises = [Redis(self, number) for number in range(count)]
         self.primary = self.redises[0]
         self.servers: list[Server] = []
         self.clients: list[Client] = []
 
     def start(self) -> None:
         self.primary.start()
-        for replica in self.redises[1:]:
-            self.follow(replica)
-        self.servers = [Server(self, number, self.primary.port) for number in range(self.world.servers)]
+        if self.world.cluster:
+            self._form_cluster()
+        else:
+            for replica in self.redises[1:]:
+                self.follow(replica)
+        self.servers = [Server(self, number) for number in range(self.world.servers)]
         for server in self.servers:
             server.start()
         for server in self.servers:
             server.wait_serving()
+
+    def _form_cluster(self) -> None:
+        for node in self.redises[1:]:
+            node.start()
+        for number, node in enumerate(self.redises):
+            share = range(number * SLOTS // 3, (number + 1) * SLOTS // 3)
+            node.client.execute_command("CLUSTER", "ADDSLOTS", *share)
+            node.client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.primary.port)
+        wait_for(lambda: all(node.knows_all(len(self.redises)) for node in self.redises), START_S, "no cluster")
 
     def follow(self, replica: Redis) -> None:
         """Starts a replica of the primary, and waits until it has caught up."""
@@ -348,12 +389,6 @@ class Fleet:
                 one.signal(signal.SIGCONT)
                 one.kill()
         self.wires.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def accepts(port: int) -> bool:

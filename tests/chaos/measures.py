@@ -26,6 +26,7 @@ SESSIONS = 1000
 GROUPS = 4
 ROUNDS = 3
 _WARM_STEPS = 3
+_ONE_BY_ONE = 200
 _OPTIONS = engram.ClientOptions(timeout_s=60.0, backoff_max_s=0.2)
 
 
@@ -93,6 +94,36 @@ def takeover(campaign: Campaign, seed: int) -> dict[str, Any]:
         }
 
     return _scenario(campaign, World("takeover", appendfsync="everysec"), seed, body)
+
+
+def takeover_alive(campaign: Campaign, seed: int) -> dict[str, Any]:
+    """Sessions are opened on another server while the one that has them lives: one after the other, then all the rest at once."""
+
+    async def body(fleet: Fleet, client: engram.AsyncClient) -> dict[str, Any]:
+        await _step_all(client, await _open(client), _WARM_STEPS)
+        waits: list[float] = []
+        async with engram.AsyncClient(client.addresses[1], _OPTIONS) as other:
+            for number in range(_ONE_BY_ONE):
+                started = time.monotonic()
+                session = await other.open(MODEL, name_of(number))
+                assert session.seq == _WARM_STEPS
+                await session.step(inputs(number, _WARM_STEPS + 1))
+                waits.append(time.monotonic() - started)
+            started = time.monotonic()
+            rest = await other.open_many(MODEL, [name_of(number) for number in range(_ONE_BY_ONE, SESSIONS)])
+            numbers = np.arange(_ONE_BY_ONE, SESSIONS)
+            await other.step_many(rest, inputs(numbers, np.full(len(rest), _WARM_STEPS + 1)))
+            together = time.monotonic() - started
+        p50, p99 = np.percentile(np.array(waits) * 1000, [50, 99]).round(1).tolist()
+        return {
+            "one_by_one": _ONE_BY_ONE,
+            "open_and_answer_p50_ms": p50,
+            "open_and_answer_p99_ms": p99,
+            "at_once": len(rest),
+            "open_and_answer_all_ms": round(together * 1000, 1),
+        }
+
+    return _scenario(campaign, World("takeover-alive", appendfsync="everysec"), seed, body)
 
 
 def drain(campaign: Campaign, seed: int) -> dict[str, Any]:
@@ -163,6 +194,7 @@ def _lost_by_failover(campaign: Campaign, seed: int, ack: str, hung: bool) -> di
 
 SCENARIOS: dict[str, Callable[[Campaign, int], dict[str, Any]]] = {
     "takeover": takeover,
+    "takeover-alive": takeover_alive,
     "drain": drain,
     "redis-restart": redis_restart,
     "failover": failover,

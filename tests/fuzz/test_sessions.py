@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,15 +68,13 @@ class Expected:
 
 
 @pytest.fixture(scope="module")
-def pair(
-    tmp_path_factory: pytest.TempPathFactory, start_module_redis: Callable[..., Any], server_type: type
-) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory, module_redis: Any, server_type: type) -> Iterator[Pair]:
     torch.manual_seed(5)
     models = tmp_path_factory.mktemp("models")
     own = np.random.default_rng(3).choice([-1, 1], (OWN, SIZE))
     made = {"lstm": LSTM(4, 6, output_size=4), "hopfield": Hopfield.of(own, [f"own{row}" for row in range(OWN)])}
     cells = {name: load_bundle(write_bundle(models, name, "1", cell)).cell for name, cell in made.items()}
-    flags = ("--models", str(models), "--redis-url", start_module_redis().url, *QUICK)
+    flags = ("--models", str(models), "--redis-url", module_redis.url, *QUICK)
     paths: list[pathlib.Path] = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     one, two = (server_type(path, *flags) for path in paths)
     threads = torch.get_num_threads()

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import redis
 
 import engram
 from engram_service.bench.workload import W, write_w
@@ -30,13 +29,14 @@ def until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return condition()
 
 
+@pytest.mark.single_redis("it measures the memory of one Redis")
 @pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 def test_idle_sessions_are_small_in_the_server_and_in_redis(
     server_with: Callable, tmp_path: pathlib.Path, count: int
 ) -> None:
     write_w(tmp_path / "models")
     with server_with("--models", str(tmp_path / "models"), "--resident-idle-s", "1") as server:
-        store = redis.Redis(unix_socket_path=str(server.directory / "data" / "redis.sock"))
+        store = server.redis()
         with engram.Client(server.address) as client:
             client.open(W, "first").step(
                 np.zeros(64, np.float32)

@@ -53,15 +53,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def pair(
-    models: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, start_module_redis: Callable[..., Any],
-    shared_server: Any,
+    models: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, module_redis: Any, shared_server: Any,
 ) -> Iterator[list[Any]]:  # fmt: skip
     """Two servers on one Redis; their `redis` is it."""
-    redis = start_module_redis()
-    flags = ("--models", str(models), "--redis-url", redis.url, *QUICK)
+    flags = ("--models", str(models), "--redis-url", module_redis.url, *QUICK)
     one, two = (type(shared_server)(tmp_path_factory.mktemp(name), *flags) for name in ("one", "two"))
     with one, two:
-        one.redis = two.redis = redis
+        one.redis = two.redis = module_redis
         yield [one, two]
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from engram.v1 import session_pb2, stream_pb2
 
@@ -47,6 +48,7 @@ def test_a_port_in_use(tmp_path: pathlib.Path) -> None:
             assert done.returncode == 1 and taken in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.single_redis("it is about the private Redis")
 def test_a_data_directory_in_use_or_unusable(shared_server: ServerProcess, tmp_path: pathlib.Path) -> None:
     free = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
     done = serve(*free, "--data-dir", str(shared_server.directory / "data"))
@@ -58,6 +60,7 @@ def test_a_data_directory_in_use_or_unusable(shared_server: ServerProcess, tmp_p
     assert done.returncode == 1 and "redis_url" in done.stderr
 
 
+@pytest.mark.single_redis("it is about the private Redis")
 def test_it_stops_cleanly_and_takes_its_redis_along(server: ServerProcess, connect: Connect) -> None:
     raw = connect(server)
     handle = int(np.frombuffer(raw.open("kept").handles, np.uint32)[0])

@@ -22,80 +22,16 @@ from engram_service.store import (
 from engram_service.store.keys import meta_key
 from engram_service.store.nodes import slot, tag_slots
 
+Cluster = Any
 MakeHolder = Callable[..., Any]
 OpenStore = Callable[..., Store]
 OK, FENCED = Verdict.OK, Verdict.FENCED
 NAMES = [f"s{n}" for n in range(120)]
 
 
-class Cluster:
-    """Three primaries; the slots in equal shares."""
-
-    def __init__(self, start: Callable[..., Any], free_port: Callable[[], int], until: Any) -> None:
-        self._start, self._free_port, self._until = start, free_port, until
-        self.ports: list[int] = []
-        self._moved: dict[int, int] = {}
-        self.processes = [self._node() for _ in range(3)]
-        bounds = [0, 5461, 10923, 16384]
-        for process, first, end in zip(self.processes, bounds[:-1], bounds[1:], strict=True):
-            process.client.execute_command("CLUSTER", "ADDSLOTS", *range(first, end))
-        self._join()
-
-    @property
-    def url(self) -> str:
-        return f"redis+cluster://127.0.0.1:{self.ports[1]}"
-
-    def _node(self) -> Any:
-        for _ in range(20):  # the bus has its port ten thousand above
-            port = self._free_port()
-            if port < 55_000:
-                break
-        self.ports.append(port)
-        return self._start(
-            "--port", str(port), "--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--bind", "127.0.0.1",
-            "--repl-diskless-sync-delay", "0", "--cluster-require-full-coverage", "no",
-        )  # fmt: skip
-
-    def _join(self) -> None:
-        for process in self.processes:
-            process.client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.ports[0])
-        self._until(lambda: all(self._sees(process) == (len(self.processes), "ok") for process in self.processes))
-
-    def _sees(self, process: Any) -> tuple[int, str]:
-        info = process.client.execute_command("CLUSTER INFO")
-        return int(info["cluster_known_nodes"]), info["cluster_state"]
-
-    def add_replica(self, of: int) -> Any:
-        process = self._node()
-        self.processes.append(process)
-        self._join()
-        process.client.execute_command("CLUSTER", "REPLICATE", self.id(of))
-        self._until(lambda: process.client.info("replication").get("master_link_status") == "up")
-        return process
-
-    def id(self, place: int) -> str:
-        return str(self.processes[place].client.execute_command("CLUSTER MYID").decode())
-
-    def begin_move(self, at: int, source: int, target: int) -> None:
-        self.processes[target].client.execute_command("CLUSTER", "SETSLOT", at, "IMPORTING", self.id(source))
-        self.processes[source].client.execute_command("CLUSTER", "SETSLOT", at, "MIGRATING", self.id(target))
-
-    def move_keys(self, source: int, target: int, *keys: bytes) -> None:
-        for key in keys:
-            self.processes[source].client.execute_command("MIGRATE", "127.0.0.1", self.ports[target], key, 0, 5000)
-
-    def end_move(self, at: int, target: int) -> None:
-        self._moved[at] = target
-        for process in (self.processes[target], *self.processes):
-            process.client.execute_command("CLUSTER", "SETSLOT", at, "NODE", self.id(target))
-
-    def owner(self, at: int) -> int:
-        return self._moved.get(at, int(at >= 5461) + int(at >= 10923))
-
-
 @pytest.fixture(scope="module")
-def shared(start_module_redis: Any, free_port: Callable[[], int], eventually: Any) -> Cluster:
-    return Cluster(start_module_redis, free_port, eventually)
+def shared(start_module_cluster: Callable[[], Cluster]) -> Cluster:
+    return start_module_cluster()
 
 
 @pytest.fixture
@@ -104,12 +40,6 @@ def cluster(shared: Cluster) -> Cluster:
     for process in shared.processes[:3]:
         process.client.execute_command("FLUSHALL")
     return shared
-
-
-@pytest.fixture
-def own_cluster(start_redis: Any, free_port: Callable[[], int], eventually: Any) -> Cluster:
-    """A test's own, to break."""
-    return Cluster(start_redis, free_port, eventually)
 
 
 def test_slots_are_those_of_redis() -> None:
@@ -283,9 +213,10 @@ def test_a_cluster_that_is_away_at_the_start_is_found_later(
 
 @pytest.mark.slow
 def test_a_primary_with_a_replica_waits_for_it_and_fails_over_to_it(
-    own_cluster: Cluster, open_store: OpenStore, holder: MakeHolder, troubles: Any, eventually: Any
+    start_cluster: Callable[[], Cluster], open_store: OpenStore, holder: MakeHolder, troubles: Any, eventually: Any
 ) -> None:
     """redis_ack = replicated: rows of the nodes that have no replica wait, those of the one that has are told, and outlive it."""
+    own_cluster = start_cluster()
     own_cluster.add_replica(of=0)
     careful = open_store(own_cluster.url, ack="replicated", ack_timeout_ms=300)
     told = troubles(careful)
