@@ -10,7 +10,6 @@ import pytest
 from chaos.campaign import WORLDS, Campaign, Load
 from chaos.fleet import World
 
-
 QUICK = ("always", "emptied", "replicated", "cluster")
 
 
