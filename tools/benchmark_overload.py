@@ -36,6 +36,7 @@ DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 SMALL_CLIENTS, SMALL_SESSIONS, PERIOD_S = 10, 100, 1.0
 GREEDY_SESSIONS, GREEDY_STEPS = 2000, 256
 CROWD = 8  # greedy clients of the overload, in one process
+HASTY_SESSIONS, HASTE_S = 1000, 0.5
 QUEUE_ROWS = 4096  # of the server that is overloaded
 ROUNDS, SETTLE_S, NICENESS = 3, 2.0, 10
 BESIDE = ("nothing", "a burner", "a greedy client")
@@ -140,6 +141,28 @@ class Small:
             await asyncio.sleep(max(0.0, PERIOD_S - self.waits[-1]))
 
 
+class Hasty:
+    """A client with many sessions, whose steps are worth nothing after a while."""
+
+    def __init__(self, client: engram.AsyncClient) -> None:
+        self._client = client
+        self.answered: list[float] = []
+        self.late: list[float] = []
+
+    async def run(self) -> None:
+        sessions = await self._client.open_many(W, [f"hasty-{at}" for at in range(HASTY_SESSIONS)])
+        await asyncio.gather(*(self._session(session) for session in sessions))
+
+    async def _session(self, session: engram.Session) -> None:
+        while True:
+            begun = time.perf_counter()
+            try:
+                await session.step(INPUTS[0], timeout=HASTE_S)
+                self.answered.append(time.perf_counter() - begun)
+            except engram.DeadlineExceeded:
+                self.late.append(time.perf_counter() - begun)
+
+
 @contextlib.asynccontextmanager
 async def small_ones(address: str) -> Any:
     async with contextlib.AsyncExitStack() as stack:
@@ -189,9 +212,10 @@ async def overloaded(server: LocalServer, seconds: float) -> dict[str, Any]:
         await asyncio.sleep(seconds)
         usual, small.waits = np.array(small.waits), []
         memory, rows = [], []
-        with beside("crowd", server.address):
+        async with beside_crowd(server.address) as hasty:
             await asyncio.sleep(6 * SETTLE_S)
             before, refused, small.waits = await _steps(server), await _refused(server), []
+            expired, hasty.answered, hasty.late = await _refused(server, "DEADLINE_EXCEEDED"), [], []
             end = time.monotonic() + 2 * seconds
             while time.monotonic() < end:
                 await asyncio.sleep(1.0)
@@ -199,6 +223,8 @@ async def overloaded(server: LocalServer, seconds: float) -> dict[str, Any]:
                 rows.append((await _scraped(server)).get("engram_rows_in_flight", 0.0))
             during, steps = np.array(small.waits), await _steps(server) - before
             refused = await _refused(server) - refused
+            expired = await _refused(server, "DEADLINE_EXCEEDED") - expired
+            told = np.array(hasty.answered), np.array(hasty.late)
         over, small.waits = time.monotonic(), []
         while time.monotonic() - over < 30.0:
             await asyncio.sleep(0.25)
@@ -214,11 +240,26 @@ async def overloaded(server: LocalServer, seconds: float) -> dict[str, Any]:
         "p50_ms": 1000 * float(np.median(during)), "p99_ms": 1000 * float(np.quantile(during, 0.99)),
         "rss_mb_first_and_last": [round(float(np.mean(part)), 1) for part in (memory[:3], memory[-3:])],
         "recovered_s": recovered, "others_errors": errors,
+        "deadline_ms": 1000 * HASTE_S, "in_time": len(told[0]), "too_late": len(told[1]),
+        "latest_answer_ms": 1000 * float(told[0].max(initial=0.0)), "latest_word_ms": 1000 * float(told[1].max(initial=0.0)),
+        "expired_in_the_queue": expired,
     }  # fmt: skip
 
 
-async def _scraped(server: LocalServer) -> dict[str, float]:
-    """What the server's metrics are, summed over their labels."""
+@contextlib.asynccontextmanager
+async def beside_crowd(address: str) -> Any:
+    """Greedy clients in a process of their own, and one here that is hasty."""
+    with beside("crowd", address):
+        async with engram.AsyncClient(address) as client:
+            hasty = Hasty(client)
+            task = asyncio.create_task(hasty.run())
+            yield hasty
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _scraped(server: LocalServer, label: str = "") -> dict[str, float]:
+    """What the server's metrics are, summed over their labels, or over those with this value."""
 
     def read() -> list[str]:
         with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=10) as answer:
@@ -227,7 +268,7 @@ async def _scraped(server: LocalServer) -> dict[str, float]:
 
     found: dict[str, float] = {}
     for line in await asyncio.to_thread(read):
-        if not line.startswith("#"):
+        if not line.startswith("#") and label in line:
             name, value = line.split("{")[0].split(" ")[0], line.rsplit(" ", 1)[1]
             found[name] = found.get(name, 0.0) + float(value)
     return found
@@ -237,8 +278,8 @@ async def _steps(server: LocalServer) -> float:
     return (await _scraped(server)).get("engram_commit_rows_total", 0.0)
 
 
-async def _refused(server: LocalServer) -> float:
-    return (await _scraped(server)).get("engram_rows_refused_total", 0.0)
+async def _refused(server: LocalServer, reason: str = "") -> float:
+    return (await _scraped(server, reason)).get("engram_rows_refused_total", 0.0)
 
 
 def page(found: dict[str, Any]) -> str:
@@ -262,6 +303,9 @@ def page(found: dict[str, Any]) -> str:
         f"  at most {over['rows_in_flight_max']:,.0f} rows in flight",
         f"- the small ones: p50 {over['p50_ms']:.0f} ms, p99 {over['p99_ms']:.0f} ms",
         f"  (before: {over['usual_p50_ms']:.1f} and {over['usual_p99_ms']:.1f}); errors: {over['others_errors']}",
+        f"- {HASTY_SESSIONS} more sessions step with a deadline of {over['deadline_ms']:.0f} ms: {over['in_time']:,} answers, the",
+        f"  last of them after {over['latest_answer_ms']:.0f} ms; {over['too_late']:,} were too late, as their callers knew",
+        f"  after {over['latest_word_ms']:.0f} ms at most; {over['expired_in_the_queue']:,.0f} rows were dropped in the queue",
         f"- the server's memory: {first:,.0f} MB at the beginning of the overload, {last:,.0f} MB at its end",
         f"- {over['recovered_s']:.2f} s after it, half of the small ones' steps took at most twice the usual time again", "",
     ]  # fmt: skip

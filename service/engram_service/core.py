@@ -34,6 +34,7 @@ from engram_service.logs import named
 from engram_service.metrics import Metrics
 from engram_service.scheduler import Batch, Tick
 from engram_service.sessions.admission import FEEDBACK, QUIET, StepColumns, classify, column, read_columns
+from engram_service.sessions.backlog import Backlog
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import (
@@ -88,6 +89,8 @@ class Core:
         self._advances: set[Advance] = set()
         self._repeats: dict[tuple[int, int], tuple[Stream, float]] = {}  # (session, seq) in flight, asked for again
         self._streams_made = 0
+        self._backlog = Backlog()
+        self._answered = 0  # rows, ever
         self._room = 0  # rows that may certainly come before `rows_in_flight` must be counted again
 
     # Streams
@@ -205,7 +208,8 @@ class Core:
         share = self.settings.queue_rows_max // len(self.streams)
         if rows > self._room and stream.in_flight + rows > share:
             message = f"{self.settings.queue_rows_max} rows are in flight, this server's limit"
-            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+            hint = self._backlog.retry_ms(time.monotonic(), rows)
+            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=hint)
         self.shares.of(stream.tenant).take(rows)
         self._room -= rows
 
@@ -411,6 +415,7 @@ class Core:
         if self._repeats:
             self._answer_repeats(sessions)
         count = len(advance.tick) if index is None else len(index)
+        self._answered += count
         self.metrics.steps.labels(advance.served.bundle.name, "ok").inc(count)
         self.metrics.stage_seconds.labels("total").observe(time.monotonic() - advance.tick.parts[0].batch.arrived)
         self._settle(advance, index)
@@ -650,11 +655,14 @@ class Core:
     # Time
 
     async def sweep(self) -> None:
-        """Deadlines of what waits, a few times a heartbeat; runs until cancelled."""
+        """Deadlines of what waits, and how fast it is done; a few times a heartbeat, until cancelled."""
         while True:
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
-            if self.queue.waiting_rows:
+            waiting = self.queue.waiting_rows
+            if not self.store_trouble:
+                self._backlog.observe(now, self._answered, waiting)
+            if waiting:
                 self._expire_waiting(now)
             for advance in list(self._advances):
                 if any(part.batch.deadline < now for part in advance.tick.parts):

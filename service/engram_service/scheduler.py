@@ -1,8 +1,11 @@
 """Which waiting rows make the next tick. Pure: arrays and queues, no torch, no clock, no lock of its own.
 
 Frames of one stream wait in the order in which they came; streams take turns. A tick takes all that is ready, at most
-`rows_max` rows and at most `run_max` consecutive steps of one session; sessions that are busy keep their rows here.
-Owned by work.WorkQueue, which calls it under its lock.
+`rows_max` rows and at most `run_max` consecutive steps of one session; sessions that are busy keep their rows here, and so do
+rows whose deadline has passed, until they are dropped. Owned by work.WorkQueue, which calls it under its lock.
+
+Streams are treated alike. Each has its share of a tick before any has more. While several step, none brings more than its turn into
+a tick, even where there is room, and beside small ones no long runs: whoever comes while a tick runs waits for its end.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_FAIR_SHARE_MIN = 32  # rows that each stream may place in a tick before others get a second turn
+_FAIR_SHARE_MIN = 32  # rows that each stream may place in a tick before others get more
+_TURN_MIN = 128  # rows that a stream may bring in any case; a tick's fixed cost is that of some 50
+_RUN_SHARED = 2  # most consecutive steps of one session beside small streams; they run one after the other
+_LATELY_S = 1.0  # a stream is one of those that step for so long after its last frame
 
 
 @dataclass(slots=True, eq=False)
@@ -70,26 +76,41 @@ class Scheduler:
         self.run_max = run_max
         self.waiting_rows = 0
         self._queues: OrderedDict[int, deque[Batch]] = OrderedDict()
+        # Streams, and when their last frame came; the latest last.
+        self._stepped: OrderedDict[int, float] = OrderedDict()
 
     def add(self, batch: Batch) -> None:
         self._queues.setdefault(batch.stream.id, deque()).append(batch)
+        self._stepped[batch.stream.id] = batch.arrived
+        self._stepped.move_to_end(batch.stream.id)
         self.waiting_rows += len(batch.waiting)
 
-    def next(self, busy: NDArray[np.bool_], rows_max: int) -> Tick | None:
+    def next(self, busy: NDArray[np.bool_], rows_max: int, now: float) -> Tick | None:
         """The next tick, or None where nothing is ready. Marks the sessions it takes in `busy`."""
         if not self.waiting_rows:
             return None
         taken: list[tuple[Batch, NDArray[np.intp]]] = []
+        brought = dict.fromkeys(self._queues, 0)
         room = rows_max
-        share = max(_FAIR_SHARE_MIN, rows_max // len(self._queues))
-        for quota in (share, rows_max):
-            for stream_id in list(self._queues):
-                room -= self._take(self._queues[stream_id], min(quota, room), busy, taken)
-                if not room:
-                    break
+        turn, run_max = self._limits(rows_max, now)
+        for share in (max(_FAIR_SHARE_MIN, rows_max // len(self._queues)), rows_max):
+            for stream_id, queue in self._queues.items():
+                if (quota := min(share, turn - brought[stream_id], room)) > 0:
+                    count = self._take(queue, quota, run_max, busy, now, taken)
+                    brought[stream_id] += count
+                    room -= count
         self._rotate()
         self.waiting_rows -= rows_max - room
         return _tick(taken) if taken else None
+
+    def _limits(self, rows_max: int, now: float) -> tuple[int, int]:
+        """Most rows of one stream in a tick, and of one session."""
+        while self._stepped and next(iter(self._stepped.values())) < now - _LATELY_S:
+            self._stepped.popitem(last=False)
+        streams = max(1, len(self._stepped))
+        turn = max(_TURN_MIN, rows_max // streams)
+        large = sum(sum(len(batch.waiting) for batch in queue) > turn for queue in self._queues.values())
+        return turn, min(self.run_max, _RUN_SHARED) if 0 < large < streams else self.run_max
 
     def drop(self, wanted: Callable[[Batch], NDArray[np.bool_]]) -> list[tuple[Batch, NDArray[np.intp]]]:
         """Takes out the waiting rows for which `wanted` (a mask over batch.waiting) is true, and returns them."""
@@ -105,13 +126,18 @@ class Scheduler:
         return dropped
 
     def _take(
-        self, queue: deque[Batch], quota: int, busy: NDArray[np.bool_], taken: list[tuple[Batch, NDArray[np.intp]]]
-    ) -> int:
+        self, queue: deque[Batch], quota: int, run_max: int, busy: NDArray[np.bool_], now: float,
+        taken: list[tuple[Batch, NDArray[np.intp]]],
+    ) -> int:  # fmt: skip
         count = 0
+        late = np.empty(0, np.int32)  # sessions with a row whose time is up, behind which none may go
         for batch in queue:
             if count >= quota:
                 break
-            chosen = _ready(batch, busy, self.run_max)[: quota - count]
+            if batch.deadline < now:
+                late = np.concatenate([late, batch.rows[batch.waiting]])
+                continue
+            chosen = _ready(batch, busy, run_max, late)[: quota - count]
             if not len(chosen):
                 continue
             busy[batch.rows[chosen]] = True
@@ -136,11 +162,13 @@ class Scheduler:
             del self._queues[stream_id]
 
 
-def _ready(batch: Batch, busy: NDArray[np.bool_], run_max: int) -> NDArray[np.intp]:
-    """Waiting rows whose session is free, at most `run_max` of one session, in order."""
+def _ready(batch: Batch, busy: NDArray[np.bool_], run_max: int, late: NDArray[np.int32]) -> NDArray[np.intp]:
+    """Waiting rows whose session is free and not `late`, at most `run_max` of one session, in order."""
     waiting = batch.waiting
     rows = batch.rows[waiting]
     free = ~busy[rows]
+    if len(late):
+        free &= ~np.isin(rows, late)
     if not batch.unique:
         free &= _occurrence(rows) < run_max
     return waiting if free.all() else waiting[free]

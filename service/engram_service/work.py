@@ -8,6 +8,7 @@ have no session in common; a job has all arenas to itself.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -108,12 +109,12 @@ class WorkQueue:
             self.lock.notify_all()
 
     def _next_tick(self) -> tuple[int, Tick] | None:
-        models = list(self._schedulers)
+        models, now = list(self._schedulers), time.monotonic()
         for offset in range(len(models)):
             model = models[(self._turn + offset) % len(models)]
             scheduler = self._schedulers[model]
             share = max(_SHARE_MIN, -(-scheduler.waiting_rows // self._takers))
-            if tick := scheduler.next(self._table.busy, min(share, self._rows_max)):
+            if tick := scheduler.next(self._table.busy, min(share, self._rows_max), now):
                 self._turn = (self._turn + offset + 1) % len(models)
                 if self.waiting_rows:
                     self.lock.notify()  # the rest is another thread's

@@ -23,7 +23,7 @@ WORLDS = (
     World("no", servers=2, appendfsync="no"),
     World("emptied", servers=1, appendonly=False),
     World("replicated", servers=2, replicated=True),
-    World("cluster", servers=2, cluster=True),
+    World("cluster", servers=2, appendfsync="always", cluster=True),
     World("clocks", servers=2, clocks=True),
 )
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_service.scheduler import Batch, Scheduler, Tick
+from engram_service.sessions.backlog import Backlog
 
 
 @dataclass
@@ -29,14 +31,14 @@ def test_all_that_is_ready_goes_at_once() -> None:
     scheduler, busy = Scheduler(16), np.zeros(10, np.bool_)
     scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
     scheduler.add(batch(2, [3, 4], [1, 1]))
-    tick = scheduler.next(busy, 100)
+    tick = scheduler.next(busy, 100, 0.0)
     assert tick is not None
     assert tick.rows.tolist() == [0, 1, 2, 3, 4]
     assert busy[:5].all()
     assert not busy[5:].any()
     assert tick.waves == [None]
     assert tick.last is None
-    assert scheduler.next(busy, 100) is None
+    assert scheduler.next(busy, 100, 0.0) is None
     assert scheduler.waiting_rows == 0
 
 
@@ -44,13 +46,13 @@ def test_a_busy_session_waits_and_the_others_go() -> None:
     scheduler, busy = Scheduler(16), np.zeros(4, np.bool_)
     busy[1] = True
     scheduler.add(batch(1, [0, 1, 2], [1, 1, 1]))
-    tick = scheduler.next(busy, 100)
+    tick = scheduler.next(busy, 100, 0.0)
     assert tick is not None
     assert tick.rows.tolist() == [0, 2]
-    assert scheduler.next(busy, 100) is None
+    assert scheduler.next(busy, 100, 0.0) is None
     assert scheduler.waiting_rows == 1
     busy[:] = False
-    tick = scheduler.next(busy, 100)
+    tick = scheduler.next(busy, 100, 0.0)
     assert tick is not None
     assert tick.rows.tolist() == [1]
 
@@ -58,7 +60,7 @@ def test_a_busy_session_waits_and_the_others_go() -> None:
 def test_a_run_of_one_session_goes_in_waves() -> None:
     scheduler, busy = Scheduler(3), np.zeros(4, np.bool_)
     scheduler.add(batch(1, [0, 0, 1, 0, 0], [1, 2, 1, 3, 4]))
-    tick = scheduler.next(busy, 100)
+    tick = scheduler.next(busy, 100, 0.0)
     assert tick is not None
     assert [(int(r), int(s)) for r, s in zip(tick.rows, tick.seqs, strict=True)] == [(0, 1), (0, 2), (1, 1), (0, 3)]
     assert [wave.tolist() for wave in tick.waves if wave is not None] == [[0, 2], [1], [3]]
@@ -70,10 +72,61 @@ def test_streams_share_a_full_tick() -> None:
     scheduler, busy = Scheduler(1), np.zeros(2000, np.bool_)
     scheduler.add(batch(1, list(range(1000)), [1] * 1000))
     scheduler.add(batch(2, [1500, 1501], [1, 1]))
-    tick = scheduler.next(busy, 64)
+    tick = scheduler.next(busy, 64, 0.0)
     assert tick is not None
     assert len(tick) == 64
     assert {1500, 1501} <= set(tick.rows.tolist()), "a small stream must not wait for a large one"
+
+
+def test_a_greedy_stream_has_its_turn_and_no_more_while_others_step() -> None:
+    scheduler, busy = Scheduler(1), np.zeros(3000, np.bool_)
+    scheduler.add(batch(1, list(range(2000)), [1] * 2000))
+    scheduler.add(batch(2, [2500], [1]))
+    first = scheduler.next(busy, 1024, 0.0)
+    assert first is not None and len(first) == 513 and 2500 in first.rows, "half of a tick, for there are two"
+    for stream in range(3, 20):
+        scheduler.add(batch(stream, [2500 + stream], [1]))
+    crowded = scheduler.next(busy, 1024, 0.5)
+    assert crowded is not None and len(crowded) == 128 + 17, "a turn has 128 rows, however many there are"
+    alone = scheduler.next(busy, 1024, 2.0)
+    assert alone is not None and len(alone) == 1024, "nobody else has stepped for more than a second"
+
+
+def test_runs_are_short_beside_small_streams_and_long_among_large_ones() -> None:
+    scheduler, busy = Scheduler(16), np.zeros(300, np.bool_)
+    for stream in (0, 1):
+        scheduler.add(batch(stream, [stream * 100 + n // 16 for n in range(1600)], [n % 16 + 1 for n in range(1600)]))
+    among_large = scheduler.next(busy, 1024, 0.0)
+    assert among_large is not None and len(among_large.waves) == 16
+    busy[:] = False
+    scheduler.add(batch(2, [299], [1]))
+    beside_small = scheduler.next(busy, 200, 0.0)
+    assert beside_small is not None and len(beside_small.waves) == 2 and 299 in beside_small.rows
+
+
+def test_rows_whose_time_is_up_are_not_taken_nor_any_behind_them() -> None:
+    scheduler, busy = Scheduler(16), np.zeros(10, np.bool_)
+    scheduler.add(batch(1, [0, 1], [1, 1], deadline=5.0))
+    scheduler.add(batch(1, [0, 2], [2, 1], deadline=50.0))
+    tick = scheduler.next(busy, 100, 10.0)
+    assert tick is not None and tick.rows.tolist() == [2]
+    assert scheduler.waiting_rows == 3 and scheduler.next(busy, 100, 10.0) is None
+    dropped = scheduler.drop(lambda waiting: np.full(len(waiting.waiting), waiting.deadline < 10.0))
+    assert [part.seqs[index].tolist() for part, index in dropped] == [[1, 1]]
+
+
+def test_refused_rows_come_again_one_after_another_at_the_rate_of_the_machine() -> None:
+    backlog = Backlog()
+    assert backlog.retry_ms(0.0, 4096) == 50, "nothing is known yet"
+    for beat in range(51):
+        backlog.observe(beat * 0.02, beat * 20, waiting=500)  # a thousand rows a second
+    assert backlog.rate == pytest.approx(1000)
+    assert [backlog.retry_ms(1.0, 100) for _ in range(3)] == [100, 200, 300]
+    assert backlog.retry_ms(1.25, 100) == 150, "a quarter of a second later, 250 of them have had their room"
+    assert backlog.retry_ms(1.25, 1_000_000) == 5000, "and nobody is sent away for long"
+    for beat in range(50):
+        backlog.observe(2.0 + beat * 0.02, 1000 + beat, waiting=0)
+    assert backlog.rate == pytest.approx(1000), "what an idle machine is asked for says nothing of what it can do"
 
 
 def test_drop_takes_rows_out() -> None:
@@ -82,7 +135,7 @@ def test_drop_takes_rows_out() -> None:
     dropped = scheduler.drop(lambda waiting: waiting.rows[waiting.waiting] == 1)
     assert [index.tolist() for _, index in dropped] == [[1]]
     assert scheduler.waiting_rows == 2
-    tick = scheduler.next(busy, 100)
+    tick = scheduler.next(busy, 100, 0.0)
     assert tick is not None
     assert tick.rows.tolist() == [0, 2]
 
@@ -114,7 +167,7 @@ def test_every_session_advances_in_order_and_nothing_is_lost(
                 sent[row] += 1
                 seqs.append(int(sent[row]))
             scheduler.add(batch(stream, rows, seqs))
-        tick = scheduler.next(busy, rows_max)
+        tick = scheduler.next(busy, rows_max, 0.0)
         if tick is not None:
             assert 0 < len(tick) <= rows_max
             _, counts = np.unique(tick.rows, return_counts=True)
