@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -65,6 +66,26 @@ def test_the_newest_open_wins_and_the_other_is_told(shared_server: ServerProcess
     assert [row.error.reason for row in first.next("opened").errors] == ["TAKEN_OVER"], "an attach never takes over"
     first.send(attach=stream_pb2.AttachFrame(request_id=1, model="digits-reader", session_ids=[name], client_id=5))
     assert not first.next("opened").errors, "the client that opened it last may attach again"
+
+
+def test_an_open_of_a_client_that_is_gone_takes_nothing(pair: list[ServerProcess], connect: Connect) -> None:
+    """It was sent to a server that hung; its client was killed, and began again at another server."""
+    one, two = pair
+    gone, again = connect(one), connect(two)
+    handle_of(gone, "other")
+    os.kill(one.pid, signal.SIGSTOP)
+    try:
+        names = [f"mine-{number}" for number in range(20)]
+        gone.send(open=stream_pb2.OpenFrame(request_id=2, model="digits-reader", session_ids=names, client_id=5))
+        time.sleep(0.2)
+        gone.close()
+        opened = again.open(*names, client_id=6)
+        handles = np.frombuffer(opened.handles, np.uint32).tolist()
+    finally:
+        os.kill(one.pid, signal.SIGCONT)
+    time.sleep(1.0)
+    for handle in handles:
+        step(again, handle, 1)
 
 
 def test_one_id_belongs_to_one_model(

@@ -64,12 +64,13 @@ class Holder:
         self.losses = 0
 
     def requests(
-        self, model: str = "m", version: str = "", client_id: int = 1, attach: bool = False
+        self, model: str = "m", version: str = "", client_id: int = 1, attach: bool = False, replaces: str | None = None
     ) -> list[ClaimRequest]:
         return [
             ClaimRequest(
                 session_id=name, model=model, version=version, create_version="1", fingerprint="f" * 32,
                 client_id=client_id, attach=attach, token=token, ttl_ms=self.ttl_ms, initial=self.layout.initial(1, 5),
+                replaces=replaces,
             )
             for name, token in zip(self.ids, self.tokens, strict=True)
         ]  # fmt: skip

@@ -161,6 +161,17 @@ def test_a_record_that_was_evicted_is_written_back(store: Store, holder: MakeHol
     assert owner.commit(2) == [OK] and owner.stored() == [2]
 
 
+def test_a_claim_replaces_the_one_that_was_seen_and_no_other(store: Store, holder: MakeHolder) -> None:
+    first = holder(store, "a").claim(replaces="")
+    assert first.claims[0].status is ClaimStatus.CREATED and store.holders(["a", "b"]) == [first.tokens[0], ""]
+    late, second = holder(store, "a"), holder(store, "a").claim(replaces=first.tokens[0])
+    assert second.claims[0].status is ClaimStatus.CARRIED
+    assert late.claim(replaces=first.tokens[0]).claims[0].status is ClaimStatus.CHANGED
+    assert holder(store, "b").claim(replaces=first.tokens[0]).claims[0].status is ClaimStatus.CHANGED
+    assert second.claim(replaces=first.tokens[0]).claims[0].status is ClaimStatus.CARRIED, "its own, asked for again"
+    assert second.commit(1) == [OK] and second.stored() == [1]
+
+
 def test_load_and_diagnose(store: Store, holder: MakeHolder) -> None:
     owner = holder(store, "a", "b", "c").claim()
     owner.commit(4)

@@ -122,7 +122,7 @@ class Sessions:
                     above := await self.above_limit([ids[i] for i in good], wanted.ttl_ms, deadline)
                 ):
                     requests = [replace(one, may_create=one.session_id not in above) for one in requests]
-                claims, result.losses = await self._claim(requests, deadline)
+                claims, result.losses = await self._claim(stream, requests, deadline)
                 self._apply(stream, wanted, served, good, requests, claims, result)
         return result
 
@@ -196,14 +196,30 @@ class Sessions:
                     ) from error
                 await asyncio.sleep(_RETRY_S)
 
-    async def _claim(self, requests: Sequence[ClaimRequest], deadline: float) -> tuple[list[ClaimResult], int]:
+    async def _claim(
+        self, stream: Stream, requests: Sequence[ClaimRequest], deadline: float
+    ) -> tuple[list[ClaimResult], int]:
         """The claims, and how often the store had lost its data before them. What was claimed in a store that has lost its data
-        meanwhile is claimed again: the former rows are written back, and the new ones are not there yet to be."""
+        meanwhile is claimed again: the former rows are written back, and the new ones are not there yet to be.
+
+        A claim replaces the one that was there when the stream was still seen alive. So it does nothing if it comes late, from a
+        server that hung or waited for the store, when its client is gone and the session goes on elsewhere.
+        """
+        claims: dict[int, ClaimResult] = {}
+        left: Sequence[int] = range(len(requests))
         while True:
             losses = self._store.losses
-            claims = await self.call(deadline, self._store.claim, requests)
-            if self._store.losses == losses:
-                return claims, losses
+            before = await self.call(deadline, self._store.holders, [requests[n].session_id for n in left])
+            if stream.ended:
+                raise Unavailable("STORE_UNAVAILABLE", "the stream ended before its sessions were claimed")
+            some = [replace(requests[n], replaces=token) for n, token in zip(left, before, strict=True)]
+            claims |= zip(left, await self.call(deadline, self._store.claim, some), strict=True)
+            changed = [n for n, claim in claims.items() if claim.status is ClaimStatus.CHANGED]
+            if self._store.losses == losses and not changed:
+                return [claims[n] for n in range(len(requests))], losses
+            if time.monotonic() > deadline:
+                raise self._core.late()
+            left = range(len(requests)) if self._store.losses != losses else changed
 
     def _requests(self, served: Served, wanted: Wanted, ids: Sequence[str]) -> list[ClaimRequest]:
         ttl_ms = wanted.ttl_ms or self._core.settings.session_ttl_s * 1000

@@ -21,13 +21,15 @@ local memory = g and KEYS[1] .. ':m'
 """
 
 # Claims a session for a new token: the record is renamed, so that commits under the old token find nothing.
-# ARGV: token, model, version ("" any), version to create, fingerprint, client id, ttl ms, now ms, attach, id, initial record
+# ARGV: token, model, version ("" any), version to create, fingerprint, client id, ttl ms, now ms, attach, id, initial record,
+#       token of the claim that it may replace ("" none, * any)
 # attach: 0 an open; 1 an attach, by the session's own client; 2 an open that must not create
 CLAIM = (
     _SAME_CLAIM
     + """
 local k = KEYS[1]
 local m = redis.call('HMGET', k, 't', 'm', 'f', 'h', 'e', 'c')
+if m[1] ~= ARGV[1] and ARGV[12] ~= '*' and ARGV[12] ~= (m[1] or '') then return {'CHANGED'} end
 local old = m[1] and k .. ':' .. m[1]
 local record = old and redis.call('GET', old)
 if m[1] and not record then

@@ -168,6 +168,11 @@ class Store:
 
     # Claims
 
+    def holders(self, session_ids: Sequence[str]) -> list[str]:
+        """The tokens of the claims that these sessions are under; "" where there is none."""
+        keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
+        return [(token or b"").decode() for token in self._call(lambda: self._tokens(keys))]
+
     def claim(self, requests: Sequence[ClaimRequest]) -> list[ClaimResult]:
         """Takes sessions over, or creates them. Raises StoreUnavailable; then some may have been claimed: claim again."""
 
@@ -178,7 +183,7 @@ class Store:
             args = [
                 [request.token, request.model, request.version, request.create_version, request.fingerprint, request.client_id,
                  request.ttl_ms, now_ms, 1 if request.attach else 0 if request.may_create else 2, request.session_id,
-                 request.initial]
+                 request.initial, "*" if request.replaces is None else request.replaces]
                 for request in requests
             ]  # fmt: skip
             return self._scripted(self._claim, keys, args, self.settings.wait)
@@ -412,7 +417,7 @@ def _reference(text: bytes) -> tuple[str, str]:
 
 def _claimed(reply: Sequence[Any]) -> ClaimResult:
     status = ClaimStatus(reply[0].decode())
-    if status in (ClaimStatus.NOT_FOUND, ClaimStatus.TAKEN_OVER):
+    if status in (ClaimStatus.NOT_FOUND, ClaimStatus.CHANGED, ClaimStatus.TAKEN_OVER):
         return ClaimResult(status)
     model, version = _reference(reply[1])
     if status is ClaimStatus.OTHER_MODEL:

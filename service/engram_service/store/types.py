@@ -62,6 +62,7 @@ class ClaimStatus(enum.Enum):
     CARRIED = "CARRIED"
     NOT_FOUND = "NOT_FOUND"  # an attach, or an open that may not create, of a session that is not there
     OTHER_MODEL = "OTHER_MODEL"
+    CHANGED = "CHANGED"  # another claim than the one that this was to replace
     TAKEN_OVER = "TAKEN_OVER"  # an attach to a session that another client has opened
 
 
@@ -78,6 +79,7 @@ class ClaimRequest:
     ttl_ms: int
     initial: bytes  # the record if the session is new
     may_create: bool = True
+    replaces: str | None = None  # the token of the claim that it may replace, "" where there is none; None: any
 
 
 @dataclass(frozen=True, slots=True)
