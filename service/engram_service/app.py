@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -84,7 +85,7 @@ async def serve(settings: Settings) -> None:
         store.writing_back = lambda: core.residency.writing_back
         store.start()
         core.engine.start()
-        http = _Http(settings.http, metrics)
+        http = _Http(settings.http, metrics, lambda: server.serving)
         stack.callback(http.stop)
         port = await server.start()
         _announce(settings, port, device)
@@ -175,9 +176,9 @@ def _expose(metrics: Metrics, core: Core, store: Store, device: torch.device) ->
 
 
 class _Http:
-    """/metrics and /healthz, in a thread of their own."""
+    """/metrics, /healthz (it lives) and /readyz (it takes clients), in a thread of their own."""
 
-    def __init__(self, address: str, metrics: Metrics) -> None:
+    def __init__(self, address: str, metrics: Metrics, ready: Callable[[], bool]) -> None:
         registry = metrics.registry
 
         class Handler(BaseHTTPRequestHandler):
@@ -186,8 +187,10 @@ class _Http:
                     self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
                 elif self.path == "/healthz":
                     self._answer(200, "text/plain", b"ok\n")
+                elif self.path == "/readyz":
+                    self._answer(*(200, "text/plain", b"ok\n") if ready() else (503, "text/plain", b"not serving\n"))
                 else:
-                    self._answer(404, "text/plain", b"only /metrics and /healthz are here\n")
+                    self._answer(404, "text/plain", b"only /metrics, /healthz and /readyz are here\n")
 
             def _answer(self, status: int, kind: str, body: bytes) -> None:
                 self.send_response(status)

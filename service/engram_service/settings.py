@@ -36,7 +36,7 @@ class Settings:
     advertise: str = _setting(
         "", "HOST:PORT at which clients reach this very server, which reconnecting ones then try first; none: not told"
     )
-    http: str = _setting("127.0.0.1:9464", "address of /metrics and /healthz, HOST:PORT")
+    http: str = _setting("127.0.0.1:9464", "address of /metrics, /healthz and /readyz, HOST:PORT")
     redis_url: str = _setting(
         "",
         "redis://, rediss://, unix://, redis+cluster:// or rediss+cluster:// URL; none: a private Redis in the data directory",

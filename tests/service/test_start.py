@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -89,8 +90,15 @@ def test_metrics_and_health(server: ServerProcess, connect: Connect) -> None:
     ):
         assert name in text
     assert "counted" not in text, "no label grows with users"
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/healthz") as response:
-        assert response.status == 200
+    assert _status(server, "healthz") == _status(server, "readyz") == 200
+
+
+def _status(server: ServerProcess, path: str) -> int:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/{path}") as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_models_come_and_are_refused_while_it_runs(
@@ -142,6 +150,8 @@ def test_a_drain_finishes_what_was_accepted(server: ServerProcess, connect: Conn
     time.sleep(0.05)
     server.terminate()
     answered = 0
+    while _status(server, "readyz") != 503:
+        assert _status(server, "healthz") == 200
     draining = False
     while answered < rows or not draining:
         response = raw.next()

@@ -61,6 +61,7 @@ class Server:
                 handle = next(getattr(one, name) for one in unary if hasattr(one, name))
                 handlers[method.name] = _unary(method, handle, settings, access)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
+        self.serving = False  # read by another thread, for /readyz
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -80,6 +81,7 @@ class Server:
         return int(port)
 
     async def set_serving(self, serving: bool) -> None:
+        self.serving = serving
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", SERVICE.full_name):
             await self._health.set(name, status)
