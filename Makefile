@@ -21,7 +21,7 @@ help:
 	@echo "make check     ruff, format, mypy --strict, proto lint, generated code"
 	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
 	@echo "make proto     regenerate engram.v1 from proto/"
-	@echo "make docs      the table of settings in docs/operations.md"
+	@echo "make docs      the table of settings in docs/operations.md, and the dashboard"
 	@echo "make bench     measure, and write docs/benchmarks/;  make bench-recall  memories and the NTM"
 	@echo "make bench-arena  more active sessions than slots;  make bench-stored  a million stored sessions (ten minutes)"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
@@ -47,6 +47,7 @@ proto: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/settings_table.py
+	$(BIN)/python tools/dashboard.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

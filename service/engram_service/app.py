@@ -66,6 +66,7 @@ async def serve(settings: Settings) -> None:
         queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max, workers)
         catalog = Catalog(settings, device, metrics)
         core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits))
+        metrics.engine_threads.set(workers)
         core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers)
         sessions = Sessions(core, store)
         unary = UnaryStream(core, sessions)

@@ -39,6 +39,7 @@ class Metrics:
         self.tick_busy_seconds = counter(
             "tick_busy_seconds", "Seconds that the engine spent in ticks: its rate is the utilisation"
         )
+        self.engine_threads = gauge("engine_threads", "Engine threads: the most that the utilisation can be")
         self.stage_seconds = histogram("stage_seconds", "Seconds by stage, one observation a tick", _SECONDS, "stage")
         self.commit_bytes = counter("commit_bytes", "Bytes of records sent to Redis")
         self.commit_rows = counter("commit_rows", "Records sent to Redis")
