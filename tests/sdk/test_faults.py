@@ -302,6 +302,17 @@ def test_draining_server_is_left_without_an_error() -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+def test_a_client_that_cannot_connect_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        before = asyncio.all_tasks()
+        with pytest.raises(engram.Unavailable):
+            async with engram.AsyncClient("127.0.0.1:1", engram.ClientOptions(connect_timeout_s=0.2)):
+                pass
+        assert asyncio.all_tasks() == before
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_no_server_is_unavailable_in_time() -> None:
     async def main() -> None:
         options = engram.ClientOptions(connect_timeout_s=0.5, backoff_initial_s=0.01)

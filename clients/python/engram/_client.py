@@ -92,7 +92,11 @@ class AsyncClient:
         self._open_sessions: dict[int, Session] = {}
 
     async def __aenter__(self) -> AsyncClient:
-        await self.connect()
+        try:
+            await self.connect()
+        except BaseException:
+            await self.aclose()  # nobody else does, and it would go on trying
+            raise
         return self
 
     async def __aexit__(
