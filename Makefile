@@ -12,7 +12,7 @@ SECONDS_A_TARGET ?= 120
 SECONDS ?= 1800
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload soak chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload observe soak chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench     measure, and write docs/benchmarks/;  make bench-recall  memories and the NTM"
 	@echo "make bench-arena  more active sessions than slots;  make bench-stored  a million stored sessions (ten minutes)"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
+	@echo "make observe   dashboard and alerts under a real Prometheus, with real faults; docs/results/observability.json"
 	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
 	@echo "make fuzz      hostile bytes, two minutes a target (SECONDS_A_TARGET); writes docs/results/fuzz.json"
 	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
@@ -106,6 +107,9 @@ bench-stored: $(STAMP)
 
 bench-overload: $(STAMP)
 	$(BIN)/python tools/benchmark_overload.py
+
+observe: $(STAMP)
+	$(BIN)/python tools/observe.py
 
 soak: $(STAMP)
 	$(BIN)/python tools/soak.py --seconds $(SECONDS)

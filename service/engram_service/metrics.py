@@ -66,6 +66,7 @@ class Metrics:
         self.patterns = counter("patterns", "Patterns stored and forgotten", "what")
         self.memory_cache_bytes = gauge("memory_cache_bytes", "Pattern memories at hand")
         self.model_loads = counter("model_loads", "Bundles loaded or refused", "outcome")
+        self.model_loads.labels("failed")  # there from the beginning: an increase from nothing is none to Prometheus
 
     def read_with(self, gauge: Gauge, read: Callable[[], float], *labels: str) -> None:
         """Lets a gauge call `read` when it is scraped."""
