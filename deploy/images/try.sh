@@ -9,7 +9,7 @@ work="${1:-$(mktemp -d)}"
 build="$work/build" run="$work/run"
 
 bare() { # directory, packages
-    [ -x "$1/usr/bin/python3" ] || debootstrap --variant=minbase --include="$2" bookworm "$1" "${MIRROR:-http://deb.debian.org/debian}" >"$1.log"
+    [ -x "$1/usr/bin/python3" ] || debootstrap --variant=minbase --include="$2" bookworm "$1" ${MIRROR:+"$MIRROR"} >"$1.log"
 }
 mkdir -p "$work"
 echo "two bare roots in $work"
