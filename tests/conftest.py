@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -75,6 +76,12 @@ class ServerProcess:
         if self._cluster is not None:
             return self._cluster.client
         return redis.Redis(unix_socket_path=str(self.directory / "data" / "redis.sock"))
+
+    def series(self) -> dict[str, float]:
+        """What its /metrics says, by name and labels as they are written there."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
     @property
     def pid(self) -> int:

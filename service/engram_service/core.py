@@ -203,15 +203,21 @@ class Core:
         if self.draining:
             raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
         if rows > self._room:
-            self._room = self.settings.queue_rows_max - self.rows_in_flight()
+            self._room = self._rows_max() - self.rows_in_flight()
         # Where greedy clients have filled the queue, one that has less than its share is still let in.
-        share = self.settings.queue_rows_max // len(self.streams)
-        if rows > self._room and stream.in_flight + rows > share:
-            message = f"{self.settings.queue_rows_max} rows are in flight, this server's limit"
+        if rows > self._room and stream.in_flight + rows > (limit := self._rows_max()) // len(self.streams):
+            message = f"{limit} rows are in flight, this server's limit just now"
             hint = self._backlog.retry_ms(time.monotonic(), rows)
             raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=hint)
         self.shares.of(stream.tenant).take(rows)
         self._room -= rows
+
+    def _rows_max(self) -> int:
+        """Rows in flight before streams with more than their share are refused."""
+        settings = self.settings
+        soon = int(self._backlog.rate * settings.queue_s_max)
+        # Whatever the rate, an idle server takes any frame.
+        return min(settings.queue_rows_max, max(soon, settings.frame_rows_max)) if soon else settings.queue_rows_max
 
     def _admit_one(self, stream: Stream, frame: stream_pb2.StepsFrame, now: float) -> bool:
         """Admits the usual frame of a client with one session, at a tenth of what columns cost for one row.
@@ -663,6 +669,7 @@ class Core:
             if not self.store_trouble:
                 self._backlog.observe(now, self._answered, waiting)
             if waiting:
+                self._room = 0  # the limit goes with the rate
                 self._expire_waiting(now)
             for advance in list(self._advances):
                 if any(part.batch.deadline < now for part in advance.tick.parts):

@@ -5,7 +5,8 @@ Frames of one stream wait in the order in which they came; streams take turns. A
 rows whose deadline has passed, until they are dropped. Owned by work.WorkQueue, which calls it under its lock.
 
 Streams are treated alike. Each has its share of a tick before any has more. While several step, none brings more than its turn into
-a tick, even where there is room, and beside small ones no long runs: whoever comes while a tick runs waits for its end.
+a tick, even where there is room: whoever comes while a tick runs waits for its end. A stream with more than that waiting is large;
+beside others its rows go in ticks of their own, without long runs, and every second tick is for the small ones.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+FIXED_ROWS = 50  # a tick of one row takes about as long as so many rows more
+
 _FAIR_SHARE_MIN = 32  # rows that each stream may place in a tick before others get more
-_TURN_MIN = 128  # rows that a stream may bring in any case; a tick's fixed cost is that of some 50
+_TURN_MIN = 128  # rows that a stream may bring in any case
+_TURN_S = 0.005  # and as many as take about so long
 _RUN_SHARED = 2  # most consecutive steps of one session beside small streams; they run one after the other
 _LATELY_S = 1.0  # a stream is one of those that step for so long after its last frame
 
@@ -78,6 +82,8 @@ class Scheduler:
         self._queues: OrderedDict[int, deque[Batch]] = OrderedDict()
         # Streams, and when their last frame came; the latest last.
         self._stepped: OrderedDict[int, float] = OrderedDict()
+        self._large_next = False
+        self._rows_per_s = 0.0  # of ticks that are not small
 
     def add(self, batch: Batch) -> None:
         self._queues.setdefault(batch.stream.id, deque()).append(batch)
@@ -89,28 +95,44 @@ class Scheduler:
         """The next tick, or None where nothing is ready. Marks the sessions it takes in `busy`."""
         if not self.waiting_rows:
             return None
-        taken: list[tuple[Batch, NDArray[np.intp]]] = []
-        brought = dict.fromkeys(self._queues, 0)
-        room = rows_max
-        turn, run_max = self._limits(rows_max, now)
-        for share in (max(_FAIR_SHARE_MIN, rows_max // len(self._queues)), rows_max):
-            for stream_id, queue in self._queues.items():
-                if (quota := min(share, turn - brought[stream_id], room)) > 0:
-                    count = self._take(queue, quota, run_max, busy, now, taken)
-                    brought[stream_id] += count
-                    room -= count
-        self._rotate()
-        self.waiting_rows -= rows_max - room
-        return _tick(taken) if taken else None
-
-    def _limits(self, rows_max: int, now: float) -> tuple[int, int]:
-        """Most rows of one stream in a tick, and of one session."""
         while self._stepped and next(iter(self._stepped.values())) < now - _LATELY_S:
             self._stepped.popitem(last=False)
         streams = max(1, len(self._stepped))
-        turn = max(_TURN_MIN, rows_max // streams)
-        large = sum(sum(len(batch.waiting) for batch in queue) > turn for queue in self._queues.values())
-        return turn, min(self.run_max, _RUN_SHARED) if 0 < large < streams else self.run_max
+        turn = max(_TURN_MIN, rows_max // streams, int(self._rows_per_s * _TURN_S))
+        large = [key for key, queue in self._queues.items() if sum(len(batch.waiting) for batch in queue) > turn]
+        if not 0 < len(large) < streams:
+            return self._made(list(self._queues), rows_max, turn, self.run_max, busy, now)
+        small = [key for key in self._queues if key not in large]
+        for keys in (large, small) if self._large_next else (small, large):
+            if tick := self._made(keys, rows_max, turn, min(self.run_max, _RUN_SHARED), busy, now):
+                self._large_next = keys is small
+                return tick
+        return None
+
+    def _made(
+        self, keys: list[int], rows_max: int, turn: int, run_max: int, busy: NDArray[np.bool_], now: float
+    ) -> Tick | None:  # fmt: skip
+        """A tick of the rows of these streams."""
+        if not keys:
+            return None
+        taken: list[tuple[Batch, NDArray[np.intp]]] = []
+        brought = dict.fromkeys(keys, 0)
+        room = rows_max
+        for share in (max(_FAIR_SHARE_MIN, rows_max // len(keys)), rows_max):
+            for key in keys:
+                if (quota := min(share, turn - brought[key], room)) > 0:
+                    count = self._take(self._queues[key], quota, run_max, busy, now, taken)
+                    brought[key] += count
+                    room -= count
+        if taken:
+            self._rotate(keys[0])
+        self.waiting_rows -= rows_max - room
+        return _tick(taken) if taken else None
+
+    def took(self, rows: int, seconds: float) -> None:
+        """How long a tick of so many rows was computed."""
+        if rows >= _TURN_MIN // 2:
+            self._rows_per_s += (rows / seconds - self._rows_per_s) / 8
 
     def drop(self, wanted: Callable[[Batch], NDArray[np.bool_]]) -> list[tuple[Batch, NDArray[np.intp]]]:
         """Takes out the waiting rows for which `wanted` (a mask over batch.waiting) is true, and returns them."""
@@ -151,11 +173,10 @@ class Scheduler:
             queue.popleft()
         return count
 
-    def _rotate(self) -> None:
+    def _rotate(self, first: int) -> None:
         """The stream that was served first goes to the end of the line."""
+        self._queues.move_to_end(first)
         self._forget_empty()
-        if len(self._queues) > 1:
-            self._queues.move_to_end(next(iter(self._queues)))
 
     def _forget_empty(self) -> None:
         for stream_id in [key for key, queue in self._queues.items() if not any(len(b.waiting) for b in queue)]:

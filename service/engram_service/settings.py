@@ -94,6 +94,7 @@ class Settings:
     queue_rows_max: int = _setting(
         262_144, "rows in flight of all streams before those with more than their share are refused"
     )
+    queue_s_max: float = _setting(5.0, "the same in seconds, at the rate at which rows are done; 0: no such limit")
     sessions_max: int = _setting(1_000_000, "sessions attached to this server")
     streams_max: int = _setting(4096, "streams of this server")
     step_timeout_s: float = _setting(30.0, "time for a step that names none")

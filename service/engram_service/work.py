@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_service.scheduler import Batch, Scheduler, Tick
+from engram_service.scheduler import FIXED_ROWS, Batch, Scheduler, Tick
 from engram_service.sessions.table import SessionTable
 
 Job = Callable[[], None]
 
-_SHARE_MIN = 256  # rows; a tick's fixed cost is that of some 50 rows
+_SHARE_MIN = 5 * FIXED_ROWS  # rows that a thread takes before it leaves the rest to another
 
 
 class WorkQueue:
@@ -92,6 +92,10 @@ class WorkQueue:
                 if not wait:
                     return None
                 self.lock.wait()
+
+    def took(self, model: int, rows: int, seconds: float) -> None:
+        """How long a tick of so many rows was computed."""
+        self._schedulers[model].took(rows, seconds)
 
     def finished(self) -> None:
         """The caller's job or tick is done with the arena."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import random
-import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -73,12 +72,10 @@ def test_more_sessions_than_slots_all_go_on_with_the_same_bits(
     x = np.random.default_rng(3).standard_normal((STEPS, SESSIONS, 64)).astype(np.float32)
     with server_with("--models", str(tmp_path / "models"), "--arena-slots-max", str(SLOTS)) as server:
         crowded, together, alone = asyncio.run(_outputs(server, x))
-        url = f"http://127.0.0.1:{server.http_port}/metrics"
-        with urllib.request.urlopen(url) as answer:
-            found = {line.split()[0]: line.split()[-1] for line in answer.read().decode().splitlines()}
+        series = server.series()
     np.testing.assert_array_equal(crowded, together)
     np.testing.assert_array_equal(crowded[:, :SLOTS], alone)
-    loaded = float(found[f'engram_records_loaded_total{{model="{W}"}}'])
+    loaded = series[f'engram_records_loaded_total{{model="{W}"}}']
     assert loaded >= SESSIONS - SLOTS, "the arena was full, and they took turns"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,9 +22,7 @@ def brief(server_with: Callable[..., Any]) -> Iterator[Any]:
 
 
 def expired_keys(server: Any) -> float:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    (value,) = (float(line.split()[-1]) for line in lines if line.startswith("engram_redis_expired_keys "))
+    value: float = server.series()["engram_redis_expired_keys"]
     return value
 
 

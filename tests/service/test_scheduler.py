@@ -68,28 +68,47 @@ def test_a_run_of_one_session_goes_in_waves() -> None:
     assert tick.last.tolist() == [2, 3]
 
 
-def test_streams_share_a_full_tick() -> None:
+def test_small_streams_do_not_wait_for_a_large_one() -> None:
     scheduler, busy = Scheduler(1), np.zeros(2000, np.bool_)
     scheduler.add(batch(1, list(range(1000)), [1] * 1000))
     scheduler.add(batch(2, [1500, 1501], [1, 1]))
+    ticks = [scheduler.next(busy, 64, 0.0) for _ in range(2)]
+    assert [sorted(tick.rows.tolist()) for tick in ticks if tick] == [[1500, 1501], list(range(64))]
+
+
+def test_large_streams_share_a_full_tick() -> None:
+    scheduler, busy = Scheduler(1), np.zeros(3000, np.bool_)
+    for stream in (0, 1):
+        scheduler.add(batch(stream, list(range(1000 * stream, 1000 * stream + 1000)), [1] * 1000))
     tick = scheduler.next(busy, 64, 0.0)
-    assert tick is not None
-    assert len(tick) == 64
-    assert {1500, 1501} <= set(tick.rows.tolist()), "a small stream must not wait for a large one"
+    assert tick is not None and (np.bincount(tick.rows // 1000) == 32).all()
 
 
 def test_a_greedy_stream_has_its_turn_and_no_more_while_others_step() -> None:
     scheduler, busy = Scheduler(1), np.zeros(3000, np.bool_)
     scheduler.add(batch(1, list(range(2000)), [1] * 2000))
     scheduler.add(batch(2, [2500], [1]))
-    first = scheduler.next(busy, 1024, 0.0)
-    assert first is not None and len(first) == 513 and 2500 in first.rows, "half of a tick, for there are two"
+    small, large = (scheduler.next(busy, 1024, 0.0) for _ in range(2))
+    assert small is not None and small.rows.tolist() == [2500]
+    assert large is not None and len(large) == 512, "half of a tick, for there are two"
     for stream in range(3, 20):
         scheduler.add(batch(stream, [2500 + stream], [1]))
-    crowded = scheduler.next(busy, 1024, 0.5)
-    assert crowded is not None and len(crowded) == 128 + 17, "a turn has 128 rows, however many there are"
+    assert [len(tick) for _ in range(2) if (tick := scheduler.next(busy, 1024, 0.5))] == [17, 128], (
+        "a turn has 128 rows, however many there are"
+    )
     alone = scheduler.next(busy, 1024, 2.0)
     assert alone is not None and len(alone) == 1024, "nobody else has stepped for more than a second"
+
+
+def test_where_rows_are_quick_a_turn_has_more() -> None:
+    scheduler, busy = Scheduler(1), np.zeros(9000, np.bool_)
+    scheduler.add(batch(1, list(range(8000)), [1] * 8000))
+    for stream in range(2, 100):
+        scheduler.add(batch(stream, [8000 + stream], [1]))
+    for _ in range(50):
+        scheduler.took(128, 0.001)
+        scheduler.took(3, 0.001)  # of which nothing is learnt
+    assert [len(tick) for _ in range(2) if (tick := scheduler.next(busy, 4096, 0.0))] == [98, 639]
 
 
 def test_runs_are_short_beside_small_streams_and_long_among_large_ones() -> None:
@@ -100,8 +119,33 @@ def test_runs_are_short_beside_small_streams_and_long_among_large_ones() -> None
     assert among_large is not None and len(among_large.waves) == 16
     busy[:] = False
     scheduler.add(batch(2, [299], [1]))
-    beside_small = scheduler.next(busy, 200, 0.0)
-    assert beside_small is not None and len(beside_small.waves) == 2 and 299 in beside_small.rows
+    small, large = (scheduler.next(busy, 200, 0.0) for _ in range(2))
+    assert small is not None and small.rows.tolist() == [299]
+    assert large is not None and len(large.waves) == 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 700)), min_size=1, max_size=20), st.integers(130, 400))
+def test_every_stream_goes_within_two_ticks(frames: list[tuple[int, int]], rows_max: int) -> None:
+    """Stream 0 always has a row waiting, as many small ones have together; the others send frames of up to 700."""
+    scheduler, busy = Scheduler(1), np.zeros(4000, np.bool_)
+    waiting = [0] * 4
+    for stream, count in [*frames, *((1, 0) for _ in range(50))]:
+        if not waiting[stream] and count:
+            scheduler.add(batch(stream, list(range(1000 * stream, 1000 * stream + count)), [1] * count))
+            waiting[stream] = count
+        wanted, went = {stream for stream in range(4) if waiting[stream]}, set()
+        for _ in range(2):
+            if not waiting[0]:
+                scheduler.add(batch(0, [0], [1]))
+                waiting[0] = 1
+            tick = scheduler.next(busy, rows_max, 0.0)
+            assert tick is not None
+            went |= set((tick.rows // 1000).tolist())
+            waiting = [before - int((tick.rows // 1000 == stream).sum()) for stream, before in enumerate(waiting)]
+            busy[tick.rows] = False
+        assert wanted <= went
+    assert not any(waiting[1:])
 
 
 def test_rows_whose_time_is_up_are_not_taken_nor_any_behind_them() -> None:

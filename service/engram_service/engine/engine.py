@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from engram_service.catalog import Catalog, Served
 from engram_service.engine.records import pack_records
 from engram_service.metrics import Metrics
-from engram_service.scheduler import Tick
+from engram_service.scheduler import FIXED_ROWS, Tick
 from engram_service.sessions.admission import FEEDBACK
 from engram_service.sessions.table import SessionTable
 from engram_service.store import CommitJob, MetaFields, Sent, Store, Verdict
@@ -95,15 +95,17 @@ class Engine:
         """Computes a tick while Redis writes the one before, and waits for Redis only where there is nothing to compute."""
         torch.set_num_threads(1)
         sent: Sent | None = None
+        rows = 0  # of the tick that was sent
         while (work := self._queue.take(wait=sent is None)) is not None or sent is not None:
             job: CommitJob | None = None
             if callable(work):
                 self._job(work)
             elif work is not None:
-                if sent is not None and len(work[1].waves) > 1:
+                model, tick = work
+                if sent is not None and (len(tick.waves) > 1 or len(tick) > 2 * rows + FIXED_ROWS):
                     self._store.finish(sent)  # nobody's answer shall wait for a long tick
                     sent = None
-                job = self._tick(*work)
+                job, rows = self._tick(model, tick), len(tick)
             if sent is not None:
                 self._store.finish(sent)
             sent = self._store.begin(job) if job is not None else None
@@ -212,6 +214,7 @@ class Engine:
         metrics.ticks.labels(name).inc()
         metrics.tick_rows.labels(name).observe(rows)
         metrics.tick_busy_seconds.inc(advance.computed - advance.started)
+        self._queue.took(advance.served.index, rows, advance.computed - advance.started)
         metrics.stage_seconds.labels("queue").observe(advance.started - advance.tick.parts[0].batch.arrived)
         metrics.stage_seconds.labels("compute").observe(advance.computed - advance.started)
 
