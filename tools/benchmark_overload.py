@@ -2,9 +2,10 @@
 docs/benchmarks/overload.md and .json.
 
 W. A thousand sessions of ten clients each step once a second. Beside them, in turns: nothing; a process that only burns the
-processor as much as a greedy client would; a greedy client, two thousand sessions with all the steps in flight that it is let
-have. Then many such clients against a server with a short queue: what is refused, how long what is admitted takes, how much
-memory that costs, and how soon it is over. All share this machine; what competes with the server for it runs with niceness 10.
+processor; two kinds of greedy client with all the steps in flight that they are let have. Then it is measured what the server can
+do, and half as much, as much and twice as much is offered, at a fixed rate, whatever is answered: what is answered in time, what
+is refused, how much memory that costs, and how soon it is over. All share this machine; what competes with the server for it runs
+with niceness 10.
 """
 
 from __future__ import annotations
@@ -13,57 +14,67 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 import engram
+from engram.v1 import stream_pb2
 from engram_service.bench.report import machine
 from engram_service.bench.workload import W, write_w
 from engram_service.local import LocalServer
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 SMALL_CLIENTS, SMALL_SESSIONS, PERIOD_S = 10, 100, 1.0
-GREEDY_SESSIONS, GREEDY_STEPS = 2000, 256
-CROWD = 8  # greedy clients of the overload, in one process
-HASTY_SESSIONS, HASTE_S = 1000, 0.5
-QUEUE_ROWS = 4096  # of the server that is overloaded
-ROUNDS, SETTLE_S, NICENESS = 3, 2.0, 10
-BESIDE = ("nothing", "a burner", "a greedy client")
+GREEDY_SESSIONS, GREEDY_STEPS, GREEDY_CALLS = 2000, 256, 16
+CROWD, CROWD_SESSIONS = 8, 1500  # clients of the overload, in one process, and sessions of each
+CROWD_PERIOD_S, DEADLINE_S = 0.02, 0.3
+LOADS = (0.5, 1.0, 2.0)  # of what was measured to be possible
+ROUNDS, SETTLE_S, NICENESS = 5, 2.0, 10
+BESIDE = {
+    "nothing": "",
+    "a burner": "burn",
+    "a greedy client, wide": "wide",
+    "a greedy client, long": "long",
+}
 INPUTS = np.random.default_rng(2).standard_normal((GREEDY_STEPS, 64)).astype(np.float32)
+WIDE = np.broadcast_to(INPUTS[0], (GREEDY_SESSIONS, 64))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each phase (default: 8)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each phase (default: 8); twice the load lasts 8 times as long")
     parser.add_argument("--out", type=Path, default=DIRECTORY, help="directory of overload.md and overload.json")
-    parser.add_argument("--beside", choices=("burn", "greedy", "crowd"), help=argparse.SUPPRESS)
+    parser.add_argument("--beside", choices=("burn", "wide", "long", "crowd"), help=argparse.SUPPRESS)
     parser.add_argument("--address", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--rate", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.beside:
         os.nice(NICENESS)
-        return burn() if args.beside == "burn" else asyncio.run(crowd(args.address, args.beside))
+        return burn() if args.beside == "burn" else asyncio.run(compete(args))
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as scratch:
         directory = Path(scratch)
         write_w(directory / "models")
-        flags = ("--shipped-models", "false", "--log-level", "warning")
-        with LocalServer(directory / "server", directory / "models", flags) as server:
+        with LocalServer(
+            directory / "server", directory / "models", ("--shipped-models", "false", "--log-level", "warning")
+        ) as server:
             greedy = asyncio.run(beside_a_greedy_one(server, args.seconds))
-        print(greedy, file=sys.stderr, flush=True)
-        flags = (*flags, "--queue-rows-max", str(QUEUE_ROWS))
-        with LocalServer(directory / "short", directory / "models", flags) as server:
+            print(greedy, file=sys.stderr, flush=True)
             overload = asyncio.run(overloaded(server, args.seconds))
-        print(overload, file=sys.stderr, flush=True)
     found = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "greedy": greedy, "overload": overload}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "overload.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -80,30 +91,123 @@ def burn() -> int:
         INPUTS.sum()
 
 
-async def crowd(address: str, kind: str) -> int:
-    """Greedy clients: until they are ended, every session always has as many steps in flight as it may."""
-    names = range(CROWD if kind == "crowd" else 1)
-    await asyncio.gather(*(_greedy(address, f"{kind}-{name}") for name in names))
-    return 0
+async def compete(args: argparse.Namespace) -> int:
+    if args.beside == "crowd":
+        clients = [Crowd(f"crowd-{name}", args.rate / CROWD) for name in range(CROWD)]
+        await asyncio.gather(*(client.run(args.address, args.seconds) for client in clients))
+        waits = np.concatenate([part for client in clients for part in client.waits])
+        words = [part for client in clients for part in client.words]
+        told = {
+            "offered_per_s": sum(client.offered for client in clients) / args.seconds,
+            "answered_per_s": len(waits) / args.seconds,
+            "p50_ms": 1000 * float(np.median(waits)),
+            "p99_ms": 1000 * float(np.quantile(waits, 0.99)),
+            "latest_answer_ms": 1000 * float(waits.max()),
+            "latest_refusal_ms": 1000 * max((float(part.max(initial=0.0)) for part in words), default=0.0),
+            "refused_per_s": {
+                reason: count / args.seconds for reason, count in sum((client.reasons for client in clients), Counter()).items()
+            },
+        }
+        print(json.dumps(told), flush=True)
+        return 0
+    async with engram.AsyncClient(args.address, engram.ClientOptions(timeout_s=None)) as client:
+        sessions = await client.open_many(W, [f"{args.beside}-{number}" for number in range(GREEDY_SESSIONS)])
 
-
-async def _greedy(address: str, name: str) -> None:
-    async with engram.AsyncClient(address, engram.ClientOptions(timeout_s=None)) as client:
-        sessions = await client.open_many(W, [f"{name}-{number}" for number in range(GREEDY_SESSIONS)])
-
-        async def forever(session: engram.Session) -> None:
+        async def run(session: engram.Session) -> None:
             while True:
                 await session.run(INPUTS)
 
-        await asyncio.gather(*(forever(session) for session in sessions))
+        async def step() -> None:
+            while True:
+                await client.step_many(sessions, WIDE)
+
+        long = args.beside == "long"
+        await asyncio.gather(*(map(run, sessions) if long else (step() for _ in range(GREEDY_CALLS))))
+    return 0
+
+
+class Crowd:
+    """One client of the overload: frames by hand, for with so much refused the SDK's care would be what is measured.
+
+    Each session has one step in flight at most; what was refused is offered again when its turn comes. Columns by handle.
+    """
+
+    def __init__(self, name: str, rate: float) -> None:
+        self._name = name
+        self._rate = rate  # steps a second
+        self._free = np.zeros(CROWD_SESSIONS, np.bool_)
+        self._answered = np.zeros(CROWD_SESSIONS, np.uint64)
+        self._sent_at = np.zeros(CROWD_SESSIONS)
+        self.counted_from = math.inf
+        self.offered = 0
+        self.waits: list[NDArray[np.float64]] = []  # of answers
+        self.words: list[NDArray[np.float64]] = []  # of refusals
+        self.reasons: Counter[str] = Counter()
+
+    async def run(self, address: str, seconds: float) -> None:
+        async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stream = channel.stream_stream(
+                "/engram.v1.EngramService/Stream",
+                request_serializer=stream_pb2.StreamRequest.SerializeToString,
+                response_deserializer=stream_pb2.StreamResponse.FromString,
+            )()
+            ids = [f"{self._name}-{number}" for number in range(CROWD_SESSIONS)]
+            await stream.write(stream_pb2.StreamRequest(open=stream_pb2.OpenFrame(model=W, session_ids=ids, client_id=1)))
+            opened = (await stream.read()).opened
+            assert not opened.errors, opened.errors
+            self._answered[np.frombuffer(opened.handles, np.uint32)] = np.frombuffer(opened.seqs, np.uint64)
+            self._free[:] = True
+            reader = asyncio.create_task(self._read(stream))
+            await self._write(stream, seconds)
+            reader.cancel()
+
+    async def _write(self, stream: Any, seconds: float) -> None:
+        next_at = time.monotonic()
+        self.counted_from = next_at + 2 * SETTLE_S
+        place = 0
+        while time.monotonic() < self.counted_from + seconds:
+            free = np.flatnonzero(self._free)
+            some = np.roll(free, -int(np.searchsorted(free, place)))
+            some = some[: int(self._rate * CROWD_PERIOD_S)]
+            if len(some):
+                place = int(some[-1]) + 1
+                self._free[some] = False
+                self._sent_at[some] = now = time.monotonic()
+                self.offered += len(some) * (now >= self.counted_from)
+                frame = stream_pb2.StepsFrame(
+                    handles=some.astype(np.uint32).tobytes(), seqs=(self._answered[some] + 1).tobytes(),
+                    acknowledged_seqs=self._answered[some].tobytes(), inputs=WIDE[: len(some)].tobytes(),
+                    timeout_ms=int(1000 * DEADLINE_S),
+                )  # fmt: skip
+                await stream.write(stream_pb2.StreamRequest(steps=frame))
+            next_at += CROWD_PERIOD_S
+            await asyncio.sleep(max(0.0, next_at - time.monotonic()))
+
+    async def _read(self, stream: Any) -> None:
+        while True:
+            response = await stream.read()
+            kind = response.WhichOneof("frame")
+            rows = getattr(response, kind)
+            handles = np.frombuffer(rows.handles, np.uint32)
+            took = time.monotonic() - self._sent_at[handles]
+            counted = self._sent_at[handles] >= self.counted_from
+            if kind == "outputs":
+                self._answered[handles] = np.frombuffer(rows.seqs, np.uint64)
+                self.waits.append(took[counted])
+            else:
+                assert kind == "errors", response
+                self.words.append(took[counted])
+                for index, count in Counter(np.frombuffer(rows.error_indexes, np.uint32)[counted].tolist()).items():
+                    self.reasons[rows.errors[index].reason] += count
+            self._free[handles] = True
 
 
 @contextlib.contextmanager
-def beside(kind: str, address: str) -> Iterator[None]:
-    command = [sys.executable, __file__, "--beside", kind, "--address", address]
-    process = subprocess.Popen(command)
+def beside(kind: str, address: str, *more: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, __file__, "--beside", kind, "--address", address, *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
@@ -141,28 +245,6 @@ class Small:
             await asyncio.sleep(max(0.0, PERIOD_S - self.waits[-1]))
 
 
-class Hasty:
-    """A client with many sessions, whose steps are worth nothing after a while."""
-
-    def __init__(self, client: engram.AsyncClient) -> None:
-        self._client = client
-        self.answered: list[float] = []
-        self.late: list[float] = []
-
-    async def run(self) -> None:
-        sessions = await self._client.open_many(W, [f"hasty-{at}" for at in range(HASTY_SESSIONS)])
-        await asyncio.gather(*(self._session(session) for session in sessions))
-
-    async def _session(self, session: engram.Session) -> None:
-        while True:
-            begun = time.perf_counter()
-            try:
-                await session.step(INPUTS[0], timeout=HASTE_S)
-                self.answered.append(time.perf_counter() - begun)
-            except engram.DeadlineExceeded:
-                self.late.append(time.perf_counter() - begun)
-
-
 @contextlib.asynccontextmanager
 async def small_ones(address: str) -> Any:
     async with contextlib.AsyncExitStack() as stack:
@@ -177,54 +259,45 @@ async def small_ones(address: str) -> Any:
 
 async def beside_a_greedy_one(server: LocalServer, seconds: float) -> dict[str, Any]:
     waits: dict[str, list[list[float]]] = {kind: [] for kind in BESIDE}
-    rates: list[float] = []
+    rates: dict[str, list[float]] = {kind: [] for kind in BESIDE}
     async with small_ones(server.address) as small:
         for _ in range(ROUNDS):
-            for kind, what in zip(BESIDE, (None, "burn", "greedy"), strict=True):
+            for kind, what in BESIDE.items():
                 with beside(what, server.address) if what else contextlib.nullcontext():
-                    await asyncio.sleep(4 * SETTLE_S if what == "greedy" else SETTLE_S)
+                    await asyncio.sleep(4 * SETTLE_S if "greedy" in kind else SETTLE_S)
                     before, small.waits = await _steps(server), []
                     await asyncio.sleep(seconds)
                     waits[kind].append(small.waits)
-                    if what == "greedy":
-                        rates.append((await _steps(server) - before) / seconds)
+                    rates[kind].append((await _steps(server) - before) / seconds)
         errors = small.errors
-    p99 = {kind: [float(np.quantile(one, 0.99)) for one in rounds] for kind, rounds in waits.items()}
+    quantiles = {kind: np.array([np.quantile(one, (0.5, 0.99)) for one in rounds]) for kind, rounds in waits.items()}
     return {
         "others": {
             kind: {
-                "p50_ms": 1000 * float(np.median([np.median(one) for one in waits[kind]])),
-                "p99_ms": 1000 * float(np.median(p99[kind])),
+                "p50_ms": 1000 * float(np.median(found[:, 0])),
+                "p99_ms": 1000 * float(np.median(found[:, 1])),
+                "p50_against_nothing": float(np.median(found[:, 0] / quantiles["nothing"][:, 0])),
+                "p99_against_nothing": float(np.median(found[:, 1] / quantiles["nothing"][:, 1])),
+                "steps_per_s": float(np.median(rates[kind])),
             }
-            for kind in BESIDE
+            for kind, found in quantiles.items()
         },
         "others_errors": errors,
-        "p99_against_nothing": float(np.median(np.array(p99[BESIDE[2]]) / np.array(p99[BESIDE[0]]))),
-        "p99_against_burner": float(np.median(np.array(p99[BESIDE[2]]) / np.array(p99[BESIDE[1]]))),
-        "steps_per_s": float(np.median(rates)),
     }
 
 
 async def overloaded(server: LocalServer, seconds: float) -> dict[str, Any]:
-    """Small clients through an overload and after it."""
-    process = psutil.Process(server.pid)
+    """What the server can do, and small clients through less, as much and more than that."""
     async with small_ones(server.address) as small:
+        small.waits = []
         await asyncio.sleep(seconds)
-        usual, small.waits = np.array(small.waits), []
-        memory, rows = [], []
-        async with beside_crowd(server.address) as hasty:
-            await asyncio.sleep(6 * SETTLE_S)
-            before, refused, small.waits = await _steps(server), await _refused(server), []
-            expired, hasty.answered, hasty.late = await _refused(server, "DEADLINE_EXCEEDED"), [], []
-            end = time.monotonic() + 2 * seconds
-            while time.monotonic() < end:
-                await asyncio.sleep(1.0)
-                memory.append(process.memory_info().rss / 1e6)
-                rows.append((await _scraped(server)).get("engram_rows_in_flight", 0.0))
-            during, steps = np.array(small.waits), await _steps(server) - before
-            refused = await _refused(server) - refused
-            expired = await _refused(server, "DEADLINE_EXCEEDED") - expired
-            told = np.array(hasty.answered), np.array(hasty.late)
+        usual = np.array(small.waits)
+        capacity = await possible(server, small, seconds)
+        loads = []
+        for load in LOADS:
+            long = 8 * seconds if load == LOADS[-1] else seconds
+            loads.append({"load": load, **await offered(server, small, load * capacity, long)})
+            print(loads[-1], file=sys.stderr, flush=True)
         over, small.waits = time.monotonic(), []
         while time.monotonic() - over < 30.0:
             await asyncio.sleep(0.25)
@@ -232,30 +305,47 @@ async def overloaded(server: LocalServer, seconds: float) -> dict[str, Any]:
             if last and np.median(last) <= 2 * np.median(usual):
                 break
         recovered = time.monotonic() - over
-        errors = small.errors
     return {
-        "queue_rows_max": QUEUE_ROWS, "clients": CROWD, "sessions": CROWD * GREEDY_SESSIONS,
-        "steps_per_s": steps / (2 * seconds), "refused_per_s": refused / (2 * seconds), "rows_in_flight_max": max(rows),
+        "clients": CROWD, "sessions": CROWD * CROWD_SESSIONS, "deadline_ms": 1000 * DEADLINE_S,
         "usual_p50_ms": 1000 * float(np.median(usual)), "usual_p99_ms": 1000 * float(np.quantile(usual, 0.99)),
-        "p50_ms": 1000 * float(np.median(during)), "p99_ms": 1000 * float(np.quantile(during, 0.99)),
-        "rss_mb_first_and_last": [round(float(np.mean(part)), 1) for part in (memory[:3], memory[-3:])],
-        "recovered_s": recovered, "others_errors": errors,
-        "deadline_ms": 1000 * HASTE_S, "in_time": len(told[0]), "too_late": len(told[1]),
-        "latest_answer_ms": 1000 * float(told[0].max(initial=0.0)), "latest_word_ms": 1000 * float(told[1].max(initial=0.0)),
-        "expired_in_the_queue": expired,
+        "capacity_per_s": capacity, "loads": loads, "recovered_s": recovered, "others_errors": small.errors,
     }  # fmt: skip
 
 
-@contextlib.asynccontextmanager
-async def beside_crowd(address: str) -> Any:
-    """Greedy clients in a process of their own, and one here that is hasty."""
-    with beside("crowd", address):
-        async with engram.AsyncClient(address) as client:
-            hasty = Hasty(client)
-            task = asyncio.create_task(hasty.run())
-            yield hasty
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+async def possible(server: LocalServer, small: Small, seconds: float) -> float:
+    """The most steps a second that were answered, of loads that grow until a tenth is not answered."""
+    rate, most = 4000.0, 0.0
+    while True:
+        found = await offered(server, small, rate, seconds / 2)
+        print(found, file=sys.stderr, flush=True)
+        most = max(most, found["answered_per_s"])
+        if found["answered_per_s"] < 0.9 * rate:
+            return most
+        rate *= 1.4
+
+
+async def offered(server: LocalServer, small: Small, rate: float, seconds: float) -> dict[str, Any]:
+    """What becomes of so many steps a second."""
+    process = psutil.Process(server.pid)
+    flags = ("--rate", str(rate), "--seconds", str(seconds))
+    with beside("crowd", server.address, *flags) as crowd:
+        await asyncio.sleep(4 * SETTLE_S)
+        small.waits = []
+        memory, end = [], time.monotonic() + max(1.0, seconds - 2 * SETTLE_S)
+        while time.monotonic() < end:
+            await asyncio.sleep(1.0)
+            memory.append(process.memory_info().rss / 1e6)
+        waits = np.array(small.waits)
+        assert crowd.stdout is not None
+        told = json.loads(await asyncio.to_thread(crowd.stdout.readline))
+    thirds = np.array_split(np.array(memory), 3)
+    return {
+        **told,
+        "others_p50_ms": 1000 * float(np.median(waits)),
+        "others_p99_ms": 1000 * float(np.quantile(waits, 0.99)),
+        "rss_mb_thirds": [round(float(np.median(third)), 1) for third in thirds if len(third)],
+        "rss_samples": len(memory),
+    }
 
 
 async def _scraped(server: LocalServer, label: str = "") -> dict[str, float]:
@@ -275,38 +365,44 @@ async def _scraped(server: LocalServer, label: str = "") -> dict[str, float]:
 
 
 async def _steps(server: LocalServer) -> float:
-    return (await _scraped(server)).get("engram_commit_rows_total", 0.0)
-
-
-async def _refused(server: LocalServer, reason: str = "") -> float:
-    return (await _scraped(server, reason)).get("engram_rows_refused_total", 0.0)
+    return (await _scraped(server, 'outcome="ok"')).get("engram_steps_total", 0.0)
 
 
 def page(found: dict[str, Any]) -> str:
     greedy, over = found["greedy"], found["overload"]
-    first, last = over["rss_mb_first_and_last"]
     small = SMALL_CLIENTS * SMALL_SESSIONS
+    last = over["loads"][-1]
     lines = [
         "# Overload and greedy clients", "",
         f"Written by `make bench-overload` on {found['date']}. Clients, server and Redis share this machine:", "",
         *(f"- {key}: {value}" for key, value in found["machine"].items()), "",
-        f"{small:,} sessions of {SMALL_CLIENTS} clients step once a second (W, durability step); medians of {ROUNDS} rounds.",
-        f"A greedy client has {GREEDY_SESSIONS:,} sessions and all the steps in flight that it is let have. What runs beside has",
-        f"niceness {NICENESS}; a burner only uses the processor.", "",
-        "| beside them | p50 ms | p99 ms |", "|---|---:|---:|",
-        *(f"| {kind} | {row['p50_ms']:.1f} | {row['p99_ms']:.1f} |" for kind, row in greedy["others"].items()), "",
-        f"- p99 beside the greedy client: {greedy['p99_against_nothing']:.2f} times that beside nothing,",
-        f"  {greedy['p99_against_burner']:.2f} times that beside a burner (goal: 2)",
-        f"- records that the server wrote meanwhile: {greedy['steps_per_s']:,.0f}/s; errors: {greedy['others_errors']}", "",
-        f"Overload: {over['clients']} greedy clients, {over['sessions']:,} sessions, a queue of {over['queue_rows_max']:,}.", "",
-        f"- records written {over['steps_per_s']:,.0f}/s, rows refused {over['refused_per_s']:,.0f}/s,",
-        f"  at most {over['rows_in_flight_max']:,.0f} rows in flight",
-        f"- the small ones: p50 {over['p50_ms']:.0f} ms, p99 {over['p99_ms']:.0f} ms",
-        f"  (before: {over['usual_p50_ms']:.1f} and {over['usual_p99_ms']:.1f}); errors: {over['others_errors']}",
-        f"- {HASTY_SESSIONS} more sessions step with a deadline of {over['deadline_ms']:.0f} ms: {over['in_time']:,} answers, the",
-        f"  last of them after {over['latest_answer_ms']:.0f} ms; {over['too_late']:,} were too late, as their callers knew",
-        f"  after {over['latest_word_ms']:.0f} ms at most; {over['expired_in_the_queue']:,.0f} rows were dropped in the queue",
-        f"- the server's memory: {first:,.0f} MB at the beginning of the overload, {last:,.0f} MB at its end",
+        f"{small:,} sessions of {SMALL_CLIENTS} clients step once a second (W, durability step); medians of {ROUNDS} rounds, the ratios",
+        f"round by round. A greedy client has {GREEDY_SESSIONS:,} sessions and all the steps in flight that it is let have: a wide one",
+        f"steps all of them at once, {GREEDY_CALLS} times side by side; a long one gives each {GREEDY_STEPS} steps at a time. A burner only",
+        f"uses the processor. What runs beside has niceness {NICENESS}.", "",
+        "| beside them | p50 ms | times nothing | p99 ms | times nothing (goal: 2) | steps/s in all |",
+        "|---|---:|---:|---:|---:|---:|",
+        *(
+            f"| {kind} | {row['p50_ms']:.1f} | {row['p50_against_nothing']:.2f} | {row['p99_ms']:.1f} "
+            f"| {row['p99_against_nothing']:.2f} | {row['steps_per_s']:,.0f} |"
+            for kind, row in greedy["others"].items()
+        ), "",
+        f"Errors of the small ones: {greedy['others_errors']}.", "",
+        f"Overload: {over['clients']} clients with {over['sessions']:,} sessions offer steps at a fixed rate, whatever becomes of them, each",
+        f"with a deadline of {over['deadline_ms']:.0f} ms (times are from before a step is written to after its answer was read). The load",
+        f"is a part of the most that was answered of loads that grew until a tenth was not: {over['capacity_per_s']:,.0f} steps/s.", "",
+        "| load | offered/s | answered/s | p50 ms | p99 ms | latest | refused as QUEUE_FULL/s | too late/s | the small ones: p50 | p99 ms |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {row['load']:g} | {row['offered_per_s']:,.0f} | {row['answered_per_s']:,.0f} | {row['p50_ms']:.0f} | {row['p99_ms']:.0f} "
+            f"| {row['latest_answer_ms']:.0f} | {row['refused_per_s'].get('QUEUE_FULL', 0):,.0f} "
+            f"| {row['refused_per_s'].get('DEADLINE_EXCEEDED', 0):,.0f} | {row['others_p50_ms']:.0f} | {row['others_p99_ms']:.0f} |"
+            for row in over["loads"]
+        ), "",
+        f"- the small ones before: p50 {over['usual_p50_ms']:.1f} ms, p99 {over['usual_p99_ms']:.1f} ms; errors: {over['others_errors']}",
+        f"- the latest refusal at {last['load']:g} times the load came after {last['latest_refusal_ms']:.0f} ms",
+        f"- the server's memory there, medians of the thirds of {last['rss_samples']} seconds: "
+        f"{', '.join(f'{value:,.0f}' for value in last['rss_mb_thirds'])} MB",
         f"- {over['recovered_s']:.2f} s after it, half of the small ones' steps took at most twice the usual time again", "",
     ]  # fmt: skip
     return "\n".join(lines)

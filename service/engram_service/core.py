@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from typing import Any
 
@@ -58,6 +59,7 @@ _HANDLE_NBYTES, _SEQ_NBYTES = 4, 8
 _NO_FLAGS = np.zeros(1, np.uint8)
 _RETRY_MS = 50
 _SWEEP_S = 0.02
+_GAPS_MAX = 64  # places of sessions that are told in answer to one frame
 
 
 class Core:
@@ -91,7 +93,7 @@ class Core:
         self._streams_made = 0
         self._backlog = Backlog()
         self._answered = 0  # rows, ever
-        self._room = 0  # rows that may certainly come before `rows_in_flight` must be counted again
+        self._counted = 0  # rows in flight at the last count, and those that came since: no fewer than there are
 
     # Streams
 
@@ -133,6 +135,7 @@ class Core:
         if len(frame.handles) == _HANDLE_NBYTES and self._admit_one(stream, frame, now):
             return
         try:
+            self._check_room(stream, len(frame.handles) // _HANDLE_NBYTES, frame.timeout_ms)
             columns = read_columns(frame, self.settings.frame_rows_max)
             if not len(columns):
                 raise InvalidArgument("INVALID_FRAME", "the frame has no rows")
@@ -140,10 +143,11 @@ class Core:
             refused = _bad_handles(rows)
             served = self._model_of(rows, refused)
             inputs = self._inputs(served, frame, columns)
-            self._check_room(stream, len(columns))
+            self.shares.of(stream.tenant).take(len(columns))
         except Refusal as refusal:
             self._refuse_frame(stream, frame, refusal)
             return
+        self._counted += len(columns)
         stream.in_flight += len(columns)
         if columns.acked is not None:
             self._acknowledge(
@@ -199,25 +203,29 @@ class Core:
         inputs = np.frombuffer(frame.inputs, np.uint8).reshape(rows, spec.nbytes)
         return inputs if columns.source is None else inputs[columns.source]
 
-    def _check_room(self, stream: Stream, rows: int) -> None:
+    def _check_room(self, stream: Stream, rows: int, timeout_ms: int) -> None:
+        """Room for the rows of a frame. Raises Unavailable or ResourceExhausted."""
         if self.draining:
             raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
-        if rows > self._room:
-            self._room = self._rows_max() - self.rows_in_flight()
+        limit = self._rows_max(timeout_ms)
+        if self._counted >= limit:
+            self._counted = self.rows_in_flight()
         # Where greedy clients have filled the queue, one that has less than its share is still let in.
-        if rows > self._room and stream.in_flight + rows > (limit := self._rows_max()) // len(self.streams):
-            message = f"{limit} rows are in flight, this server's limit just now"
+        if self._counted >= limit and stream.in_flight + rows > limit // len(self.streams):
+            message = f"{self._counted} rows are in flight, and {limit} are this server's limit just now"
             hint = self._backlog.retry_ms(time.monotonic(), rows)
             raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=hint)
-        self.shares.of(stream.tenant).take(rows)
-        self._room -= rows
 
-    def _rows_max(self) -> int:
-        """Rows in flight before streams with more than their share are refused."""
+    def _rows_max(self, timeout_ms: int) -> int:
+        """Rows in flight before streams with more than their share are refused: no more than are done before the queue's time
+        is up, or half of the frame's own, as far as it is known how fast they are done."""
         settings = self.settings
-        soon = int(self._backlog.rate * settings.queue_s_max)
-        # Whatever the rate, an idle server takes any frame.
-        return min(settings.queue_rows_max, max(soon, settings.frame_rows_max)) if soon else settings.queue_rows_max
+        rate, seconds = self._backlog.rate, settings.queue_s_max or math.inf
+        if timeout_ms:
+            seconds = min(seconds, timeout_ms / 2000)
+        if not rate or seconds == math.inf:
+            return settings.queue_rows_max
+        return min(settings.queue_rows_max, max(settings.tick_rows_max, int(rate * seconds)))
 
     def _admit_one(self, stream: Stream, frame: stream_pb2.StepsFrame, now: float) -> bool:
         """Admits the usual frame of a client with one session, at a tenth of what columns cost for one row.
@@ -225,7 +233,7 @@ class Core:
         False: something about it is not usual, and `steps` shall look at it.
         """
         row = stream.row_of(int.from_bytes(frame.handles, "little"))
-        unusual = frame.flags or frame.repeats or frame.dtype or self.draining or self._room < 1
+        unusual = frame.flags or frame.repeats or frame.dtype or self.draining or self._counted >= self._rows_max(frame.timeout_ms)
         if row < 0 or unusual or len(frame.seqs) != _SEQ_NBYTES:
             return False
         table, seq = self.table, int.from_bytes(frame.seqs, "little")
@@ -245,7 +253,7 @@ class Core:
         if not self.shares.of(stream.tenant).take_one():
             return False
         rows, seqs = np.array([row], np.int32), np.array([seq], np.uint64)
-        self._room -= 1
+        self._counted += 1
         stream.in_flight += 1
         table.admitted[row] = seq
         deadline = self._deadline(frame.timeout_ms, now)
@@ -264,12 +272,7 @@ class Core:
         safe = np.where(rows >= 0, rows, 0) if out.any() else rows
         classes = classify(rows, seqs, table.admitted[safe], out)
         if classes.gap.any():
-            nexts = table.admitted[safe[classes.gap][0]] + 1
-            message = (
-                f"the next step of this session is {nexts}; send steps in order (metadata: the first row refused so)"
-            )
-            gap = FailedPrecondition("SEQ_GAP", message, next_seq=nexts, seq=seqs[classes.gap][0])
-            refused.append((classes.gap, gap))
+            refused += _gaps(classes.gap, table.admitted[safe])
         if classes.repeated.any():
             self._repeat(stream, served, rows, columns, np.flatnonzero(classes.repeated), refused, deadline)
         if refused:
@@ -526,11 +529,11 @@ class Core:
 
     def _refuse_frame(self, stream: Stream, frame: stream_pb2.StepsFrame, refusal: Refusal) -> None:
         """A frame of which no row could be used."""
-        self.metrics.rows_refused.labels(refusal.reason).inc(max(1, len(frame.handles) // 4))
-        detail = refusal.detail()
         rows = len(frame.handles) // 4
+        self.metrics.rows_refused.labels(refusal.reason).inc(max(1, rows))
+        detail = refusal.detail()
         usable = len(frame.handles) % 4 == 0 and len(frame.seqs) == rows * 8
-        stream.send(
+        stream.tell(
             stream_pb2.StreamResponse(
                 errors=stream_pb2.ErrorsFrame(
                     handles=frame.handles if usable else b"",
@@ -538,7 +541,8 @@ class Core:
                     error_indexes=bytes(4 * rows) if usable else b"",
                     errors=[detail],
                 )
-            )
+            ),
+            max(1, rows),
         )
 
     def _refuse(self, stream: Stream, handles: NDArray[np.uint32], seqs: NDArray[np.uint64], refused: Refused) -> None:
@@ -669,7 +673,6 @@ class Core:
             if not self.store_trouble:
                 self._backlog.observe(now, self._answered, waiting)
             if waiting:
-                self._room = 0  # the limit goes with the rate
                 self._expire_waiting(now)
             for advance in list(self._advances):
                 if any(part.batch.deadline < now for part in advance.tick.parts):
@@ -677,16 +680,18 @@ class Core:
             self._expire_repeats(now)
 
     def _expire_waiting(self, now: float) -> None:
-        late: set[int] = set()
+        late = np.zeros(len(self.table.model), np.bool_)
 
         def expired(batch: Batch) -> NDArray[np.bool_]:
+            sessions = batch.rows[batch.waiting]
             if batch.deadline < now:
-                late.update(batch.rows[batch.waiting].tolist())
-                return np.ones(len(batch.waiting), np.bool_)
+                late[sessions] = True
             # A later step of a session cannot run without the one that is dropped.
-            return np.isin(batch.rows[batch.waiting], list(late)) if late else np.zeros(len(batch.waiting), np.bool_)
+            return late[sessions]
 
-        self._drop_waiting(expired, self.late())
+        refusal = self.late()
+        refusal.metadata["applied"] = "no"
+        self._drop_waiting(expired, refusal)
 
     def _expire_advance(self, advance: Advance, now: float) -> None:
         """Answers rows whose commit did not come in time; should it come later, their seqs can be asked for again."""
@@ -749,6 +754,16 @@ def _bad_handles(rows: NDArray[np.int32]) -> Refused:
     refused: Refused = [(rows == TAKEN_OVER, taken_over()), (rows == CLOSED, closed())]
     unknown = NotFound("INVALID_HANDLE", "no session of this stream has this handle; open it first")
     return [pair for pair in [*refused, (rows == -1, unknown)] if pair[0].any()]
+
+
+def _gaps(gap: NDArray[np.bool_], admitted: NDArray[np.uint64]) -> Refused:
+    """The rows of `gap`, put together by the step that their sessions expect."""
+    refused: Refused = []
+    for last in np.unique(admitted[gap])[:_GAPS_MAX].tolist():
+        message = f"the next step of this session is {last + 1}; send steps in order"
+        refused.append((gap & (admitted == last), FailedPrecondition("SEQ_GAP", message, next_seq=last + 1)))
+    others = FailedPrecondition("SEQ_GAP", "this is not the session's next step; send steps in order")
+    return [*refused, (gap, others)] if len(refused) == _GAPS_MAX else refused
 
 
 def _not_finite(inputs: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_] | None:

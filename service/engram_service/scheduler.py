@@ -4,9 +4,9 @@ Frames of one stream wait in the order in which they came; streams take turns. A
 `rows_max` rows and at most `run_max` consecutive steps of one session; sessions that are busy keep their rows here, and so do
 rows whose deadline has passed, until they are dropped. Owned by work.WorkQueue, which calls it under its lock.
 
-Streams are treated alike. Each has its share of a tick before any has more. While several step, none brings more than its turn into
-a tick, even where there is room: whoever comes while a tick runs waits for its end. A stream with more than that waiting is large;
-beside others its rows go in ticks of their own, without long runs, and every second tick is for the small ones.
+Streams are treated alike: each has its share of a tick before any has more. A stream with more rows than a turn is large. Beside
+small ones the large have ticks of their own, one turn together and without long runs, and every second tick is for the small: whoever
+comes while a tick runs waits for its end.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 FIXED_ROWS = 50  # a tick of one row takes about as long as so many rows more
 
 _FAIR_SHARE_MIN = 32  # rows that each stream may place in a tick before others get more
-_TURN_MIN = 128  # rows that a stream may bring in any case
+_TURN_MIN = 128  # rows of a turn in any case
 _TURN_S = 0.005  # and as many as take about so long
-_RUN_SHARED = 2  # most consecutive steps of one session beside small streams; they run one after the other
+_RUN_SHARED = 2  # most consecutive steps of one session in a turn; they run one after the other
 _LATELY_S = 1.0  # a stream is one of those that step for so long after its last frame
 
 
@@ -80,16 +80,20 @@ class Scheduler:
         self.run_max = run_max
         self.waiting_rows = 0
         self._queues: OrderedDict[int, deque[Batch]] = OrderedDict()
-        # Streams, and when their last frame came; the latest last.
-        self._stepped: OrderedDict[int, float] = OrderedDict()
+        self._waiting: dict[int, int] = {}  # rows of each queue
+        self._stepped: OrderedDict[int, float] = OrderedDict()  # streams, and when their last frame came; the latest last
+        self._large: set[int] = set()  # streams that had more than a turn waiting after their last frame
         self._large_next = False
         self._rows_per_s = 0.0  # of ticks that are not small
 
     def add(self, batch: Batch) -> None:
-        self._queues.setdefault(batch.stream.id, deque()).append(batch)
-        self._stepped[batch.stream.id] = batch.arrived
-        self._stepped.move_to_end(batch.stream.id)
-        self.waiting_rows += len(batch.waiting)
+        key, count = batch.stream.id, len(batch.waiting)
+        self._queues.setdefault(key, deque()).append(batch)
+        self.waiting_rows += count
+        self._waiting[key] = self._waiting.get(key, 0) + count
+        self._stepped[key] = batch.arrived
+        self._stepped.move_to_end(key)
+        (self._large.add if self._waiting[key] > self._turn else self._large.discard)(key)
 
     def next(self, busy: NDArray[np.bool_], rows_max: int, now: float) -> Tick | None:
         """The next tick, or None where nothing is ready. Marks the sessions it takes in `busy`."""
@@ -97,37 +101,38 @@ class Scheduler:
             return None
         while self._stepped and next(iter(self._stepped.values())) < now - _LATELY_S:
             self._stepped.popitem(last=False)
-        streams = max(1, len(self._stepped))
-        turn = max(_TURN_MIN, rows_max // streams, int(self._rows_per_s * _TURN_S))
-        large = [key for key, queue in self._queues.items() if sum(len(batch.waiting) for batch in queue) > turn]
-        if not 0 < len(large) < streams:
-            return self._made(list(self._queues), rows_max, turn, self.run_max, busy, now)
-        small = [key for key in self._queues if key not in large]
+        self._large &= self._queues.keys() | self._stepped.keys()
+        large = [key for key in self._queues if key in self._large]
+        if not large or self._stepped.keys() <= self._large:
+            return self._made(list(self._queues), rows_max, self.run_max, busy, now)
+        small = [key for key in self._queues if key not in self._large]
         for keys in (large, small) if self._large_next else (small, large):
-            if tick := self._made(keys, rows_max, turn, min(self.run_max, _RUN_SHARED), busy, now):
+            most = rows_max if keys is small else min(rows_max, self._turn)
+            if tick := self._made(keys, most, min(self.run_max, _RUN_SHARED), busy, now):
                 self._large_next = keys is small
                 return tick
         return None
 
-    def _made(
-        self, keys: list[int], rows_max: int, turn: int, run_max: int, busy: NDArray[np.bool_], now: float
-    ) -> Tick | None:  # fmt: skip
+    @property
+    def _turn(self) -> int:
+        return max(_TURN_MIN, int(self._rows_per_s * _TURN_S))
+
+    def _made(self, keys: list[int], rows_max: int, run_max: int, busy: NDArray[np.bool_], now: float) -> Tick | None:
         """A tick of the rows of these streams."""
-        if not keys:
-            return None
         taken: list[tuple[Batch, NDArray[np.intp]]] = []
-        brought = dict.fromkeys(keys, 0)
         room = rows_max
-        for share in (max(_FAIR_SHARE_MIN, rows_max // len(keys)), rows_max):
+        for share in (max(_FAIR_SHARE_MIN, rows_max // max(1, len(keys))), rows_max):
             for key in keys:
-                if (quota := min(share, turn - brought[key], room)) > 0:
+                if (quota := min(share, room)) > 0:
                     count = self._take(self._queues[key], quota, run_max, busy, now, taken)
-                    brought[key] += count
+                    self._waiting[key] -= count
                     room -= count
-        if taken:
-            self._rotate(keys[0])
+        if not taken:
+            return None
         self.waiting_rows -= rows_max - room
-        return _tick(taken) if taken else None
+        self._queues.move_to_end(keys[0])  # who was served first goes to the end of the line
+        self._forget_empty()
+        return _tick(taken)
 
     def took(self, rows: int, seconds: float) -> None:
         """How long a tick of so many rows was computed."""
@@ -144,6 +149,7 @@ class Scheduler:
                     dropped.append((batch, batch.waiting[mask]))
                     batch.waiting = batch.waiting[~mask]
                     self.waiting_rows -= int(mask.sum())
+                    self._waiting[batch.stream.id] -= int(mask.sum())
         self._forget_empty()
         return dropped
 
@@ -173,14 +179,9 @@ class Scheduler:
             queue.popleft()
         return count
 
-    def _rotate(self, first: int) -> None:
-        """The stream that was served first goes to the end of the line."""
-        self._queues.move_to_end(first)
-        self._forget_empty()
-
     def _forget_empty(self) -> None:
-        for stream_id in [key for key, queue in self._queues.items() if not any(len(b.waiting) for b in queue)]:
-            del self._queues[stream_id]
+        for key in [key for key, rows in self._waiting.items() if not rows]:
+            del self._queues[key], self._waiting[key]
 
 
 def _ready(batch: Batch, busy: NDArray[np.bool_], run_max: int, late: NDArray[np.int32]) -> NDArray[np.intp]:

@@ -165,6 +165,27 @@ def test_timeout_says_what_the_server_said() -> None:
     play(body)
 
 
+def test_a_step_that_was_not_applied_and_that_nobody_waits_for_is_not_sent_again() -> None:
+    async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
+        sessions = await client.open_many("count", ["a", "b"])
+        late = error_pb2.ErrorDetail(
+            code=4, reason="DEADLINE_EXCEEDED", message="late", retry_after_ms=20, metadata={"applied": "no"}
+        )
+        peer.faults.rows = lambda names, seqs: dict.fromkeys(range(len(names)), late)
+        calls = [sessions[0].step(row(5), timeout=0.2), client.step_many(sessions, np.stack([row(7)] * 2), timeout=0.3)]
+        given_up = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(error) for error in given_up] == [engram.DeadlineExceeded] * 2
+        patient = asyncio.create_task(sessions[1].step(row(9)))
+        await asyncio.sleep(0.3)
+        peer.faults.rows = None
+        assert (await patient)[0] == 9
+        assert (await sessions[0].step(row(1)))[0] == 1
+        assert (peer.records["a"].inputs, peer.records["b"].inputs) == ([1], [9])
+        assert (sessions[0].seq, sessions[1].seq) == (1, 1)
+
+    play(body)
+
+
 def test_default_timeout_of_a_run_is_for_a_server_that_stands_still() -> None:
     async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
         session = await client.open("count", "a")

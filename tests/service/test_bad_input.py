@@ -70,6 +70,17 @@ def test_unusable_steps(raw: Raw, frame: dict[str, Any], reason: str) -> None:
     assert len(raw.step(handle, 1, GOOD)) == 40, "the session goes on"
 
 
+def test_every_row_out_of_order_is_told_the_step_that_its_own_session_expects(raw: Raw) -> None:
+    handles = opened(raw, 3)
+    for number, handle in enumerate(handles):
+        for seq in range(1, number + 1):
+            raw.step(handle, seq, GOOD)
+    raw.steps([*handles, handles[0]], [9, 9, 9, 10], np.stack([GOOD] * 4))
+    errors = raw.next("errors")
+    told = [errors.errors[index].metadata["next_seq"] for index in np.frombuffer(errors.error_indexes, np.uint32)]
+    assert told == ["1", "2", "3", "1"]
+
+
 def test_unequal_columns_and_garbage(raw: Raw) -> None:
     (handle,) = opened(raw)
     for frame in (

@@ -87,7 +87,7 @@ def test_what_is_refused_is_told_to_come_when_there_is_room(busy: Any) -> None:
 
 def test_the_queue_is_limited_in_time(busy: Any) -> None:
     """As soon as the rate is known, it has as many rows as are done in so long; until then, as many as there may be."""
-    flags = ("--queue-s-max", "0.02", "--frame-rows-max", "64", "--tick-rows-max", "64")
+    flags = ("--queue-s-max", "0.02", "--tick-rows-max", "64")
     refused = busy(flags, 64, 200, lambda refused: len(refused) > 3)
-    limits = [int(detail.message.split()[0]) for detail in refused]
+    limits = [int(detail.message.split(" and ")[1].split()[0]) for detail in refused]
     assert all(64 <= limit < 64 * 200 for limit in limits), limits

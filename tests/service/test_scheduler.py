@@ -84,20 +84,18 @@ def test_large_streams_share_a_full_tick() -> None:
     assert tick is not None and (np.bincount(tick.rows // 1000) == 32).all()
 
 
-def test_a_greedy_stream_has_its_turn_and_no_more_while_others_step() -> None:
-    scheduler, busy = Scheduler(1), np.zeros(3000, np.bool_)
-    scheduler.add(batch(1, list(range(2000)), [1] * 2000))
-    scheduler.add(batch(2, [2500], [1]))
-    small, large = (scheduler.next(busy, 1024, 0.0) for _ in range(2))
-    assert small is not None and small.rows.tolist() == [2500]
-    assert large is not None and len(large) == 512, "half of a tick, for there are two"
-    for stream in range(3, 20):
-        scheduler.add(batch(stream, [2500 + stream], [1]))
-    assert [len(tick) for _ in range(2) if (tick := scheduler.next(busy, 1024, 0.5))] == [17, 128], (
-        "a turn has 128 rows, however many there are"
-    )
+def test_large_streams_have_one_turn_together_while_small_ones_step() -> None:
+    scheduler, busy = Scheduler(1), np.zeros(9000, np.bool_)
+    for stream in range(1, 4):
+        scheduler.add(batch(stream, list(range(2000 * stream, 2000 * stream + 2000)), [1] * 2000))
+    for stream in range(4, 21):
+        scheduler.add(batch(stream, [stream], [1]))
+    ticks = [scheduler.next(busy, 1024, 0.5) for _ in range(3)]
+    assert [len(tick) for tick in ticks if tick] == [17, 128, 128]
+    for tick in ticks[1:]:
+        assert tick is not None and set((tick.rows // 2000).tolist()) == {1, 2, 3}
     alone = scheduler.next(busy, 1024, 2.0)
-    assert alone is not None and len(alone) == 1024, "nobody else has stepped for more than a second"
+    assert alone is not None and len(alone) == 1024, "no small one has stepped for more than a second"
 
 
 def test_where_rows_are_quick_a_turn_has_more() -> None:

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from engram._calls import FEEDBACK
 from engram._table import SessionTable
 
+# By slot: the seq from which on its rows are rewritten, and (from, to, less) of those that move down.
+Moves = dict[int, tuple[int, list[tuple[int, int, int]]]]
+
 
 @dataclass(slots=True)
 class Part:
@@ -120,11 +123,12 @@ class SentLog:
                 found.setdefault(part.model, []).append(part if hit.all() else part.only(hit))
         return [_merge(model, parts, wanted) for model, parts in found.items()]
 
-    def renumber(self, slot: int, first: int, moves: list[tuple[int, int, int]]) -> None:
-        """Rewrites a session's rows from seq `first` on: (from, to, less) moves seqs down; what no move names is dropped."""
+    def renumber(self, moves: Moves) -> None:
+        """Rewrites sessions' rows from a seq on; what no move names is dropped."""
+        slots = np.fromiter(moves, np.int64, len(moves))
         for index, part in enumerate(self._parts):
-            hit = (part.slots == slot) & (part.lasts >= first)
-            if not hit.any():
+            hit = np.flatnonzero(np.isin(part.slots, slots))
+            if not len(hit):
                 continue
             part = Part(
                 part.model,
@@ -135,13 +139,17 @@ class SentLog:
                 part.flags,
                 mark=part.mark,
             )
-            for row in np.flatnonzero(hit).tolist():
-                less = [move[2] for move in moves if move[0] <= part.firsts[row] <= move[1]]
-                if less:
-                    part.firsts[row] -= less[0]
-                    part.lasts[row] -= less[0]
-                else:
+            rows = zip(hit.tolist(), part.slots[hit].tolist(), part.firsts[hit].tolist(), part.lasts[hit].tolist(), strict=True)
+            for row, slot, start, stop in rows:
+                first, pieces = moves[slot]
+                if stop < first:
+                    continue
+                less = next((less for begin, end, less in pieces if begin <= start <= end), None)
+                if less is None:
                     part.slots[row] = 0
+                else:
+                    part.firsts[row] -= less
+                    part.lasts[row] -= less
             self._parts[index] = part
 
 

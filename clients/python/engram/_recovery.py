@@ -6,7 +6,9 @@ was on its way, because those behind the refused one come back with SEQ_GAP. The
   - a row that may succeed later (UNAVAILABLE, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, SEQ_GAP) is sent again with its
     seq, and all that follow it, after the time the server asked for or a growing one of our own;
   - a row that never will is taken out: its call fails with that very error; the rows of other calls behind it move up to
-    the seqs that came free and are sent again. So one caller's bad input does not fail another's step.
+    the seqs that came free and are sent again. So one caller's bad input does not fail another's step. So is a row that was
+    not applied in time and whose caller has given up, and all behind it that nobody waits for: else a server with too much to
+    do would be kept busy with steps that are worth nothing any more.
 
 Resends go in waves of at most the session's window, from the log; see Core.attached for replays after a crash.
 """
@@ -22,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram._errors import RETRYABLE, Aborted, DataLoss, EngramError, TakenOver
+from engram._log import Moves
 from engram._table import Span
 
 if TYPE_CHECKING:
@@ -87,7 +90,7 @@ class Recovery:
             return
         hold = self._holds.get(slot)
         if error.reason == "SEQ_GAP":
-            self._rewind(slot, seq, error)
+            self._rewind(slot, error)
         if table.lost[slot]:
             return
         if hold is None:
@@ -101,10 +104,10 @@ class Recovery:
             table.seen[slot] = max(int(table.seen[slot]), seq)
         self._touched[slot] = None
 
-    def _rewind(self, slot: int, seq: int, error: EngramError) -> None:
+    def _rewind(self, slot: int, error: EngramError) -> None:
         """A server that failed may expect a step that it had answered: then the log has the steps to replay."""
         table = self._core.table
-        if error.metadata.get("seq") != str(seq) or not error.metadata.get("next_seq", "").isdigit():
+        if not error.metadata.get("next_seq", "").isdigit():
             return
         stands = int(error.metadata["next_seq"]) - 1
         if stands < table.confirmed[slot]:
@@ -121,6 +124,7 @@ class Recovery:
         """Something was answered for these held sessions: perhaps the next thing can be done for them."""
         table = self._core.table
         again: list[int] = []
+        moves: Moves = {}
         for slot in slots:
             hold = self._holds.get(slot)
             if hold is None:
@@ -131,15 +135,17 @@ class Recovery:
                 del self._holds[slot]
                 again.append(slot)
             elif table.seen[slot] >= table.row_first[slot]:
-                self._drained(slot, hold, again)
+                self._drained(slot, hold, again, moves)
+        if moves:
+            self._core.log.renumber(moves)
         if again:
             self.resend(np.array(again, np.int64))
 
-    def _drained(self, slot: int, hold: Hold, again: list[int]) -> None:
+    def _drained(self, slot: int, hold: Hold, again: list[int], moves: Moves) -> None:
         """All that was on its way has been answered or refused."""
-        if not _retryable(hold.error):
+        if not _retryable(hold.error) or self._given_up(slot, hold):
             if self._core.table.confirmed[slot] == hold.seq - 1:
-                self._take_out(slot, hold, again)
+                self._take_out(slot, hold, again, moves)
             return
         if hold.due:
             del self._holds[slot]
@@ -148,6 +154,14 @@ class Recovery:
             hold.scheduled = True
             self._note_trouble(slot, hold)
             self._schedule(slot, hold)
+
+    def _given_up(self, slot: int, hold: Hold) -> bool:
+        """Whether nobody waits for the refused row, and the server is sure that it was not applied."""
+        table = self._core.table
+        if hold.error.metadata.get("applied") != "no" or hold.seq != table.answered[slot] + 1:
+            return False
+        call = self._core.calls.get(int(table.head_call[slot]))
+        return call is not None and not call.wanted(int(table.head_at[slot] + hold.seq - table.head_first[slot]))
 
     def _note_trouble(self, slot: int, hold: Hold) -> None:
         call = self._core.calls.get(int(self._core.table.head_call[slot]))
@@ -179,7 +193,7 @@ class Recovery:
 
     # A row that never succeeds
 
-    def _take_out(self, slot: int, hold: Hold, again: list[int]) -> None:
+    def _take_out(self, slot: int, hold: Hold, again: list[int], moves: Moves) -> None:
         core, table = self._core, self._core.table
         if hold.seq <= table.answered[slot]:
             message = (
@@ -192,17 +206,19 @@ class Recovery:
         first, at = int(table.head_first[slot]), int(table.head_at[slot])
         spans: list[Span] = [(first, int(table.head_last[slot]), identity, at), *table.spans.pop(slot, ())]
         kept: list[Span] = []
-        moves: list[tuple[int, int, int]] = []
         removed = 0
+        moves[slot] = (hold.seq, [])
         for number, (start, stop, owner, place) in enumerate(spans):
-            if number == 0 or (owner == identity and not call.wide):
+            other = core.calls[owner]
+            if number == 0 or (owner == identity and not call.wide) or not other.wanted(place):
                 gone = stop - (hold.seq if number == 0 else start) + 1
                 removed += gone
-                call.open -= gone
+                other.open -= gone
+                if other is not call:
+                    core.closed_rows(other)
                 continue
             kept.append((start - removed, stop - removed, owner, place))
-            moves.append((start, stop, removed))
-        core.log.renumber(slot, hold.seq, moves)
+            moves[slot][1].append((start, stop, removed))
         table.sent[slot] -= removed
         table.more[slot] = False
         table.head_call[slot] = 0

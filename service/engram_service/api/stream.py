@@ -176,7 +176,7 @@ class StreamHandler:
             rows_max=self._core.settings.frame_rows_max,
             errors=[stream_pb2.RowError(row=row, error=refusal.detail()) for row, refusal in opened.errors.items()],
         )
-        stream.send(stream_pb2.StreamResponse(opened=response))
+        stream.tell(stream_pb2.StreamResponse(opened=response))
 
     async def _close(self, stream: Stream, frame: stream_pb2.CloseFrame) -> None:
         guest = self._guests[stream]
@@ -193,7 +193,7 @@ class StreamHandler:
             if keys and not frame.detach:
                 self._access.audit.closed(guest.caller, guest.peer, [id_of(key) for key in keys], outcome)
         rows = [stream_pb2.RowError(row=row, error=refusal.detail()) for row, refusal in errors]
-        stream.send(stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=frame.request_id, errors=rows)))
+        stream.tell(stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=frame.request_id, errors=rows)))
 
 
 async def _write(stream: Stream, context: Context) -> None:
@@ -203,7 +203,7 @@ async def _write(stream: Stream, context: Context) -> None:
 
 def _say(stream: Stream, refusal: Refusal) -> None:
     """A frame that could not be used at all."""
-    stream.send(stream_pb2.StreamResponse(errors=stream_pb2.ErrorsFrame(errors=[refusal.detail()])))
+    stream.tell(stream_pb2.StreamResponse(errors=stream_pb2.ErrorsFrame(errors=[refusal.detail()])))
 
 
 def trace_of(context: Any) -> str:

@@ -84,6 +84,12 @@ class Stream:
         self._outbox.append((response, rows))
         self._posted.set()
 
+    def tell(self, response: stream_pb2.StreamResponse, rows: int = 1) -> None:
+        """Queues a frame that answers nothing that was accepted. It counts as rows in flight, so that who sends what is refused and
+        does not read is read no further."""
+        self.in_flight += rows
+        self.send(response, rows)
+
     async def next(self) -> stream_pb2.StreamResponse | None:
         """The next frame to write; None once the stream has ended and none is left.
 

@@ -1,0 +1,1 @@
+"""`engram top`: what servers do, from two looks at their /metrics."""

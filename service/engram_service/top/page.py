@@ -1,0 +1,68 @@
+"""The figures as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engram_service.top.figures import STAGES
+
+_SERVER = ("server", "", "sessions", "hot", "streams", "in flight", "steps/s", "rows/tick", "busy", "total p99", "memory")
+
+
+def page(found: dict[str, Any]) -> list[str]:
+    total = found["total"]
+    lines = [
+        f"{total['servers_up']} of {len(found['servers'])} servers up   {total['sessions']:,} sessions   {total['streams']:,} streams   "
+        f"{total['steps_per_s']:,.0f} steps/s",
+        "",
+        *_columns([_SERVER, *(_server(server) for server in found["servers"])]),
+        "",
+        *_columns([("stage", "p50 ms", "p99 ms"), *((stage, *_both(total["latency_ms"][stage])) for stage in STAGES)]),
+    ]
+    if total["models"]:
+        rows = [(model, f"{rates.get('ok', 0.0):,.0f}", _others(rates)) for model, rates in sorted(total["models"].items())]
+        lines += ["", *_columns([("model", "steps/s", "not done/s"), *rows])]
+    for server in found["servers"]:
+        if not server["up"]:
+            lines += ["", f"{server['address']}: {server['error']}"]
+        elif server["refused_per_s"]:
+            lines += ["", f"{server['address']} refuses: {_reasons(server['refused_per_s'])}"]
+    return lines
+
+
+def _server(server: dict[str, Any]) -> tuple[str, ...]:
+    if not server["up"]:
+        return (server["address"], "down", *[""] * (len(_SERVER) - 2))
+    return (
+        server["address"], "up" if server["redis_up"] else "no store", f"{server['sessions']['known']:,}",
+        f"{server['sessions'].get('hot', 0):,}", f"{server['streams']:,}", f"{server['rows_in_flight']:,}",
+        _number(server["steps_per_s"], ",.0f"), _number(server["rows_per_tick"], ",.1f"), _number(server["busy"], ".0%"),
+        _both(server["latency_ms"]["total"])[1], f"{server['memory_bytes'] / 1e6:,.0f} MB",
+    )  # fmt: skip
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _both(latency: dict[str, float] | None) -> tuple[str, str]:
+    return ("-", "-") if latency is None else (f"{latency['p50']:.1f}", f"{latency['p99']:.1f}")
+
+
+def _others(rates: dict[str, float]) -> str:
+    return _reasons({outcome: rate for outcome, rate in rates.items() if outcome != "ok"})
+
+
+def _reasons(rates: dict[str, float]) -> str:
+    return ", ".join(f"{reason} {rate:,.0f}/s" for reason, rate in sorted(rates.items()))
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table: the first column to the left, the others to the right."""
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        .rstrip()
+        for row in rows
+    ]  # fmt: skip
