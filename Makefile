@@ -12,7 +12,7 @@ SECONDS_A_TARGET ?= 120
 SECONDS ?= 1800
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload observe soak chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload dist release-check observe simulate soak chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -21,9 +21,11 @@ help:
 	@echo "make check     ruff, format, mypy --strict, proto lint, generated code"
 	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
 	@echo "make proto     regenerate engram.v1 from proto/"
-	@echo "make docs      the table of settings in docs/operations.md, and the dashboard"
+	@echo "make docs      the table of settings, the references of errors and protocol, and the dashboard"
 	@echo "make bench     measure, and write docs/benchmarks/;  make bench-recall  memories and the NTM"
 	@echo "make bench-arena  more active sessions than slots;  make bench-stored  a million stored sessions (ten minutes)"
+	@echo "make dist      wheel and sdist;  make release-check  installs both as users do: two servers restarted in turn under load"
+	@echo "make simulate        a load on servers and shards, with failures, calibrated by make bench: docs/scaling.md"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
 	@echo "make observe   dashboard and alerts under a real Prometheus, with real faults; docs/results/observability.json"
 	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
@@ -49,6 +51,7 @@ proto: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python tools/settings_table.py
 	$(BIN)/python tools/dashboard.py
+	$(BIN)/python tools/reference.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -110,6 +113,15 @@ bench-overload: $(STAMP)
 
 observe: $(STAMP)
 	$(BIN)/python tools/observe.py
+
+dist: $(STAMP)
+	$(BIN)/python tools/release.py
+
+release-check: $(STAMP)
+	$(BIN)/python tools/release.py --check
+
+simulate: $(STAMP)
+	$(BIN)/python tools/simulate.py
 
 soak: $(STAMP)
 	$(BIN)/python tools/soak.py --seconds $(SECONDS)

@@ -57,7 +57,9 @@ WIDE = np.broadcast_to(INPUTS[0], (GREEDY_SESSIONS, 64))
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each phase (default: 8); twice the load lasts 8 times as long")
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="of each phase (default: 8); twice the load lasts 8 times as long"
+    )
     parser.add_argument("--out", type=Path, default=DIRECTORY, help="directory of overload.md and overload.json")
     parser.add_argument("--beside", choices=("burn", "wide", "long", "crowd"), help=argparse.SUPPRESS)
     parser.add_argument("--address", default="", help=argparse.SUPPRESS)
@@ -105,13 +107,15 @@ async def compete(args: argparse.Namespace) -> int:
             "latest_answer_ms": 1000 * float(waits.max()),
             "latest_refusal_ms": 1000 * max((float(part.max(initial=0.0)) for part in words), default=0.0),
             "refused_per_s": {
-                reason: count / args.seconds for reason, count in sum((client.reasons for client in clients), Counter()).items()
+                reason: count / args.seconds
+                for reason, count in sum((client.reasons for client in clients), Counter()).items()
             },
         }
         print(json.dumps(told), flush=True)
         return 0
     async with engram.AsyncClient(args.address, engram.ClientOptions(timeout_s=None)) as client:
         sessions = await client.open_many(W, [f"{args.beside}-{number}" for number in range(GREEDY_SESSIONS)])
+        print("ready", flush=True)
 
         async def run(session: engram.Session) -> None:
             while True:
@@ -152,7 +156,9 @@ class Crowd:
                 response_deserializer=stream_pb2.StreamResponse.FromString,
             )()
             ids = [f"{self._name}-{number}" for number in range(CROWD_SESSIONS)]
-            await stream.write(stream_pb2.StreamRequest(open=stream_pb2.OpenFrame(model=W, session_ids=ids, client_id=1)))
+            await stream.write(
+                stream_pb2.StreamRequest(open=stream_pb2.OpenFrame(model=W, session_ids=ids, client_id=1))
+            )
             opened = (await stream.read()).opened
             assert not opened.errors, opened.errors
             self._answered[np.frombuffer(opened.handles, np.uint32)] = np.frombuffer(opened.seqs, np.uint64)
@@ -263,11 +269,15 @@ async def beside_a_greedy_one(server: LocalServer, seconds: float) -> dict[str, 
     async with small_ones(server.address) as small:
         for _ in range(ROUNDS):
             for kind, what in BESIDE.items():
-                with beside(what, server.address) if what else contextlib.nullcontext():
-                    await asyncio.sleep(4 * SETTLE_S if "greedy" in kind else SETTLE_S)
+                with beside(what, server.address) if what else contextlib.nullcontext() as process:
+                    if "greedy" in kind:
+                        assert process is not None and process.stdout is not None
+                        await asyncio.to_thread(process.stdout.readline)
+                    await asyncio.sleep(SETTLE_S)
                     before, small.waits = await _steps(server), []
                     await asyncio.sleep(seconds)
-                    waits[kind].append(small.waits)
+                    taken, small.waits = small.waits, []  # not of what begins or ends after it
+                    waits[kind].append(taken)
                     rates[kind].append((await _steps(server) - before) / seconds)
         errors = small.errors
     quantiles = {kind: np.array([np.quantile(one, (0.5, 0.99)) for one in rounds]) for kind, rounds in waits.items()}
@@ -376,10 +386,12 @@ def page(found: dict[str, Any]) -> str:
         "# Overload and greedy clients", "",
         f"Written by `make bench-overload` on {found['date']}. Clients, server and Redis share this machine:", "",
         *(f"- {key}: {value}" for key, value in found["machine"].items()), "",
-        f"{small:,} sessions of {SMALL_CLIENTS} clients step once a second (W, durability step); medians of {ROUNDS} rounds, the ratios",
-        f"round by round. A greedy client has {GREEDY_SESSIONS:,} sessions and all the steps in flight that it is let have: a wide one",
-        f"steps all of them at once, {GREEDY_CALLS} times side by side; a long one gives each {GREEDY_STEPS} steps at a time. A burner only",
-        f"uses the processor. What runs beside has niceness {NICENESS}.", "",
+        f"{small:,} sessions of {SMALL_CLIENTS} clients step once a second (W, durability step); medians of {ROUNDS} rounds, the",
+        f"ratios round by round. A greedy client has {GREEDY_SESSIONS:,} sessions and all the steps in flight that it",
+        "is let have: a",
+        f"wide one steps all of them at once, {GREEDY_CALLS} times side by side; a long one gives each {GREEDY_STEPS}",
+        "steps at a time.",
+        f"A burner only uses the processor. What runs beside has niceness {NICENESS}.", "",
         "| beside them | p50 ms | times nothing | p99 ms | times nothing (goal: 2) | steps/s in all |",
         "|---|---:|---:|---:|---:|---:|",
         *(
@@ -388,18 +400,22 @@ def page(found: dict[str, Any]) -> str:
             for kind, row in greedy["others"].items()
         ), "",
         f"Errors of the small ones: {greedy['others_errors']}.", "",
-        f"Overload: {over['clients']} clients with {over['sessions']:,} sessions offer steps at a fixed rate, whatever becomes of them, each",
-        f"with a deadline of {over['deadline_ms']:.0f} ms (times are from before a step is written to after its answer was read). The load",
-        f"is a part of the most that was answered of loads that grew until a tenth was not: {over['capacity_per_s']:,.0f} steps/s.", "",
-        "| load | offered/s | answered/s | p50 ms | p99 ms | latest | refused as QUEUE_FULL/s | too late/s | the small ones: p50 | p99 ms |",
+        f"Overload: {over['clients']} clients with {over['sessions']:,} sessions offer steps at a fixed rate, whatever becomes of",
+        f"them, each with a deadline of {over['deadline_ms']:.0f} ms (times are from before a step is written to",
+        "after its answer was",
+        "read). The load is a part of the most that was answered of loads that grew until a tenth was not:",
+        f"{over['capacity_per_s']:,.0f} steps/s.", "",
+        "| load | offered/s | answered/s | p50 ms | p99 ms | latest | QUEUE_FULL/s | too late/s | the small ones: p50 | p99 ms |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(
-            f"| {row['load']:g} | {row['offered_per_s']:,.0f} | {row['answered_per_s']:,.0f} | {row['p50_ms']:.0f} | {row['p99_ms']:.0f} "
-            f"| {row['latest_answer_ms']:.0f} | {row['refused_per_s'].get('QUEUE_FULL', 0):,.0f} "
-            f"| {row['refused_per_s'].get('DEADLINE_EXCEEDED', 0):,.0f} | {row['others_p50_ms']:.0f} | {row['others_p99_ms']:.0f} |"
+            f"| {row['load']:g} | {row['offered_per_s']:,.0f} | {row['answered_per_s']:,.0f} | {row['p50_ms']:.0f} "
+            f"| {row['p99_ms']:.0f} | {row['latest_answer_ms']:.0f} | {row['refused_per_s'].get('QUEUE_FULL', 0):,.0f} "
+            f"| {row['refused_per_s'].get('DEADLINE_EXCEEDED', 0):,.0f} | {row['others_p50_ms']:.0f} "
+            f"| {row['others_p99_ms']:.0f} |"
             for row in over["loads"]
         ), "",
-        f"- the small ones before: p50 {over['usual_p50_ms']:.1f} ms, p99 {over['usual_p99_ms']:.1f} ms; errors: {over['others_errors']}",
+        f"- the small ones before: p50 {over['usual_p50_ms']:.1f} ms, p99 {over['usual_p99_ms']:.1f} ms;",
+        f"  errors: {over['others_errors']}",
         f"- the latest refusal at {last['load']:g} times the load came after {last['latest_refusal_ms']:.0f} ms",
         f"- the server's memory there, medians of the thirds of {last['rss_samples']} seconds: "
         f"{', '.join(f'{value:,.0f}' for value in last['rss_mb_thirds'])} MB",

@@ -1,4 +1,5 @@
-"""`make observe`: two servers under a real Prometheus; docs/results/observability.json.
+"""`make observe`: two servers under a real Prometheus; docs/results/observability.json, and dashboard.png, drawn by matplotlib from
+what Prometheus gave for the dashboard's queries.
 
 Every query of the dashboard must give data, and every alert must fire by a real fault and end when the fault does. The rules are
 those of deploy/observability with shorter times (`for`, and the windows of rates), so that this takes minutes. Needs prometheus on
@@ -53,8 +54,10 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="engram-observe-") as scratch:
         found = asyncio.run(Scene(Path(scratch)).play(args.only))
+    drawn = found["panels"].pop("drawn")
     if not args.only:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.with_name("dashboard.png").write_bytes(picture(drawn))
     bad = [name for name, one in found["alerts"].items() if not one["ended"]] + found["panels"]["empty"]
     say(f"{len(found['alerts'])} alerts, {found['panels']['queries']} queries; wrong: {bad or 'nothing'}")
     return 1 if bad else 0
@@ -90,7 +93,7 @@ class Scene:
         self.token = made["token"]
         tokens.write_text(made["table"])
         flags = ("--redis-url", self.redis.url, "--tokens-file", str(tokens), "--shipped-models", "false", "--models-poll-s", "1",
-                 "--queue-rows-max", "2048", "--log-level", "error")  # fmt: skip
+                 "--queue-rows-max", "2048", "--resident-idle-s", "2", "--log-level", "error")  # fmt: skip
         self.servers = [LocalServer(directory / name, self.models, flags) for name in ("one", "two")]
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
@@ -152,27 +155,44 @@ class Scene:
         return {alert["labels"]["alertname"] for alert in self._ask("alerts")["alerts"] if alert["state"] == "firing"}
 
     def _panels(self, started: float) -> dict[str, Any]:
-        """Queries of the dashboard that had no data at any time."""
+        """What each panel of the dashboard shows, and the queries that had no data at any time."""
         board = json.loads((FOLDER / "grafana" / "engram.json").read_text())
-        queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
         times = {"start": started, "end": time.time(), "step": 5}
-        empty = [
-            one
-            for one in queries
-            if not self._ask("query_range", query=one.replace("[1m]", "[10s]"), **times)["result"]
-        ]
-        return {"queries": len(queries), "empty": empty}
+        drawn: dict[str, list[Any]] = {}
+        empty: list[str] = []
+        for panel in board["panels"]:
+            for target in panel.get("targets", ()):
+                result = self._ask("query_range", query=target["expr"].replace("[1m]", "[10s]"), **times)["result"]
+                drawn.setdefault(panel["title"], []).extend(
+                    (
+                        _legend(target.get("legendFormat", ""), one["metric"]),
+                        [(float(at) - started, float(value)) for at, value in one["values"]],
+                    )
+                    for one in result
+                )
+                if not result:
+                    empty.append(target["expr"])
+        return {
+            "queries": sum(len(panel.get("targets", ())) for panel in board["panels"]),
+            "empty": empty,
+            "drawn": drawn,
+        }
 
     # Traffic and faults
 
     async def _traffic(self, client: engram.AsyncClient, number: int) -> None:
         sessions = await client.open_many(LIGHT, [f"light-{number}-{at}" for at in range(32)])
         words = await client.open(WORDS, f"words-{number}")
+        sleeper = await client.open(LIGHT, f"sleeper-{number}")  # leaves the arena in between, and is loaded again
+        slept = time.monotonic()
         while True:
             with contextlib.suppress(engram.EngramError):
                 await client.step_many(sessions, np.ones((32, 8), np.float32))
                 await words.recall(_bits(1)[0])
                 await (await client.open(LIGHT)).close()
+                if time.monotonic() - slept > 6.0:
+                    await sleeper.step(np.ones(8, np.float32))
+                    slept = time.monotonic()
             await asyncio.sleep(0.1)
 
     async def _fault(self, name: str, fault: Callable[[], Any]) -> dict[str, Any]:
@@ -293,6 +313,29 @@ class Scene:
                         lambda run: run.exception()
                     )
                 await asyncio.sleep(0.2)
+
+
+def _legend(form: str, labels: dict[str, str]) -> str:
+    """Grafana's {{label}} in a legend."""
+    return re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda hit: labels.get(hit[1], ""), form)
+
+
+def picture(drawn: dict[str, list[Any]]) -> bytes:
+    from engram_models.training.pictures import figure, png
+
+    columns = 3
+    board = figure(13, 2.1 * -(-len(drawn) // columns))
+    board.suptitle("The dashboard's queries during make observe, drawn by matplotlib; seconds", fontsize=10)
+    for axes, (title, lines) in zip(
+        board.subplots(-(-len(drawn) // columns), columns).flat, drawn.items(), strict=False
+    ):
+        for name, points in lines:
+            axes.plot(*zip(*points, strict=True), linewidth=0.8, label=name[:24])
+        axes.set_title(title, fontsize=8, loc="left")
+        axes.tick_params(labelsize=6)
+        if 0 < len(lines) <= 6:
+            axes.legend(fontsize=5)
+    return png(board)
 
 
 def _bits(rows: int) -> Any:

@@ -1,11 +1,11 @@
 """`make simulate`: a load on N servers and M Redis shards, with failures and a rolling update, calibrated by `engram bench`;
 docs/results/scaling.json and .png, and the tables of docs/scaling.md.
 
-A server has engine threads; each takes the rows that wait, at most `tick_rows_max`, computes them and sends their records to the
-shards, and waits for these only when it has computed the next tick, as engine/engine.py does. A shard writes one record after another.
-Times of ticks, records and frames are lines through what `engram bench` measured (`Costs.measured`); before anything else is said, the
-bench's own runs are simulated and compared with what it measured. Sessions step at their own rate, whatever is answered. Rows are drawn
-at random; one seed.
+A server has engine threads; each takes the rows that wait, at most `tick_rows_max`, computes them and sends their records to
+the shards, and waits for these only when it has computed the next tick, as engine/engine.py does. A shard writes one record
+after another. Times of ticks, records and frames are lines through what `engram bench` measured (`Costs.measured`); before
+anything else is said, the bench's own runs are simulated and compared with what it measured. Sessions step at their own rate,
+whatever is answered. Rows are drawn at random; one seed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import re
 import sys
 from collections import deque
@@ -30,32 +31,73 @@ PAGE = ROOT / "docs" / "scaling.md"
 BIN_S = 0.001  # arrivals are put together in bins of so long
 ROWS_MAX = 1024
 LATENCY_S = 0.1  # a load is carried while its p99 is within this, and within which the simulated queues must stay
+FULL = 1024  # sessions of the bench from which on the server is what is full
+GROUPS = 4  # of sessions that the bench steps side by side
+RECORD_S = (
+    10.5e-6  # Redis's processor time for one of W's records: 10.0 to 11.1 µs, by 1,024 and 8,192 sessions of the bench
+)
 DETECT_S = 0.2  # from a server's death to the first answer elsewhere: docs/results/chaos.json, takeover
 OPEN_S = 0.0003  # of a server, for each session that comes to it: 8,000 opens in 2.4 s (docs/operations.md)
+HEADROOM = 0.6  # of what saturates: for a server that is missing, and for bursts
+SERVER_SESSIONS = 1_000_000  # sessions_max
+SESSION_NBYTES = 2_560  # of Redis, for a session of W: 20.6 MB for 8,192 in the bench
+SHARD_GB = 12.0  # of a shard of 24 GB: the other half is for its copy while it saves
+STEP_NBYTES = (
+    276,
+    76,
+)  # a row of W to the server (handle, seq, acknowledged seq, 64 float32) and back (handle, seq, 16 float32)
+RECORD_NBYTES = 2_300  # a record of W with its command
 RESTART_S = 10.0  # of a server in a rolling update
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: a tick's computing and a shard's writing, each a fixed part and one for each row; and what a step has besides."""
+    """Seconds. Of a tick: a fixed part and one for each row, computed; what a row takes the thread besides, to be packed and
+    sent. Of a shard: a record, and the way there and back. Of a step at the client and on the wire: a fixed part and one for
+    each row of its call.
+    """
 
     tick: tuple[float, float]
-    write: tuple[float, float]
-    around: float
+    send: float
+    record: float
+    way: float
+    around: tuple[float, float]
     threads: int
 
     @classmethod
     def measured(cls, bench: dict[str, Any]) -> Costs:
-        """Lines through the bench's ticks of durability step. Its clients, server and Redis shared a machine, so that these are more
-        than what machines of their own would take."""
-        runs = [run for run in bench["results"] if run["durability"] == "step" and run["connections"] <= 2]
+        """Lines through the bench's ticks of durability step, and that `send` with which those runs come out best that fill the
+        server. Its clients, server and Redis shared a machine, so that these are more than what machines of their own would
+        take."""
+        runs = runs_of(bench)
         rows = np.array([run["rows_per_tick"] for run in runs])
-        stages = {name: np.array([run["stage_ms"][name] / 1000 for run in runs]) for name in ("compute", "commit")}
-        outside = [run["p50_ms"] - run["stage_ms"]["total"] for run in runs if run["sessions"] <= 64]
-        return cls(
-            _line(rows, stages["compute"]), _line(rows, stages["commit"]), max(0.0, float(np.mean(outside))) / 1000,
-            max(1, int(bench["machine"]["cores"]) // 2),
-        )  # fmt: skip
+        calls = np.array([max(1, run["sessions"] // GROUPS) for run in runs])
+        stage = {
+            name: np.array([run["stage_ms"][name] for run in runs]) / 1000 for name in ("compute", "commit", "total")
+        }
+        outside = np.array([run["p50_ms"] for run in runs]) / 1000 - stage["total"]
+        threads = max(1, int(bench["machine"]["cores"]) // 2)
+        known = (
+            _line(rows, stage["compute"]),
+            RECORD_S,
+            _line(rows, stage["commit"])[0],
+            _line(calls, outside),
+            threads,
+        )
+
+        def off(send: float) -> float:
+            rates = [
+                closed_loop(cls(known[0], send, *known[1:]), run["sessions"])[0] / run["steps_per_s"]
+                for run in runs
+                if run["sessions"] >= FULL
+            ]
+            return float(np.square(np.log(rates)).sum())
+
+        return cls(known[0], min(np.arange(0, 21, 2) * 1e-6, key=off), *known[1:])
+
+
+def runs_of(bench: dict[str, Any]) -> list[dict[str, Any]]:
+    return [run for run in bench["results"] if run["durability"] == "step" and run["connections"] <= 2]
 
 
 def _line(x: Any, y: Any) -> tuple[float, float]:
@@ -85,15 +127,20 @@ class Cluster:
         self._draw = np.random.default_rng(seed)
         self.rate = rate
         self.servers = [
-            Server(sessions / servers, idle=list(range(costs.threads)), written=[0.0] * costs.threads) for _ in range(servers)
+            Server(sessions / servers, idle=list(range(costs.threads)), written=[0.0] * costs.threads)
+            for _ in range(servers)
         ]
         self._free_at = np.zeros(shards)  # of each shard
-        self._events: list[tuple[float, int, int, int]] = []  # when a thread has computed its tick: time, number, server, thread
+        self._events: list[
+            tuple[float, int, int, int]
+        ] = []  # when a thread has computed its tick: time, number, server, thread
         self._number = 0
         self.now = 0.0
         self.answers: list[tuple[float, float, int]] = []  # answered, took, rows
         self._coming: list[tuple[float, int, float]] = []  # when sessions open at a server: time, server, sessions
-        self._held: list[tuple[float, int, float, int]] = []  # rows of sessions without a server: when they go, where, arrived, rows
+        self._held: list[
+            tuple[float, int, float, int]
+        ] = []  # rows of sessions without a server: when they go, where, arrived, rows
 
     def step(self) -> None:
         self.now += self._bin_s
@@ -169,15 +216,17 @@ class Cluster:
         count = sum(rows for _, rows in taken)
         server.rows -= count
         computed = at + costs.tick[0] + costs.tick[1] * count
-        begun = max(computed, server.written[thread])
+        begun = max(computed, server.written[thread]) + costs.send * count
         done = begun
-        for shard, rows in enumerate(self._draw.multinomial(count, np.full(len(self._free_at), 1 / len(self._free_at)))):
+        for shard, rows in enumerate(
+            self._draw.multinomial(count, np.full(len(self._free_at), 1 / len(self._free_at)))
+        ):
             if rows:
-                # The fixed part is the way there and back, which keeps the shard from nothing.
-                self._free_at[shard] = max(self._free_at[shard], begun) + costs.write[1] * rows
-                done = max(done, self._free_at[shard] + costs.write[0])
+                self._free_at[shard] = max(self._free_at[shard], begun) + costs.record * rows
+                done = max(done, self._free_at[shard] + costs.way)
         server.written[thread] = done
-        self.answers += [(done + costs.around, done + costs.around - arrived, rows) for arrived, rows in taken]
+        done += costs.around[0]
+        self.answers += [(done, done - arrived, rows) for arrived, rows in taken]
         self._number += 1
         heapq.heappush(self._events, (begun, self._number, place, thread))
 
@@ -220,23 +269,27 @@ def carried(costs: Costs, servers: int, shards: int) -> float:
     for _ in range(7):
         load = (low + high) / 2
         found = run(Cluster(costs, servers, shards, load, 1.0), 3)[1:]
-        good = all(second.p99 <= LATENCY_S for second in found) and sum(second.rate for second in found) >= 0.97 * load * len(found)
+        good = all(second.p99 <= LATENCY_S for second in found) and sum(
+            second.rate for second in found
+        ) >= 0.97 * load * len(found)
         low, high = (load, high) if good else (low, load)
     return low
 
 
-def closed_loop(costs: Costs, sessions: int, groups: int) -> tuple[float, float]:
+def closed_loop(costs: Costs, sessions: int) -> tuple[float, float]:
     """What the bench does: groups of sessions, each stepped again when all of it was answered. Steps a second, and the p50."""
     cluster = Cluster(costs, 1, 1, 0.0, 0.0, bin_s=0.0002)
-    size = max(1, sessions // groups)
-    left = dict.fromkeys(range(min(groups, sessions)), 0)  # rows of a group that were not answered
+    size = max(1, sessions // GROUPS)
+    away = costs.around[1] * size  # of each call, at its client
+    left = dict.fromkeys(range(min(GROUPS, sessions)), 0)  # rows of a group that were not answered
     sent = dict.fromkeys(left, 0.0)
     took: list[float] = []
-    while cluster.now < 2.0:
+    while cluster.now < 1.5:
         for group in left:
-            if not left[group]:
-                sent[group], left[group] = cluster.now, size
-                cluster.arrive(0, cluster.now, size)
+            if not left[group] and cluster.now >= sent[group]:
+                # A little apart, so that answers tell the groups apart.
+                sent[group], left[group] = cluster.now + 1e-6 * group, size
+                cluster.arrive(0, sent[group], size)
         cluster.step()
         done = [one for one in cluster.answers if one[0] <= cluster.now]
         cluster.answers = [one for one in cluster.answers if one[0] > cluster.now]
@@ -244,7 +297,8 @@ def closed_loop(costs: Costs, sessions: int, groups: int) -> tuple[float, float]
             group = next(group for group in left if left[group] and abs(sent[group] - (at - after)) < 1e-9)
             left[group] -= rows
             if not left[group]:
-                took.append(after)
+                took.append(after + away)
+                sent[group] = at + away  # when it comes again
     return size * len(took) / cluster.now, float(np.median(took))
 
 
@@ -253,13 +307,12 @@ def closed_loop(costs: Costs, sessions: int, groups: int) -> tuple[float, float]
 
 def against_the_bench(costs: Costs, bench: dict[str, Any]) -> list[dict[str, float]]:
     rows = []
-    for one in bench["results"]:
-        if one["durability"] == "step" and one["connections"] <= 2:
-            rate, p50 = closed_loop(costs, one["sessions"], 4)
-            rows.append({
-                "sessions": one["sessions"], "measured_per_s": one["steps_per_s"], "simulated_per_s": rate,
-                "measured_p50_ms": one["p50_ms"], "simulated_p50_ms": 1000 * p50,
-            })  # fmt: skip
+    for one in runs_of(bench):
+        rate, p50 = closed_loop(costs, one["sessions"])
+        rows.append({
+            "sessions": one["sessions"], "measured_per_s": one["steps_per_s"], "simulated_per_s": rate,
+            "measured_p50_ms": one["p50_ms"], "simulated_p50_ms": 1000 * p50,
+        })  # fmt: skip
     return rows
 
 
@@ -297,7 +350,9 @@ def main() -> int:
     RESULT.with_suffix(".png").write_bytes(picture(stories, four))
     text = PAGE.read_text()
     for name, lines in tables(found).items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda hit, lines=lines: hit[1] + lines + hit[2], text, flags=re.S)
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda hit, lines=lines: hit[1] + lines + hit[2], text, flags=re.S
+        )
     PAGE.write_text(text)
     return 0
 
@@ -307,19 +362,42 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     return {
         "costs": _table(
             ("", "fixed", "a row"),
-            [("a tick, computed", f"{1e3 * costs['tick'][0]:.2f} ms", f"{1e6 * costs['tick'][1]:.1f} µs"),
-             ("its records, written", f"{1e3 * costs['write'][0]:.2f} ms", f"{1e6 * costs['write'][1]:.1f} µs")],
+            [("an engine thread: a tick computed", f"{1e3 * costs['tick'][0]:.2f} ms", f"{1e6 * costs['tick'][1]:.1f} µs"),
+             ("an engine thread: its records packed and sent", "", f"{1e6 * costs['send']:.1f} µs"),
+             ("a shard", f"{1e3 * costs['way']:.2f} ms", f"{1e6 * costs['record']:.1f} µs"),
+             ("client and wire", f"{1e3 * costs['around'][0]:.2f} ms", f"{1e6 * costs['around'][1]:.1f} µs")],
         ),
         "checked": _table(
             ("sessions", "steps/s measured", "simulated", "p50 measured", "simulated"),
             [(f"{one['sessions']:,}", f"{one['measured_per_s']:,.0f}", f"{one['simulated_per_s']:,.0f}",
               f"{one['measured_p50_ms']:.1f} ms", f"{one['simulated_p50_ms']:.1f} ms") for one in found["against_the_bench"]],
         ),
+        "sizing": _table(
+            ("sessions", "steps/s each", "steps/s", "servers", "shards", "Redis GB", "Mbit/s from / to clients", "Mbit/s to Redis"),
+            sizing(found),
+        ),
         "carried": _table(
             ("servers", "shards", "steps/s"),
             [(str(one["servers"]), str(one["shards"]), f"{one['steps_per_s']:,.0f}") for one in found["carried"]],
         ),
     }  # fmt: skip
+
+
+def sizing(found: dict[str, Any]) -> list[Sequence[str]]:
+    """Servers like the bench's machine and shards for sessions of W: the larger of what rates and what memory ask for."""
+    server = max(run["measured_per_s"] for run in found["against_the_bench"]) * HEADROOM
+    shard, rows = HEADROOM / RECORD_S, []
+    for sessions in (10**4, 10**5, 10**6, 10**7, 10**8):
+        for rate in (0.01, 1.0, 30.0):
+            steps, gigabytes = sessions * rate, sessions * SESSION_NBYTES / 1e9
+            servers = max(2, math.ceil(steps / server), math.ceil(sessions / SERVER_SESSIONS))
+            shards = max(1, math.ceil(steps / shard), math.ceil(gigabytes / SHARD_GB))
+            mbit = 8e-6 * steps
+            rows.append((
+                f"{sessions:,}", f"{rate:g}", f"{steps:,.0f}", f"{servers:,}", f"{shards:,}", f"{gigabytes:,.2f}",
+                f"{mbit * STEP_NBYTES[0]:,.1f} / {mbit * STEP_NBYTES[1]:,.1f}", f"{mbit * RECORD_NBYTES:,.1f}",
+            ))  # fmt: skip
+    return rows
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -233,7 +233,13 @@ class Core:
         False: something about it is not usual, and `steps` shall look at it.
         """
         row = stream.row_of(int.from_bytes(frame.handles, "little"))
-        unusual = frame.flags or frame.repeats or frame.dtype or self.draining or self._counted >= self._rows_max(frame.timeout_ms)
+        unusual = (
+            frame.flags
+            or frame.repeats
+            or frame.dtype
+            or self.draining
+            or self._counted >= self._rows_max(frame.timeout_ms)
+        )
         if row < 0 or unusual or len(frame.seqs) != _SEQ_NBYTES:
             return False
         table, seq = self.table, int.from_bytes(frame.seqs, "little")

@@ -4,9 +4,9 @@ Frames of one stream wait in the order in which they came; streams take turns. A
 `rows_max` rows and at most `run_max` consecutive steps of one session; sessions that are busy keep their rows here, and so do
 rows whose deadline has passed, until they are dropped. Owned by work.WorkQueue, which calls it under its lock.
 
-Streams are treated alike: each has its share of a tick before any has more. A stream with more rows than a turn is large. Beside
-small ones the large have ticks of their own, one turn together and without long runs, and every second tick is for the small: whoever
-comes while a tick runs waits for its end.
+Streams are treated alike: each has its share of a tick before any has more. A stream with more rows than a turn is large.
+Beside small ones the large have ticks of their own, one turn together and without long runs, and every second tick is for the
+small: whoever comes while a tick runs waits for its end.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class Scheduler:
         self.waiting_rows = 0
         self._queues: OrderedDict[int, deque[Batch]] = OrderedDict()
         self._waiting: dict[int, int] = {}  # rows of each queue
-        self._stepped: OrderedDict[int, float] = OrderedDict()  # streams, and when their last frame came; the latest last
+        self._stepped: OrderedDict[int, float] = (
+            OrderedDict()
+        )  # streams, and when their last frame came; the latest last
         self._large: set[int] = set()  # streams that had more than a turn waiting after their last frame
         self._large_next = False
         self._rows_per_s = 0.0  # of ticks that are not small

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -82,7 +83,7 @@ def test_what_is_refused_is_told_to_come_when_there_is_room(busy: Any) -> None:
     refused = busy(flags, 1024, 8, lambda refused: len({detail.retry_after_ms for detail in refused} - {50}) > 3)
     hints = [detail.retry_after_ms for detail in refused]
     assert min(hints) >= 50 and max(hints) <= 5000, hints
-    assert any(after > before > 50 for before, after in zip(hints, hints[1:], strict=False)), hints
+    assert any(after > before > 50 for before, after in itertools.pairwise(hints)), hints
 
 
 def test_the_queue_is_limited_in_time(busy: Any) -> None:

@@ -53,7 +53,7 @@ def test_it_says_what_servers_do(stepping: ServerProcess) -> None:
     here, gone = found["servers"]
     assert (here["address"], here["up"], here["redis_up"]) == (address, True, True)
     assert (gone["address"], gone["up"]) == (away, False) and "refused" in gone["error"]
-    assert (here["sessions"]["known"], here["sessions"]["hot"], here["streams"]) == (6, 5, 1)
+    assert (here["sessions"], here["streams"]) == ({"known": 6, "device": 5, "stored": 1}, 1)
     assert here["steps_per_s"] > 5 and here["rows_per_tick"] == 5
     assert 0 < here["busy"] < 1 and here["memory_bytes"] > 1 << 20 and here["commit_bytes_per_s"] > 0
     assert found["total"]["models"] == {MODEL: {"ok": pytest.approx(here["steps_per_s"])}}
@@ -87,7 +87,10 @@ def test_rates_are_of_the_time_between_and_a_new_start_has_none() -> None:
     found = figures([old], [new])
     assert found["total"]["models"] == {"m": {"ok": 25.0, "late": 2.0}}
     # 90 of 100 within 10 ms, the rest spread over what is left of 100 ms.
-    assert found["servers"][0]["latency_ms"]["total"] == {"p50": pytest.approx(5.5556, abs=1e-3), "p99": pytest.approx(91)}
+    assert found["servers"][0]["latency_ms"]["total"] == {
+        "p50": pytest.approx(5.5556, abs=1e-3),
+        "p99": pytest.approx(91),
+    }
     assert found["servers"][0]["latency_ms"]["queue"] is None
     again = figures([new], [scraped(14.0, steps=3)])
     assert again["servers"][0]["steps_per_s"] is None and again["total"]["steps_per_s"] == 0

@@ -139,7 +139,9 @@ class SentLog:
                 part.flags,
                 mark=part.mark,
             )
-            rows = zip(hit.tolist(), part.slots[hit].tolist(), part.firsts[hit].tolist(), part.lasts[hit].tolist(), strict=True)
+            rows = zip(
+                hit.tolist(), part.slots[hit].tolist(), part.firsts[hit].tolist(), part.lasts[hit].tolist(), strict=True
+            )
             for row, slot, start, stop in rows:
                 first, pieces = moves[slot]
                 if stop < first:

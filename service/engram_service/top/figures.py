@@ -86,7 +86,10 @@ def _rate(old: Scrape, new: Scrape, name: str, **labels: str) -> float | None:
 
 def _rates(old: Scrape, new: Scrape, name: str, label: str, **labels: str) -> dict[str, float]:
     """The rates that are not 0, by the value of a label."""
-    pairs = {label_value: _rate(old, new, name, **labels, **{label: label_value}) for label_value in new.by(name, label, **labels)}
+    pairs = {
+        label_value: _rate(old, new, name, **labels, **{label: label_value})
+        for label_value in new.by(name, label, **labels)
+    }
     return {value: rate for value, rate in pairs.items() if rate}
 
 

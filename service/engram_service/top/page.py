@@ -7,21 +7,35 @@ from typing import Any
 
 from engram_service.top.figures import STAGES
 
-_SERVER = ("server", "", "sessions", "hot", "streams", "in flight", "steps/s", "rows/tick", "busy", "total p99", "memory")
+_SERVER = (
+    "server",
+    "",
+    "sessions",
+    "resident",
+    "streams",
+    "in flight",
+    "steps/s",
+    "rows/tick",
+    "busy",
+    "total p99",
+    "memory",
+)
 
 
 def page(found: dict[str, Any]) -> list[str]:
     total = found["total"]
     lines = [
-        f"{total['servers_up']} of {len(found['servers'])} servers up   {total['sessions']:,} sessions   {total['streams']:,} streams   "
-        f"{total['steps_per_s']:,.0f} steps/s",
+        f"{total['servers_up']} of {len(found['servers'])} servers up   {total['sessions']:,} sessions   "
+        f"{total['streams']:,} streams   {total['steps_per_s']:,.0f} steps/s",
         "",
         *_columns([_SERVER, *(_server(server) for server in found["servers"])]),
         "",
         *_columns([("stage", "p50 ms", "p99 ms"), *((stage, *_both(total["latency_ms"][stage])) for stage in STAGES)]),
     ]
     if total["models"]:
-        rows = [(model, f"{rates.get('ok', 0.0):,.0f}", _others(rates)) for model, rates in sorted(total["models"].items())]
+        rows = [
+            (model, f"{rates.get('ok', 0.0):,.0f}", _others(rates)) for model, rates in sorted(total["models"].items())
+        ]
         lines += ["", *_columns([("model", "steps/s", "not done/s"), *rows])]
     for server in found["servers"]:
         if not server["up"]:
@@ -36,7 +50,7 @@ def _server(server: dict[str, Any]) -> tuple[str, ...]:
         return (server["address"], "down", *[""] * (len(_SERVER) - 2))
     return (
         server["address"], "up" if server["redis_up"] else "no store", f"{server['sessions']['known']:,}",
-        f"{server['sessions'].get('hot', 0):,}", f"{server['streams']:,}", f"{server['rows_in_flight']:,}",
+        f"{server['sessions'].get('device', 0):,}", f"{server['streams']:,}", f"{server['rows_in_flight']:,}",
         _number(server["steps_per_s"], ",.0f"), _number(server["rows_per_tick"], ",.1f"), _number(server["busy"], ".0%"),
         _both(server["latency_ms"]["total"])[1], f"{server['memory_bytes'] / 1e6:,.0f} MB",
     )  # fmt: skip
@@ -61,8 +75,8 @@ def _reasons(rates: dict[str, float]) -> str:
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """A table: the first column to the left, the others to the right."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        .rstrip()
-        for row in rows
-    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        first, *others = zip(row, widths, strict=True)
+        lines.append("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip())
+    return lines

@@ -1,0 +1,31 @@
+"""Every Python example of the documents runs, as it is written, against a server; only the server's address is another."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "docs/quickstart.md", "docs/sdk.md")
+
+
+def examples() -> list[Any]:
+    """Whole programs: those that begin with an import."""
+    found = []
+    for page in PAGES:
+        for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)):
+            if code.startswith(("import", "from")):
+                found.append(pytest.param(code, id=f"{pathlib.Path(page).stem}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize("code", examples())
+def test_examples_run(code: str, shared_server: Any) -> None:
+    program = code.replace("127.0.0.1:50051", shared_server.address)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, f"{done.stderr}\n{program}"
