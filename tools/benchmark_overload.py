@@ -95,7 +95,8 @@ def burn() -> int:
 
 async def compete(args: argparse.Namespace) -> int:
     if args.beside == "crowd":
-        clients = [Crowd(f"crowd-{name}", args.rate / CROWD) for name in range(CROWD)]
+        all_open = asyncio.Barrier(CROWD)
+        clients = [Crowd(f"crowd-{name}", args.rate / CROWD, all_open) for name in range(CROWD)]
         await asyncio.gather(*(client.run(args.address, args.seconds) for client in clients))
         waits = np.concatenate([part for client in clients for part in client.waits])
         words = [part for client in clients for part in client.words]
@@ -136,8 +137,9 @@ class Crowd:
     Each session has one step in flight at most; what was refused is offered again when its turn comes. Columns by handle.
     """
 
-    def __init__(self, name: str, rate: float) -> None:
+    def __init__(self, name: str, rate: float, all_open: asyncio.Barrier) -> None:
         self._name = name
+        self._all_open = all_open
         self._rate = rate  # steps a second
         self._free = np.zeros(CROWD_SESSIONS, np.bool_)
         self._answered = np.zeros(CROWD_SESSIONS, np.uint64)
@@ -163,6 +165,7 @@ class Crowd:
             assert not opened.errors, opened.errors
             self._answered[np.frombuffer(opened.handles, np.uint32)] = np.frombuffer(opened.seqs, np.uint64)
             self._free[:] = True
+            await self._all_open.wait()
             reader = asyncio.create_task(self._read(stream))
             await self._write(stream, seconds)
             reader.cancel()
@@ -386,12 +389,10 @@ def page(found: dict[str, Any]) -> str:
         "# Overload and greedy clients", "",
         f"Written by `make bench-overload` on {found['date']}. Clients, server and Redis share this machine:", "",
         *(f"- {key}: {value}" for key, value in found["machine"].items()), "",
-        f"{small:,} sessions of {SMALL_CLIENTS} clients step once a second (W, durability step); medians of {ROUNDS} rounds, the",
-        f"ratios round by round. A greedy client has {GREEDY_SESSIONS:,} sessions and all the steps in flight that it",
-        "is let have: a",
-        f"wide one steps all of them at once, {GREEDY_CALLS} times side by side; a long one gives each {GREEDY_STEPS}",
-        "steps at a time.",
-        f"A burner only uses the processor. What runs beside has niceness {NICENESS}.", "",
+        f"{small:,} sessions of {SMALL_CLIENTS} clients step once a second (W, durability step); medians of {ROUNDS} rounds,",
+        f"the ratios round by round. A greedy client has {GREEDY_SESSIONS:,} sessions and all the steps in flight that it is",
+        f"let have: a wide one steps all at once, {GREEDY_CALLS} times side by side; a long one gives each {GREEDY_STEPS} steps",
+        f"at a time. A burner only uses the processor. What runs beside has niceness {NICENESS}.", "",
         "| beside them | p50 ms | times nothing | p99 ms | times nothing (goal: 2) | steps/s in all |",
         "|---|---:|---:|---:|---:|---:|",
         *(
@@ -400,10 +401,9 @@ def page(found: dict[str, Any]) -> str:
             for kind, row in greedy["others"].items()
         ), "",
         f"Errors of the small ones: {greedy['others_errors']}.", "",
-        f"Overload: {over['clients']} clients with {over['sessions']:,} sessions offer steps at a fixed rate, whatever becomes of",
-        f"them, each with a deadline of {over['deadline_ms']:.0f} ms (times are from before a step is written to",
-        "after its answer was",
-        "read). The load is a part of the most that was answered of loads that grew until a tenth was not:",
+        f"Overload: {over['clients']} clients with {over['sessions']:,} sessions offer steps at a fixed rate, whatever becomes",
+        f"of them, each with a deadline of {over['deadline_ms']:.0f} ms. Times are from before a step is written to after its",
+        "answer was read. The load is a part of the most that was answered of loads that grew until a tenth was not:",
         f"{over['capacity_per_s']:,.0f} steps/s.", "",
         "| load | offered/s | answered/s | p50 ms | p99 ms | latest | QUEUE_FULL/s | too late/s | the small ones: p50 | p99 ms |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -414,8 +414,8 @@ def page(found: dict[str, Any]) -> str:
             f"| {row['others_p99_ms']:.0f} |"
             for row in over["loads"]
         ), "",
-        f"- the small ones before: p50 {over['usual_p50_ms']:.1f} ms, p99 {over['usual_p99_ms']:.1f} ms;",
-        f"  errors: {over['others_errors']}",
+        f"- the small ones before: p50 {over['usual_p50_ms']:.1f} ms, p99 {over['usual_p99_ms']:.1f} ms",
+        f"- errors of the small ones: {over['others_errors']}",
         f"- the latest refusal at {last['load']:g} times the load came after {last['latest_refusal_ms']:.0f} ms",
         f"- the server's memory there, medians of the thirds of {last['rss_samples']} seconds: "
         f"{', '.join(f'{value:,.0f}' for value in last['rss_mb_thirds'])} MB",

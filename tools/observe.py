@@ -292,8 +292,10 @@ class Scene:
 
     async def _stuttering(self) -> None:
         self.redis.pause()
-        await asyncio.sleep(0.3)
-        self.redis.go_on()
+        try:
+            await asyncio.sleep(0.3)
+        finally:
+            self.redis.go_on()
         await asyncio.sleep(0.5)
 
     async def _greedy(self) -> None:
