@@ -73,7 +73,7 @@ proto-check: $(STAMP)
 check: lint types proto-lint proto-check
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --redis cluster tests/service tests/sdk tests/fuzz/test_sessions.py

@@ -51,6 +51,7 @@ with engram.Client(addresses, engram.ClientOptions(backoff_initial_s=0.02)) as c
         except engram.EngramError as error:
             errors.append(repr(error))
         longest = max(longest, time.monotonic() - begun)
+        time.sleep(0.01)
     seqs = {session.seq for session in sessions}
     twins = client.open_many("digits-reader", 200)
     differ = sum(int((client.step_many(twins, X[n % 16]) != y).sum()) for n, y in enumerate(outputs))
