@@ -1,4 +1,5 @@
-"""What deploy/kubernetes renders to: valid for Kubernetes, within restricted pod security, and in step with the server's settings.
+"""What deploy/kubernetes and deploy/helm render to: valid for Kubernetes, within restricted pod security, in step with the server's
+settings, and the same from both.
 
 Each policy is a function that says what is wrong with a rendered set; each is shown a set that breaks it.
 """
@@ -9,6 +10,7 @@ import copy
 import pathlib
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,9 +18,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import engram
 from engram_service.settings import Settings
 
-ROOT = pathlib.Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
+DEPLOY = pathlib.Path(__file__).resolve().parents[2] / "deploy"
+ROOT, CHART = DEPLOY / "kubernetes", DEPLOY / "helm" / "engram"
 OVERLAYS = ("dev", "gpu", "production")
 VERSIONS = ("1.29", "1.33")  # of Kubernetes: objects are to be good for both
 SECRETS = {"engram-redis", "engram-tokens", "engram-tls"}  # which an operator makes
@@ -27,16 +31,32 @@ PRE_STOP_S = 5
 Objects = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=OVERLAYS)
-def objects(request: pytest.FixtureRequest) -> Objects:
-    """All that an overlay renders to."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl, which renders kustomize, is not here")
-    done = subprocess.run(
-        ["kubectl", "kustomize", ROOT / "overlays" / request.param], check=False, capture_output=True, text=True
-    )
+def run(tool: str, *arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
+    path = shutil.which(tool, path=str(pathlib.Path(sys.executable).parent)) or shutil.which(tool)
+    if path is None:
+        pytest.skip(f"{tool} is not here: tools/kubernetes_tools.py gets it where there is a package")
+    return subprocess.run([path, *arguments], check=False, capture_output=True, text=True)
+
+
+def values_of(overlay: str) -> tuple[str | pathlib.Path, ...]:
+    return ("--values", CHART.parent / f"{overlay}.yaml")
+
+
+def rendered(by: str, overlay: str) -> Objects:
+    """All that an overlay, or the chart with the values of this name, renders to."""
+    if by == "kustomize":
+        done = run("kubectl", "kustomize", ROOT / "overlays" / overlay)
+    else:
+        done = run("helm", "template", "engram", CHART, *values_of(overlay))
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.fixture(
+    scope="module", params=[(by, overlay) for by in ("kustomize", "helm") for overlay in OVERLAYS], ids="-".join
+)
+def objects(request: pytest.FixtureRequest) -> Objects:
+    return rendered(*request.param)
 
 
 def of_kind(objects: Objects, kind: str) -> Objects:
@@ -196,6 +216,76 @@ def test_policies_can_fail(objects: Objects, what: str) -> None:
     broken = copy.deepcopy(objects)
     spoil(broken)
     assert list(policy(broken))
+
+
+# The chart
+
+OF_A_RELEASE = {
+    "namespace",
+    "checksum/settings",
+    "app.kubernetes.io/instance",
+    "app.kubernetes.io/managed-by",
+    "app.kubernetes.io/version",
+    "helm.sh/chart",
+}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_chart_is_what_kustomize_makes(overlay: str) -> None:
+    charted, made = (
+        {(one["kind"], one["metadata"]["name"]): one for one in map(_plain, rendered(by, overlay))}
+        for by in ("helm", "kustomize")
+    )
+    made = {name: one for name, one in made.items() if name[0] != "Namespace"}  # helm's --create-namespace
+    for one in (*charted.values(), *made.values()):
+        one["metadata"].pop("labels", None)  # no selector looks at these
+    assert charted.keys() == made.keys()
+    for name, one in made.items():
+        assert charted[name] == one, name
+
+
+def _plain(value: Any) -> Any:
+    """An object without what tells helm's from kustomize's: namespace, labels of a release, how a change of settings is noticed, and
+    the order of what has names."""
+    if isinstance(value, dict):
+        plain = {key: _plain(one) for key, one in value.items() if key not in OF_A_RELEASE}
+        if str(plain.get("name", "")).startswith("engram-settings-"):
+            plain["name"] = "engram-settings"
+        return plain
+    if isinstance(value, list):
+        return sorted(map(_plain, value), key=lambda one: str(one.get("name", "")) if isinstance(one, dict) else "")
+    return value
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_helm_lint_finds_nothing(overlay: str) -> None:
+    done = run("helm", "lint", "--strict", CHART, *values_of(overlay))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "value", ["setings.workers=2", "settings.drain_timeout_s=soon", "settings.tls_key=x", "image.variant=tpu"]
+)
+def test_values_that_mean_nothing_are_refused(value: str) -> None:
+    done = run("helm", "template", "engram", CHART, "--set", value)
+    assert done.returncode != 0 and "values don't meet the specifications of the schema" in done.stderr
+
+
+def test_two_releases_do_not_meet() -> None:
+    """Names and selectors are the release's, so another Engram in the namespace is another."""
+    one, two = (
+        list(yaml.safe_load_all(run("helm", "template", name, CHART, *values_of("production")).stdout))
+        for name in ("one", "two")
+    )
+    names = [{(it["kind"], it["metadata"]["name"]) for it in them} for them in (one, two)]
+    assert not names[0] & names[1]
+    assert list(selected(one)) == []
+    assert list(selected([*of_kind(one, "Deployment"), *(it for it in two if it["kind"] != "Deployment")]))
+
+
+def test_the_version_is_the_packages() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == engram.__version__
 
 
 def test_the_validation_can_fail(objects: Objects) -> None:
