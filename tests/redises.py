@@ -84,17 +84,22 @@ class RedisProcess:
 
 
 class RedisCluster:
-    """Three primaries, and replicas that are added. What is done to it is done to all of them."""
+    """Three primaries, and replicas that are added. What is done to it is done to all of them.
 
-    def __init__(self, directory: pathlib.Path) -> None:
+    With `flags` that give a certificate the nodes speak TLS alone, but for their unix sockets.
+    """
+
+    def __init__(self, directory: pathlib.Path, *flags: str) -> None:
         self.directory = directory
+        self.flags = flags
+        self.tls = "--tls-cert-file" in flags
         self.ports: list[int] = []
         self.processes: list[RedisProcess] = []
         self._moved: dict[int, int] = {}
 
     @property
     def url(self) -> str:
-        return f"redis+cluster://127.0.0.1:{self.ports[1]}"
+        return f"redis{'s' * self.tls}+cluster://127.0.0.1:{self.ports[1]}"
 
     @property
     def client(self) -> redis.RedisCluster:
@@ -115,8 +120,8 @@ class RedisCluster:
         directory = self.directory / f"node-{len(self.processes)}"
         directory.mkdir(parents=True)
         process = RedisProcess(
-            directory, "--port", str(port), "--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--bind", "127.0.0.1",
-            "--repl-diskless-sync-delay", "0", "--cluster-require-full-coverage", "no",
+            directory, "--tls-port" if self.tls else "--port", str(port), "--cluster-enabled", "yes", "--cluster-node-timeout", "1000",
+            "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0", "--cluster-require-full-coverage", "no", *self.flags,
         )  # fmt: skip
         process.start()  # its bus, too, has a port that must be free
         self.ports.append(port)
@@ -180,6 +185,12 @@ class RedisCluster:
         self._moved[at] = target
         for process in (self.processes[target], *self.processes):
             process.client.execute_command("CLUSTER", "SETSLOT", at, "NODE", self.id(target))
+
+
+def speaks_tls() -> bool:
+    """Whether the Redis that tests have is built with TLS."""
+    asked = subprocess.run([_binary(), "--tls-auth-clients", "?"], capture_output=True, check=False, timeout=START_S)
+    return b"Bad directive" not in asked.stdout + asked.stderr
 
 
 def free_port(below: int = 65536) -> int:

@@ -5,15 +5,15 @@ Frames of one stream wait in the order in which they came; streams take turns. A
 rows whose deadline has passed, until they are dropped. Owned by work.WorkQueue, which calls it under its lock.
 
 Streams are treated alike: each has its share of a tick before any has more. A stream with more rows than a turn is large.
-Beside small ones the large have ticks of their own, one turn together and without long runs, and every second tick is for the
-small: whoever comes while a tick runs waits for its end.
+Beside small ones the large have ticks of their own, one turn together and without long runs, and of three ticks two are for the
+small: whoever comes while a turn is computed waits for its end, and overtakes its commit.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ FIXED_ROWS = 50  # a tick of one row takes about as long as so many rows more
 
 _FAIR_SHARE_MIN = 32  # rows that each stream may place in a tick before others get more
 _TURN_MIN = 128  # rows of a turn in any case
-_TURN_S = 0.005  # and as many as take about so long
+_TURN_S = 0.0025  # and as many as are computed in about so long; to pack and commit them takes as long again
+_PASSES = 2  # ticks of small streams that may go before a turn that is ready
 _RUN_SHARED = 2  # most consecutive steps of one session in a turn; they run one after the other
 _LATELY_S = 1.0  # a stream is one of those that step for so long after its last frame
 
@@ -59,7 +60,8 @@ class Part:
 class Tick:
     """One batched advance: rows in the order in which they were taken, and the waves in which they run.
 
-    Wave k holds the k-th step of each session in the tick. `last` indexes each session's last row.
+    Wave k holds the k-th step of each session in the tick. `last` indexes each session's last row. `turn`: its rows are of large
+    streams that have small ones beside them.
     """
 
     parts: list[Part]
@@ -68,6 +70,7 @@ class Tick:
     flags: NDArray[np.uint8]
     waves: list[NDArray[np.intp] | None]  # None: all rows
     last: NDArray[np.intp] | None  # None: all rows
+    turn: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,11 +84,9 @@ class Scheduler:
         self.waiting_rows = 0
         self._queues: OrderedDict[int, deque[Batch]] = OrderedDict()
         self._waiting: dict[int, int] = {}  # rows of each queue
-        self._stepped: OrderedDict[int, float] = (
-            OrderedDict()
-        )  # streams, and when their last frame came; the latest last
+        self._stepped: OrderedDict[int, float] = OrderedDict()  # streams by when their last frame came; the latest last
         self._large: set[int] = set()  # streams that had more than a turn waiting after their last frame
-        self._large_next = False
+        self._passed = 0  # ticks of small streams since the last turn
         self._rows_per_s = 0.0  # of ticks that are not small
 
     def add(self, batch: Batch) -> None:
@@ -108,11 +109,11 @@ class Scheduler:
         if not large or self._stepped.keys() <= self._large:
             return self._made(list(self._queues), rows_max, self.run_max, busy, now)
         small = [key for key in self._queues if key not in self._large]
-        for keys in (large, small) if self._large_next else (small, large):
+        for keys in (large, small) if self._passed >= _PASSES else (small, large):
             most = rows_max if keys is small else min(rows_max, self._turn)
             if tick := self._made(keys, most, min(self.run_max, _RUN_SHARED), busy, now):
-                self._large_next = keys is small
-                return tick
+                self._passed = self._passed + 1 if keys is small else 0
+                return replace(tick, turn=keys is large)
         return None
 
     @property

@@ -1,6 +1,7 @@
 """TLS: who is let in, certificates that change while the server runs, and a Redis that asks for a user, TLS and a certificate.
 
-The Redis that tests have may be built without TLS, so a small TLS end stands before it; what the server speaks is the same.
+The Redis that tests have may be built without TLS, so a small TLS end stands before it; what the server speaks is the same. A cluster
+tells the addresses of its nodes, so there nothing can stand before them: that test needs a Redis with TLS.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from redises import RedisCluster, speaks_tls
 
 import engram
 from engram_models import LSTM, Hopfield, write_bundle
@@ -292,3 +294,39 @@ def test_a_redis_of_another_ca_or_without_our_certificate_is_not_used(
         assert end.refused
         with engram.Client(server.address) as client, pytest.raises((engram.Unavailable, engram.DeadlineExceeded)):
             client.open("lstm", timeout=1.0)
+
+
+@pytest.fixture
+def tls_cluster(tmp_path: pathlib.Path, certificates: Any) -> Iterator[RedisCluster]:
+    """A Redis Cluster that speaks TLS alone, and asks for a certificate."""
+    if not speaks_tls():
+        pytest.skip("the Redis here is built without TLS; Debian's redis-server has it")
+    cert, key = certificates.issue("redis")
+    cluster = RedisCluster(
+        tmp_path, "--tls-cluster", "yes", "--tls-replication", "yes", "--tls-cert-file", str(cert), "--tls-key-file", str(key),
+        "--tls-ca-cert-file", str(certificates.ca("ca")), "--port", "0",
+    )  # fmt: skip
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def test_a_cluster_that_speaks_tls_alone(
+    server_type: Any, models: pathlib.Path, certificates: Any, tls_cluster: RedisCluster, tmp_path: pathlib.Path
+) -> None:
+    cert, key = certificates.issue("engram-server")
+    files = ("--redis-tls-ca", str(certificates.ca("ca")), "--redis-tls-cert", str(cert), "--redis-tls-key", str(key))
+    flags = ("--models", str(models), "--redis-url", tls_cluster.url, *files, *QUICK)
+    X = np.ones((60, 3), np.float32)
+    with server_type(tmp_path, *flags) as server, engram.Client(server.address) as client:
+        sessions = client.open_many("lstm", len(X))
+        client.step_many(sessions, X)
+        assert all(process.client.dbsize() for process in tls_cluster.processes)
+        server.kill()
+        server.start()
+        after = client.step_many(sessions, X)
+        whole = client.open("lstm")
+        whole.step(X[0])
+        assert (after == whole.step(X[0])).all()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from redises import speaks_tls
 
 from engram_service.store import Store, StoreError, StoreUnavailable, Verdict
 from engram_service.store.private import _binary
@@ -125,7 +126,7 @@ def test_tls(
 ) -> None:
     path, key = certificate
     port = free_port()
-    if not has_tls(path, key):
+    if not speaks_tls():
         pytest.skip(f"{pathlib.Path(_binary()).name} is built without TLS")
     start_redis(
         "--tls-port", str(port), "--tls-cert-file", str(path), "--tls-key-file", str(key), "--tls-ca-cert-file", str(path),
@@ -145,22 +146,6 @@ def test_tls(
     assert "certificate" in told.told[0].lower()
     with pytest.raises(StoreUnavailable, match=r"(?i)certificate"):
         distrustful.describe("s1")
-
-
-def has_tls(path: pathlib.Path, key: pathlib.Path) -> bool:
-    command = [
-        _binary(),
-        "--port",
-        "0",
-        "--tls-cert-file",
-        str(path),
-        "--tls-key-file",
-        str(key),
-        "--unixsocket",
-        "/nowhere/s",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    return "Bad directive" not in done.stdout + done.stderr
 
 
 def test_a_replica_that_was_given_for_a_primary_is_told(

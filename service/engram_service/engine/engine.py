@@ -29,6 +29,8 @@ from engram_service.work import Job, WorkQueue
 
 log = logging.getLogger(__name__)
 
+Commit = Callable[[], CommitJob]  # packs the records, which is as long as to compute them
+
 
 @dataclass(eq=False, slots=True)
 class Advance:
@@ -67,6 +69,29 @@ class Answers(Protocol):
         """The cell raised: nothing of the tick was committed."""
 
 
+class _Line:
+    """A thread's way to Redis, which has one commit at a time under way."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._sent: Sent | None = None
+        self.rows = 0  # of the commit that was sent last
+
+    @property
+    def free(self) -> bool:
+        return self._sent is None
+
+    def send(self, job: CommitJob) -> None:
+        self.wait()
+        self._sent, self.rows = self._store.begin(job), len(job.tags)
+
+    def wait(self) -> None:
+        """Until Redis has said what became of what was sent."""
+        if self._sent is not None:
+            self._store.finish(self._sent)
+            self._sent = None
+
+
 class Engine:
     """The threads of one device."""
 
@@ -94,21 +119,30 @@ class Engine:
     def _run(self) -> None:
         """Computes a tick while Redis writes the one before, and waits for Redis only where there is nothing to compute."""
         torch.set_num_threads(1)
-        sent: Sent | None = None
-        rows = 0  # of the tick that was sent
-        while (work := self._queue.take(wait=sent is None)) is not None or sent is not None:
-            job: CommitJob | None = None
+        line = _Line(self._store)
+        behind: Commit | None = None  # of a turn of large streams: small rows that came meanwhile overtake it
+        while (work := self._queue.take(wait=line.free and behind is None)) is not None or not line.free or behind:
             if callable(work):
                 self._job(work)
             elif work is not None:
                 model, tick = work
-                if sent is not None and (len(tick.waves) > 1 or len(tick) > 2 * rows + FIXED_ROWS):
-                    self._store.finish(sent)  # nobody's answer shall wait for a long tick
-                    sent = None
-                job, rows = self._tick(model, tick), len(tick)
-            if sent is not None:
-                self._store.finish(sent)
-            sent = self._store.begin(job) if job is not None else None
+                if behind is not None and tick.turn:
+                    line.send(behind())
+                    behind = None
+                if len(tick.waves) > 1 or len(tick) > 2 * line.rows + FIXED_ROWS:
+                    line.wait()  # nobody's answer shall wait for a long tick
+                commit = self._tick(model, tick)
+                if commit is not None and tick.turn:
+                    behind = commit
+                    continue
+                if commit is not None:
+                    line.send(commit())
+                    if behind is None:
+                        continue
+            line.wait()
+            if behind is not None:
+                line.send(behind())
+                behind = None
 
     def _job(self, job: Job) -> None:
         try:
@@ -118,7 +152,8 @@ class Engine:
         finally:
             self._queue.finished()
 
-    def _tick(self, model: int, tick: Tick) -> CommitJob | None:
+    def _tick(self, model: int, tick: Tick) -> Commit | None:
+        """Computes a tick; what is to be committed of it, if anything."""
         served = self._catalog.models[model]
         try:
             advance, states = self._advance(served, tick)
@@ -129,7 +164,7 @@ class Engine:
             return None
         self._queue.finished()
         self._answers.advanced(advance)
-        return self._tick_job(advance, states)
+        return self._tick_commit(advance, states)
 
     def _advance(self, served: Served, tick: Tick) -> tuple[Advance, list[NDArray[np.uint8]]]:
         """Runs the tick's waves. The new states are in the arena, and come back as bytes for each session's last row."""
@@ -156,7 +191,7 @@ class Engine:
         self._observe(advance)
         return advance, states
 
-    def _tick_job(self, advance: Advance, states: list[NDArray[np.uint8]]) -> CommitJob | None:
+    def _tick_commit(self, advance: Advance, states: list[NDArray[np.uint8]]) -> Commit | None:
         """The commit of the tick's sessions of durability step; rows of the others are answered at once."""
         tick = advance.tick
         last = np.arange(len(tick)) if tick.last is None else tick.last
@@ -173,7 +208,9 @@ class Engine:
             self._answers.committed(advance, rows, verdict)
 
         sessions = tick.rows[last]
-        return self._commit_job(advance.served, sessions, self._table.token[sessions], tick.seqs[last], states, done)
+        return lambda: self._commit_job(
+            advance.served, sessions, self._table.token[sessions], tick.seqs[last], states, done
+        )
 
     def flush(self, served: Served, sessions: NDArray[np.int32], tokens: NDArray[np.uint8]) -> None:
         """Commits sessions as the arena holds them (durability interval), if they still are under these claims, uint8
