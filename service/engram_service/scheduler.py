@@ -5,7 +5,7 @@ Frames of one stream wait in the order in which they came; streams take turns. A
 rows whose deadline has passed, until they are dropped. Owned by work.WorkQueue, which calls it under its lock.
 
 Streams are treated alike: each has its share of a tick before any has more. A stream with more rows than a turn is large.
-Beside small ones the large have ticks of their own, one turn together and without long runs, and of three ticks two are for the
+Beside small ones the large have ticks of their own, one turn together and without long runs, and of four ticks three are for the
 small: whoever comes while a turn is computed waits for its end, and overtakes its commit.
 """
 
@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 FIXED_ROWS = 50  # a tick of one row takes about as long as so many rows more
 
-_FAIR_SHARE_MIN = 32  # rows that each stream may place in a tick before others get more
-_TURN_MIN = 128  # rows of a turn in any case
-_TURN_S = 0.0025  # and as many as are computed in about so long; to pack and commit them takes as long again
-_PASSES = 2  # ticks of small streams that may go before a turn that is ready
+_FAIR_SHARE_MIN = 16  # rows that each stream may place in a tick before others get more
+_LARGE = 128  # rows; a stream with more of them waiting is large, if they also are more than a turn
+_TURN_MIN = 64  # rows of a turn in any case
+_TURN_S = 0.0018  # and as many as are computed in about so long; to pack and commit them takes as long again
+_PASSES = 3  # ticks of small streams that may go before a turn that is ready
 _RUN_SHARED = 2  # most consecutive steps of one session in a turn; they run one after the other
 _LATELY_S = 1.0  # a stream is one of those that step for so long after its last frame
 
@@ -87,7 +88,7 @@ class Scheduler:
         self._stepped: OrderedDict[int, float] = OrderedDict()  # streams by when their last frame came; the latest last
         self._large: set[int] = set()  # streams that had more than a turn waiting after their last frame
         self._passed = 0  # ticks of small streams since the last turn
-        self._rows_per_s = 0.0  # of ticks that are not small
+        self._rows_per_s = 0.0  # of ticks that are not small, with FIXED_ROWS for each
 
     def add(self, batch: Batch) -> None:
         key, count = batch.stream.id, len(batch.waiting)
@@ -96,7 +97,7 @@ class Scheduler:
         self._waiting[key] = self._waiting.get(key, 0) + count
         self._stepped[key] = batch.arrived
         self._stepped.move_to_end(key)
-        (self._large.add if self._waiting[key] > self._turn else self._large.discard)(key)
+        (self._large.add if self._waiting[key] > max(_LARGE, self._turn) else self._large.discard)(key)
 
     def next(self, busy: NDArray[np.bool_], rows_max: int, now: float) -> Tick | None:
         """The next tick, or None where nothing is ready. Marks the sessions it takes in `busy`."""
@@ -118,7 +119,7 @@ class Scheduler:
 
     @property
     def _turn(self) -> int:
-        return max(_TURN_MIN, int(self._rows_per_s * _TURN_S))
+        return max(_TURN_MIN, int(self._rows_per_s * _TURN_S) - FIXED_ROWS)
 
     def _made(self, keys: list[int], rows_max: int, run_max: int, busy: NDArray[np.bool_], now: float) -> Tick | None:
         """A tick of the rows of these streams."""
@@ -139,8 +140,8 @@ class Scheduler:
 
     def took(self, rows: int, seconds: float) -> None:
         """How long a tick of so many rows was computed."""
-        if rows >= _TURN_MIN // 2:
-            self._rows_per_s += (rows / seconds - self._rows_per_s) / 8
+        if rows >= _TURN_MIN:
+            self._rows_per_s += ((rows + FIXED_ROWS) / seconds - self._rows_per_s) / 8
 
     def drop(self, wanted: Callable[[Batch], NDArray[np.bool_]]) -> list[tuple[Batch, NDArray[np.intp]]]:
         """Takes out the waiting rows for which `wanted` (a mask over batch.waiting) is true, and returns them."""

@@ -91,7 +91,7 @@ def test_large_streams_have_one_turn_together_while_small_ones_step() -> None:
     for stream in range(4, 21):
         scheduler.add(batch(stream, [stream], [1]))
     ticks = [scheduler.next(busy, 1024, 0.5) for _ in range(3)]
-    assert [len(tick) for tick in ticks if tick] == [17, 128, 128]
+    assert [len(tick) for tick in ticks if tick] == [17, 64, 64]
     for tick in ticks[1:]:
         assert tick is not None and set((tick.rows // 2000).tolist()) == {1, 2, 3}
     alone = scheduler.next(busy, 1024, 2.0)
@@ -106,7 +106,7 @@ def test_where_rows_are_quick_a_turn_has_more() -> None:
     for _ in range(50):
         scheduler.took(128, 0.001)
         scheduler.took(3, 0.001)  # of which nothing is learnt
-    assert [len(tick) for _ in range(2) if (tick := scheduler.next(busy, 4096, 0.0))] == [98, 319]
+    assert [len(tick) for _ in range(2) if (tick := scheduler.next(busy, 4096, 0.0))] == [98, 269]
 
 
 def test_runs_are_short_beside_small_streams_and_long_among_large_ones() -> None:
@@ -124,7 +124,7 @@ def test_runs_are_short_beside_small_streams_and_long_among_large_ones() -> None
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 700)), min_size=1, max_size=20), st.integers(130, 400))
-def test_every_stream_goes_within_three_ticks(frames: list[tuple[int, int]], rows_max: int) -> None:
+def test_every_stream_goes_within_four_ticks(frames: list[tuple[int, int]], rows_max: int) -> None:
     """Stream 0 always has a row waiting, as many small ones have together; the others send frames of up to 700."""
     scheduler, busy = Scheduler(1), np.zeros(4000, np.bool_)
     waiting = [0] * 4
@@ -133,7 +133,7 @@ def test_every_stream_goes_within_three_ticks(frames: list[tuple[int, int]], row
             scheduler.add(batch(stream, list(range(1000 * stream, 1000 * stream + count)), [1] * count))
             waiting[stream] = count
         wanted, went = {stream for stream in range(4) if waiting[stream]}, set()
-        for _ in range(3):
+        for _ in range(4):
             if not waiting[0]:
                 scheduler.add(batch(0, [0], [1]))
                 waiting[0] = 1
