@@ -33,6 +33,10 @@ def replica(start_redis: Any, primary: Any, eventually: Any) -> Any:
     process = start_redis("--replicaof", "127.0.0.1", port)
     eventually(lambda: primary.client.info("replication")["connected_slaves"] == 1)
     eventually(lambda: process.client.info("replication")["master_link_status"] == "up")
+    with primary.client as client:  # its first word on what it has may take a second
+        client.set("written", 1)
+        assert client.wait(1, 10_000) == 1
+        client.delete("written")
     return process
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
+import socket
+import struct
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import redis
 
 from engram_service.store import ClaimStatus, Store, StoreError, StoreUnavailable, Verdict, session_tag
+from engram_service.store.packing import read_replies
 from engram_service.store.private import PrivateRedis, PrivateSettings
 
 MakeHolder = Callable[..., Any]
@@ -264,6 +267,25 @@ def test_a_paused_redis_is_waited_for(
     assert stuck.wait() == [OK]
     assert [owner.commit(seq) for seq in range(3, 20)] == [[OK]] * 17 and owner.stored() == [19]
     eventually(lambda: told.told[-1] == "")
+
+
+def test_half_an_answer_is_waited_for_once() -> None:
+    """A Redis that is killed while it rewrites its file leaves a child that keeps the connections open, and silent."""
+
+    class Recorded(socket.socket):
+        flags: list[int] = []
+
+        def recv(self, size: int, flags: int = 0) -> bytes:
+            self.flags.append(flags)
+            return super().recv(size, flags)
+
+    ours, redis_end = socket.socketpair()
+    with redis_end, Recorded(fileno=ours.detach()) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, 50_000))
+        redis_end.sendall(b"+OK\r\n" * 3)
+        with pytest.raises(BlockingIOError):
+            read_replies(end, 5)
+        assert end.flags == [socket.MSG_WAITALL, socket.MSG_DONTWAIT]
 
 
 def test_two_servers_do_not_share_a_data_directory(tmp_path: pathlib.Path) -> None:

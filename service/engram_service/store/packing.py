@@ -50,12 +50,14 @@ def _buffer(tags: NDArray[np.uint8], tokens: NDArray[np.uint8], values: NDArray[
 
 
 def read_replies(sock: socket.socket, count: int) -> list[bytes] | None:
-    """The replies to `count` commands whose replies are single lines; None if all were +OK. Raises ConnectionError."""
+    """The replies to `count` commands whose replies are single lines; None if all were +OK. Raises ConnectionError, or another
+    OSError where they do not come within the socket's timeout."""
     expected = _OK * count
-    whole = 0 if isinstance(sock, ssl.SSLSocket) else socket.MSG_WAITALL
-    data = b""
+    # The kernel waits for all of it. If that gives less, the time is up or the end was there: then nothing is waited for again.
+    whole, rest = (0, 0) if isinstance(sock, ssl.SSLSocket) else (socket.MSG_WAITALL, socket.MSG_DONTWAIT)
+    data = _receive(sock, len(expected), whole)
     while len(data) < len(expected):  # no reply is shorter than +OK, so this much comes in any case
-        data += _receive(sock, len(expected) - len(data), whole)
+        data += _receive(sock, len(expected) - len(data), rest)
     if data == expected:
         return None
     while data.count(b"\r\n") < count or not data.endswith(b"\n"):
