@@ -74,7 +74,7 @@ class Scene:
         self.redis = RedisProcess(directory / "redis")
         self.models = directory / "models"
         write_bundle(self.models, LIGHT, "1", LSTM(8, 32, output_size=8))
-        write_bundle(self.models, HEAVY, "1", LSTM(8, 1024, output_size=8))
+        write_bundle(self.models, HEAVY, "1", LSTM(8, 2048, output_size=8))
         write_bundle(self.models, WORDS, "1", Hopfield.of(_bits(3), ["a", "b", "c"]))
         tokens = directory / "tokens.toml"
         command = [
