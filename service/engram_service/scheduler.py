@@ -11,6 +11,7 @@ small: whoever comes while a turn is computed waits for its end, and overtakes i
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,8 @@ FIXED_ROWS = 50  # a tick of one row takes about as long as so many rows more
 _FAIR_SHARE_MIN = 16  # rows that each stream may place in a tick before others get more
 _LARGE = 128  # rows; a stream with more of them waiting is large, if they also are more than a turn
 _TURN_MIN = 64  # rows of a turn in any case
-_TURN_S = 0.0018  # and as many as are computed in about so long; to pack and commit them takes as long again
+_TURN_S = (0.0018, 0.01)  # and as many as are computed in about so long; to pack and commit them takes as long again
+_TURN_SEES = 2  # within these, a turn is so long that about so many small rows come meanwhile
 _PASSES = 3  # ticks of small streams that may go before a turn that is ready
 _RUN_SHARED = 2  # most consecutive steps of one session in a turn; they run one after the other
 _LATELY_S = 1.0  # a stream is one of those that step for so long after its last frame
@@ -88,6 +90,10 @@ class Scheduler:
         self._stepped: OrderedDict[int, float] = OrderedDict()  # streams by when their last frame came; the latest last
         self._large: set[int] = set()  # streams that had more than a turn waiting after their last frame
         self._passed = 0  # ticks of small streams since the last turn
+        self._small = (
+            0.0,
+            0.0,
+        )  # when a small stream's frame came last, and about how many small rows in the second before
         self._rows_per_s = 0.0  # of ticks that are not small, with FIXED_ROWS for each
 
     def add(self, batch: Batch) -> None:
@@ -97,7 +103,11 @@ class Scheduler:
         self._waiting[key] = self._waiting.get(key, 0) + count
         self._stepped[key] = batch.arrived
         self._stepped.move_to_end(key)
-        (self._large.add if self._waiting[key] > max(_LARGE, self._turn) else self._large.discard)(key)
+        if self._waiting[key] > max(_LARGE, self._rows_in(_TURN_S[0])):
+            self._large.add(key)
+        else:
+            self._large.discard(key)
+            self._small = (batch.arrived, self._small_rows(batch.arrived) + count)
 
     def next(self, busy: NDArray[np.bool_], rows_max: int, now: float) -> Tick | None:
         """The next tick, or None where nothing is ready. Marks the sessions it takes in `busy`."""
@@ -111,15 +121,23 @@ class Scheduler:
             return self._made(list(self._queues), rows_max, self.run_max, busy, now)
         small = [key for key in self._queues if key not in self._large]
         for keys in (large, small) if self._passed >= _PASSES else (small, large):
-            most = rows_max if keys is small else min(rows_max, self._turn)
+            most = rows_max if keys is small else min(rows_max, self._turn(now))
             if tick := self._made(keys, most, min(self.run_max, _RUN_SHARED), busy, now):
                 self._passed = self._passed + 1 if keys is small else 0
                 return replace(tick, turn=keys is large)
         return None
 
-    @property
-    def _turn(self) -> int:
-        return max(_TURN_MIN, int(self._rows_per_s * _TURN_S) - FIXED_ROWS)
+    def _turn(self, now: float) -> int:
+        least, most = _TURN_S
+        return self._rows_in(min(most, max(least, _TURN_SEES / max(1.0, self._small_rows(now)))))
+
+    def _rows_in(self, seconds: float) -> int:
+        return max(_TURN_MIN, int(self._rows_per_s * seconds) - FIXED_ROWS)
+
+    def _small_rows(self, now: float) -> float:
+        """Of about a second."""
+        came, rows = self._small
+        return rows * math.exp(min(0.0, came - now))
 
     def _made(self, keys: list[int], rows_max: int, run_max: int, busy: NDArray[np.bool_], now: float) -> Tick | None:
         """A tick of the rows of these streams."""

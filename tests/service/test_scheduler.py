@@ -98,15 +98,16 @@ def test_large_streams_have_one_turn_together_while_small_ones_step() -> None:
     assert alone is not None and len(alone) == 1024, "no small one has stepped for more than a second"
 
 
-def test_where_rows_are_quick_a_turn_has_more() -> None:
-    scheduler, busy = Scheduler(1), np.zeros(9000, np.bool_)
+@pytest.mark.parametrize(("small", "turn"), [(2000, 269), (500, 661), (2, 1727)])
+def test_a_turn_is_longer_where_rows_are_quick_and_small_ones_few(small: int, turn: int) -> None:
+    scheduler, busy = Scheduler(1), np.zeros(12000, np.bool_)
     scheduler.add(batch(1, list(range(8000)), [1] * 8000))
-    for stream in range(2, 100):
+    for stream in range(2, 2 + small):
         scheduler.add(batch(stream, [8000 + stream], [1]))
     for _ in range(50):
         scheduler.took(128, 0.001)
         scheduler.took(3, 0.001)  # of which nothing is learnt
-    assert [len(tick) for _ in range(2) if (tick := scheduler.next(busy, 4096, 0.0))] == [98, 269]
+    assert [len(tick) for _ in range(2) if (tick := scheduler.next(busy, 4096, 0.0))] == [small, turn]
 
 
 def test_runs_are_short_beside_small_streams_and_long_among_large_ones() -> None:

@@ -244,6 +244,7 @@ def test_redis_may_be_away_for_any_number_of_attempts(
     ready = committer.Link._ready
     monkeypatch.setattr(committer.Link, "_ready", lambda link: (attempts.append(link), ready(link))[1])
     monkeypatch.setattr(committer, "_BACKOFF_S", (0.001,))
+    redis_process.client.config_set("appendfsync", "always")  # else Redis may put off to write what it has answered
     owner = holder(store, "a").claim()
     redis_process.kill()
     stuck = owner.submit(1)

@@ -41,7 +41,8 @@ def addressable(bundle: Bundle) -> TensorSpec | None:
 def address(bundle: Bundle, state: NDArray[np.uint8], keys: Floats, strengths: Floats) -> tuple[Floats, Floats]:
     """Weightings [n, N] and reads [n, M] of keys [n, M] with strengths [n], in the memory of a state [state_nbytes].
 
-    Graves, Wayne and Danihelka 2014, section 3.3.1 and (2). `bundle` is addressable.
+    Graves, Wayne and Danihelka 2014, section 3.3.1 and (2). `bundle` is addressable. One key after the other: how a matrix library
+    rounds depends on how many rows it is given, and a key's bits shall not depend on the others.
     """
     start = 0
     wanted = addressable(bundle)
@@ -53,9 +54,14 @@ def address(bundle: Bundle, state: NDArray[np.uint8], keys: Floats, strengths: F
     values = np.frombuffer(state.tobytes(), np.float32, wanted.size, start).reshape(1, *wanted.shape)
     with torch.inference_mode():
         memory = torch.from_numpy(values.copy())
-        weightings = content_addressing(memory, torch.from_numpy(keys[None]), torch.from_numpy(strengths[None]))
-        reads = torch.bmm(weightings, memory)
-    return weightings[0].numpy(), reads[0].numpy()
+        weightings = [
+            content_addressing(
+                memory, torch.from_numpy(keys[None, n : n + 1]), torch.from_numpy(strengths[None, n : n + 1])
+            )
+            for n in range(len(keys))
+        ]
+        reads = [torch.bmm(weighting, memory) for weighting in weightings]
+    return torch.cat(weightings, 1)[0].numpy(), torch.cat(reads, 1)[0].numpy()
 
 
 def recreate(cell: Recreator, inputs: Floats, unknown: NDArray[np.bool_] | None, sweeps: int) -> tuple[Floats, Floats]:
