@@ -90,10 +90,8 @@ class Scheduler:
         self._stepped: OrderedDict[int, float] = OrderedDict()  # streams by when their last frame came; the latest last
         self._large: set[int] = set()  # streams that had more than a turn waiting after their last frame
         self._passed = 0  # ticks of small streams since the last turn
-        self._small = (
-            0.0,
-            0.0,
-        )  # when a small stream's frame came last, and about how many small rows in the second before
+        self._small_at = 0.0  # when a small stream's frame came last
+        self._small_came = 0.0  # small rows of about the second before that
         self._rows_per_s = 0.0  # of ticks that are not small, with FIXED_ROWS for each
 
     def add(self, batch: Batch) -> None:
@@ -107,7 +105,8 @@ class Scheduler:
             self._large.add(key)
         else:
             self._large.discard(key)
-            self._small = (batch.arrived, self._small_rows(batch.arrived) + count)
+            self._small_came = self._small_rows(batch.arrived) + count
+            self._small_at = batch.arrived
 
     def next(self, busy: NDArray[np.bool_], rows_max: int, now: float) -> Tick | None:
         """The next tick, or None where nothing is ready. Marks the sessions it takes in `busy`."""
@@ -135,9 +134,8 @@ class Scheduler:
         return max(_TURN_MIN, int(self._rows_per_s * seconds) - FIXED_ROWS)
 
     def _small_rows(self, now: float) -> float:
-        """Of about a second."""
-        came, rows = self._small
-        return rows * math.exp(min(0.0, came - now))
+        """Small rows of about the last second."""
+        return self._small_came * math.exp(min(0.0, self._small_at - now))
 
     def _made(self, keys: list[int], rows_max: int, run_max: int, busy: NDArray[np.bool_], now: float) -> Tick | None:
         """A tick of the rows of these streams."""
