@@ -72,18 +72,17 @@ proto-check: $(STAMP)
 
 check: lint types proto-lint proto-check
 
-$(STAMP)-kubernetes: tools/kubernetes_tools.py | $(STAMP)
+$(BIN)/helm: tools/kubernetes_tools.py | $(STAMP)
 	$(BIN)/python tools/kubernetes_tools.py
-	@touch $@
 
 # One thread a worker: more of them than cores keep each other waiting at every small matrix.
-test: $(STAMP) $(STAMP)-kubernetes
+test: $(STAMP) $(BIN)/helm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --redis cluster tests/service tests/sdk tests/fuzz/test_sessions.py
 
-test-all: $(STAMP) $(STAMP)-kubernetes
+test-all: $(STAMP) $(BIN)/helm
 	ENGRAM_FUZZ_EXAMPLES=50 ENGRAM_FUZZ_STEPS=50 $(BIN)/python -m pytest -q -m "not gpu" --timeout 900
 
 learn: $(STAMP)

@@ -4,7 +4,7 @@ Frames of one stream wait in the order in which they came; streams take turns. A
 `rows_max` rows and at most `run_max` consecutive steps of one session; sessions that are busy keep their rows here, and so do
 rows whose deadline has passed, until they are dropped. Owned by work.WorkQueue, which calls it under its lock.
 
-Streams are treated alike: each has its share of a tick before any has more. A stream with more rows than a turn is large.
+Streams are treated alike: each has its share of a tick before any has more. A stream with many rows waiting is large.
 Beside small ones the large have ticks of their own, one turn together and without long runs, and of four ticks three are for the
 small: whoever comes while a turn is computed waits for its end, and overtakes its commit.
 """
@@ -88,7 +88,7 @@ class Scheduler:
         self._queues: OrderedDict[int, deque[Batch]] = OrderedDict()
         self._waiting: dict[int, int] = {}  # rows of each queue
         self._stepped: OrderedDict[int, float] = OrderedDict()  # streams by when their last frame came; the latest last
-        self._large: set[int] = set()  # streams that had more than a turn waiting after their last frame
+        self._large: set[int] = set()  # streams that were large after their last frame
         self._passed = 0  # ticks of small streams since the last turn
         self._small_at = 0.0  # when a small stream's frame came last
         self._small_came = 0.0  # small rows of about the second before that

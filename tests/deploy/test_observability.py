@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import urllib.request
 from typing import Any
 
+import installed
 import pytest
 import yaml
 
@@ -78,8 +78,6 @@ def test_the_dashboard_is_what_its_tool_makes() -> None:
 
 
 def test_promtool_takes_the_rules_and_they_fire() -> None:
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool (Debian's package prometheus) is not here")
     for command in (["check", "rules", RULES], ["test", "rules", pathlib.Path(__file__).parent / "rules_test.yml"]):
-        done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
+        done = installed.run("promtool", *command, hint="Debian's package prometheus has it")
         assert done.returncode == 0, done.stdout + done.stderr

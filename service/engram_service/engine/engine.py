@@ -29,7 +29,7 @@ from engram_service.work import Job, WorkQueue
 
 log = logging.getLogger(__name__)
 
-Commit = Callable[[], CommitJob]  # packs the records, which is as long as to compute them
+Commit = Callable[[], CommitJob]  # packs the records, which takes about as long as to compute them
 
 
 @dataclass(eq=False, slots=True)
@@ -70,20 +70,27 @@ class Answers(Protocol):
 
 
 class _Line:
-    """A thread's way to Redis, which has one commit at a time under way."""
+    """A thread's way to Redis: one commit is under way at a time, and one may stand behind the next."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._sent: Sent | None = None
         self.rows = 0  # of the commit that was sent last
+        self.behind: Commit | None = None
 
     @property
-    def free(self) -> bool:
-        return self._sent is None
+    def empty(self) -> bool:
+        return self._sent is None and self.behind is None
 
-    def send(self, job: CommitJob) -> None:
+    def send(self, commit: Commit) -> None:
+        job = commit()
         self.wait()
         self._sent, self.rows = self._store.begin(job), len(job.tags)
+
+    def send_behind(self) -> None:
+        if self.behind is not None:
+            self.send(self.behind)
+            self.behind = None
 
     def wait(self) -> None:
         """Until Redis has said what became of what was sent."""
@@ -120,29 +127,25 @@ class Engine:
         """Computes a tick while Redis writes the one before, and waits for Redis only where there is nothing to compute."""
         torch.set_num_threads(1)
         line = _Line(self._store)
-        behind: Commit | None = None  # of a turn of large streams: small rows that came meanwhile overtake it
-        while (work := self._queue.take(wait=line.free and behind is None)) is not None or not line.free or behind:
+        while (work := self._queue.take(wait=line.empty)) is not None or not line.empty:
             if callable(work):
                 self._job(work)
             elif work is not None:
                 model, tick = work
-                if behind is not None and tick.turn:
-                    line.send(behind())
-                    behind = None
+                if tick.turn:
+                    line.send_behind()
                 if len(tick.waves) > 1 or len(tick) > 2 * line.rows + FIXED_ROWS:
                     line.wait()  # nobody's answer shall wait for a long tick
                 commit = self._tick(model, tick)
                 if commit is not None and tick.turn:
-                    behind = commit
+                    line.behind = commit  # small rows that came meanwhile overtake it
                     continue
                 if commit is not None:
-                    line.send(commit())
-                    if behind is None:
+                    line.send(commit)
+                    if line.behind is None:
                         continue
             line.wait()
-            if behind is not None:
-                line.send(behind())
-                behind = None
+            line.send_behind()
 
     def _job(self, job: Job) -> None:
         try:
