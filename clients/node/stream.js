@@ -48,6 +48,8 @@ stream.on("data", (response) => {
     seq = readU64(seqs)[0];
     width = opened.input.shape.reduce((product, size) => product * Number(size), 1);
     step();
+  } else if (response.frame === "confirm") {
+    stream.write({ confirm: response.confirm }); // still here: an open that arrives late, of a client that is gone, takes nothing
   } else if (response.frame === "outputs") {
     seq = readU64(response.outputs.seqs)[0];
     console.log(JSON.stringify({ session: sessionId, seq, output: readF32(response.outputs.outputs) }));
@@ -66,4 +68,4 @@ stream.on("end", () => client.close());
 
 // A client that names itself keeps its place when it comes again; another one takes the session over.
 const clientId = randomBytes(6).readUIntLE(0, 6);
-stream.write({ open: { requestId: 1, model, sessionIds: [sessionId], clientId } });
+stream.write({ open: { requestId: 1, model, sessionIds: [sessionId], clientId, confirms: true } });

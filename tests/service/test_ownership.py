@@ -88,6 +88,55 @@ def test_an_open_of_a_client_that_is_gone_takes_nothing(pair: list[ServerProcess
         step(again, handle, 1)
 
 
+def test_an_open_that_comes_late_takes_nothing_from_a_newer_one(pair: list[ServerProcess], connect: Connect) -> None:
+    """The wire held it back: its server knows nothing of its client's end, and is the one that claims last."""
+    one, two = pair
+    handle_of(connect(two), "kept", client_id=4)
+    late, newer = connect(one), connect(two)
+    late.send(open=stream_pb2.OpenFrame(model="digits-reader", session_ids=["kept", "new"], client_id=5, confirms=True))
+    first = late.next()
+    assert first.WhichOneof("frame") == "confirm"
+    handles = np.frombuffer(newer.open("kept", "new", client_id=6).handles, np.uint32).tolist()
+    late.send(confirm=first.confirm)  # sent before the newer open, for all that a server can know
+    second = late.next()
+    assert second.WhichOneof("frame") == "confirm", "the sessions are another's by now: is it still there?"
+    late.send(confirm=first.confirm)  # the same again says nothing of now
+    for handle in handles:
+        step(newer, handle, 1)
+    late.send(confirm=second.confirm)
+    opened = late.next("opened")
+    assert not opened.errors, "it is there, and was the last to open"
+    newer.steps(handles[:1], [2], INPUTS[1][None])
+    assert newer.refusal()[0] == "TAKEN_OVER"
+    third, newest = connect(one), connect(two)
+    third.send(open=stream_pb2.OpenFrame(model="digits-reader", session_ids=["kept"], client_id=7, confirms=True))
+    third.next("confirm")
+    handle = handle_of(newest, "kept", seq=1, client_id=8)
+    third.close()
+    time.sleep(0.3)
+    step(newest, handle, 2)
+
+
+def test_a_client_is_asked_behind_thousands_of_opens(shared_server: ServerProcess, connect: Connect) -> None:
+    """What it answers comes behind the opens that it has sent already."""
+    names = [f"many-{time.time()}-{number}" for number in range(2000)]
+    connect(shared_server).open(*names, client_id=4)
+    raw = connect(shared_server)
+    for number, name in enumerate(names, 1):
+        frame = stream_pb2.OpenFrame(
+            request_id=number, model="digits-reader", session_ids=[name], client_id=5, confirms=True
+        )
+        raw.send(open=frame)
+    opened: set[int] = set()
+    while len(opened) < len(names):
+        response = raw.next()
+        if response.WhichOneof("frame") == "confirm":
+            raw.send(confirm=response.confirm)
+        else:
+            assert not response.opened.errors
+            opened.add(response.opened.request_id)
+
+
 def test_one_id_belongs_to_one_model(
     tmp_path: pathlib.Path, connect: Connect, server_with: Callable[..., ServerProcess]
 ) -> None:

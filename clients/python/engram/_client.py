@@ -292,7 +292,7 @@ class AsyncClient:
             frame = stream_pb2.OpenFrame(
                 model=model, version=version, session_ids=[ids[row] for row in left],
                 durability=stream_pb2.Durability.Name(durability),
-                client_id=self._client_id, ttl_ms=self._ttl_ms(),
+                client_id=self._client_id, ttl_ms=self._ttl_ms(), confirms=True,
             )  # fmt: skip
             answer = await self._request(stream_pb2.StreamRequest(open=frame), deadline)
             if answer is None:

@@ -238,6 +238,9 @@ class Link:
                 future = self._requests.get(getattr(response, kind).request_id)
                 if future is not None and not future.done():
                     future.set_result(response)
+            elif kind == "confirm":
+                self._control.append(stream_pb2.StreamRequest(confirm=response.confirm))
+                self._posted.set()
             else:
                 self.core.receive(response)
 

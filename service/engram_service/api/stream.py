@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]"
 
 _OPENS_MAX = 64  # opens and closes of one stream that may wait for the store at once
+_WAITING_NBYTES_MAX = (
+    16 << 20
+)  # of those that wait for their turn: what opens ask their client may be answered behind them
+_WAITING_NBYTES = 1024  # one's own, beside its frame
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +104,19 @@ class StreamHandler:
     async def _read(self, stream: Stream, context: Context) -> None:
         """Reads until the client has no more frames; then what is under way is answered, and the stream ends."""
         opens: set[asyncio.Task[None]] = set()
+        turns = asyncio.Semaphore(_OPENS_MAX)
+        waiting_nbytes = 0
+
+        async def in_turn(slow: Coroutine[Any, Any, None], nbytes: int) -> None:
+            nonlocal waiting_nbytes
+            waiting_nbytes += nbytes
+            try:
+                async with turns:
+                    await slow
+            finally:
+                slow.close()
+                waiting_nbytes -= nbytes
+
         try:
             while True:
                 await stream.room()
@@ -106,10 +124,10 @@ class StreamHandler:
                 if data is grpc.aio.EOF:
                     break
                 if slow := self._handle(stream, data):
-                    task = asyncio.create_task(slow)
+                    task = asyncio.create_task(in_turn(slow, len(data) + _WAITING_NBYTES))
                     opens.add(task)
                     task.add_done_callback(opens.discard)
-                    if len(opens) >= _OPENS_MAX:
+                    while waiting_nbytes > _WAITING_NBYTES_MAX:
                         await asyncio.wait(opens, return_when=asyncio.FIRST_COMPLETED)
             if opens:
                 await asyncio.wait(opens)
@@ -120,7 +138,7 @@ class StreamHandler:
                 task.cancel()
             stream.end()
 
-    def _handle(self, stream: Stream, data: bytes) -> Any:
+    def _handle(self, stream: Stream, data: bytes) -> Coroutine[Any, Any, None] | None:
         """Does what a frame asks for, or returns the coroutine that will."""
         limit = self._core.settings.frame_bytes_max
         try:
@@ -138,6 +156,8 @@ class StreamHandler:
                     return self._open(stream, request.attach, attach=True)
                 case "close":
                     return self._close(stream, request.close)
+                case "confirm":
+                    stream.confirmed(request.confirm.number)
                 case _:
                     raise InvalidArgument("INVALID_FRAME", "the request has no frame that this server knows")
         except DecodeError:
@@ -154,7 +174,10 @@ class StreamHandler:
         keys = [key_of(tenant, given or new_id()) for given in frame.session_ids]
         default = self._core.settings.durability == "interval"
         interval = default if frame.durability == 0 else frame.durability == stream_pb2.DURABILITY_INTERVAL
-        wanted = Wanted(frame.model, frame.version, tenant, keys, interval, frame.client_id, frame.ttl_ms, attach)
+        confirms = isinstance(frame, stream_pb2.OpenFrame) and frame.confirms
+        wanted = Wanted(
+            frame.model, frame.version, tenant, keys, interval, frame.client_id, frame.ttl_ms, attach, confirms
+        )
         try:
             opened = await self._sessions.open(stream, wanted)
         except Refusal as refusal:

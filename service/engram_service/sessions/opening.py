@@ -59,6 +59,7 @@ class Wanted:
     client_id: int
     ttl_ms: int
     attach: bool
+    confirms: bool = False  # the client can be asked whether it is still there
 
 
 @dataclass(slots=True)
@@ -116,13 +117,14 @@ class Sessions:
         good = [i for i in range(len(ids)) if i not in result.errors]
         room = core.shares.of(wanted.tenant).sessions(core.table.count_of(wanted.tenant), more)
         with room:
+            seen = await self._seen(stream, wanted, [ids[i] for i in good], deadline)
             async with self.hold([ids[i] for i in good], deadline):
                 requests = self._requests(served, wanted, [ids[i] for i in good])
                 if not wanted.attach and (
                     above := await self.above_limit([ids[i] for i in good], wanted.ttl_ms, deadline)
                 ):
                     requests = [replace(one, may_create=one.session_id not in above) for one in requests]
-                claims, result.losses = await self._claim(stream, requests, deadline)
+                claims, result.losses = await self._claim(stream, wanted, requests, seen, deadline)
                 self._apply(stream, wanted, served, good, requests, claims, result)
         return result
 
@@ -196,22 +198,40 @@ class Sessions:
                     ) from error
                 await asyncio.sleep(_RETRY_S)
 
+    async def _seen(self, stream: Stream, wanted: Wanted, ids: Sequence[str], deadline: float) -> tuple[int, list[str]]:
+        """How often the store has lost its data, and the claims that the sessions are under ("" none), at a time when the
+        client was there: it has been heard from since, if it can be asked.
+
+        An open replaces these claims and no others. So it does nothing where it comes late, over a wire that held it back or
+        from a server that hung, when its client is gone and the session goes on elsewhere.
+        """
+        losses = self._store.losses
+        tokens: list[str] = await self.call(deadline, self._store.holders, ids)
+        if wanted.confirms and any(tokens):
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    await stream.confirm()
+            except TimeoutError:
+                raise self._core.late() from None
+        if stream.ended:
+            raise Unavailable("STORE_UNAVAILABLE", "the stream ended before its sessions were claimed")
+        return losses, tokens
+
     async def _claim(
-        self, stream: Stream, requests: Sequence[ClaimRequest], deadline: float
+        self,
+        stream: Stream,
+        wanted: Wanted,
+        requests: Sequence[ClaimRequest],
+        seen: tuple[int, list[str]],
+        deadline: float,
     ) -> tuple[list[ClaimResult], int]:
         """The claims, and how often the store had lost its data before them. What was claimed in a store that has lost its data
         meanwhile is claimed again: the former rows are written back, and the new ones are not there yet to be.
-
-        A claim replaces the one that was there when the stream was still seen alive. So it does nothing if it comes late, from a
-        server that hung or waited for the store, when its client is gone and the session goes on elsewhere.
         """
         claims: dict[int, ClaimResult] = {}
         left: Sequence[int] = range(len(requests))
         while True:
-            losses = self._store.losses
-            before = await self.call(deadline, self._store.holders, [requests[n].session_id for n in left])
-            if stream.ended:
-                raise Unavailable("STORE_UNAVAILABLE", "the stream ended before its sessions were claimed")
+            losses, before = seen
             some = [replace(requests[n], replaces=token) for n, token in zip(left, before, strict=True)]
             claims |= zip(left, await self.call(deadline, self._store.claim, some), strict=True)
             changed = [n for n, claim in claims.items() if claim.status is ClaimStatus.CHANGED]
@@ -220,6 +240,7 @@ class Sessions:
             if time.monotonic() > deadline:
                 raise self._core.late()
             left = range(len(requests)) if self._store.losses != losses else changed
+            seen = await self._seen(stream, wanted, [requests[n].session_id for n in left], deadline)
 
     def _requests(self, served: Served, wanted: Wanted, ids: Sequence[str]) -> list[ClaimRequest]:
         ttl_ms = wanted.ttl_ms or self._core.settings.session_ttl_s * 1000

@@ -6,6 +6,7 @@ Event loop only. api/stream.py makes one for each gRPC stream and api/unary.py o
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from typing import Any
 
@@ -36,6 +37,8 @@ class Stream:
         self._outbox: deque[tuple[stream_pb2.StreamResponse, int]] = deque()
         self._freed = asyncio.Event()
         self._posted = asyncio.Event()
+        self._questions = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[None]] = {}  # by the number of a ConfirmFrame
 
     # Handles
 
@@ -105,6 +108,24 @@ class Stream:
         self._freed.set()
         return response
 
+    async def confirm(self) -> None:
+        """Asks the client whether it is still there; returns when it has said so, or the stream has ended."""
+        if self.ended:
+            return
+        number = next(self._questions)
+        self._asked[number] = asyncio.get_running_loop().create_future()
+        try:
+            self.tell(stream_pb2.StreamResponse(confirm=stream_pb2.ConfirmFrame(number=number)))
+            await self._asked[number]
+        finally:
+            del self._asked[number]
+
+    def confirmed(self, number: int) -> None:
+        """The client has answered."""
+        answered = self._asked.get(number)
+        if answered is not None and not answered.done():
+            answered.set_result(None)
+
     async def room(self) -> None:
         """Returns when another frame may be read: gRPC's flow control holds the client back until then."""
         while self.in_flight >= self._rows_in_flight_max and not self.ended:
@@ -113,6 +134,8 @@ class Stream:
 
     def end(self) -> None:
         self.ended = True
+        for number in self._asked:
+            self.confirmed(number)
         self._posted.set()
         self._freed.set()
 

@@ -19,37 +19,41 @@ DURABILITY_STEP: Durability
 DURABILITY_INTERVAL: Durability
 
 class StreamRequest(_message.Message):
-    __slots__ = ("open", "attach", "steps", "acknowledge", "close")
+    __slots__ = ("open", "attach", "steps", "acknowledge", "close", "confirm")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
+    CONFIRM_FIELD_NUMBER: _ClassVar[int]
     open: OpenFrame
     attach: AttachFrame
     steps: StepsFrame
     acknowledge: AcknowledgeFrame
     close: CloseFrame
-    def __init__(self, open: _Optional[_Union[OpenFrame, _Mapping]] = ..., attach: _Optional[_Union[AttachFrame, _Mapping]] = ..., steps: _Optional[_Union[StepsFrame, _Mapping]] = ..., acknowledge: _Optional[_Union[AcknowledgeFrame, _Mapping]] = ..., close: _Optional[_Union[CloseFrame, _Mapping]] = ...) -> None: ...
+    confirm: ConfirmFrame
+    def __init__(self, open: _Optional[_Union[OpenFrame, _Mapping]] = ..., attach: _Optional[_Union[AttachFrame, _Mapping]] = ..., steps: _Optional[_Union[StepsFrame, _Mapping]] = ..., acknowledge: _Optional[_Union[AcknowledgeFrame, _Mapping]] = ..., close: _Optional[_Union[CloseFrame, _Mapping]] = ..., confirm: _Optional[_Union[ConfirmFrame, _Mapping]] = ...) -> None: ...
 
 class StreamResponse(_message.Message):
-    __slots__ = ("opened", "outputs", "errors", "durable", "closed", "event")
+    __slots__ = ("opened", "outputs", "errors", "durable", "closed", "event", "confirm")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     EVENT_FIELD_NUMBER: _ClassVar[int]
+    CONFIRM_FIELD_NUMBER: _ClassVar[int]
     opened: OpenedFrame
     outputs: OutputsFrame
     errors: ErrorsFrame
     durable: DurableFrame
     closed: ClosedFrame
     event: EventFrame
-    def __init__(self, opened: _Optional[_Union[OpenedFrame, _Mapping]] = ..., outputs: _Optional[_Union[OutputsFrame, _Mapping]] = ..., errors: _Optional[_Union[ErrorsFrame, _Mapping]] = ..., durable: _Optional[_Union[DurableFrame, _Mapping]] = ..., closed: _Optional[_Union[ClosedFrame, _Mapping]] = ..., event: _Optional[_Union[EventFrame, _Mapping]] = ...) -> None: ...
+    confirm: ConfirmFrame
+    def __init__(self, opened: _Optional[_Union[OpenedFrame, _Mapping]] = ..., outputs: _Optional[_Union[OutputsFrame, _Mapping]] = ..., errors: _Optional[_Union[ErrorsFrame, _Mapping]] = ..., durable: _Optional[_Union[DurableFrame, _Mapping]] = ..., closed: _Optional[_Union[ClosedFrame, _Mapping]] = ..., event: _Optional[_Union[EventFrame, _Mapping]] = ..., confirm: _Optional[_Union[ConfirmFrame, _Mapping]] = ...) -> None: ...
 
 class OpenFrame(_message.Message):
-    __slots__ = ("request_id", "model", "version", "session_ids", "durability", "client_id", "ttl_ms")
+    __slots__ = ("request_id", "model", "version", "session_ids", "durability", "client_id", "ttl_ms", "confirms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +61,7 @@ class OpenFrame(_message.Message):
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    CONFIRMS_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     model: str
     version: str
@@ -64,7 +69,14 @@ class OpenFrame(_message.Message):
     durability: Durability
     client_id: int
     ttl_ms: int
-    def __init__(self, request_id: _Optional[int] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., session_ids: _Optional[_Iterable[str]] = ..., durability: _Optional[_Union[Durability, str]] = ..., client_id: _Optional[int] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+    confirms: bool
+    def __init__(self, request_id: _Optional[int] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., session_ids: _Optional[_Iterable[str]] = ..., durability: _Optional[_Union[Durability, str]] = ..., client_id: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., confirms: _Optional[bool] = ...) -> None: ...
+
+class ConfirmFrame(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class AttachFrame(_message.Message):
     __slots__ = ("request_id", "model", "version", "session_ids", "durability", "client_id", "ttl_ms")
