@@ -31,6 +31,7 @@ def main() -> int:
         help="libfaketime.so.1, to move clocks; found after `pip install libfaketime`",
     )
     parser.add_argument("--keep", type=pathlib.Path, help="directory for histories and logs; none: a temporary one")
+    parser.add_argument("--device", default="cpu", help="of the servers, and of the reference: cpu or cuda:N")
     parser.add_argument("--measure", action="append", choices=list(SCENARIOS), help="only these")
     parser.add_argument(
         "--out", type=pathlib.Path, help="the result file, to be added to; of a whole run: docs/results/chaos.json"
@@ -56,7 +57,7 @@ def _run(args: argparse.Namespace, worlds: Any) -> int:
     directory = args.keep or pathlib.Path(tempfile.mkdtemp(prefix="engram-chaos-"))
     out = args.out or (None if some else RESULT)
     outcomes, measured = [], {}
-    campaign = Campaign(directory, say, clock)
+    campaign = Campaign(directory, say, clock, args.device)
     try:
         for world in chosen:
             outcomes.append(campaign.run(world, seed, Load(args.seconds / len(chosen))))

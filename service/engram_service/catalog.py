@@ -29,7 +29,7 @@ from engram_service.store import OUTPUTS_MAX, RecordLayout
 
 log = logging.getLogger(__name__)
 
-_CUDA_BUCKETS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_CUDA_TILE = 256  # rows: fewer take a GPU as long, and more of them are little faster as one tile than as several
 _WINDOW_BYTES = 2048  # of outputs kept for each resident session, within the limits below
 _WINDOW_MIN, _WINDOW_MAX = 8, OUTPUTS_MAX
 
@@ -150,27 +150,33 @@ class Catalog:
         # However large a slot is, a whole tick fits; the number that the operator sets holds in any case.
         fitting = max(self._settings.tick_rows_max, (self._settings.arena_mb << 20) // slot_nbytes)
         capacity = min(self._settings.arena_slots_max, fitting)
-        arena = Arena(bundle, capacity, window, self._device)
-        shapes, step = self._shapes(bundle), step_of(arena)
-        cuda = self._device.type == "cuda"
-        runner = CudaRunner(arena, shapes, step) if cuda else Runner(arena, shapes, traced(step, arena))
+        try:
+            arena = Arena(bundle, capacity, window, self._device)
+            shapes, step = self._shapes(bundle), step_of(arena)
+            cuda = self._device.type == "cuda"
+            runner = CudaRunner(arena, shapes, step) if cuda else Runner(arena, shapes, traced(step, arena))
+        except torch.OutOfMemoryError as error:
+            raise BundleError(f"{self._device} has no room for its arena of {capacity} slots: {error}") from error
         return Served(
             index, bundle, arena, runner, RecordLayout(bundle.fingerprint, state_nbytes, bundle.output.nbytes)
         )
 
     def _shapes(self, bundle: Bundle) -> Shapes:
         rows_max = self._settings.tick_rows_max
-        cuda = self._device.type == "cuda"
-        sizes = [bucket for bucket in _CUDA_BUCKETS if bucket <= rows_max] if cuda else None
-        floor = batch_floor(bundle.cell, self._device, rows_max, sizes)
-        if floor is None:
-            alike = batch_floor(bundle.cell, self._device, TILE_ROWS, [TILE_ROWS]) is not None
-            tile = TILE_ROWS if alike else 1
-            log.warning("model %s/%s: no batch floor found; batches are of %d", bundle.name, bundle.version, tile)
-            return Shapes(None, tile=tile)
-        if sizes is None:
+        if self._device.type == "cuda":  # whose libraries have other kernels for nearly every batch
+            if self._alike(bundle, _CUDA_TILE):
+                return Shapes.of_tiles(_CUDA_TILE, rows_max)
+        elif (floor := batch_floor(bundle.cell, self._device, rows_max)) is not None:
             return Shapes(floor)
-        return Shapes(floor, tuple(bucket for bucket in sizes if bucket % floor == 0))
+        elif self._alike(bundle, TILE_ROWS):
+            log.warning("model %s/%s: no batch floor found; batches are of %d", bundle.name, bundle.version, TILE_ROWS)
+            return Shapes.of_tiles(TILE_ROWS)
+        log.warning("model %s/%s: a row's bits depend on its place; each is a batch", bundle.name, bundle.version)
+        return Shapes.of_tiles(1)
+
+    def _alike(self, bundle: Bundle, rows: int) -> bool:
+        """Whether it matters nothing where among so many a row stands."""
+        return batch_floor(bundle.cell, self._device, rows, [rows]) is not None
 
 
 def _stamp(ref: BundleRef) -> str:

@@ -69,9 +69,11 @@ class Campaign:
     """Worlds one after the other, on one nursery."""
 
     def __init__(
-        self, directory: pathlib.Path, say: Callable[[str], None], clock_library: pathlib.Path | None = None
-    ) -> None:
+        self, directory: pathlib.Path, say: Callable[[str], None], clock_library: pathlib.Path | None = None,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         self.directory = directory
+        self._device = device
         self._say = say
         self._clock_library = clock_library
         self._nurseries: dict[bool, Nursery] = {}  # under libfaketime everything is slower: a nursery of its own
@@ -90,7 +92,7 @@ class Campaign:
         nursery.wait_ready()
         directory = self.directory / name
         shutil.rmtree(directory, ignore_errors=True)
-        return Fleet(world, directory, nursery, seed, clock, server_flags)
+        return Fleet(world, directory, nursery, seed, clock, ("--device", self._device, *server_flags))
 
     def run(self, world: World, seed: int, load: Load) -> Outcome:
         """One world; what it leaves is deleted unless something was wrong."""
@@ -154,7 +156,7 @@ class Campaign:
 
     def _check(self, clients: list[Client]) -> Report:
         if self._reference is None:
-            self._reference = Reference()
+            self._reference = Reference(self._device)
         total = Report()
         for client in clients:
             total.add(check([read(path) for path in client.lives if path.exists()], self._reference))

@@ -26,7 +26,7 @@ from engram_models import Bundle, Repository, batch_floor, load_bundle, shipped_
 from engram_models.cell import State
 
 _BATCH_MAX = 256
-_FLOOR = 32  # batches of the reference are multiples of this
+_FLOORS = {"cpu": 32, "cuda": 256}  # batches of the reference are multiples of this
 _SUSPECTS = 24  # steps before the first differing output that are tried for what happened to them
 
 
@@ -59,11 +59,13 @@ class Report:
 class Reference:
     """What sessions answer when nothing happens to them."""
 
-    def __init__(self) -> None:
-        self._bundle = reference_bundle()
+    def __init__(self, device: str = "cpu") -> None:
+        self._bundle = reference_bundle(device)
         self._cell = self._bundle.cell
+        self._device = torch.device(device)
+        self._floor = _FLOORS[self._device.type]
         with _one_thread():
-            floor = batch_floor(self._cell, "cpu", _BATCH_MAX, range(_FLOOR, _BATCH_MAX + 1, _FLOOR))
+            floor = batch_floor(self._cell, device, _BATCH_MAX, range(self._floor, _BATCH_MAX + 1, self._floor))
         assert floor is not None, "the reference needs a batch floor: see Same bits in ARCHITECTURE.md"
 
     def run(
@@ -85,29 +87,29 @@ class Reference:
         for n, session in enumerate(sessions.tolist()):
             if session in states_at:
                 wanted.setdefault(states_at[session], []).append(n)
-        padded = np.resize(sessions, -(-len(sessions) // _FLOOR) * _FLOOR)
+        padded = np.resize(sessions, -(-len(sessions) // self._floor) * self._floor)
         Y = np.empty((length, len(sessions), self._bundle.output.shape[0]), np.float32)
         with _one_thread(), torch.inference_mode():
-            state = self._cell.initial_state(len(padded))
+            state = self._cell.initial_state(len(padded), self._device)
             for seq in range(length + 1):
                 if seq:
-                    y, state = self._cell(torch.from_numpy(inputs(padded, seq)), state)
-                    Y[seq - 1] = y[: len(sessions)].numpy()
+                    y, state = self._cell(torch.from_numpy(inputs(padded, seq)).to(self._device), state)
+                    Y[seq - 1] = y[: len(sessions)].cpu().numpy()
                 for n in wanted.get(seq, ()):
-                    digests[int(sessions[n])] = digest([tensor[n].numpy() for tensor in state])
+                    digests[int(sessions[n])] = digest([tensor[n].cpu().numpy() for tensor in state])
         return Y
 
     def along(self, session: int, orders: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """The last output after each of these orders of steps, each of which begins with the session's beginning."""
         longest = max(map(len, orders))
-        padded = [*orders, *[orders[0]] * (-len(orders) % _FLOOR)]
+        padded = [*orders, *[orders[0]] * (-len(orders) % self._floor)]
         with _one_thread(), torch.inference_mode():
-            state: State = self._cell.initial_state(len(padded))
-            y = torch.zeros(len(padded), self._bundle.output.shape[0])
+            state: State = self._cell.initial_state(len(padded), self._device)
+            y = torch.zeros(len(padded), self._bundle.output.shape[0], device=self._device)
             for place in range(longest):
                 seqs = np.array([order[place] if place < len(order) else 0 for order in padded])
-                new_y, new = self._cell(torch.from_numpy(inputs(session, seqs)), state)
-                goes = torch.from_numpy(seqs > 0)
+                new_y, new = self._cell(torch.from_numpy(inputs(session, seqs)).to(self._device), state)
+                goes = torch.from_numpy(seqs > 0).to(self._device)
                 y = torch.where(goes[:, None], new_y, y)
                 state = self._cell.state_type(
                     *(
@@ -115,7 +117,7 @@ class Reference:
                         for one, old in zip(new, state, strict=True)
                     )
                 )
-        return [row.numpy() for row in y[: len(orders)]]
+        return [row.numpy() for row in y[: len(orders)].cpu()]
 
 
 @contextmanager
@@ -127,10 +129,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def reference_bundle() -> Bundle:
+def reference_bundle(device: str = "cpu") -> Bundle:
     """The version that a server takes for new sessions."""
     found = [ref for ref in Repository([shipped_models_dir()]).scan()[0] if ref.name == MODEL]
-    return load_bundle(max(found, key=lambda ref: version_key(ref.version)).path)
+    return load_bundle(max(found, key=lambda ref: version_key(ref.version)).path, device)
 
 
 def check(lives: Sequence[NDArray[Any]], reference: Reference) -> Report:

@@ -1,4 +1,4 @@
-"""On a GPU: a server there answers what the CPU answers, and the same bits whoever shares the batch. `make gpu` runs it."""
+"""On a GPU: what the CPU answers, and the same bits whoever shares the batch and whatever dies. `make gpu` runs it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,82 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cells import CELLS
+from numpy.typing import NDArray
 
 import engram
+from engram_models import Repository, load_bundle, shipped_models_dir, write_bundle
 from engram_service.bench.workload import INPUT, W, workload_w, write_w
+from engram_service.engine.arena import Arena
+from engram_service.engine.cuda import CudaRunner
+from engram_service.engine.runner import Runner, Shapes
+from engram_service.engine.step import step_of
 from engram_service.local import LocalServer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 
 STEPS = 8
+SLOTS = 1500
+SHIPPED = {ref.name: ref.path for ref in Repository([shipped_models_dir()]).scan()[0]}
 
 
-async def _run(address: str, inputs: np.ndarray, prefix: str) -> np.ndarray:
+def _steps(
+    runner: Runner, slots: NDArray[np.int32], inputs: NDArray[np.uint8], feedback: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Outputs [STEPS, n, bytes] and last states [n, bytes] of these slots from the initial state."""
+    runner.arena.reset(slots)
+    advanced = [runner.step(slots, x, feedback) for x in inputs]
+    return np.stack([one.outputs for one in advanced]), np.concatenate(
+        [np.empty((len(slots), 0), np.uint8), *advanced[-1].states], 1
+    )
+
+
+@pytest.mark.parametrize("name", [*CELLS, *SHIPPED])
+def test_a_row_has_the_cpus_numbers_and_the_same_bits_in_every_batch(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = SHIPPED.get(name) or write_bundle(tmp_path, "m", "1", CELLS[name]())
+    here, there = (Arena(load_bundle(path, at), SLOTS, 8, torch.device(at)) for at in ("cpu", "cuda:0"))
+    spec = here.bundle.input
+    rng = np.random.default_rng(5)
+    noise = torch.from_numpy(rng.standard_normal((STEPS, SLOTS, *spec.shape), np.float32))
+    x = here.bundle.cell.inputs_like(noise.to(spec.torch_dtype))
+    inputs = x.contiguous().view(STEPS, SLOTS, -1).view(torch.uint8).numpy()
+    feedback = np.arange(SLOTS) % 3 == 0 if here.bundle.generates else None
+    slots = np.arange(SLOTS, dtype=np.int32)
+
+    runner = CudaRunner(there, Shapes.of_tiles(256, 1024), step_of(there))
+    many, states = _steps(runner, slots, inputs, feedback)
+    for rows in (1, 3, 255, 256, 300, 1025):
+        some = rng.choice(SLOTS, rows, replace=False)
+        fed = None if feedback is None else feedback[some]
+        few, left = _steps(runner, rng.choice(slots, rows, replace=False), np.ascontiguousarray(inputs[:, some]), fed)
+        assert np.array_equal(few, many[:, some]) and np.array_equal(left, states[some]), rows
+    expected, _ = _steps(Runner(here, Shapes(32), step_of(here)), slots, inputs, feedback)
+    assert np.allclose(many.view(np.float32), expected.view(np.float32), atol=1e-4)
+
+
+async def _run(
+    address: str, inputs: NDArray[np.float32], prefix: str, pause: asyncio.Event | None = None
+) -> np.ndarray:
     """inputs [steps, sessions, 64] -> outputs [steps, sessions, 16], all sessions side by side."""
+    outputs = []
     async with engram.AsyncClient(address) as client:
         sessions = await client.open_many(W, [f"{prefix}-{number}" for number in range(inputs.shape[1])])
-        outputs = [np.array(await client.step_many(sessions, x)) for x in inputs]
+        for number, x in enumerate(inputs):
+            outputs.append(np.array(await client.step_many(sessions, x)))
+            if pause is not None and number == len(inputs) // 2:
+                pause.set()
         await client.close_many(sessions)
     return np.stack(outputs)
 
 
-def test_a_gpu_answers_what_the_cpu_answers_with_the_same_bits_in_every_batch(tmp_path: Path) -> None:
+def _same(few: np.ndarray, many: np.ndarray) -> bool:
+    return np.array_equal(few.view(np.uint32), many.view(np.uint32))
+
+
+def test_a_server_answers_what_plain_torch_does_and_the_same_bits_in_every_batch_and_after_its_death(
+    tmp_path: Path,
+) -> None:
     write_w(tmp_path / "models")
     generator = np.random.default_rng(5)
     inputs = generator.standard_normal((STEPS, 1000, INPUT), dtype=np.float32)
@@ -35,7 +91,17 @@ def test_a_gpu_answers_what_the_cpu_answers_with_the_same_bits_in_every_batch(tm
         many = asyncio.run(_run(server.address, inputs, "many"))
         for place, width in ((0, 1), (17, 1), (100, 3), (200, 64), (500, 333)):
             few = asyncio.run(_run(server.address, inputs[:, place : place + width], f"few-{place}"))
-            assert np.array_equal(few.view(np.uint32), many[:, place : place + width].view(np.uint32)), (place, width)
+            assert _same(few, many[:, place : place + width]), (place, width)
+
+        async def killed() -> np.ndarray:
+            half = asyncio.Event()
+            running = asyncio.create_task(_run(server.address, inputs[:, :300], "killed", half))
+            await half.wait()
+            server.kill()
+            await asyncio.to_thread(server.start)
+            return await running
+
+        assert _same(asyncio.run(killed()), many[:, :300])
     work = workload_w()
     state = work.initial(inputs.shape[1])
     with torch.inference_mode():

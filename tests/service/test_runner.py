@@ -16,7 +16,7 @@ from engram_service.engine.runner import TILE_ROWS, Runner, Shapes
 from engram_service.engine.step import step_of
 
 
-@pytest.mark.parametrize("shapes", [Shapes(4), Shapes(None), Shapes(None, tile=1), Shapes(8, (16, 64))])
+@pytest.mark.parametrize("shapes", [Shapes(4), Shapes(None), Shapes.of_tiles(1), Shapes.of_tiles(16, 64)])
 @pytest.mark.parametrize("rows", [1, 3, 16, 33, 200])
 def test_cuts_cover_every_row_once(shapes: Shapes, rows: int) -> None:
     cuts = list(shapes.cut(rows))
@@ -42,7 +42,7 @@ def test_a_cell_without_a_floor_gives_a_row_the_same_bits_alone_and_among_others
     def outputs(rows: list[int], tile: int) -> np.ndarray:
         arena.reset(np.arange(64))
         return (
-            Runner(arena, Shapes(None, tile=tile), step_of(arena))
+            Runner(arena, Shapes.of_tiles(tile), step_of(arena))
             .step(np.array(rows, np.int32), inputs[rows], None)
             .outputs
         )

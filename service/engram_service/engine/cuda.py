@@ -1,7 +1,8 @@
 """Advances slots on a GPU: one CUDA graph for each bucket of rows, replayed on static buffers.
 
 A graph gathers the state from the arena, runs the cell, scatters the new state, and leaves outputs and packed states in
-buffers that one copy each brings to the host. Bits: graphs of every bucket from the probed floor on are alike.
+buffers that one copy each brings to the host. Bits: in every bucket the cell is called for tiles of one and the same number
+of rows, so that the libraries have no other batch to choose another kernel for; tiles are computed side by side.
 """
 
 from __future__ import annotations
@@ -16,25 +17,47 @@ from engram_service.engine.arena import Arena
 from engram_service.engine.runner import Advanced, Runner, Shapes
 from engram_service.engine.step import Step, chosen_inputs
 
-_WARM_UPS = 3  # calls outside a graph before the capture, so that libraries have made their workspaces
+_WARM_UPS = 2  # calls outside a graph before the capture, so that libraries have made their workspaces
+_SIDES = 4  # streams that tiles are dealt out to
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    index: torch.Tensor  # int64 [bucket]
-    inputs: torch.Tensor  # [bucket, *input]
-    feedback: torch.Tensor  # bool [bucket]
     outputs: torch.Tensor  # uint8 [bucket, output_nbytes]
     states: torch.Tensor  # uint8 [bucket, state_nbytes]
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a step is given, for as many rows as the largest bucket has; on the device, or in pinned host memory."""
+
+    index: torch.Tensor  # int64 [rows]
+    inputs: torch.Tensor  # uint8 [rows, input_nbytes]
+    feedback: torch.Tensor  # bool [rows]
+
+    @classmethod
+    def of(cls, arena: Arena, rows: int, pinned: bool) -> _Given:
+        shapes = {torch.int64: (rows,), torch.uint8: (rows, arena.bundle.input.nbytes), torch.bool: (rows,)}
+        if pinned:
+            return cls(*(torch.zeros(shape, dtype=dtype, pin_memory=True) for dtype, shape in shapes.items()))
+        return cls(*(torch.zeros(shape, dtype=dtype, device=arena.device) for dtype, shape in shapes.items()))
+
+
 class CudaRunner(Runner):
-    """The same as Runner, for an arena on a CUDA device. Graphs are captured when a bucket is first needed."""
+    """The same as Runner, for an arena on a CUDA device. Graphs of all buckets are captured at once: a session that is served
+    already shall not wait for it."""
 
     def __init__(self, arena: Arena, shapes: Shapes, step: Step) -> None:
         super().__init__(arena, shapes, step)
-        self._graphs: dict[int, _Graph] = {}
+        rows_max = shapes.buckets[-1]
+        with torch.cuda.device(arena.device), torch.inference_mode():
+            self._staged = _Given.of(arena, rows_max, pinned=True)
+            self._given = _Given.of(arena, rows_max, pinned=False)
+            self._given.index.fill_(arena.capacity)
+            self._sides = [torch.cuda.Stream(arena.device) for _ in range(_SIDES)]  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+            self._graphs = {rows: self._capture(rows) for rows in reversed(shapes.buckets)}
 
     def _call(
         self,
@@ -45,43 +68,54 @@ class CudaRunner(Runner):
         stop: int,
         padded: int,
     ) -> Advanced:
+        rows = stop - start
+        staged, given, graph = self._staged, self._given, self._graphs[padded]
+        index = staged.index.numpy()
+        index[:rows], index[rows:padded] = slots[start:stop], self.arena.capacity
+        staged.inputs.numpy()[:rows] = inputs[start:stop]
         with torch.cuda.device(self.arena.device), torch.inference_mode():
-            if padded not in self._graphs:
-                self._graphs[padded] = self._capture(padded)
-            graph = self._graphs[padded]
-            fed = np.zeros(stop - start, np.bool_) if feedback is None else feedback[start:stop]
-            index, x, mask = self._padded(slots[start:stop], inputs[start:stop], fed, padded)
-            graph.index.copy_(torch.from_numpy(index))
-            graph.inputs.view(padded, -1).view(torch.uint8).copy_(torch.from_numpy(np.array(x)))
-            if mask is not None:
-                graph.feedback.copy_(torch.from_numpy(mask))
+            given.index[:padded].copy_(staged.index[:padded], non_blocking=True)
+            given.inputs[:rows].copy_(staged.inputs[:rows], non_blocking=True)
+            if self.arena.last is not None:
+                staged.feedback.numpy()[:rows] = False if feedback is None else feedback[start:stop]
+                given.feedback[:rows].copy_(staged.feedback[:rows], non_blocking=True)
             graph.graph.replay()
-            rows = stop - start
-            return Advanced(graph.outputs[:rows].cpu().numpy(), [graph.states[:rows].cpu().numpy()])
+            outputs = graph.outputs[:rows].to("cpu", non_blocking=True)
+            states = graph.states[:rows].to("cpu", non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+        return Advanced(outputs.numpy(), [states.numpy()])
 
     def _capture(self, rows: int) -> _Graph:
-        arena, spec = self.arena, self.arena.bundle.input
-        device = arena.device
-        index = torch.full((rows,), arena.capacity, dtype=torch.int64, device=device)
-        inputs = torch.zeros((rows, *spec.shape), dtype=spec.torch_dtype, device=device)
-        feedback = torch.zeros(rows, dtype=torch.bool, device=device)
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
+        stream = torch.cuda.Stream(self.arena.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                self._body(index, inputs, feedback)
-        torch.cuda.current_stream(device).wait_stream(stream)
+                self._body(rows)
+        stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs, states = self._body(index, inputs, feedback)
-        return _Graph(graph, index, inputs, feedback, outputs, states)
+        # Of this thread alone: the engine's goes on serving the models that are there.
+        with torch.cuda.graph(graph, self._pool, stream, "thread_local"):
+            outputs, states = self._body(rows)
+        return _Graph(graph, outputs, states)
 
-    def _body(
-        self, index: torch.Tensor, inputs: torch.Tensor, feedback: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        value = chosen_inputs(self.arena, index, inputs, feedback)
-        output, *after = self._step(index, value, *self._columns)
-        rows = len(index)
+    def _body(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        spec, tile = self.arena.bundle.input, self.shapes.tile
+        index = self._given.index[:rows]
+        inputs = self._given.inputs[:rows].view(-1).view(spec.torch_dtype).view(rows, *spec.shape)
+        value = chosen_inputs(self.arena, index, inputs, self._given.feedback[:rows])
+        here = torch.cuda.current_stream()
+        for side in self._sides:
+            side.wait_stream(here)
+        tiles: list[tuple[torch.Tensor, ...]] = []
+        for number, start in enumerate(range(0, rows, tile)):
+            with torch.cuda.stream(self._sides[number % _SIDES]):
+                tiles.append(self._step(index[start : start + tile], value[start : start + tile], *self._columns))
+        for side in self._sides:
+            here.wait_stream(side)
+        outputs, *after = (torch.cat([_bytes(new) for new in news]) for news in zip(*tiles, strict=True))
         none = torch.empty((rows, 0), dtype=torch.uint8, device=index.device)  # a model may have no state
-        packed = torch.cat([none, *(new.contiguous().view(rows, -1).view(torch.uint8) for new in after)], 1)
-        return output.contiguous().view(rows, -1).view(torch.uint8), packed
+        return outputs, torch.cat([none, *after], 1)
+
+
+def _bytes(rows: torch.Tensor) -> torch.Tensor:
+    return rows.contiguous().view(len(rows), -1).view(torch.uint8)

@@ -3,7 +3,7 @@
 A row must not feel who shares its batch (promise 5). The probe at load finds a floor: batches of a multiple of that many
 rows all give a row the same bits, so batches are padded up to one. Where it finds none, batches are cut into tiles of one
 fixed shape: of 32 rows if the probe saw no place in them matter, else of one row, which is slow and exact. On a GPU a batch is
-padded to one of a few buckets, each a CUDA graph.
+padded to one of a few buckets, each a CUDA graph of tiles.
 """
 
 from __future__ import annotations
@@ -24,24 +24,29 @@ TILE_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The batch shapes that a cell may be run in: multiples of `floor` (None: only tiles), or given buckets."""
+    """The batch shapes that a cell may be run in: multiples of `floor` (None: only tiles), or buckets of whole tiles."""
 
     floor: int | None
-    buckets: tuple[int, ...] = ()
     tile: int = TILE_ROWS
+    buckets: tuple[int, ...] = (TILE_ROWS,)
+
+    @classmethod
+    def of_tiles(cls, tile: int, rows_max: int = 1) -> Shapes:
+        """Buckets of one tile, two, four and so on, up to the first that holds `rows_max` rows."""
+        buckets = [tile]
+        while buckets[-1] < rows_max:
+            buckets.append(2 * buckets[-1])
+        return cls(None, tile, tuple(buckets))
 
     def cut(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """(start, stop, padded rows) of each cell call that together cover `rows`."""
-        if self.floor is None:
-            for start in range(0, rows, self.tile):
-                yield start, min(start + self.tile, rows), self.tile
-        elif not self.buckets:
+        if self.floor is not None:
             yield 0, rows, -(-rows // self.floor) * self.floor
-        else:
-            most = self.buckets[-1]
-            for start in range(0, rows, most):
-                stop = min(start + most, rows)
-                yield start, stop, next(bucket for bucket in self.buckets if bucket >= stop - start)
+            return
+        most = self.buckets[-1]
+        for start in range(0, rows, most):
+            stop = min(start + most, rows)
+            yield start, stop, next(bucket for bucket in self.buckets if bucket >= stop - start)
 
 
 @dataclass(frozen=True, slots=True)
