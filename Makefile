@@ -30,7 +30,7 @@ help:
 	@echo "make observe   dashboard and alerts under a real Prometheus, with real faults; docs/results/observability.json"
 	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
 	@echo "make fuzz      hostile bytes, two minutes a target (SECONDS_A_TARGET); writes docs/results/fuzz.json"
-	@echo "make gpu       the GPU tests and the bench, where there is a GPU"
+	@echo "make gpu       the GPU tests, a world of the fault campaign and the bench, where there is a GPU"
 	@echo "make test-cluster  the suites of service and SDK on a Redis Cluster of three primaries (nine minutes)"
 	@echo "make test-all  the slow tests too"
 	@echo "make chaos     the fault campaign: docs/results/chaos.json (half an hour);  make chaos-quick  a minute of it"
@@ -139,6 +139,7 @@ fuzz: $(STAMP)
 gpu: $(STAMP)
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'
 	$(BIN)/python -m pytest -q -m gpu --timeout 600
+	$(BIN)/python tools/chaos.py --device cuda:0 --world always --seconds 40 --out docs/results/chaos-gpu.json
 	$(BIN)/python tools/benchmark.py --device cuda:0
 
 clean:

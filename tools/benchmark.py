@@ -10,6 +10,8 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,8 +22,13 @@ from engram_service.bench.report import machine, table, verdict
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTORY = ROOT / "docs" / "benchmarks"
 FIGURES = re.compile(r"(<!-- figures -->\n).*(<!-- end of figures -->\n)", re.S)
-SESSIONS = (1, 64, 1024, 8192)
-SEPARATE = 256
+CASES = (
+    (1, 0),
+    (64, 0),
+    (1024, 0),
+    (8192, 0),
+    (256, 256),
+)  # sessions, and connections (0: one for each client process)
 PLAIN_SESSIONS_MAX = 1024  # beyond, the plain server is only slower, and its callers wait for seconds
 
 
@@ -29,11 +36,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--warm-up", type=float, default=3.0)
+    parser.add_argument("--sessions", type=int, nargs="+", help="only the cases of so many")
+    parser.add_argument("--no-plain", action="store_true")
     parser.add_argument("--name", help="of the files (default: the device and the number of cores)")
     args = parser.parse_args()
     described = machine()
     name = args.name or f"{'cpu' if args.device == 'auto' else args.device.replace(':', '')}-{described['cores']}-cores"
-    results = run(args.device, args.seconds)
+    cases = [case for case in CASES if not args.sessions or case[0] in args.sessions]
+    base = Options(device=args.device, seconds=args.seconds, warm_up_s=args.warm_up, plain=not args.no_plain)
+    results = run(cases, base)
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     (DIRECTORY / f"{name}.md").write_text(page(results, described, args.seconds))
     found = {"machine": described, "results": [one.as_dict() for one in results]}
@@ -45,16 +57,14 @@ def main() -> int:
     return 0 if all(one.outputs_equal for one in results) else 1
 
 
-def run(device: str, seconds: float) -> list[Result]:
-    """Every case; the plain server is measured once for each number of sessions."""
+def run(cases: Sequence[tuple[int, int]], base: Options) -> list[Result]:
+    """Every case in both durabilities; the plain server is measured once for each number of sessions."""
     results: list[Result] = []
-    for sessions, connections in (*((count, 0) for count in SESSIONS), (SEPARATE, SEPARATE)):
+    for sessions, connections in cases:
         plain: PlainResult | None = None
         for durability in ("step", "interval"):
-            options = Options(
-                sessions=sessions, connections=connections, durability=durability, seconds=seconds, device=device,
-                plain=sessions <= PLAIN_SESSIONS_MAX and plain is None,
-            )  # fmt: skip
+            once = base.plain and sessions <= PLAIN_SESSIONS_MAX and plain is None
+            options = replace(base, sessions=sessions, connections=connections, durability=durability, plain=once)
             result = measure(options, say, plain)
             results.append(result)
             print(table([result]), file=sys.stderr, flush=True)

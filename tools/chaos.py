@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace, worlds: Any) -> int:
     finally:
         campaign.close()
     if out is not None:
-        result = write(out, outcomes, measured)
+        result = write(out, outcomes, measured, args.device)
         say(f"wrote {out}: {json.dumps(result['total'])}")
         if out.resolve() == RESULT:
             write_table(PAGE, result)

@@ -12,18 +12,21 @@ import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from chaos.campaign import Outcome
 
 BEGIN, END = "<!-- campaign -->", "<!-- end of campaign -->"
 _SUMS = ("faults", "acknowledged", "lost", "doubled", "reordered", "differing", "errors", "rewound")
 
 
-def write(path: pathlib.Path, outcomes: Sequence[Outcome], measured: dict[str, Any]) -> dict[str, Any]:
+def write(path: pathlib.Path, outcomes: Sequence[Outcome], measured: dict[str, Any], device: str) -> dict[str, Any]:
     """Puts these into the file; returns what it now holds."""
+    gpu = "" if device == "cpu" else f", {torch.cuda.get_device_name(device)}"
     found = json.loads(path.read_text()) if path.exists() else {}
     worlds = {one["world"]: one for one in [*found.get("worlds", []), *(outcome.as_json() for outcome in outcomes)]}
     result = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}{gpu}",
         "total": {name: sum(one[name] for one in worlds.values()) for name in _SUMS},
         "measured": found.get("measured", {}) | measured,
         "worlds": list(worlds.values()),

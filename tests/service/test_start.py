@@ -142,25 +142,30 @@ def test_models_come_and_are_refused_while_it_runs(
         assert len(again.step(int(np.frombuffer(response.handles, np.uint32)[0]), 2, np.zeros(3, np.float32))) == 16
 
 
-def test_a_drain_finishes_what_was_accepted(server: ServerProcess, connect: Connect) -> None:
-    raw = connect(server)
-    handle = int(np.frombuffer(raw.open("drained", durability=2).handles, np.uint32)[0])
-    rows = 32
-    raw.steps([handle] * rows, list(range(1, rows + 1)), np.zeros((rows, 8), np.float32))
-    time.sleep(0.05)
-    server.terminate()
-    answered = 0
-    while _status(server, "readyz") != 503:
-        assert _status(server, "healthz") == 200
-    draining = False
-    while answered < rows or not draining:
-        response = raw.next()
-        assert response is not None
-        answered += len(response.outputs.seqs) // 8
-        draining = draining or response.event.type == 3
-    assert server.stop() == 0
-    server.start()
-    assert connect(server).get("drained").seq == rows, "what was answered is durable, with durability interval too"
+@pytest.mark.parametrize("durability", [stream_pb2.DURABILITY_STEP, stream_pb2.DURABILITY_INTERVAL])
+def test_a_drain_finishes_what_was_accepted(
+    durability: stream_pb2.Durability, redis_process: Any, server_with: Callable[..., ServerProcess], connect: Connect
+) -> None:
+    with server_with("--redis-url", redis_process.url) as server:
+        raw = connect(server)
+        handle = int(np.frombuffer(raw.open("drained", durability=durability).handles, np.uint32)[0])
+        redis_process.pause()  # so that there is something to finish
+        rows = 32
+        raw.steps([handle] * rows, list(range(1, rows + 1)), np.zeros((rows, 8), np.float32))
+        time.sleep(0.05)
+        server.terminate()
+        while _status(server, "readyz") != 503:
+            assert _status(server, "healthz") == 200
+        redis_process.go_on()
+        answered, draining = 0, False
+        while answered < rows or not draining:
+            response = raw.next()
+            assert response is not None
+            answered += len(response.outputs.seqs) // 8
+            draining = draining or response.event.type == 3
+        assert server.stop() == 0
+        server.start()
+        assert connect(server).get("drained").seq == rows, "what was answered is durable"
 
 
 def test_log_lines_carry_session_and_trace_and_no_inputs(shared_server: ServerProcess, connect: Connect) -> None:

