@@ -77,7 +77,7 @@ def page(results: list[Result], described: dict[str, str], seconds: float) -> st
     lines = [
         "# Benchmark",
         "",
-        f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}. Client processes, server and Redis share this machine:",
+        f"Written by `tools/benchmark.py` on {datetime.now(UTC):%Y-%m-%d}. Client processes, server and Redis share this machine:",
         "",
         *(f"- {key}: {value}" for key, value in described.items()),
         "",
