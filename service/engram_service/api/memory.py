@@ -155,7 +155,7 @@ class MemoryHandlers:
             return await asyncio.get_running_loop().run_in_executor(self._queries, work, *arguments)
 
     async def _on_device(self, served: Served, work: Callable[..., T], *arguments: Any) -> T:
-        """On a GPU the engine's thread alone may work: another's would end up in the graph that it captures."""
+        """On a GPU in the engine's thread, the only one that uses a device whose models are served."""
         if served.arena.device.type != "cuda":
             return await self._query(work, *arguments)
         loop = asyncio.get_running_loop()
