@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -25,12 +26,11 @@ from engram_service.tokens import Caller
 log = logging.getLogger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]"
+Slow: TypeAlias = Callable[[], Awaitable[None]]
 
 _OPENS_MAX = 64  # opens and closes of one stream that may wait for the store at once
-_WAITING_NBYTES_MAX = (
-    16 << 20
-)  # of those that wait for their turn: what opens ask their client may be answered behind them
-_WAITING_NBYTES = 1024  # one's own, beside its frame
+_OPENS_NBYTES_MAX = 16 << 20  # of these and those behind them, before the stream is read no further
+_OPEN_NBYTES = 1024  # of one, beside its frame
 
 
 @dataclass(slots=True, eq=False)
@@ -103,20 +103,7 @@ class StreamHandler:
 
     async def _read(self, stream: Stream, context: Context) -> None:
         """Reads until the client has no more frames; then what is under way is answered, and the stream ends."""
-        opens: set[asyncio.Task[None]] = set()
-        turns = asyncio.Semaphore(_OPENS_MAX)
-        waiting_nbytes = 0
-
-        async def in_turn(slow: Coroutine[Any, Any, None], nbytes: int) -> None:
-            nonlocal waiting_nbytes
-            waiting_nbytes += nbytes
-            try:
-                async with turns:
-                    await slow
-            finally:
-                slow.close()
-                waiting_nbytes -= nbytes
-
+        opens = _Opens()
         try:
             while True:
                 await stream.room()
@@ -124,22 +111,16 @@ class StreamHandler:
                 if data is grpc.aio.EOF:
                     break
                 if slow := self._handle(stream, data):
-                    task = asyncio.create_task(in_turn(slow, len(data) + _WAITING_NBYTES))
-                    opens.add(task)
-                    task.add_done_callback(opens.discard)
-                    while waiting_nbytes > _WAITING_NBYTES_MAX:
-                        await asyncio.wait(opens, return_when=asyncio.FIRST_COMPLETED)
-            if opens:
-                await asyncio.wait(opens)
+                    await opens.begin(slow, len(data))
+            await opens.wait()
             while stream.in_flight and not stream.ended:
                 await asyncio.sleep(0.005)
         finally:
-            for task in opens:
-                task.cancel()
+            opens.cancel()
             stream.end()
 
-    def _handle(self, stream: Stream, data: bytes) -> Coroutine[Any, Any, None] | None:
-        """Does what a frame asks for, or returns the coroutine that will."""
+    def _handle(self, stream: Stream, data: bytes) -> Slow | None:
+        """Does what a frame asks for, or returns what will."""
         limit = self._core.settings.frame_bytes_max
         try:
             if len(data) > limit:
@@ -151,11 +132,11 @@ class StreamHandler:
                 case "acknowledge":
                     self._core.acknowledge(stream, request.acknowledge)
                 case "open":
-                    return self._open(stream, request.open, attach=False)
+                    return partial(self._open, stream, request.open, attach=False)
                 case "attach":
-                    return self._open(stream, request.attach, attach=True)
+                    return partial(self._open, stream, request.attach, attach=True)
                 case "close":
-                    return self._close(stream, request.close)
+                    return partial(self._close, stream, request.close)
                 case "confirm":
                     stream.confirmed(request.confirm.number)
                 case _:
@@ -217,6 +198,45 @@ class StreamHandler:
                 self._access.audit.closed(guest.caller, guest.peer, [id_of(key) for key in keys], outcome)
         rows = [stream_pb2.RowError(row=row, error=refusal.detail()) for row, refusal in errors]
         stream.tell(stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=frame.request_id, errors=rows)))
+
+
+class _Opens:
+    """The opens and closes of one stream, so many at a time, in their order.
+
+    Those that wait for their turn are read nevertheless: what an open asks its client may be answered behind them.
+    """
+
+    def __init__(self) -> None:
+        self._turns = asyncio.Semaphore(_OPENS_MAX)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._nbytes = 0
+
+    async def begin(self, work: Slow, frame_nbytes: int) -> None:
+        """Returns when there is room for another."""
+        nbytes = frame_nbytes + _OPEN_NBYTES
+
+        async def in_turn() -> None:
+            async with self._turns:
+                await work()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._nbytes -= nbytes
+
+        task = asyncio.create_task(in_turn())
+        self._tasks.add(task)
+        self._nbytes += nbytes
+        task.add_done_callback(ended)
+        while self._nbytes > _OPENS_NBYTES_MAX:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+
+    async def wait(self) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
 
 async def _write(stream: Stream, context: Context) -> None:
