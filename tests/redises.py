@@ -16,7 +16,7 @@ from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
 from redis.retry import Retry
 
-from engram_service.store.private import _binary
+from engram_service.store.private import redis_binary
 
 START_S = 20.0
 SLOTS = 16384
@@ -43,7 +43,7 @@ class RedisProcess:
 
     def start(self, *flags: str) -> None:
         command = [
-            _binary(), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory), "--save", "",
+            redis_binary(), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory), "--save", "",
             "--appendonly", "yes", "--logfile", str(self.directory / "redis.log"), *self.flags, *flags,
         ]  # fmt: skip
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -191,7 +191,7 @@ class RedisCluster:
 
 def speaks_tls() -> bool:
     """Whether the Redis that tests have is built with TLS."""
-    asked = subprocess.run([_binary(), "--tls-auth-clients", "?"], capture_output=True, check=False, timeout=START_S)
+    asked = subprocess.run([redis_binary(), "--tls-auth-clients", "?"], capture_output=True, check=False, timeout=START_S)
     return b"Bad directive" not in asked.stdout + asked.stderr
 
 

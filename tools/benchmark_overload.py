@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import math
 import os
@@ -68,6 +69,7 @@ def main() -> int:
     if args.beside:
         os.nice(NICENESS)
         return burn() if args.beside == "burn" else asyncio.run(compete(args))
+    gc.freeze()  # clients of the SDK have no torch to look through for garbage, as this process has
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as scratch:
         directory = Path(scratch)
         write_w(directory / "models")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -86,6 +87,8 @@ async def serve(settings: Settings) -> None:
         store.writing_back = lambda: core.residency.writing_back
         store.start()
         core.engine.start()
+        gc.collect()
+        gc.freeze()  # torch's objects stay: to look through them for garbage would stop everybody for some 80 ms
         http = _Http(settings.http, metrics, lambda: server.serving)
         stack.callback(http.stop)
         port = await server.start()

@@ -108,8 +108,8 @@ class Scheduler:
             self._small_came = self._small_rows(batch.arrived) + count
             self._small_at = batch.arrived
 
-    def next(self, busy: NDArray[np.bool_], rows_max: int, now: float) -> Tick | None:
-        """The next tick, or None where nothing is ready. Marks the sessions it takes in `busy`."""
+    def next(self, busy: NDArray[np.bool_], rows_max: int, now: float, turns: bool = True) -> Tick | None:
+        """The next tick, or None where nothing is ready. Marks the sessions it takes in `busy`. Without `turns` it is none."""
         if not self.waiting_rows:
             return None
         while self._stepped and next(iter(self._stepped.values())) < now - _LATELY_S:
@@ -120,6 +120,8 @@ class Scheduler:
             return self._made(list(self._queues), rows_max, self.run_max, busy, now)
         small = [key for key in self._queues if key not in self._large]
         for keys in (large, small) if self._passed >= _PASSES else (small, large):
+            if keys is large and not turns:
+                continue
             most = rows_max if keys is small else min(rows_max, self._turn(now))
             if tick := self._made(keys, most, min(self.run_max, _RUN_SHARED), busy, now):
                 self._passed = self._passed + 1 if keys is small else 0

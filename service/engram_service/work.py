@@ -72,8 +72,8 @@ class WorkQueue:
         with self.lock:
             return [found for scheduler in self._schedulers.values() for found in scheduler.drop(wanted)]
 
-    def take(self, wait: bool = True) -> Job | tuple[int, Tick] | None:
-        """The next job, else the next tick and its model.
+    def take(self, wait: bool = True, turns: bool = True) -> Job | tuple[int, Tick] | None:
+        """The next job, else the next tick and its model; without `turns` none of large streams that have small ones beside them.
 
         None once the queue is closed and empty of jobs, or at once where `wait` is false and there is nothing to do.
         Whoever takes says `finished` when the arena has what the work leaves there.
@@ -84,7 +84,7 @@ class WorkQueue:
                     if not self._ticks_running and not self._job_running:
                         self._job_running = True
                         return self._jobs.popleft()
-                elif not self._job_running and (found := self._next_tick()):
+                elif not self._job_running and (found := self._next_tick(turns)):
                     self._ticks_running += 1
                     return found
                 elif self._closed:
@@ -112,13 +112,13 @@ class WorkQueue:
             self._closed = True
             self.lock.notify_all()
 
-    def _next_tick(self) -> tuple[int, Tick] | None:
+    def _next_tick(self, turns: bool) -> tuple[int, Tick] | None:
         models, now = list(self._schedulers), time.monotonic()
         for offset in range(len(models)):
             model = models[(self._turn + offset) % len(models)]
             scheduler = self._schedulers[model]
             share = max(_SHARE_MIN, -(-scheduler.waiting_rows // self._takers))
-            if tick := scheduler.next(self._table.busy, min(share, self._rows_max), now):
+            if tick := scheduler.next(self._table.busy, min(share, self._rows_max), now, turns):
                 self._turn = (self._turn + offset + 1) % len(models)
                 if self.waiting_rows:
                     self.lock.notify()  # the rest is another thread's

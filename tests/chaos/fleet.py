@@ -30,7 +30,7 @@ from chaos.proxy import Proxy, Wires
 from engram_models import shipped_models_dir
 from engram_service.store.keys import META_PREFIX
 from engram_service.store.nodes import slot
-from engram_service.store.private import _binary
+from engram_service.store.private import redis_binary
 
 TESTS = pathlib.Path(__file__).parents[1]
 START_S = 120.0
@@ -219,7 +219,7 @@ class Redis:
             "no",
         )
         command = [
-            _binary(), "--port", str(self.port), "--dir", str(self.directory), "--save", "", *kept, "--logfile",
+            redis_binary(), "--port", str(self.port), "--dir", str(self.directory), "--save", "", *kept, "--logfile",
             str(self.directory / "log"), "--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0",
             "--repl-ping-replica-period", "1", *(in_slots if world.cluster else ()), *flags,
         ]  # fmt: skip

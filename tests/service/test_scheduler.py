@@ -110,6 +110,17 @@ def test_a_turn_is_longer_where_rows_are_quick_and_small_ones_few(small: int, tu
     assert [len(tick) for _ in range(2) if (tick := scheduler.next(busy, 4096, 0.0))] == [small, turn]
 
 
+def test_only_small_streams_go_where_no_turns_are_wanted() -> None:
+    scheduler, busy = Scheduler(1), np.zeros(3000, np.bool_)
+    scheduler.add(batch(1, list(range(2000)), [1] * 2000))
+    scheduler.add(batch(2, [2500], [1]))
+    small = scheduler.next(busy, 1024, 0.0, turns=False)
+    assert small is not None and small.rows.tolist() == [2500]
+    assert scheduler.next(busy, 1024, 0.0, turns=False) is None
+    turn = scheduler.next(busy, 1024, 0.0)
+    assert turn is not None and turn.turn
+
+
 def test_runs_are_short_beside_small_streams_and_long_among_large_ones() -> None:
     scheduler, busy = Scheduler(16), np.zeros(300, np.bool_)
     for stream in (0, 1):

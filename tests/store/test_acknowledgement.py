@@ -15,7 +15,7 @@ import pytest
 from redises import speaks_tls
 
 from engram_service.store import Store, StoreError, StoreUnavailable, Verdict
-from engram_service.store.private import _binary
+from engram_service.store.private import redis_binary
 
 MakeHolder = Callable[..., Any]
 OpenStore = Callable[..., Store]
@@ -131,7 +131,7 @@ def test_tls(
     path, key = certificate
     port = free_port()
     if not speaks_tls():
-        pytest.skip(f"{pathlib.Path(_binary()).name} is built without TLS")
+        pytest.skip(f"{pathlib.Path(redis_binary()).name} is built without TLS")
     start_redis(
         "--tls-port", str(port), "--tls-cert-file", str(path), "--tls-key-file", str(key), "--tls-ca-cert-file", str(path),
         "--tls-auth-clients", "no",

