@@ -99,8 +99,8 @@ class PrivateRedis:
         settings = self._settings
         command = [
             redis_binary(), "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700",
-            "--dir", str(self._directory), "--save", "", "--appendonly", "yes", "--appendfsync", "always" if settings.appendfsync == "always" else "no",
-            "--logfile", str(self._directory / "redis.log"),
+            "--dir", str(self._directory), "--logfile", str(self._directory / "redis.log"),
+            "--save", "", "--appendonly", "yes", "--appendfsync", "always" if settings.appendfsync == "always" else "no",
             "--auto-aof-rewrite-percentage", "0", "--no-appendfsync-on-rewrite", "yes",
             "--maxmemory", f"{settings.maxmemory_mb}mb", "--maxmemory-policy", "noeviction",
         ]  # fmt: skip
