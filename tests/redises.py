@@ -191,7 +191,9 @@ class RedisCluster:
 
 def speaks_tls() -> bool:
     """Whether the Redis that tests have is built with TLS."""
-    asked = subprocess.run([redis_binary(), "--tls-auth-clients", "?"], capture_output=True, check=False, timeout=START_S)
+    asked = subprocess.run(
+        [redis_binary(), "--tls-auth-clients", "?"], capture_output=True, check=False, timeout=START_S
+    )
     return b"Bad directive" not in asked.stdout + asked.stderr
 
 

@@ -52,7 +52,14 @@ def played(monkeypatch: pytest.MonkeyPatch, script: str) -> list[str]:
         ("A ? b B .", "A >A b A< >b b< B >B B<"),
         ("a B c D .", "a >a a< B c >c c< >B D B< >D D<"),
     ],
-    ids=["one computed while the other is written", "overtaken", "nobody there", "the one before is not", "between two turns", "and so on"],
+    ids=[
+        "one computed while the other is written",
+        "overtaken",
+        "nobody there",
+        "the one before is not",
+        "between two turns",
+        "and so on",
+    ],
 )
 def test_small_ticks_overtake_the_commit_of_a_turn(monkeypatch: pytest.MonkeyPatch, script: str, done: str) -> None:
     assert played(monkeypatch, script) == done.split()
