@@ -28,6 +28,7 @@ _TURN_MIN = 64  # rows of a turn in any case
 _TURN_S = (0.0018, 0.01)  # and as many as are computed in about so long; to pack and commit them takes as long again
 _TURN_SEES = 2  # within these, a turn is so long that about so many small rows come meanwhile
 _PASSES = 3  # ticks of small streams that may go before a turn that is ready
+_LOOK = 512  # rows of a frame with runs that are looked at together
 _RUN_SHARED = 2  # most consecutive steps of one session in a turn; they run one after the other
 _LATELY_S = 1.0  # a stream is one of those that step for so long after its last frame
 
@@ -187,14 +188,12 @@ class Scheduler:
             if batch.deadline < now:
                 late = np.concatenate([late, batch.rows[batch.waiting]])
                 continue
-            chosen = _ready(batch, busy, run_max, late)[: quota - count]
-            if not len(chosen):
+            places = _ready(batch, busy, run_max, late, quota - count)
+            if not len(places):
                 continue
-            busy[batch.rows[chosen]] = True
-            if len(chosen) == len(batch.waiting):
-                batch.waiting = batch.waiting[:0]
-            else:
-                batch.waiting = np.setdiff1d(batch.waiting, chosen, assume_unique=True)
+            chosen, left = batch.waiting[places], np.ones(len(batch.waiting), np.bool_)
+            left[places] = False
+            batch.waiting = batch.waiting[left]
             taken.append((batch, chosen))
             count += len(chosen)
         while queue and not len(queue[0].waiting):
@@ -206,16 +205,29 @@ class Scheduler:
             del self._queues[key], self._waiting[key]
 
 
-def _ready(batch: Batch, busy: NDArray[np.bool_], run_max: int, late: NDArray[np.int32]) -> NDArray[np.intp]:
-    """Waiting rows whose session is free and not `late`, at most `run_max` of one session, in order."""
-    waiting = batch.waiting
-    rows = batch.rows[waiting]
+def _ready(batch: Batch, busy: NDArray[np.bool_], run_max: int, late: NDArray[np.int32], most: int) -> NDArray[np.intp]:
+    """The places in `batch.waiting` of up to `most` rows whose session is free and not `late`, at most `run_max` of one session,
+    in order. Marks their sessions in `busy`."""
+    rows = batch.rows[batch.waiting]
     free = ~busy[rows]
     if len(late):
         free &= ~np.isin(rows, late)
-    if not batch.unique:
-        free &= _occurrence(rows) < run_max
-    return waiting if free.all() else waiting[free]
+    places = np.flatnonzero(free)
+    if batch.unique:
+        places = places[:most]
+        busy[rows[places]] = True
+        return places
+    found: list[NDArray[np.intp]] = []
+    for start in range(0, len(places), _LOOK):  # no further than is needed: thousands may wait
+        some = places[start : start + _LOOK]
+        some = some[~busy[rows[some]]]
+        some = some[_occurrence(rows[some]) < run_max][:most]
+        busy[rows[some]] = True
+        found.append(some)
+        most -= len(some)
+        if not most:
+            break
+    return np.concatenate([places[:0], *found])
 
 
 def _occurrence(rows: NDArray[np.int32]) -> NDArray[np.intp]:

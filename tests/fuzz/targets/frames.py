@@ -53,7 +53,8 @@ def seeds() -> list[bytes]:
     opening = {"request_id": 3, "model": "lstm", "session_ids": ["a", "", "µ"], "durability": 2, "client_id": 7}
     others = [
         {"acknowledge": acknowledge},
-        {"open": stream_pb2.OpenFrame(**opening, ttl_ms=2**63)},
+        {"open": stream_pb2.OpenFrame(**opening, ttl_ms=2**63, confirms=True)},
+        {"confirm": stream_pb2.ConfirmFrame(number=2**63)},
         {"attach": stream_pb2.AttachFrame(**opening)},
         {"close": stream_pb2.CloseFrame(request_id=1, handles=bytes(4), detach=True)},
     ]
@@ -100,7 +101,6 @@ def fuzz_one(data: bytes) -> None:
         finally:
             asyncio._set_running_loop(None)
         if slow is not None:  # an open or close, which asks the store; what it is asked for was decoded
-            slow.close()
             request = stream_pb2.StreamRequest.FromString(data)
             check_ids(
                 getattr(request, request.WhichOneof("frame") or "open").session_ids if request.HasField("open") else []
