@@ -22,13 +22,8 @@ from engram_service.bench.report import machine, table, verdict
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTORY = ROOT / "docs" / "benchmarks"
 FIGURES = re.compile(r"(<!-- figures -->\n).*(<!-- end of figures -->\n)", re.S)
-CASES = (
-    (1, 0),
-    (64, 0),
-    (1024, 0),
-    (8192, 0),
-    (256, 256),
-)  # sessions, and connections (0: one for each client process)
+# Sessions, and connections (0: one for each client process).
+CASES = ((1, 0), (64, 0), (1024, 0), (8192, 0), (256, 256))
 PLAIN_SESSIONS_MAX = 1024  # beyond, the plain server is only slower, and its callers wait for seconds
 
 

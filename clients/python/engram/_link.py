@@ -94,8 +94,7 @@ class Link:
         body.request_id = self._request_id
         future: asyncio.Future[stream_pb2.StreamResponse] = self.loop.create_future()
         self._requests[self._request_id] = future
-        self._control.append(frame)
-        self._posted.set()
+        self._send(frame)
         try:
             return await future
         finally:
@@ -239,8 +238,7 @@ class Link:
                 if future is not None and not future.done():
                     future.set_result(response)
             elif kind == "confirm":
-                self._control.append(stream_pb2.StreamRequest(confirm=response.confirm))
-                self._posted.set()
+                self._send(stream_pb2.StreamRequest(confirm=response.confirm))
             else:
                 self.core.receive(response)
 
@@ -259,6 +257,11 @@ class Link:
                         break
                     for frame in frames:
                         await call.write(frame)
+
+    def _send(self, frame: stream_pb2.StreamRequest) -> None:
+        """Before any steps that wait."""
+        self._control.append(frame)
+        self._posted.set()
 
     def _wake(self) -> None:
         self._posted.set()
@@ -279,8 +282,7 @@ class Link:
                 last_ack = now
                 frame = self.core.idle_acknowledgements()
                 if frame is not None and not self._draining:
-                    self._control.append(frame)
-                    self._posted.set()
+                    self._send(frame)
             if not self._draining:
                 draining_since = now
             elif now - draining_since > _DRAIN_S and self._channel is not None:

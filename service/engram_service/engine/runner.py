@@ -27,8 +27,11 @@ class Shapes:
     """The batch shapes that a cell may be run in: multiples of `floor` (None: only tiles), or buckets of whole tiles."""
 
     floor: int | None
-    tile: int = TILE_ROWS
     buckets: tuple[int, ...] = (TILE_ROWS,)
+
+    @property
+    def tile(self) -> int:
+        return self.buckets[0]
 
     @classmethod
     def of_tiles(cls, tile: int, rows_max: int = 1) -> Shapes:
@@ -36,7 +39,7 @@ class Shapes:
         buckets = [tile]
         while buckets[-1] < rows_max:
             buckets.append(2 * buckets[-1])
-        return cls(None, tile, tuple(buckets))
+        return cls(None, tuple(buckets))
 
     def cut(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """(start, stop, padded rows) of each cell call that together cover `rows`."""

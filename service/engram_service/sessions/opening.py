@@ -116,13 +116,12 @@ class Sessions:
         result.errors = {i: refusal for i, refusal in enumerate(check_ids(ids)) if refusal is not None}
         good = [i for i in range(len(ids)) if i not in result.errors]
         room = core.shares.of(wanted.tenant).sessions(core.table.count_of(wanted.tenant), more)
+        keys = [ids[i] for i in good]
         with room:
-            seen = await self._seen(stream, wanted, [ids[i] for i in good], deadline)
-            async with self.hold([ids[i] for i in good], deadline):
-                requests = self._requests(served, wanted, [ids[i] for i in good])
-                if not wanted.attach and (
-                    above := await self.above_limit([ids[i] for i in good], wanted.ttl_ms, deadline)
-                ):
+            seen = await self._seen(stream, wanted, keys, deadline)
+            async with self.hold(keys, deadline):
+                requests = self._requests(served, wanted, keys)
+                if not wanted.attach and (above := await self.above_limit(keys, wanted.ttl_ms, deadline)):
                     requests = [replace(one, may_create=one.session_id not in above) for one in requests]
                 claims, result.losses = await self._claim(stream, wanted, requests, seen, deadline)
                 self._apply(stream, wanted, served, good, requests, claims, result)
