@@ -65,6 +65,9 @@ class Metrics:
         self.recall_cues = histogram("recall_cues", "Cues in a recall", _ROWS)
         self.patterns = counter("patterns", "Patterns stored and forgotten", "what")
         self.memory_cache_bytes = gauge("memory_cache_bytes", "Pattern memories at hand")
+        self.task_failures = counter(
+            "task_failures", "Failures of background tasks, each of which was started again", "task"
+        )
         self.model_loads = counter("model_loads", "Bundles loaded or refused", "outcome")
         self.model_loads.labels("failed")  # there from the beginning: an increase from nothing is none to Prometheus
 

@@ -1,0 +1,47 @@
+"""Whether this server can do its work, and why not: what /readyz and gRPC health say. Safe to call from any thread.
+
+A failure makes the server not ready until it is cleared; a warning is only shown. Both are told under the name of what they are
+about, such as `redis` or `task sweep`. Who decides calls `fail` and `clear`; commands never ask.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class Health:
+    """Failures and warnings by name."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failures: dict[str, tuple[str, float]] = {}  # why, and since when it counts
+        self._warnings: dict[str, str] = {}
+
+    def fail(self, name: str, why: str, grace_s: float = 0.0) -> None:
+        """Not ready from `grace_s` after the first of these calls on, until `clear(name)`."""
+        with self._lock:
+            _, since = self._failures.get(name, ("", time.monotonic() + grace_s))
+            self._failures[name] = (why, since)
+
+    def clear(self, name: str) -> None:
+        with self._lock:
+            self._failures.pop(name, None)
+
+    def warn(self, name: str, why: str) -> None:
+        """Shown until `why` is empty."""
+        with self._lock:
+            if why:
+                self._warnings[name] = why
+            else:
+                self._warnings.pop(name, None)
+
+    def failures(self) -> list[str]:
+        """`name: why` of what makes the server not ready now; empty: it is ready."""
+        now = time.monotonic()
+        with self._lock:
+            return [f"{name}: {why}" for name, (why, since) in self._failures.items() if since <= now]
+
+    def warnings(self) -> list[str]:
+        with self._lock:
+            return [f"{name}: {why}" for name, why in self._warnings.items()]
