@@ -30,14 +30,19 @@ from engram_service.api.unary_stream import UnaryStream
 from engram_service.catalog import Catalog
 from engram_service.core import Core
 from engram_service.engine.engine import Engine
+from engram_service.health import Health
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
+from engram_service.sessions.calls import StoreCalls
+from engram_service.sessions.ending import Endings
+from engram_service.sessions.holds import Holds
 from engram_service.sessions.opening import Sessions
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.table import NO_SLOT, SessionTable
 from engram_service.settings import SettingError, Settings, split_address
 from engram_service.store import Store, StoreSettings, TlsFiles
 from engram_service.store.private import PrivateRedis, PrivateSettings
+from engram_service.supervision import Supervisor
 from engram_service.tokens import Tokens
 from engram_service.work import WorkQueue
 
@@ -66,16 +71,20 @@ async def serve(settings: Settings) -> None:
         workers = settings.engine_threads(device.type == "cpu")
         queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max, workers)
         catalog = Catalog(settings, device, metrics)
-        core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits))
+        health = Health()
+        supervisor = Supervisor(metrics, health)
+        core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits), supervisor)
         metrics.engine_threads.set(workers)
         core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers)
-        sessions = Sessions(core, store)
+        calls, holds = StoreCalls(core), Holds(core)
+        sessions, endings = Sessions(core, store, calls, holds), Endings(core, store, calls, holds)
+        stack.callback(sessions.close)
         unary = UnaryStream(core, sessions)
         memories = Memories(catalog.resolve, store, settings.memory_cache_mb << 20)
-        handlers = UnaryHandlers(core, sessions, store, unary, memories, str(device))
-        memory_handlers = MemoryHandlers(core, sessions, handlers, memories)
+        handlers = UnaryHandlers(core, sessions, endings, calls, store, unary, memories, str(device))
+        memory_handlers = MemoryHandlers(core, calls, handlers, memories)
         stack.callback(memory_handlers.close)
-        streams = StreamHandler(core, sessions, access)
+        streams = StreamHandler(core, sessions, endings, access)
         tokens.on_change = streams.tokens_changed
         server = Server(settings, access, certificate, streams, handlers, memory_handlers)
         _expose(metrics, core, store, device)
@@ -114,6 +123,7 @@ async def serve(settings: Settings) -> None:
             await server.stop(_STOP_GRACE_S)
             for task in tasks:
                 task.cancel()
+            await supervisor.cancel()
         queue.close()
         core.engine.join()
     log.info("stopped")

@@ -21,12 +21,10 @@ from engram.v1 import stream_pb2
 from engram_service.catalog import Catalog, Served
 from engram_service.engine.engine import Advance, Engine
 from engram_service.errors import (
-    Aborted,
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
     InvalidArgument,
-    NotFound,
     Refusal,
     ResourceExhausted,
     Unavailable,
@@ -36,30 +34,24 @@ from engram_service.metrics import Metrics
 from engram_service.scheduler import Batch, Tick
 from engram_service.sessions.admission import FEEDBACK, QUIET, StepColumns, classify, column, read_columns
 from engram_service.sessions.backlog import Backlog
+from engram_service.sessions.handles import CLOSED, TAKEN_OVER, UNKNOWN
+from engram_service.sessions.refusals import Refused, bad_handles, closed, errors_frame, fates, gaps, lost, taken_over
+from engram_service.sessions.repeats import Repeats, acknowledged
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.shares import Shares
-from engram_service.sessions.streams import (
-    CLOSED,
-    TAKEN_OVER,
-    Stream,
-    errors_frame,
-    event_frame,
-    outputs_frame,
-)
-from engram_service.sessions.table import NO_SLOT, NO_STREAM, SessionTable
+from engram_service.sessions.streams import Stream, event_frame, outputs_frame
+from engram_service.sessions.table import NO_SLOT, NO_STREAM, Reference, References, SessionTable
 from engram_service.settings import Settings
 from engram_service.store import MetaFields, Store, Verdict
+from engram_service.supervision import Supervisor
 from engram_service.work import WorkQueue
 
 log = logging.getLogger(__name__)
-
-Refused = list[tuple[NDArray[np.bool_], Refusal]]
 
 _HANDLE_NBYTES, _SEQ_NBYTES = 4, 8
 _NO_FLAGS = np.zeros(1, np.uint8)
 _RETRY_MS = 50
 _SWEEP_S = 0.02
-_GAPS_MAX = 64  # places of sessions that are told in answer to one frame
 
 
 class Core:
@@ -74,6 +66,7 @@ class Core:
         store: Store,
         metrics: Metrics,
         shares: Shares,
+        supervisor: Supervisor,
     ) -> None:
         self.shares = shares
         self.table = table
@@ -85,11 +78,13 @@ class Core:
         self.draining = False
         self.store_trouble = ""  # why the store takes no commits just now; empty: it does
         self.changed = asyncio.Event()  # set whenever sessions became free; waiters clear it
+        self.supervisor = supervisor
+        self.ends = 0  # closes and detaches under way
         self.residency = Residency(self, store)
+        self.repeats = Repeats(self)
         self.engine: Engine  # set by app.py: the two know each other
         self._loop = asyncio.get_running_loop()
         self._advances: set[Advance] = set()
-        self._repeats: dict[tuple[int, int], tuple[Stream, float]] = {}  # (session, seq) in flight, asked for again
         self._streams_made = 0
         self._backlog = Backlog()
         self._answered = 0  # rows, ever
@@ -120,7 +115,7 @@ class Core:
         self.streams.pop(stream.id, None)
         self.shares.of(stream.tenant).streams.discard(stream)
         self._drop_waiting(lambda batch: np.full(len(batch.waiting), batch.stream is stream))
-        rows = stream.attached()
+        rows = stream.handles.attached()
         self.table.stream[rows] = NO_STREAM
         self.residency.let_go(rows)
 
@@ -139,8 +134,8 @@ class Core:
             columns = read_columns(frame, self.settings.frame_rows_max)
             if not len(columns):
                 raise InvalidArgument("INVALID_FRAME", "the frame has no rows")
-            rows = stream.rows_of(columns.handles)
-            refused = _bad_handles(rows)
+            rows = self.rows_of(stream, columns.handles)
+            refused = bad_handles(rows)
             served = self._model_of(rows, refused)
             inputs = self._inputs(served, frame, columns)
             self.shares.of(stream.tenant).take(len(columns))
@@ -151,7 +146,7 @@ class Core:
         stream.in_flight += len(columns)
         if columns.acked is not None:
             self._acknowledge(
-                rows if columns.source is None else stream.rows_of(column(frame.handles, np.uint32, "handles")),
+                rows if columns.source is None else self.rows_of(stream, column(frame.handles, np.uint32, "handles")),
                 columns.acked,
             )
         self._admit(stream, served, rows, columns, inputs, refused, now, self._deadline(frame.timeout_ms, now))
@@ -159,7 +154,14 @@ class Core:
     def acknowledge(self, stream: Stream, frame: stream_pb2.AcknowledgeFrame) -> None:
         handles = column(frame.handles, np.uint32, "handles")
         acked = column(frame.acknowledged_seqs, np.uint64, "acknowledged_seqs", len(handles))
-        self._acknowledge(stream.rows_of(handles), acked)
+        self._acknowledge(self.rows_of(stream, handles), acked)
+
+    def rows_of(self, stream: Stream, handles: NDArray[np.uint32]) -> NDArray[np.int32]:
+        """Rows of the sessions that these handles of a stream name, negative where they name none."""
+        rows = stream.handles.rows_of(handles)
+        safe = np.where(rows >= 0, rows, 0)
+        mine = (self.table.stream[safe] == stream.id) & (self.table.handle[safe] == handles) | (rows < 0)
+        return rows if mine.all() else np.where(mine, rows, UNKNOWN).astype(np.int32)
 
     def _acknowledge(self, rows: NDArray[np.int32], acked: NDArray[Any]) -> None:
         table = self.table
@@ -232,7 +234,7 @@ class Core:
 
         False: something about it is not usual, and `steps` shall look at it.
         """
-        row = stream.row_of(int.from_bytes(frame.handles, "little"))
+        row = stream.handles.row_of(int.from_bytes(frame.handles, "little"))
         unusual = (
             frame.flags
             or frame.repeats
@@ -240,7 +242,7 @@ class Core:
             or self.draining
             or self._counted >= self._rows_max(frame.timeout_ms)
         )
-        if row < 0 or unusual or len(frame.seqs) != _SEQ_NBYTES:
+        if row < 0 or unusual or len(frame.seqs) != _SEQ_NBYTES or self.table.stream.item(row) != stream.id:
             return False
         table, seq = self.table, int.from_bytes(frame.seqs, "little")
         served = self.catalog.models[table.model.item(row)]
@@ -263,14 +265,17 @@ class Core:
         stream.in_flight += 1
         table.admitted[row] = seq
         deadline = self._deadline(frame.timeout_ms, now)
-        self.queue.add(served.index, Batch(stream, rows, seqs, _NO_FLAGS, inputs, True, now, deadline))
+        handles = np.frombuffer(frame.handles, np.uint32)
+        self.queue.add(
+            served.index, Batch(stream, table.refer(rows), handles, seqs, _NO_FLAGS, inputs, True, now, deadline)
+        )
         return True
 
     def _admit(
         self, stream: Stream, served: Served, rows: NDArray[np.int32], columns: StepColumns, inputs: NDArray[np.uint8],
         refused: Refused, now: float, deadline: float,
     ) -> None:  # fmt: skip
-        table, seqs, flags = self.table, columns.seqs, columns.flags
+        table, seqs = self.table, columns.seqs
         self._refuse_unfit(served, rows, columns, inputs, refused)
         out = np.zeros(len(rows), np.bool_)
         for mask, _ in refused:
@@ -278,18 +283,28 @@ class Core:
         safe = np.where(rows >= 0, rows, 0) if out.any() else rows
         classes = classify(rows, seqs, table.admitted[safe], out)
         if classes.gap.any():
-            refused += _gaps(classes.gap, table.admitted[safe])
+            refused += gaps(classes.gap, table.admitted[safe])
         if classes.repeated.any():
             self._repeat(stream, served, rows, columns, np.flatnonzero(classes.repeated), refused, deadline)
         if refused:
             self._refuse(stream, columns.handles, seqs, refused)
-        if classes.fresh.all():
-            batch = Batch(stream, rows, seqs, flags, inputs, classes.unique, now, deadline)
-        elif classes.fresh.any():
-            good = np.flatnonzero(classes.fresh)
-            batch = Batch(stream, rows[good], seqs[good], flags[good], inputs[good], classes.unique, now, deadline)
-        else:
+        if not classes.fresh.any():
             return
+        if not classes.fresh.all():
+            good = np.flatnonzero(classes.fresh)
+            columns = columns.only(good)
+            rows, inputs = rows[good], inputs[good]
+        batch = Batch(
+            stream,
+            table.refer(rows),
+            columns.handles,
+            columns.seqs,
+            columns.flags,
+            inputs,
+            classes.unique,
+            now,
+            deadline,
+        )
         # Rows of one session stand in order, so the last assignment is the greatest seq.
         table.admitted[batch.rows] = batch.seqs
         self.residency.want(served, batch.rows)
@@ -338,37 +353,21 @@ class Core:
     ) -> None:  # fmt: skip
         """Answers steps that were accepted before: with the recorded output, or when the first answer comes."""
         table = self.table
-        sessions, seqs = rows[index], columns.seqs[index]
+        sessions, seqs, handles = rows[index], columns.seqs[index], columns.handles[index]
         quiet = (columns.flags[index] & QUIET).astype(np.bool_)
         gone = (seqs <= table.acked[sessions]) & ~quiet
         if gone.any():
             mask = np.zeros(len(rows), np.bool_)
             mask[index[gone]] = True
-            message = "this step's output was acknowledged and is no longer kept"
-            refused.append((mask, FailedPrecondition("SEQ_ACKNOWLEDGED", message)))
-        pending = seqs > table.applied[sessions]
-        for i in np.flatnonzero(pending):
-            self._repeats[int(sessions[i]), int(seqs[i])] = (stream, deadline)
-        ready = np.flatnonzero(~gone & ~pending)
-        if not len(ready):
-            return
-        silent, loud = ready[quiet[ready]], ready[~quiet[ready]]
-        if len(silent):
-            self._send_outputs(stream, sessions[silent], seqs[silent], None)
-        if len(loud):
-            self.residency.with_outputs(
-                served, sessions[loud], lambda: self._send_kept(stream, served, sessions[loud], seqs[loud])
-            )
-
-    def _send_kept(self, stream: Stream, served: Served, sessions: NDArray[np.int32], seqs: NDArray[np.uint64]) -> None:
-        slots = self.table.slot[sessions]
-        here = slots >= 0
-        if here.any():
-            self._send_outputs(stream, sessions[here], seqs[here], served.arena.kept(slots[here], seqs[here]))
-        if not here.all():
-            message = "the session's record could not be read; try again"
-            refusal = Unavailable("STORE_UNAVAILABLE", message, retry_after_ms=_RETRY_MS)
-            self._refuse_rows(stream, self.table.handle[sessions[~here]], seqs[~here], refusal)
+            refused.append((mask, acknowledged()))
+        pending = (seqs > table.applied[sessions]) & ~gone
+        if pending.any():
+            self.repeats.wait(stream, table.refer(sessions[pending]), handles[pending], seqs[pending], deadline)
+        silent, loud = ~gone & ~pending & quiet, ~gone & ~pending & ~quiet
+        if silent.any():
+            self.send_outputs(stream, handles[silent], sessions[silent], seqs[silent], None)
+        if loud.any():
+            self.repeats.answer(stream, served, table.refer(sessions[loud]), handles[loud], seqs[loud], deadline)
 
     # Answers from the engine and the committers: their threads only hand over
 
@@ -381,10 +380,8 @@ class Core:
     def committed(self, advance: Advance, job_rows: NDArray[np.intp], verdict: Verdict) -> None:
         self._loop.call_soon_threadsafe(self._on_committed, advance, job_rows, verdict)
 
-    def flushed(
-        self, sessions: NDArray[Any], tokens: NDArray[np.uint8], seqs: NDArray[np.uint64], verdict: Verdict
-    ) -> None:
-        self._loop.call_soon_threadsafe(self.residency.on_flushed, sessions, tokens, seqs, verdict)
+    def flushed(self, sessions: References, seqs: NDArray[np.uint64], verdict: Verdict) -> None:
+        self._loop.call_soon_threadsafe(self.residency.on_flushed, sessions, seqs, verdict)
 
     def failed(self, served: Served, tick: Tick, error: Exception) -> None:
         self._loop.call_soon_threadsafe(self._on_failed, served, tick, error)
@@ -404,9 +401,9 @@ class Core:
             self._answer(advance, sessions, tick.seqs[last], index)
         else:
             self._settle(advance, index)
-            handles = self.table.handle[tick.rows]  # which `lose` gives up
+            self.queue.release(sessions)
             self.lose(sessions, verdict)
-            self._refuse_index(advance, index, _lost(verdict), handles)
+            self._refuse_index(advance, index, lost(verdict))
 
     def _answer_volatile(self, advance: Advance, rows: NDArray[np.intp]) -> None:
         tick, table = advance.tick, self.table
@@ -427,8 +424,7 @@ class Core:
         self.queue.release(sessions)
         for stream, rows in self._by_stream(advance, index):
             self._send_rows(stream, advance, rows)
-        if self._repeats:
-            self._answer_repeats(sessions)
+        self.repeats.moved_on(table.refer(sessions))
         count = len(advance.tick) if index is None else len(index)
         self._answered += count
         self.metrics.steps.labels(advance.served.bundle.name, "ok").inc(count)
@@ -456,26 +452,20 @@ class Core:
         quiet = (tick.flags[rows] & QUIET).astype(np.bool_)
         if quiet.any():
             silent = rows[quiet]
-            self._send_outputs(stream, tick.rows[silent], tick.seqs[silent], None)
+            self.send_outputs(stream, tick.handles[silent], tick.rows[silent], tick.seqs[silent], None)
             rows = rows[~quiet]
         if len(rows):
             whole = len(rows) == len(tick)
             outputs = advance.outputs if whole else advance.outputs[rows]
-            self._send_outputs(stream, tick.rows[rows], tick.seqs[rows], outputs)
+            self.send_outputs(stream, tick.handles[rows], tick.rows[rows], tick.seqs[rows], outputs)
 
-    def _send_outputs(
-        self, stream: Stream, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], outputs: NDArray[np.uint8] | None
-    ) -> None:
-        table = self.table
-        durable = table.durable[sessions] if table.interval[sessions].any() else None
-        stream.send(outputs_frame(table.handle[sessions], seqs, outputs, durable), len(sessions))
-
-    def _answer_repeats(self, sessions: NDArray[np.int32]) -> None:
-        for row, seq in [key for key in self._repeats if key[0] in set(sessions.tolist())]:
-            if seq <= int(self.table.applied[row]):
-                stream, _ = self._repeats.pop((row, seq))
-                served = self.catalog.models[int(self.table.model[row])]
-                self._send_kept(stream, served, np.array([row], np.int32), np.array([seq], np.uint64))
+    def send_outputs(
+        self, stream: Stream, handles: NDArray[np.uint32], rows: NDArray[np.int32], seqs: NDArray[np.uint64],
+        outputs: NDArray[np.uint8] | None,
+    ) -> None:  # fmt: skip
+        """Answers steps of sessions, under the handles that the stream gave with them."""
+        durable = self.table.durable[rows] if self.table.interval[rows].any() else None
+        stream.send(outputs_frame(handles, seqs, outputs, durable), len(rows))
 
     def _settle(self, advance: Advance, index: NDArray[np.intp] | None) -> None:
         advance.unanswered -= len(advance.tick) if index is None else len(index)
@@ -486,14 +476,15 @@ class Core:
         """The sessions go back to their records; their clients may send the same steps again."""
         advance = Advance(served, tick, np.empty((0, 0), np.uint8), 0.0, 0.0, unanswered=len(tick))
         sessions = np.unique(tick.rows)
+        why = Internal("INTERNAL", f"the model failed on a batch with this session: {type(error).__name__}")
         self.residency.forget_slots(served, sessions)
+        self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), why)
         self.table.admitted[sessions] = self.table.durable[sessions]
         self.table.applied[sessions] = self.table.durable[sessions]
-        self._refuse_index(
-            advance, None, Internal("INTERNAL", f"the model failed on this batch: {type(error).__name__}")
-        )
-        self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions))
+        self._refuse_index(advance, None, why)
+        self.repeats.refuse(self.table.refer(sessions), why)
         self.queue.release(sessions)
+        self.after_release()
 
     def after_release(self) -> None:
         self.changed.set()
@@ -521,11 +512,11 @@ class Core:
         while self.residency.writing_back and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
 
-    def meta(self, row: int, token: NDArray[np.uint8]) -> MetaFields | None:
-        """What the hash of a session holds that is under this claim; for the store, from a committer thread."""
+    def meta(self, session: Reference) -> MetaFields | None:
+        """What the hash of a session holds; for the store, from a committer thread."""
         table = self.table
         with self.queue.lock:
-            if (table.token[row] != token).any():
+            if (row := table.row_of(session)) is None:
                 return None
             served = self.catalog.models[int(table.model[row])]
             return MetaFields(table.id_of(row), served.reference, served.bundle.fingerprint, int(table.client_id[row]),
@@ -537,47 +528,37 @@ class Core:
         """A frame of which no row could be used."""
         rows = len(frame.handles) // 4
         self.metrics.rows_refused.labels(refusal.reason).inc(max(1, rows))
-        detail = refusal.detail()
-        usable = len(frame.handles) % 4 == 0 and len(frame.seqs) == rows * 8
-        stream.tell(
-            stream_pb2.StreamResponse(
-                errors=stream_pb2.ErrorsFrame(
-                    handles=frame.handles if usable else b"",
-                    seqs=frame.seqs if usable else b"",
-                    error_indexes=bytes(4 * rows) if usable else b"",
-                    errors=[detail],
-                )
-            ),
-            max(1, rows),
-        )
+        if rows and len(frame.handles) % 4 == 0 and len(frame.seqs) == rows * 8:
+            handles, seqs = np.frombuffer(frame.handles, np.uint32), np.frombuffer(frame.seqs, np.uint64)
+            fate = fates(self.table, self.rows_of(stream, handles), seqs)
+            response = errors_frame(handles, seqs, [(np.ones(rows, np.bool_), refusal)], fate)
+        else:
+            response = stream_pb2.StreamResponse(errors=stream_pb2.ErrorsFrame(errors=[refusal.detail()]))
+        stream.tell(response, max(1, rows))
 
     def _refuse(self, stream: Stream, handles: NDArray[np.uint32], seqs: NDArray[np.uint64], refused: Refused) -> None:
-        response = errors_frame(handles, seqs, refused)
+        response = errors_frame(handles, seqs, refused, fates(self.table, self.rows_of(stream, handles), seqs))
         for mask, refusal in refused:
             self.metrics.rows_refused.labels(refusal.reason).inc(int(mask.sum()))
         stream.send(response, len(response.errors.seqs) // 8)
 
-    def _refuse_rows(self, stream: Stream, handles: NDArray[Any], seqs: NDArray[np.uint64], refusal: Refusal) -> None:
+    def refuse_rows(self, stream: Stream, handles: NDArray[Any], seqs: NDArray[np.uint64], refusal: Refusal) -> None:
         self._refuse(stream, handles, seqs, [(np.ones(len(seqs), np.bool_), refusal)])
 
-    def _refuse_index(
-        self, advance: Advance, index: NDArray[np.intp] | None, refusal: Refusal, handles: NDArray[np.uint32] | None = None
-    ) -> None:  # fmt: skip
-        """`handles`: of the tick's rows, where the table has them no longer."""
+    def _refuse_index(self, advance: Advance, index: NDArray[np.intp] | None, refusal: Refusal) -> None:
         tick = advance.tick
-        handles = self.table.handle[tick.rows] if handles is None else handles
         for stream, rows in self._by_stream(advance, index):
-            self._refuse_rows(stream, handles[rows], tick.seqs[rows], refusal)
+            self.refuse_rows(stream, tick.handles[rows], tick.seqs[rows], refusal)
             self.metrics.steps.labels(advance.served.bundle.name, refusal.reason.lower()).inc(len(rows))
 
     def _drop_waiting(self, wanted: Any, refusal: Refusal | None = None) -> None:
         """Takes rows out of the queue; their sessions will expect those seqs again."""
         table = self.table
         for batch, index in self.queue.drop(wanted):
-            sessions, seqs = batch.rows[index], batch.seqs[index]
-            np.minimum.at(table.admitted, sessions, seqs - np.uint64(1))
+            seqs = batch.seqs[index]
+            np.minimum.at(table.admitted, batch.rows[index], seqs - np.uint64(1))
             if refusal is not None:
-                self._refuse_rows(batch.stream, table.handle[sessions], seqs, refusal)
+                self.refuse_rows(batch.stream, batch.handles[index], seqs, refusal)
             else:
                 batch.stream.in_flight -= len(index)
 
@@ -591,17 +572,16 @@ class Core:
             self.metrics.sessions_expired.inc(len(sessions))
         self.dismiss(sessions, TAKEN_OVER if verdict.fenced else CLOSED)
 
-    def lose_when_free(self, sessions: NDArray[Any], tokens: NDArray[np.uint8], verdict: Verdict) -> None:
-        """The same for interval sessions, which may be in a tick: their rows are forgotten after it, if they are still under
-        these claims."""
-        same = (self.table.token[sessions] == tokens).all(axis=1)
-        sessions, tokens = sessions[same], tokens[same]
-        self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), _lost(verdict))
-        free = ~self.table.busy[sessions]
+    def lose_when_free(self, sessions: References, verdict: Verdict) -> None:
+        """The same for interval sessions, which may be in a tick: their rows are forgotten after it."""
+        sessions = sessions[self.table.alive(sessions)]
+        rows = sessions.rows
+        self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], rows), lost(verdict))
+        free = ~self.table.pinned(rows)
         if free.any():
-            self.lose(sessions[free], verdict)
+            self.lose(rows[free], verdict)
         if not free.all():
-            self._loop.call_later(0.005, self.lose_when_free, sessions[~free], tokens[~free], verdict)
+            self._loop.call_later(0.005, self.lose_when_free, sessions[~free], verdict)
 
     def tell_durable(self, sessions: NDArray[Any]) -> None:
         """Interval durability: says to the streams what is safe now."""
@@ -614,21 +594,16 @@ class Core:
                 )
                 stream.send(stream_pb2.StreamResponse(durable=durable))
 
-    def dismiss(self, sessions: NDArray[Any], why: int) -> None:
-        """Tells the streams that hold these sessions, voids their handles and forgets the rows (none may be in a tick)."""
+    def dismiss(self, sessions: NDArray[Any], why: int = CLOSED) -> None:
+        """Forgets sessions that this server holds no longer: whoever waits for something of theirs is refused, the streams that
+        hold them are told, their handles are void. The one way by which rows are freed; none may be pinned."""
         refusal = taken_over() if why == TAKEN_OVER else closed()
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), refusal)
-        self.refuse_repeats(sessions, refusal)
+        self.repeats.refuse(self.table.refer(sessions), refusal)
         self.detach(sessions, why)
-        self.residency.remove(sessions)
-
-    def refuse_repeats(self, sessions: NDArray[Any], refusal: Refusal) -> None:
-        """Steps that were asked for again and will not be answered. Their row may soon be another session's, and so might the
-        answer be."""
-        gone = set(sessions.tolist()) if self._repeats else set()
-        for key in [key for key in self._repeats if key[0] in gone]:
-            stream, _ = self._repeats.pop(key)
-            self._refuse_rows(stream, self.table.handle[[key[0]]], np.array([key[1]], np.uint64), refusal)
+        self.residency.give_up(sessions)
+        with self.queue.lock:
+            self.table.remove(sessions)
 
     def hand_over(self, sessions: NDArray[np.int32]) -> None:
         """Before an open, move or close: waiting steps of these sessions are dropped; their clients send them again, or
@@ -636,10 +611,12 @@ class Core:
         message = "the session is being opened, moved or closed just now; try again"
         refusal = ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), refusal)
+        self.residency.unwant(sessions)
 
     def detach(self, sessions: NDArray[Any], why: int) -> None:
         """Voids the handles of these sessions and tells their streams why."""
         table = self.table
+        sessions = sessions[table.stream[sessions] != NO_STREAM]
         kind = stream_pb2.EventFrame.TYPE_TAKEN_OVER if why == TAKEN_OVER else stream_pb2.EventFrame.TYPE_CLOSED
         for stream_id in np.unique(table.stream[sessions]).tolist():
             stream = self.streams.get(stream_id)
@@ -650,7 +627,7 @@ class Core:
             handles = table.handle[mine]
             what = "taken over by a newer open" if why == TAKEN_OVER else "closed or expired"
             for row, handle in zip(mine.tolist(), handles.tolist(), strict=True):
-                stream.void(handle, why)
+                stream.handles.end(handle, why)
                 log.info(
                     "session %s", what, extra={**named(table.id_of(row)), "stream": stream.id, "trace": stream.trace}
                 )
@@ -658,15 +635,21 @@ class Core:
             if why == TAKEN_OVER:
                 self.metrics.sessions_taken_over.inc(len(mine))
 
-    async def quiesce(self, sessions: NDArray[Any], deadline: float) -> None:
+    async def quiesce(self, sessions: References, deadline: float) -> None:
         """Returns when no row of these sessions is under way. Their waiting rows must be dropped before."""
-        while self.table.busy[sessions].any() or self.table.flushing[sessions].any():
-            self.changed.clear()
-            try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    await self.changed.wait()
-            except TimeoutError:
-                raise self.late() from None
+        while self.table.pinned(self.table.rows_of(sessions)).any():
+            if not await self.changes(deadline):
+                raise self.late()
+
+    async def changes(self, deadline: float) -> bool:
+        """Waits until sessions have become free; False: the deadline has come."""
+        self.changed.clear()
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic()) if deadline < math.inf else None):
+                await self.changed.wait()
+        except TimeoutError:
+            return False
+        return True
 
     # Time
 
@@ -683,7 +666,7 @@ class Core:
             for advance in list(self._advances):
                 if any(part.batch.deadline < now for part in advance.tick.parts):
                     self._expire_advance(advance, now)
-            self._expire_repeats(now)
+            self.repeats.expire(now)
 
     def _expire_waiting(self, now: float) -> None:
         late = np.zeros(len(self.table.model), np.bool_)
@@ -695,9 +678,7 @@ class Core:
             # A later step of a session cannot run without the one that is dropped.
             return late[sessions]
 
-        refusal = self.late()
-        refusal.metadata["applied"] = "no"
-        self._drop_waiting(expired, refusal)
+        self._drop_waiting(expired, self.late())
 
     def _expire_advance(self, advance: Advance, now: float) -> None:
         """Answers rows whose commit did not come in time; should it come later, their seqs can be asked for again."""
@@ -714,12 +695,6 @@ class Core:
             self._refuse_index(advance, index, self.late())
             advance.answered[index] = True
 
-    def _expire_repeats(self, now: float) -> None:
-        for key in [key for key, (_, deadline) in self._repeats.items() if deadline < now]:
-            stream, _ = self._repeats.pop(key)
-            row, seq = key
-            self._refuse_rows(stream, self.table.handle[[row]], np.array([seq], np.uint64), self.late())
-
     def late(self) -> Refusal:
         """What a row is told whose time is up."""
         if self.store_trouble:
@@ -735,41 +710,13 @@ class Core:
         self.draining = True
         for stream in list(self.streams.values()):
             stream.send(event_frame(stream_pb2.EventFrame.TYPE_DRAINING))
-        while (self.queue.waiting_rows or self._advances or self.rows_in_flight()) and time.monotonic() < deadline:
+        while (
+            self.queue.waiting_rows or self._advances or self.rows_in_flight() or self.ends
+        ) and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
         await self.residency.flush_all(deadline)
         for stream in list(self.streams.values()):
             stream.end()
-
-
-def taken_over() -> Refusal:
-    return Aborted("TAKEN_OVER", "a newer open holds this session")
-
-
-def closed() -> Refusal:
-    return Aborted("SESSION_CLOSED", "the session was closed by another client, or has expired")
-
-
-def _lost(verdict: Verdict) -> Refusal:
-    return taken_over() if verdict.fenced else closed()
-
-
-def _bad_handles(rows: NDArray[np.int32]) -> Refused:
-    if (rows >= 0).all():
-        return []
-    refused: Refused = [(rows == TAKEN_OVER, taken_over()), (rows == CLOSED, closed())]
-    unknown = NotFound("INVALID_HANDLE", "no session of this stream has this handle; open it first")
-    return [pair for pair in [*refused, (rows == -1, unknown)] if pair[0].any()]
-
-
-def _gaps(gap: NDArray[np.bool_], admitted: NDArray[np.uint64]) -> Refused:
-    """The rows of `gap`, put together by the step that their sessions expect."""
-    refused: Refused = []
-    for last in np.unique(admitted[gap])[:_GAPS_MAX].tolist():
-        message = f"the next step of this session is {last + 1}; send steps in order"
-        refused.append((gap & (admitted == last), FailedPrecondition("SEQ_GAP", message, next_seq=last + 1)))
-    others = FailedPrecondition("SEQ_GAP", "this is not the session's next step; send steps in order")
-    return [*refused, (gap, others)] if len(refused) == _GAPS_MAX else refused
 
 
 def _not_finite(inputs: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_] | None:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_service.sessions.table import References
+
 FIXED_ROWS = 50  # a tick of one row takes about as long as so many rows more
 
 _FAIR_SHARE_MIN = 16  # rows that each stream may place in a tick before others get more
@@ -38,7 +40,8 @@ class Batch:
     """The rows of one frame that were accepted, as columns; `waiting` indexes those that no tick has taken yet."""
 
     stream: Any  # who gets the answers; the scheduler uses its `.id` alone
-    rows: NDArray[np.int32]  # session, as a row of the session table
+    sessions: References
+    handles: NDArray[np.uint32]  # what the stream calls them
     seqs: NDArray[np.uint64]
     flags: NDArray[np.uint8]
     inputs: NDArray[Any]  # [n, *input shape]
@@ -48,7 +51,12 @@ class Batch:
     waiting: NDArray[np.intp] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.waiting = np.arange(len(self.rows))
+        self.waiting = np.arange(len(self.sessions))
+
+    @property
+    def rows(self) -> NDArray[np.int32]:
+        """The sessions' rows: whoever frees one drops what waits of it before."""
+        return self.sessions.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,8 @@ class Tick:
     """
 
     parts: list[Part]
-    rows: NDArray[np.int32]
+    sessions: References
+    handles: NDArray[np.uint32]
     seqs: NDArray[np.uint64]
     flags: NDArray[np.uint8]
     waves: list[NDArray[np.intp] | None]  # None: all rows
@@ -77,7 +86,12 @@ class Tick:
     turn: bool = False
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.sessions)
+
+    @property
+    def rows(self) -> NDArray[np.int32]:
+        """The sessions' rows, which are pinned: the sessions are busy until the tick is answered."""
+        return self.sessions.rows
 
 
 class Scheduler:
@@ -247,17 +261,19 @@ def _tick(taken: list[tuple[Batch, NDArray[np.intp]]]) -> Tick:
     for batch, index in taken:
         parts.append(Part(batch, index, start))
         start += len(index)
-    rows = _joined([part.batch.rows[part.index] for part in parts])
+    sessions = References.joined([part.batch.sessions[part.index] for part in parts])
+    rows = sessions.rows
+    handles = _joined([part.batch.handles[part.index] for part in parts])
     seqs = _joined([part.batch.seqs[part.index] for part in parts])
     flags = _joined([part.batch.flags[part.index] for part in parts])
     if all(part.batch.unique for part in parts):
         # A session is marked busy as its first row is taken, so two batches never bring the same one.
-        return Tick(parts, rows, seqs, flags, [None], None)
+        return Tick(parts, sessions, handles, seqs, flags, [None], None)
     wave = _occurrence(rows)
     waves: list[NDArray[np.intp] | None] = [np.flatnonzero(wave == k) for k in range(int(wave.max()) + 1)]
     order = np.lexsort((wave, rows))
     ends = np.append(rows[order][1:] != rows[order][:-1], True)
-    return Tick(parts, rows, seqs, flags, waves, np.sort(order[ends]))
+    return Tick(parts, sessions, handles, seqs, flags, waves, np.sort(order[ends]))
 
 
 def _joined(columns: list[NDArray[Any]]) -> NDArray[Any]:

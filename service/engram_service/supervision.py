@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from engram_service.errors import Refusal
 from engram_service.health import Health
 from engram_service.metrics import Metrics
 
@@ -51,11 +52,12 @@ class Supervisor:
         return self._keep(asyncio.create_task(supervised(), name=name))
 
     def once(self, name: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Starts work that is done once. A failure is logged and counted, and is in the task for whoever awaits it."""
+        """Starts work that is done once. A failure is logged and counted, and is in the task for whoever awaits it; a refusal is an
+        answer and no failure."""
         task = self._keep(asyncio.create_task(work, name=name))
 
         def ended(task: asyncio.Task[Any]) -> None:
-            if not task.cancelled() and (error := task.exception()) is not None:
+            if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, Refusal):
                 self._count(name, error)
 
         task.add_done_callback(ended)

@@ -7,6 +7,7 @@ have no session in common; a job has all arenas to itself.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import deque
@@ -67,6 +68,24 @@ class WorkQueue:
         with self.lock:
             self._table.busy[rows] = True
 
+    def try_hold(self, rows: NDArray[Any], wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Pins those of the wanted sessions that are free; which they are. A row that stands twice is pinned once, for both."""
+        with self.lock:
+            found: NDArray[np.bool_] = wanted & ~self._table.busy[rows]
+            self._table.busy[rows[found]] = True
+        return found
+
+    async def barrier(self) -> None:
+        """Returns when the jobs that were posted before have been done. Event loop only."""
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+
+        def reached() -> None:
+            loop.call_soon_threadsafe(_set, done)
+
+        self.post(reached)
+        await done
+
     def drop(self, wanted: Callable[[Batch], NDArray[np.bool_]]) -> list[tuple[Batch, NDArray[np.intp]]]:
         """Takes out waiting rows of every model; see Scheduler.drop."""
         with self.lock:
@@ -124,3 +143,8 @@ class WorkQueue:
                     self.lock.notify()  # the rest is another thread's
                 return model, tick
         return None
+
+
+def _set(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)

@@ -15,7 +15,7 @@ from targets import FAULTY, NAMES, target
 from targets.mutation import joined, mutated, parted
 from targets.world import world
 
-from engram_service.sessions.streams import TAKEN_OVER
+from engram_service.sessions.handles import TAKEN_OVER
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INPUTS = {"frames": 800, "exports": 1500, "chunks": 800, "records": 1000, "bundles": 60}
@@ -56,13 +56,13 @@ def test_a_repeat_that_waits_is_refused_with_its_session() -> None:
     at = world()
     table, stream = at.core.table, at.core.connect()
     row = table.add("given-up")
-    table.model[row], table.stream[row], table.handle[row] = at.lstm.index, stream.id, stream.name(row)
-    handle = int(table.handle[row])
-    at.core._repeats[row, 9] = (stream, float("inf"))
+    table.model[row], table.stream[row], table.handle[row] = at.lstm.index, stream.id, stream.handles.name(row)
+    handles, session = table.handle[[row]], table.refer(np.array([row]))
+    at.core.repeats.wait(stream, session, handles, np.array([9], np.uint64), float("inf"))
     at.core.dismiss(np.array([row]), TAKEN_OVER)
-    assert not at.core._repeats
+    assert not at.core.repeats._waiting and not table.alive(session).any()
     refused, told = (response for response, _ in stream._outbox)
-    assert np.frombuffer(refused.errors.handles, np.uint32).tolist() == [handle]
+    assert np.frombuffer(refused.errors.handles, np.uint32).tolist() == handles.tolist()
     assert np.frombuffer(refused.errors.seqs, np.uint64).tolist() == [9]
     assert refused.errors.errors[0].reason == "TAKEN_OVER" and told.WhichOneof("frame") == "event"
     at.core.disconnect(stream)

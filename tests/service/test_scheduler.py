@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engram_service.scheduler import Batch, Scheduler, Tick
 from engram_service.sessions.backlog import Backlog
+from engram_service.sessions.table import References
 
 
 @dataclass
@@ -22,8 +23,17 @@ def batch(stream: int, rows: list[int], seqs: list[int], deadline: float = np.in
     column = np.array(rows, np.int32)
     unique = len(set(rows)) == len(rows)
     inputs = np.array(seqs, np.uint8).reshape(-1, 1)
+    sessions, handles = References(column, np.zeros(len(rows), np.uint32)), column.astype(np.uint32)
     return Batch(
-        Sender(stream), column, np.array(seqs, np.uint64), np.zeros(len(rows), np.uint8), inputs, unique, 0.0, deadline
+        Sender(stream),
+        sessions,
+        handles,
+        np.array(seqs, np.uint64),
+        np.zeros(len(rows), np.uint8),
+        inputs,
+        unique,
+        0.0,
+        deadline,
     )
 
 

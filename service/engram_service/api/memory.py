@@ -26,7 +26,7 @@ from engram_service.engine.queries import Recreator, address, addressable, one_t
 from engram_service.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from engram_service.memory.chunks import width_of
 from engram_service.memory.memories import Memories
-from engram_service.sessions.opening import Sessions
+from engram_service.sessions.calls import StoreCalls
 
 _OPERATION_NBYTES = 16
 _CUES_MAX = 4096
@@ -39,9 +39,9 @@ T = TypeVar("T")
 class MemoryHandlers:
     """One method for each RPC of memory.proto."""
 
-    def __init__(self, core: Core, sessions: Sessions, unary: UnaryHandlers, memories: Memories) -> None:
+    def __init__(self, core: Core, calls: StoreCalls, unary: UnaryHandlers, memories: Memories) -> None:
         self._core = core
-        self._sessions = sessions
+        self._calls = calls
         self._unary = unary
         self._memories = memories
         self._under_way = 0
@@ -147,7 +147,7 @@ class MemoryHandlers:
         check_id(session_id)
         with self._room():
             deadline = time.monotonic() + left_s
-            done: T = await self._sessions.call(deadline, work, session_id, *arguments, pool=self._patterns)
+            done: T = await self._calls.call(deadline, work, session_id, *arguments, pool=self._patterns)
             return done
 
     async def _query(self, work: Callable[..., T], *arguments: Any) -> T:

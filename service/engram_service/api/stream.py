@@ -18,6 +18,7 @@ from engram_service.api.access import Access
 from engram_service.api.status import abort
 from engram_service.core import Core
 from engram_service.errors import Internal, InvalidArgument, Refusal, Unauthenticated
+from engram_service.sessions.ending import Endings
 from engram_service.sessions.opening import Opened, Sessions, Wanted, new_id
 from engram_service.sessions.streams import Stream
 from engram_service.tenants import id_of, key_of
@@ -26,11 +27,19 @@ from engram_service.tokens import Caller
 log = logging.getLogger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]"
-Slow: TypeAlias = Callable[[], Awaitable[None]]
+
 
 _OPENS_MAX = 64  # opens and closes of one stream that may wait for the store at once
 _OPENS_NBYTES_MAX = 16 << 20  # of these and those behind them, before the stream is read no further
 _OPEN_NBYTES = 1024  # of one, beside its frame
+
+
+@dataclass(frozen=True, slots=True)
+class _Slow:
+    """What a frame asks for that waits for the store. A stream that ends cancels it unless it is to be finished all the same."""
+
+    work: Callable[[], Awaitable[None]]
+    finished: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -45,9 +54,10 @@ class _Guest:
 class StreamHandler:
     """Handles EngramService.Stream; requests come as bytes, so that garbage can be answered."""
 
-    def __init__(self, core: Core, sessions: Sessions, access: Access) -> None:
+    def __init__(self, core: Core, sessions: Sessions, endings: Endings, access: Access) -> None:
         self._core = core
         self._sessions = sessions
+        self._endings = endings
         self._access = access
         self._guests: dict[Stream, _Guest] = {}
         address = core.settings.advertise
@@ -119,7 +129,7 @@ class StreamHandler:
             opens.cancel()
             stream.end()
 
-    def _handle(self, stream: Stream, data: bytes) -> Slow | None:
+    def _handle(self, stream: Stream, data: bytes) -> _Slow | None:
         """Does what a frame asks for, or returns what will."""
         limit = self._core.settings.frame_bytes_max
         try:
@@ -132,11 +142,11 @@ class StreamHandler:
                 case "acknowledge":
                     self._core.acknowledge(stream, request.acknowledge)
                 case "open":
-                    return partial(self._open, stream, request.open, attach=False)
+                    return _Slow(partial(self._open, stream, request.open, attach=False))
                 case "attach":
-                    return partial(self._open, stream, request.attach, attach=True)
+                    return _Slow(partial(self._open, stream, request.attach, attach=True))
                 case "close":
-                    return partial(self._close, stream, request.close)
+                    return _Slow(partial(self._close, stream, request.close, self._guests[stream]), finished=True)
                 case "confirm":
                     stream.confirmed(request.confirm.number)
                 case _:
@@ -182,14 +192,13 @@ class StreamHandler:
         )
         stream.tell(stream_pb2.StreamResponse(opened=response))
 
-    async def _close(self, stream: Stream, frame: stream_pb2.CloseFrame) -> None:
-        guest = self._guests[stream]
+    async def _close(self, stream: Stream, frame: stream_pb2.CloseFrame, guest: _Guest) -> None:
         keys: list[str] = []
         outcome = "CANCELLED"
         try:
-            keys = self._sessions.keys_of(stream, frame)
-            errors = await self._sessions.close(stream, frame)
-            outcome = "ok"
+            keys = self._endings.keys_of(stream, frame)
+            errors = await self._endings.close(stream, frame)
+            outcome = errors[0][1].reason if errors else "ok"
         except Refusal as refusal:
             errors = [(row, refusal) for row in range(len(frame.handles) // 4)]
             outcome = refusal.reason
@@ -208,23 +217,23 @@ class _Opens:
 
     def __init__(self) -> None:
         self._turns = asyncio.Semaphore(_OPENS_MAX)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], _Slow] = {}
         self._nbytes = 0
 
-    async def begin(self, work: Slow, frame_nbytes: int) -> None:
+    async def begin(self, slow: _Slow, frame_nbytes: int) -> None:
         """Returns when there is room for another."""
         nbytes = frame_nbytes + _OPEN_NBYTES
 
         async def in_turn() -> None:
             async with self._turns:
-                await work()
+                await slow.work()
 
         def ended(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
+            del self._tasks[task]
             self._nbytes -= nbytes
 
         task = asyncio.create_task(in_turn())
-        self._tasks.add(task)
+        self._tasks[task] = slow
         self._nbytes += nbytes
         task.add_done_callback(ended)
         while self._nbytes > _OPENS_NBYTES_MAX:
@@ -235,8 +244,9 @@ class _Opens:
             await asyncio.wait(self._tasks)
 
     def cancel(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        for task, slow in self._tasks.items():
+            if not slow.finished:
+                task.cancel()
 
 
 async def _write(stream: Stream, context: Context) -> None:

@@ -29,6 +29,8 @@ from engram_service.errors import (
 )
 from engram_service.memory.chunks import ChunkError
 from engram_service.memory.memories import Memories
+from engram_service.sessions.calls import StoreCalls
+from engram_service.sessions.ending import Endings
 from engram_service.sessions.opening import Sessions, check_ids, new_id
 from engram_service.sessions.table import NO_SLOT
 from engram_service.store import TIME_MS_MAX, Records, SessionInfo, Store
@@ -46,11 +48,14 @@ class UnaryHandlers:
     """One method for each unary RPC: request and call in, response out. Session ids in requests are keys: see confine.py."""
 
     def __init__(
-        self, core: Core, sessions: Sessions, store: Store, unary: UnaryStream, memories: Memories, device: str
-    ) -> None:
+        self, core: Core, sessions: Sessions, endings: Endings, calls: StoreCalls, store: Store, unary: UnaryStream,
+        memories: Memories, device: str,
+    ) -> None:  # fmt: skip
         self._core = core
         self._memories = memories
         self._sessions = sessions
+        self._endings = endings
+        self._calls = calls
         self._store = store
         self._unary = unary
         self._device = device
@@ -114,7 +119,7 @@ class UnaryHandlers:
         self, request: session_pb2.CloseSessionRequest, call: Call
     ) -> session_pb2.CloseSessionResponse:
         check_id(request.session_id)
-        await self._sessions.delete(request.session_id)
+        await self._endings.delete(request.session_id)
         return session_pb2.CloseSessionResponse()
 
     async def fork_session(
@@ -213,7 +218,7 @@ class UnaryHandlers:
         )
 
     async def _call(self, left_s: float, work: Any, *arguments: Any) -> Any:
-        return await self._sessions.call(time.monotonic() + left_s, work, *arguments)
+        return await self._calls.call(time.monotonic() + left_s, work, *arguments)
 
     async def info(self, session_id: str, with_record: bool = False) -> SessionInfo:
         """The session as Redis has it. Raises NotFound."""
@@ -259,7 +264,14 @@ class UnaryHandlers:
     async def _create(
         self, session_id: str, reference: str, fingerprint: str, record: bytes, left_s: float, memory: list[bytes]
     ) -> None:
+        """A session that stands where `record` stands. Once begun it is finished, also where the caller does not wait for it."""
         check_id(session_id)
+        made = self._made(session_id, reference, fingerprint, record, left_s, memory)
+        await asyncio.shield(self._core.supervisor.once("create", made))
+
+    async def _made(
+        self, session_id: str, reference: str, fingerprint: str, record: bytes, left_s: float, memory: list[bytes]
+    ) -> None:
         ttl_ms = self._core.settings.session_ttl_s * 1000
         if await self._sessions.above_limit([session_id], ttl_ms, time.monotonic() + left_s):
             raise self._core.shares.of(tenant_of(session_id)).stored_full()

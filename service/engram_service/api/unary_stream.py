@@ -1,4 +1,7 @@
-"""Steps for clients without a stream: one stream of the server's own carries them, and answers go back to the calls."""
+"""Steps for clients without a stream: one stream of the server's own carries them, and answers go back to the calls.
+
+A call is found again by handle and seq. A handle names one session only, also when that is gone: a late answer reaches nobody else.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
 from engram_service.core import Core
-from engram_service.errors import Aborted, of_detail
+from engram_service.errors import Aborted, Internal, of_detail
 from engram_service.sessions.admission import FEEDBACK, QUIET
+from engram_service.sessions.handles import ENDED
 from engram_service.sessions.opening import Sessions, Wanted
+from engram_service.sessions.refusals import taken_over
 from engram_service.sessions.table import NO_STREAM
 from engram_service.tenants import tenant_of
 
@@ -29,6 +34,21 @@ class _Call:
     first: int
     left: int
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def answered(self, seq: int, output: NDArray[np.uint8] | None) -> None:
+        """One of its rows; without an output where none was wanted."""
+        if self.done.done():
+            return
+        if output is not None and len(output) != self.outputs.shape[1]:
+            self.done.set_exception(
+                Internal("INTERNAL", "the answer does not fit the model; repeat the step with its seq")
+            )
+            return
+        if output is not None:
+            self.outputs[seq - self.first] = output
+        self.left -= 1
+        if not self.left:
+            self.done.set_result(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +73,7 @@ class UnaryStream:
         self._core = core
         self._sessions = sessions
         self._stream = core.connect()
-        self._calls: dict[tuple[int, int], _Call] = {}
+        self._calls: dict[tuple[int, int], list[_Call]] = {}  # by handle and seq: several that ask for the same step
 
     async def step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
         """The seq of the last row, and the outputs, uint8 [rows + generate, output_nbytes]. Raises Refusal."""
@@ -83,33 +103,47 @@ class UnaryStream:
         core, table = self._core, self._core.table
         while True:
             await asyncio.sleep(_TIDY_S)
-            rows = self._stream.attached()
+            rows = self._stream.handles.attached()
             idle = table.used[rows] < core.residency.clock() - core.settings.resident_idle_s
             idle &= ~table.busy[rows] & ~table.opening[rows] & (table.admitted[rows] == table.applied[rows])
             for handle in table.handle[rows[idle]].tolist():
-                self._stream.reuse(handle)
+                self._stream.handles.end(handle, ENDED)
             table.stream[rows[idle]] = NO_STREAM
             core.residency.let_go(rows[idle])
 
     async def _step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
         core, table = self._core, self._core.table
-        row = table.find(asked.session_id)
-        if row is None or table.stream[row] != self._stream.id or self._doubtful(row, asked.seq):
-            row = await self._open(asked)
-        handle = int(table.handle[row])
+        row = self._held(asked.session_id)
+        if row is None or self._doubtful(row, asked.seq):
+            await self._open(asked)
+            row = self._held(asked.session_id)
+        if row is None:  # somebody has opened it meanwhile
+            raise taken_over()
+        handle = table.handle.item(row)
         served = core.catalog.models[int(table.model[row])]
         first = asked.seq or int(table.admitted[row]) + 1
         total = asked.rows + asked.generate
         call = _Call(np.zeros((total, served.arena.output_nbytes), np.uint8), first, total)
         keys = [(handle, first + i) for i in range(total)]
-        self._calls.update(dict.fromkeys(keys, call))
+        under_way = all(key in self._calls for key in keys)
+        for key in keys:
+            self._calls.setdefault(key, []).append(call)
         try:
-            core.steps(self._stream, self._frame(asked, handle, first, served.bundle.input.nbytes))
+            if not under_way:
+                core.steps(self._stream, self._frame(asked, handle, first, served.bundle.input.nbytes))
             await call.done
         finally:
             for key in keys:
-                self._calls.pop(key, None)
+                if call in (waiting := self._calls.get(key, [])):
+                    waiting.remove(call)
+                if not waiting:
+                    self._calls.pop(key, None)
         return first + total - 1, call.outputs
+
+    def _held(self, key: str) -> int | None:
+        """The row of a session that this stream has; to be used before anything is awaited."""
+        row = self._core.table.find(key)
+        return row if row is not None and self._core.table.stream.item(row) == self._stream.id else None
 
     def _doubtful(self, row: int, seq: int) -> bool:
         """Whether a step seems to be repeated or ahead: another server may have had the session since, or a new one of its
@@ -117,17 +151,13 @@ class UnaryStream:
         admitted, applied = self._core.table.admitted.item(row), self._core.table.applied.item(row)
         return seq not in (0, admitted + 1) and admitted == applied
 
-    async def _open(self, asked: Asked) -> int:
+    async def _open(self, asked: Asked) -> None:
         wanted = Wanted(
             asked.model, asked.version, tenant_of(asked.session_id), [asked.session_id], False, CLIENT_ID, 0, False
         )
         opened = await self._sessions.open(self._stream, wanted, asked.timeout_s)
         if opened.errors:
             raise opened.errors[0]
-        row = self._core.table.find(asked.session_id)
-        if row is None:
-            raise Aborted("TAKEN_OVER", "a newer open holds this session")
-        return row
 
     def _frame(self, asked: Asked, handle: int, first: int, input_nbytes: int) -> stream_pb2.StepsFrame:
         """The rows of a call. What came before them has arrived: a caller without a stream waits for each answer."""
@@ -150,19 +180,14 @@ class UnaryStream:
         handles, seqs = np.frombuffer(frame.handles, np.uint32), np.frombuffer(frame.seqs, np.uint64)
         outputs = np.frombuffer(frame.outputs, np.uint8).reshape(len(handles), -1)
         for i, key in enumerate(zip(handles.tolist(), seqs.tolist(), strict=True)):
-            if (call := self._calls.pop(key, None)) is None or call.done.done():
-                continue
-            if frame.outputs:
-                call.outputs[key[1] - call.first] = outputs[i]
-            call.left -= 1
-            if not call.left:
-                call.done.set_result(None)
+            for call in self._calls.pop(key, ()):
+                call.answered(key[1], outputs[i] if frame.outputs else None)
 
     def _refuse(self, frame: stream_pb2.ErrorsFrame) -> None:
         handles, seqs = np.frombuffer(frame.handles, np.uint32), np.frombuffer(frame.seqs, np.uint64)
         indexes = np.frombuffer(frame.error_indexes, np.uint32)
         # The first refused row says why; those behind it are only gaps.
         for i in np.argsort(seqs, kind="stable").tolist():
-            call = self._calls.pop((int(handles[i]), int(seqs[i])), None)
-            if call is not None and not call.done.done():
-                call.done.set_exception(of_detail(frame.errors[int(indexes[i])]))
+            for call in self._calls.pop((int(handles[i]), int(seqs[i])), ()):
+                if not call.done.done():
+                    call.done.set_exception(of_detail(frame.errors[int(indexes[i])]))

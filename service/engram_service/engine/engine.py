@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from engram_service.engine.records import pack_records
 from engram_service.metrics import Metrics
 from engram_service.scheduler import FIXED_ROWS, Tick
 from engram_service.sessions.admission import FEEDBACK
-from engram_service.sessions.table import SessionTable
+from engram_service.sessions.table import Reference, References, SessionTable
 from engram_service.store import CommitJob, MetaFields, Sent, Store, Verdict
 from engram_service.work import Job, WorkQueue
 
@@ -60,10 +60,8 @@ class Answers(Protocol):
     def committed(self, advance: Advance, job_rows: NDArray[np.intp], verdict: Verdict) -> None:
         """The store's word on these rows of the tick's job."""
 
-    def flushed(
-        self, sessions: NDArray[Any], tokens: NDArray[np.uint8], seqs: NDArray[np.uint64], verdict: Verdict
-    ) -> None:
-        """The store's word on an interval commit of sessions that were under these claims."""
+    def flushed(self, sessions: References, seqs: NDArray[np.uint64], verdict: Verdict) -> None:
+        """The store's word on an interval commit of these sessions."""
 
     def failed(self, served: Served, tick: Tick, error: Exception) -> None:
         """The cell raised: nothing of the tick was committed."""
@@ -104,7 +102,7 @@ class Engine:
 
     def __init__(
         self, queue: WorkQueue, table: SessionTable, catalog: Catalog, store: Store, answers: Answers, metrics: Metrics,
-        meta: Callable[[int, NDArray[np.uint8]], MetaFields | None], workers: int,
+        meta: Callable[[Reference], MetaFields | None], workers: int,
     ) -> None:  # fmt: skip
         self._queue = queue
         self._table = table
@@ -208,42 +206,40 @@ class Engine:
         def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
             self._answers.committed(advance, rows, verdict)
 
-        sessions = tick.rows[last]
-        return lambda: self._commit_job(
-            advance.served, sessions, self._table.token[sessions], tick.seqs[last], states, done
-        )
+        sessions = tick.sessions[last]
+        return lambda: self._commit_job(advance.served, sessions, tick.seqs[last], states, done)
 
-    def flush(self, served: Served, sessions: NDArray[np.int32], tokens: NDArray[np.uint8]) -> None:
-        """Commits sessions as the arena holds them (durability interval), if they still are under these claims, uint8
-        [n, TOKEN_NBYTES]. A job of the queue: engine thread only."""
+    def flush(self, served: Served, sessions: References) -> None:
+        """Commits sessions as the arena holds them (durability interval); they are pinned. A job of the queue, on the engine's
+        thread."""
         table = self._table
-        here = (table.slot[sessions] >= 0) & (table.token[sessions] == tokens).all(axis=1)
+        here = table.slot[sessions.rows] >= 0
         if not here.all():
-            gone = sessions[~here]
-            self._answers.flushed(gone, tokens[~here], table.durable[gone], Verdict.OK)
-            sessions, tokens = sessions[here], tokens[here]
-        seqs = table.computed[sessions]
+            self._answers.flushed(sessions[~here], table.durable[sessions.rows[~here]], Verdict.OK)
+            sessions = sessions[here]
+        seqs = table.computed[sessions.rows]
 
         def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
-            self._answers.flushed(sessions[rows], tokens[rows], seqs[rows], verdict)
+            self._answers.flushed(sessions[rows], seqs[rows], verdict)
 
-        states = [served.arena.packed(table.slot[sessions])]
-        self._store.submit(self._commit_job(served, sessions, tokens, seqs, states, done))
+        states = [served.arena.packed(table.slot[sessions.rows])]
+        self._store.submit(self._commit_job(served, sessions, seqs, states, done))
 
     def _commit_job(
-        self, served: Served, sessions: NDArray[np.int32], tokens: NDArray[np.uint8], seqs: NDArray[np.uint64],
-        states: list[NDArray[np.uint8]], done: Callable[[NDArray[np.intp], Verdict], None],
+        self, served: Served, sessions: References, seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]],
+        done: Callable[[NDArray[np.intp], Verdict], None],
     ) -> CommitJob:  # fmt: skip
-        table = self._table
-        blocks = pack_records(served, table.slot[sessions], seqs, table.acked[sessions], table.epoch[sessions], states)
-        self._metrics.commit_rows.inc(len(sessions))
+        """The sessions are pinned, until the store has said what became of them."""
+        table, rows = self._table, sessions.rows
+        blocks = pack_records(served, table.slot[rows], seqs, table.acked[rows], table.epoch[rows], states)
+        self._metrics.commit_rows.inc(len(rows))
         self._metrics.commit_bytes.inc(sum(block.nbytes for _, block in blocks))
         return CommitJob(
-            tags=table.tag[sessions],
-            tokens=tokens,
+            tags=table.tag[rows],
+            tokens=table.token[rows],
             blocks=blocks,
-            ttl_ms=table.ttl_ms[sessions],
-            meta=lambda row: self._meta(int(sessions[row]), tokens[row]),
+            ttl_ms=table.ttl_ms[rows],
+            meta=lambda row: self._meta(sessions.one(row)),
             done=done,
         )
 

@@ -6,7 +6,7 @@ session in its frame: they would leave a gap.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -35,6 +35,10 @@ class StepColumns:
 
     def __len__(self) -> int:
         return len(self.handles)
+
+    def only(self, index: NDArray[np.intp]) -> StepColumns:
+        """Some of the rows, for their handles, seqs and flags."""
+        return replace(self, handles=self.handles[index], seqs=self.seqs[index], flags=self.flags[index])
 
 
 def column(data: bytes, dtype: type[Number], name: str, rows: int | None = None) -> NDArray[Number]:

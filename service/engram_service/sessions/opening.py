@@ -1,27 +1,28 @@
-"""Opens, attaches and closes: how sessions come to a stream, and how they leave it. Event loop only.
+"""Opens and attaches: how sessions come to a stream. Event loop only.
 
 An open claims every session in the store, whoever held it before: the claim's new token fences the former holder. On this
-server, the rows of the former stream are dropped or finished first.
+server, the rows of the former stream are dropped or finished first. A large open is done in pieces, between which steps go on; a
+piece that was begun is finished, whether or not the client is still there: what it claimed for a stream that has ended meanwhile
+is let go of at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import math
 import secrets
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engram.v1 import stream_pb2
 from engram_service.catalog import Served
-from engram_service.core import Core, closed, taken_over
+from engram_service.core import Core
 from engram_service.errors import (
     DataLoss,
     FailedPrecondition,
@@ -30,20 +31,23 @@ from engram_service.errors import (
     Refusal,
     ResourceExhausted,
     Unavailable,
-    no_session,
 )
-from engram_service.sessions.admission import column
-from engram_service.sessions.streams import CLOSED, TAKEN_OVER, Stream
-from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, StoreUnavailable, session_tag
+from engram_service.sessions.calls import StoreCalls
+from engram_service.sessions.handles import PLACES_MAX, TAKEN_OVER
+from engram_service.sessions.holds import Holds
+from engram_service.sessions.refusals import taken_over
+from engram_service.sessions.streams import Stream
+from engram_service.sessions.table import NO_STREAM
+from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, session_tag
 from engram_service.tenants import id_of, tenant_of
-
-log = logging.getLogger(__name__)
 
 VOID_HANDLE = 0xFFFFFFFF
 _ID_BYTES_MAX = 128
 _IDS_MAX = 4096  # of one OpenFrame
 _TTL_MS_MAX = 100 * 365 * 86_400_000  # a hundred years: Redis and calendars count no further than they must
-_RETRY_S = 0.1
+_SLICE = 128  # sessions that are opened between two batches
+_OPENING_THREADS = 2
+_CLAIMED = (ClaimStatus.CREATED, ClaimStatus.CARRIED)
 _TOKEN_NBYTES = 8
 
 
@@ -86,13 +90,18 @@ class Opened:
 
 
 class Sessions:
-    """Claims sessions for streams and lets go of them."""
+    """Claims sessions for streams."""
 
-    def __init__(self, core: Core, store: Store) -> None:
+    def __init__(self, core: Core, store: Store, calls: StoreCalls, holds: Holds) -> None:
         self._core = core
         self._store = store
-        self._held: set[str] = set()  # ids that an open, close or move works on
-        self._freed = asyncio.Condition()
+        self._calls = calls
+        self._holds = holds
+        # Few: more of them keep the event loop waiting for the interpreter, and with it everybody's steps.
+        self._pool = ThreadPoolExecutor(_OPENING_THREADS, "open")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def open(self, stream: Stream, wanted: Wanted, timeout_s: float | None = None) -> Opened:
         """Claims the sessions for a stream. Raises Refusal where nothing of the request can be done."""
@@ -110,22 +119,50 @@ class Sessions:
         if len(core.table) + more > core.settings.sessions_max:
             message = f"this server has {core.settings.sessions_max} sessions, its limit"
             raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
+        if len(stream.handles) + len(wanted.ids) > PLACES_MAX:
+            message = f"this stream has {len(stream.handles)} sessions open, and may have {PLACES_MAX}; use another one"
+            raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
         served = core.catalog.resolve(wanted.model, wanted.version)
         ids = list(wanted.ids)
         result = Opened.refused(len(ids), ids, None)
         result.errors = {i: refusal for i, refusal in enumerate(check_ids(ids)) if refusal is not None}
         good = [i for i in range(len(ids)) if i not in result.errors]
-        room = core.shares.of(wanted.tenant).sessions(core.table.count_of(wanted.tenant), more)
-        keys = [ids[i] for i in good]
-        with room:
-            seen = await self._seen(stream, wanted, keys, deadline)
-            async with self.hold(keys, deadline):
+        with core.shares.of(wanted.tenant).sessions(core.table.count_of(wanted.tenant), more) as entered:
+            seen = await self._seen(stream, wanted, [ids[i] for i in good], deadline)
+            for start in range(0, len(good), _SLICE):
+                piece = slice(start, start + _SLICE)
+                work = self._open(stream, wanted, served, good[piece], (seen[0], seen[1][piece]), deadline, result)
+                before = core.table.count_of(wanted.tenant)
+                await asyncio.shield(core.supervisor.once("open", work))
+                entered(max(0, core.table.count_of(wanted.tenant) - before))
+        return result
+
+    async def _open(
+        self, stream: Stream, wanted: Wanted, served: Served, places: Sequence[int], seen: tuple[int, list[str]],
+        deadline: float, result: Opened,
+    ) -> None:  # fmt: skip
+        """Claims some of the sessions, those at these places of the request."""
+        keys = [result.ids[place] for place in places]
+        try:
+            async with self._holds.hold(keys, deadline):
                 requests = self._requests(served, wanted, keys)
                 if not wanted.attach and (above := await self.above_limit(keys, wanted.ttl_ms, deadline)):
                     requests = [replace(one, may_create=one.session_id not in above) for one in requests]
                 claims, result.losses = await self._claim(stream, wanted, requests, seen, deadline)
-                self._apply(stream, wanted, served, good, requests, claims, result)
-        return result
+                held = [one.session_id for one, claim in zip(requests, claims, strict=True) if claim.status in _CLAIMED]
+                await self._holds.dismiss(held, deadline, TAKEN_OVER)  # former holders on this server
+                self._apply(stream, wanted, served, places, requests, claims, result)
+        except Refusal as refusal:
+            result.errors.update(dict.fromkeys(places, refusal))
+            if wanted.tenant and not wanted.attach:
+                self._core.supervisor.once("places", self._settle_places(keys))
+
+    async def _settle_places(self, keys: Sequence[str]) -> None:
+        """After an open that failed half way: sessions that were not made need no place in their tenant's tally."""
+        async with self._holds.hold(keys, math.inf):
+            tokens: list[str] = await self._call(math.inf, self._store.holders, keys)
+            made = [key for key, token in zip(keys, tokens, strict=True) if token]
+            await self._call(math.inf, self._store.tally.give_back, [key for key in keys if key not in made])
 
     async def above_limit(self, ids: Sequence[str], ttl_ms: int, deadline: float) -> set[str]:
         """Before sessions of one tenant are created: those of which it may have no more. The others have their place."""
@@ -133,69 +170,11 @@ class Sessions:
             return set()
         limit = self._core.shares.of(tenant).stored_max
         ttl_ms = ttl_ms or self._core.settings.session_ttl_s * 1000
-        above: set[str] = await self.call(deadline, self._store.tally.take, ids, ttl_ms, limit)
+        above: set[str] = await self._call(deadline, self._store.tally.take, ids, ttl_ms, limit)
         return above
 
-    def hold(self, ids: Sequence[str], deadline: float) -> _Hold:
-        """Keeps others from opening, closing or moving these sessions, and waits until none of their steps is under way."""
-        return _Hold(self, ids, deadline)
-
-    def keys_of(self, stream: Stream, frame: stream_pb2.CloseFrame) -> list[str]:
-        """The sessions that a CloseFrame is about."""
-        rows = stream.rows_of(column(frame.handles, np.uint32, "handles"))
-        return [self._core.table.id_of(row) for row in np.unique(rows[rows >= 0]).tolist()]
-
-    async def close(self, stream: Stream, frame: stream_pb2.CloseFrame) -> list[tuple[int, Refusal]]:
-        """Deletes the records of these sessions, or only lets go of them; returns what was refused."""
-        handles = column(frame.handles, np.uint32, "handles")
-        rows = stream.rows_of(handles)
-        errors: list[tuple[int, Refusal]] = []
-        for i in np.flatnonzero(rows < 0).tolist():
-            why = {TAKEN_OVER: taken_over(), CLOSED: closed()}.get(int(rows[i]))
-            errors.append((i, why or NotFound("INVALID_HANDLE", f"no session of this stream has handle {handles[i]}")))
-        known = np.unique(rows[rows >= 0])
-        ids = [self._core.table.id_of(row) for row in known.tolist()]
-        tokens = [self._core.table.token[row].tobytes() for row in known.tolist()]
-        deadline = time.monotonic() + self._core.settings.step_timeout_s
-        for handle in handles[rows >= 0].tolist():
-            stream.void(handle, CLOSED)
-        async with self.hold(ids, deadline):
-            if not frame.detach:
-                await self.call(deadline, self._store.delete, ids, tokens)
-                self._core.metrics.sessions_closed.inc(len(ids))
-            left = [row for session_id in ids if (row := self._core.table.find(session_id)) is not None]
-            self._core.refuse_repeats(np.array(left, np.int32), closed())
-            self._core.residency.remove(np.array(left, np.int32))
-        return errors
-
-    async def delete(self, session_id: str) -> None:
-        """Closes a session whoever holds it. Raises NotFound."""
-        deadline = time.monotonic() + self._core.settings.step_timeout_s
-        async with self.hold([session_id], deadline):
-            existed = await self.call(deadline, self._store.exists, session_id)
-            await self.call(deadline, self._store.delete, [session_id])
-            row = self._core.table.find(session_id)
-            if row is not None:
-                self._core.dismiss(np.array([row], np.int32), CLOSED)
-        if not existed:
-            raise no_session(session_id)
-        self._core.metrics.sessions_closed.inc()
-
-    async def call(
-        self, deadline: float, work: Callable[..., Any], *arguments: Any, pool: Executor | None = None
-    ) -> Any:
-        """Runs a blocking call of the store in a thread; while the store is away, again until the deadline."""
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                await self._core.written_back(deadline)
-                return await loop.run_in_executor(pool, work, *arguments)
-            except StoreUnavailable as error:
-                if time.monotonic() + _RETRY_S > deadline:
-                    raise Unavailable(
-                        "STORE_UNAVAILABLE", f"the store cannot be reached ({error})", retry_after_ms=500
-                    ) from error
-                await asyncio.sleep(_RETRY_S)
+    async def _call(self, deadline: float, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await self._calls.call(deadline, work, *arguments, pool=self._pool)
 
     async def _seen(self, stream: Stream, wanted: Wanted, ids: Sequence[str], deadline: float) -> tuple[int, list[str]]:
         """How often the store has lost its data, and the claims that the sessions are under ("" none), at a time when the
@@ -205,7 +184,7 @@ class Sessions:
         from a server that hung, when its client is gone and the session goes on elsewhere.
         """
         losses = self._store.losses
-        tokens: list[str] = await self.call(deadline, self._store.holders, ids)
+        tokens: list[str] = await self._call(deadline, self._store.holders, ids)
         if wanted.confirms and any(tokens):
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
@@ -232,7 +211,7 @@ class Sessions:
         while True:
             losses, before = seen
             some = [replace(requests[n], replaces=token) for n, token in zip(left, before, strict=True)]
-            claims |= zip(left, await self.call(deadline, self._store.claim, some), strict=True)
+            claims |= zip(left, await self._call(deadline, self._store.claim, some), strict=True)
             changed = [n for n, claim in claims.items() if claim.status is ClaimStatus.CHANGED]
             if self._store.losses == losses and not changed:
                 return [claims[n] for n in range(len(requests))], losses
@@ -260,8 +239,11 @@ class Sessions:
         claims: Sequence[ClaimResult], result: Opened,
     ) -> None:  # fmt: skip
         """Enters the claims into the table. One OpenedFrame speaks of one model version: that of its first session."""
+        if stream.ended:
+            self._forget([request.session_id for request in requests])
+            return
         members: list[int] = []
-        version: Served | None = None
+        version = result.served
         for k, claim in enumerate(claims):
             try:
                 own = self._version_of(wanted, served, claim)
@@ -274,7 +256,7 @@ class Sessions:
                 members.append(k)
             except Refusal as refusal:
                 result.errors[good[k]] = refusal
-                self._forget(requests[k].session_id)
+                self._forget([requests[k].session_id])
         if version is not None:
             self._enter(stream, wanted, version, [good[k] for k in members], [requests[k] for k in members],
                         [claims[k] for k in members], result)  # fmt: skip
@@ -317,19 +299,19 @@ class Sessions:
         for k, reason in records.errors.items():
             message = f"the session's record cannot be used ({reason}); close the session to start over"
             result.errors[places[k]] = DataLoss("RECORD_CORRUPTED", message)
-            self._forget(requests[k].session_id)
+            self._forget([requests[k].session_id])
         if not sound:
             return
         requests, claims = [requests[k] for k in sound], [claims[k] for k in sound]
         at = np.array([places[k] for k in sound])
-        rows = np.array([self._row(request.session_id) for request in requests], np.int32)
+        rows = self._rows([request.session_id for request in requests])
         table.tag[rows] = _characters([session_tag(request.session_id) for request in requests])
         table.token[rows] = _characters([request.token.encode() for request in requests])
         table.epoch[rows] = [claim.epoch for claim in claims]
         table.created_ms[rows] = [claim.created_ms for claim in claims]
         table.ttl_ms[rows] = [request.ttl_ms for request in requests]
         table.client_id[rows], table.losses[rows] = wanted.client_id, result.losses
-        table.handle[rows] = result.handles[at] = [stream.name(row) for row in rows.tolist()]
+        table.handle[rows] = result.handles[at] = [stream.handles.name(row) for row in rows.tolist()]
         result.created[at] = [claim.status is ClaimStatus.CREATED for claim in claims]
         kept = records.only(sound)
         table.model[rows] = served.index
@@ -347,68 +329,18 @@ class Sessions:
         core.metrics.sessions_opened.labels("created").inc(new)
         core.metrics.sessions_opened.labels("carried_on").inc(len(rows) - new)
 
-    def _row(self, session_id: str) -> int:
-        """A clean row for a session: a former holder on this server is told that it was taken over."""
-        table = self._core.table
-        row = table.find(session_id)
-        if row is not None:
-            self._core.dismiss(np.array([row], np.int32), TAKEN_OVER)
+    def _rows(self, session_ids: Sequence[str]) -> NDArray[np.int32]:
         with self._core.queue.lock:
-            return table.add(session_id)
+            return np.array([self._core.table.add(session_id) for session_id in session_ids], np.int32)
 
-    def _forget(self, session_id: str) -> None:
-        """After a claim that failed in the store: what this server may have thought of the session is out of date."""
+    def _forget(self, session_ids: Sequence[str]) -> None:
+        """After a claim that led to nothing here: what this server may have thought of these sessions is out of date."""
         table = self._core.table
-        row = table.find(session_id)
-        if row is not None and table.stream[row] < 0 and not table.flushing[row]:
-            self._core.residency.remove(np.array([row]))
-
-
-class _Hold:
-    """An async context: the ids are this task's alone, their waiting steps are dropped, none is under way."""
-
-    def __init__(self, sessions: Sessions, ids: Sequence[str], deadline: float) -> None:
-        self._sessions = sessions
-        self._ids = set(ids)
-        self._deadline = deadline
-
-    async def __aenter__(self) -> None:
-        sessions, core = self._sessions, self._sessions._core
-        try:
-            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())), sessions._freed:
-                await sessions._freed.wait_for(lambda: not (sessions._held & self._ids))
-                sessions._held |= self._ids
-        except TimeoutError:
-            raise core.late() from None
-        try:
-            rows = np.array([row for name in self._ids if (row := core.table.find(name)) is not None], np.int32)
-            if len(rows):
-                await self._quiet(rows)
-        except BaseException:
-            await self._release()
-            raise
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._release()
-
-    async def _quiet(self, rows: NDArray[np.int32]) -> None:
-        core = self._sessions._core
-        core.table.opening[rows] = True
-        core.hand_over(rows)
-        await core.quiesce(rows, self._deadline)
-        while len(dirty := np.intersect1d(core.residency.dirty(), rows)) and core.store_trouble == "":
-            core.residency.flush(dirty)
-            await core.quiesce(rows, self._deadline)
-
-    async def _release(self) -> None:
-        sessions, core = self._sessions, self._sessions._core
-        for name in self._ids:
-            row = core.table.find(name)
-            if row is not None:
-                core.table.opening[row] = False
-        async with sessions._freed:
-            sessions._held -= self._ids
-            sessions._freed.notify_all()
+        known = [row for session_id in session_ids if (row := table.find(session_id)) is not None]
+        rows = np.array(known, np.int32)
+        rows = rows[(table.stream[rows] == NO_STREAM) & ~table.pinned(rows)]
+        if len(rows):
+            self._core.dismiss(rows)
 
 
 def new_id() -> str:

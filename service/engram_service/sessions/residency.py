@@ -10,7 +10,6 @@ import ctypes
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from engram_service.catalog import Served
 from engram_service.logs import named
 from engram_service.sessions.eviction import GRACE_S, leaving
-from engram_service.sessions.table import NO_SLOT, NO_STREAM
+from engram_service.sessions.table import NO_SLOT, NO_STREAM, References
 from engram_service.store import Records, Store, StoreUnavailable, Verdict
 
 if TYPE_CHECKING:
@@ -40,9 +39,10 @@ class Residency:
         self._core = core
         self._store = store
         self._started = time.monotonic()
-        self._wanting: dict[int, deque[int]] = {}  # model -> sessions that wait for a slot
+        self._wanting: dict[
+            int, deque[int]
+        ] = {}  # model -> rows that wait for a slot, and are pinned until they have it
         self._again: asyncio.TimerHandle | None = None  # of serve_wanting
-        self._tasks: set[asyncio.Task[None]] = set()
         self._losses = self._losses_taken_up = (
             0  # times that the store lost its data: told, and begun to be written back
         )
@@ -92,38 +92,49 @@ class Residency:
             self._core.queue.post(lambda: served.arena.reset(fresh))
             self._core.queue.release(rows[new])
         if not new.all():
-            self._start(self._load(served, rows[~new], slots[~new]))
+            load = self._load(served, table.refer(rows[~new]), slots[~new])
+            self._core.supervisor.once("load", load)
 
-    async def _load(self, served: Served, rows: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
-        """Reads records of sessions that this server still holds; without them the sessions are lost to it."""
-        core, table = self._core, self._core.table
-        tags, tokens = table.tag[rows].copy(), table.token[rows].copy()
+    async def _load(self, served: Served, sessions: References, slots: NDArray[np.int32]) -> None:
+        """Reads records of sessions that this server still holds; without them the sessions are lost to it.
+
+        They are pinned all the while, and let go of whatever happens."""
+        core, table, rows = self._core, self._core.table, sessions.rows
+        lost: dict[int, Verdict] = dict.fromkeys(range(len(rows)), Verdict.GONE)  # by place, until it is known better
+        try:
+            found, lost = await self._read(served, table.tag[rows].copy(), table.token[rows].copy())
+            for place in lost:
+                log.warning("a session could not be read back", extra=named(table.id_of(rows.item(place))))
+            good = np.array([n for n in range(len(rows)) if n not in lost], np.intp)
+            if len(good):
+                self.place(served, rows[good], slots[good], found)
+        finally:
+            core.queue.release(rows)
+            for verdict in set(lost.values()):
+                core.lose(rows[[n for n, own in lost.items() if own is verdict]], verdict)
+            core.after_release()
+
+    async def _read(
+        self, served: Served, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]
+    ) -> tuple[Records, dict[int, Verdict]]:
+        """The records under these claims, and by place what became of the sessions that have none that can be used."""
         while True:
             try:
                 values = await asyncio.to_thread(self._store.load, tags, tokens)
-                break
+                there = [n for n, value in enumerate(values) if value is not None]
+                records = served.layout.unpack([value for value in values if value is not None])
+                for reason in records.errors.values():
+                    log.error("a record cannot be used: %s", reason)
+                sound = [k for k in range(len(there)) if k not in records.errors]
+                missing = sorted(set(range(len(values))) - {there[k] for k in sound})
+                verdicts = (
+                    await asyncio.to_thread(self._store.diagnose, tags[missing], tokens[missing]) if missing else []
+                )
             except StoreUnavailable:
                 await asyncio.sleep(_LOAD_RETRY_S)
-        found = np.array([value is not None for value in values])
-        core.metrics.records_loaded.labels(served.bundle.name).inc(int(found.sum()))
-        records = served.layout.unpack([value for value in values if value is not None])
-        for number, reason in records.errors.items():
-            log.error("a record cannot be used: %s", reason, extra=named(table.id_of(int(rows[found][number]))))
-        good = np.flatnonzero(found)[[i for i in range(int(found.sum())) if i not in records.errors]]
-        if len(good):
-            self.place(
-                served,
-                rows[good],
-                slots[good],
-                records.only([i for i in range(int(found.sum())) if i not in records.errors]),
-            )
-            core.queue.release(rows[good])
-        lost = np.setdiff1d(np.arange(len(rows)), good)
-        if len(lost):
-            verdicts = await asyncio.to_thread(self._store.diagnose, tags[lost], tokens[lost])
-            for row, verdict in zip(rows[lost].tolist(), verdicts, strict=True):
-                core.lose(np.array([row], np.int32), verdict)
-        core.after_release()
+                continue
+            self._core.metrics.records_loaded.labels(served.bundle.name).inc(len(there))
+            return records.only(sound), dict(zip(missing, verdicts, strict=True))
 
     def place(self, served: Served, rows: NDArray[np.int32], slots: NDArray[np.int32], records: Records) -> None:
         """Puts records into slots; ticks taken from now on find them there."""
@@ -145,40 +156,26 @@ class Residency:
         if arena.free - len(rows) > arena.capacity // _SPARE_SLOTS:
             self.place(served, rows, arena.take(rows, self.clock()), records)
 
-    def with_outputs(self, served: Served, rows: NDArray[np.int32], then: Callable[[], None]) -> None:
-        """Calls `then` once the kept outputs of these sessions can be read (or it is clear that they cannot)."""
-        if (self._core.table.slot[rows] != NO_SLOT).all() and not self._core.table.busy[rows].any():
-            # The job that filled the slot may still be on its way to the engine.
-            loop = asyncio.get_running_loop()
-            self._core.queue.post(lambda: _in_loop(loop, then))
-            return
-        self.want(served, rows)
-        self._start(self._await_outputs(rows, then))
-
-    async def _await_outputs(self, rows: NDArray[np.int32], then: Callable[[], None]) -> None:
-        for _ in range(int(self._core.settings.step_timeout_s / _HEARTBEAT_S)):
-            if not self._core.table.busy[rows].any():
-                break
-            await asyncio.sleep(_HEARTBEAT_S)
-        then()
-
     # Out
 
     def let_go(self, rows: NDArray[np.int32]) -> None:
         """The streams of these sessions are gone: what is volatile is committed soon, then the rows are forgotten."""
         self._core.table.used[rows] = -1e9  # first to be swept
 
-    def remove(self, rows: NDArray[Any]) -> None:
-        """Forgets sessions that this server has no longer. They must not be in a tick."""
+    def give_up(self, rows: NDArray[Any]) -> None:
+        """Frees the slots of sessions that are forgotten, and waits for none for them."""
         table = self._core.table
+        self.unwant(rows)
         for model in np.unique(table.model[rows]).tolist():
-            gone = rows[table.model[rows] == model]
-            self.forget_slots(self._core.catalog.models[model], gone)
-            if waiting := self._wanting.get(model):
-                left = set(gone.tolist())
-                self._wanting[model] = deque(row for row in waiting if row not in left)
-        with self._core.queue.lock:
-            table.remove(rows)
+            self.forget_slots(self._core.catalog.models[model], rows[table.model[rows] == model])
+
+    def unwant(self, rows: NDArray[Any]) -> None:
+        """Those of these sessions that wait for a slot wait no longer: they will ask again."""
+        asked = set(rows.tolist())
+        for model, waiting in self._wanting.items():
+            if found := [row for row in waiting if row in asked]:
+                self._wanting[model] = deque(row for row in waiting if row not in asked)
+                self._core.queue.release(np.array(found, np.int32))
 
     def forget_slots(self, served: Served, rows: NDArray[Any]) -> None:
         """Frees the slots; the records have what is needed."""
@@ -217,8 +214,8 @@ class Residency:
         )
         if len(rows):
             table.flushing[rows] = True
-            tokens = table.token[rows]
-            self._core.queue.post(lambda: self._core.engine.flush(served, rows, tokens))
+            sessions = table.refer(rows)
+            self._core.queue.post(lambda: self._core.engine.flush(served, sessions))
 
     def dirty(self, older_than: float = 0.0) -> NDArray[np.intp]:
         """Interval sessions whose record is behind by more than `older_than` seconds."""
@@ -238,18 +235,13 @@ class Residency:
             self.flush(rows)
             await asyncio.sleep(0.005)
 
-    def on_flushed(
-        self, rows: NDArray[Any], tokens: NDArray[np.uint8], seqs: NDArray[np.uint64], verdict: Verdict
-    ) -> None:
-        core, table = self._core, self._core.table
-        # While the store was away the session may have been closed or claimed anew, and its row be another's.
-        same = (table.token[rows] == tokens).all(axis=1)
-        rows, tokens, seqs = rows[same], tokens[same], seqs[same]
+    def on_flushed(self, sessions: References, seqs: NDArray[np.uint64], verdict: Verdict) -> None:
+        core, table, rows = self._core, self._core.table, sessions.rows  # which were pinned until now
         table.flushing[rows] = False
         self._lost = np.setdiff1d(self._lost, rows)
-        self._core.queue.release(rows[~table.interval[rows]])
+        core.queue.release(rows[~table.interval[rows]])
         if not verdict.ok:
-            core.lose_when_free(rows, tokens, verdict)
+            core.lose_when_free(sessions, verdict)
             return
         table.durable[rows] = seqs
         table.dirty_since[rows] = self.clock()
@@ -299,7 +291,8 @@ class Residency:
         sweep_at = self.clock()
         while True:
             await asyncio.sleep(min(_HEARTBEAT_S, settings.interval_ms / 2000))
-            if len(rows := self.dirty(settings.interval_ms / 1000)):
+            rows = self.dirty(settings.interval_ms / 1000)
+            if len(rows := rows[~self._core.table.opening[rows]]):
                 self.flush(rows)
             self.serve_wanting()
             if self.clock() >= sweep_at:
@@ -319,11 +312,12 @@ class Residency:
             table.touched[rows] = clock
             ids = [table.id_of(row) for row in rows.tolist()]
             columns = (table.tag[rows].copy(), table.token[rows].copy(), table.ttl_ms[rows].copy())
+            sessions = table.refer(rows)
             try:
                 await asyncio.to_thread(self._store.touch, *columns)
                 await asyncio.to_thread(self._store.tally.keep, ids, columns[2].tolist())
             except StoreUnavailable:
-                table.touched[rows] = -1.0
+                table.touched[table.rows_of(sessions)] = -1.0
 
     def _sweep(self, unused_since: float) -> None:
         """Frees the slots of idle sessions, and forgets those that no stream holds."""
@@ -339,14 +333,9 @@ class Residency:
         alone = (table.stream[:high] == NO_STREAM) & (table.model[:high] >= 0) & (table.slot[:high] == NO_SLOT)
         alone &= ~table.busy[:high] & ~table.opening[:high] & ~table.flushing[:high]
         if alone.any():
-            self.remove(np.flatnonzero(alone))
+            self._core.dismiss(np.flatnonzero(alone))
         if freed or alone.any():
             _give_memory_back()
-
-    def _start(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _give_memory_back() -> None:
@@ -354,7 +343,3 @@ def _give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
-
-
-def _in_loop(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:
-    loop.call_soon_threadsafe(then)

@@ -34,16 +34,25 @@ class Share:
             raise _reached("streams_max", limit, "streams", _LATER_MS)
 
     @contextlib.contextmanager
-    def sessions(self, attached: int, more: int) -> Iterator[None]:
-        """Room for so many more sessions while they are opened. Raises ResourceExhausted."""
+    def sessions(self, attached: int, more: int) -> Iterator[Callable[[int], None]]:
+        """Room for so many more sessions while they are opened; to be told how many of them are in the table, where they are
+        counted from then on. Raises ResourceExhausted."""
         limit = self._limits(self.tenant).sessions_max
         if limit and more and attached + self._opening + more > limit:
             raise _reached("sessions_max", limit, "sessions in use at this server", _LATER_MS)
+        left = more
         self._opening += more
+
+        def entered(count: int) -> None:
+            nonlocal left
+            count = min(count, left)
+            left -= count
+            self._opening -= count
+
         try:
-            yield
+            yield entered
         finally:
-            self._opening -= more
+            self._opening -= left
 
     @property
     def stored_max(self) -> int:

@@ -1,4 +1,4 @@
-"""One client stream, as the core sees it: its handles, what it has in flight, and where its answers go.
+"""One client stream, as the core sees it: what it has in flight, and where its answers go.
 
 Event loop only. api/stream.py makes one for each gRPC stream and api/unary.py one for all unary steps.
 """
@@ -14,15 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
-from engram_service.errors import Refusal
-
-UNKNOWN = -1
-TAKEN_OVER = -2
-CLOSED = -3
+from engram_service.sessions.handles import Handles
 
 
 class Stream:
-    """Handles are dense numbers from 0; `rows` maps them to rows of the session table, or to why they are void."""
+    """One stream of a client, or the one that the server itself has for unary steps."""
 
     def __init__(self, stream_id: int, rows_in_flight_max: int, trace: str = "", tenant: str = "") -> None:
         self.id = stream_id
@@ -30,52 +26,13 @@ class Stream:
         self.tenant = tenant  # whose sessions it may open
         self.in_flight = 0  # rows accepted whose answer is not on its way
         self.ended = False
+        self.handles = Handles()
         self._rows_in_flight_max = rows_in_flight_max
-        self._rows = np.full(16, UNKNOWN, np.int32)
-        self._handles = 0
-        self._spare: list[int] = []
         self._outbox: deque[tuple[stream_pb2.StreamResponse, int]] = deque()
         self._freed = asyncio.Event()
         self._posted = asyncio.Event()
         self._questions = itertools.count(1)
         self._asked: dict[int, asyncio.Future[None]] = {}  # by the number of a ConfirmFrame
-
-    # Handles
-
-    def name(self, row: int) -> int:
-        """A new handle for a session-table row."""
-        if self._spare:
-            handle = self._spare.pop()
-            self._rows[handle] = row
-            return handle
-        if self._handles == len(self._rows):
-            self._rows = np.concatenate([self._rows, np.full(len(self._rows), UNKNOWN, np.int32)])
-        self._rows[self._handles] = row
-        self._handles += 1
-        return self._handles - 1
-
-    def void(self, handle: int, why: int) -> None:
-        self._rows[handle] = why
-
-    def reuse(self, handle: int) -> None:
-        """Lets a handle name another session. Only for handles that no client has ever seen."""
-        self._rows[handle] = UNKNOWN
-        self._spare.append(handle)
-
-    def rows_of(self, handles: NDArray[np.uint32]) -> NDArray[np.int32]:
-        """Session-table rows; negative where a handle is unknown or void."""
-        known = handles < self._handles
-        if known.all():
-            return self._rows[handles]
-        return np.where(known, self._rows[np.where(known, handles, 0)], UNKNOWN).astype(np.int32)
-
-    def row_of(self, handle: int) -> int:
-        """The same for one handle."""
-        return self._rows.item(handle) if handle < self._handles else UNKNOWN
-
-    def attached(self) -> NDArray[np.int32]:
-        rows = self._rows[: self._handles]
-        return rows[rows >= 0]
 
     # Answers
 
@@ -149,24 +106,6 @@ def outputs_frame(
             seqs=seqs.tobytes(),
             outputs=b"" if outputs is None else outputs.tobytes(),
             durable_seqs=b"" if durable is None else durable.tobytes(),
-        )
-    )
-
-
-def errors_frame(
-    handles: NDArray[np.uint32], seqs: NDArray[np.uint64], refused: list[tuple[NDArray[np.bool_], Refusal]]
-) -> stream_pb2.StreamResponse:
-    """The refused rows, each with the first refusal whose mask it is in."""
-    index = np.full(len(handles), -1, np.int64)
-    for number, (mask, _) in enumerate(refused):
-        index[mask & (index < 0)] = number
-    rows = np.flatnonzero(index >= 0)
-    return stream_pb2.StreamResponse(
-        errors=stream_pb2.ErrorsFrame(
-            handles=handles[rows].tobytes(),
-            seqs=seqs[rows].tobytes(),
-            error_indexes=index[rows].astype(np.uint32).tobytes(),
-            errors=[refusal.detail() for _, refusal in refused],
         )
     )
 

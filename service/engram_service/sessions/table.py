@@ -7,7 +7,8 @@ idle session costs one row here (some 300 bytes with its id) and nothing else, s
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,45 @@ _COLUMNS: dict[str, tuple[Any, tuple[int, ...], float]] = {
 }
 
 
+class Reference(NamedTuple):
+    """One session, to be kept across a wait: its row, and which of the sessions that have had this row it is."""
+
+    row: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class References:
+    """Several of them, as columns. `rows` may be used as they are only while they are pinned; else ask the table."""
+
+    rows: NDArray[np.int32]
+    generations: NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> References:
+        """Some of them, by an array or a mask."""
+        return References(self.rows[index], self.generations[index])
+
+    def one(self, index: int) -> Reference:
+        return Reference(self.rows.item(index), self.generations.item(index))
+
+    def each(self) -> list[Reference]:
+        return list(map(Reference, self.rows.tolist(), self.generations.tolist()))
+
+    @classmethod
+    def of(cls, references: list[Reference]) -> References:
+        rows, generations = zip(*references, strict=True) if references else ((), ())
+        return cls(np.array(rows, np.int32), np.array(generations, np.uint32))
+
+    @classmethod
+    def joined(cls, some: list[References]) -> References:
+        if len(some) == 1:
+            return some[0]
+        return cls(np.concatenate([one.rows for one in some]), np.concatenate([one.generations for one in some]))
+
+
 class SessionTable:
     """Columns of sessions, grown by half when full; freed rows are used again."""
 
@@ -83,6 +123,7 @@ class SessionTable:
         self._row_of: dict[str, int] = {}
         self._free: list[int] = []
         self._of_tenant: Counter[str] = Counter()
+        self._generation = np.zeros(capacity, np.uint32)  # of each row: how often it has been freed
         for name, (dtype, shape, unused) in _COLUMNS.items():
             setattr(self, name, np.full((capacity, *shape), unused, dtype))
 
@@ -96,6 +137,27 @@ class SessionTable:
 
     def find(self, session_id: str) -> int | None:
         return self._row_of.get(session_id)
+
+    # References
+
+    def refer(self, rows: NDArray[Any]) -> References:
+        """These sessions, to be kept across a wait."""
+        return References(rows.astype(np.int32, copy=False), self._generation[rows])
+
+    def alive(self, references: References) -> NDArray[np.bool_]:
+        """Which of them still are the sessions that they were."""
+        same: NDArray[np.bool_] = self._generation[references.rows] == references.generations
+        return same
+
+    def rows_of(self, references: References) -> NDArray[np.int32]:
+        """The rows of those that are still here."""
+        return references.rows[self.alive(references)]
+
+    def row_of(self, reference: Reference) -> int | None:
+        """The row, if it still is this session's."""
+        return reference.row if self._generation.item(reference.row) == reference.generation else None
+
+    # Rows
 
     def count_of(self, tenant: str) -> int:
         """How many of the sessions are a tenant's."""
@@ -121,8 +183,16 @@ class SessionTable:
         self._of_tenant[tenant_of(session_id)] += 1
         return row
 
+    def pinned(self, rows: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which of these may not be freed, for an engine thread or the store is at work on them."""
+        held: NDArray[np.bool_] = self.busy[rows] | self.flushing[rows]
+        return held
+
     def remove(self, rows: NDArray[Any]) -> None:
-        """Frees rows. Callers hold the queue's lock."""
+        """Frees rows, which end all references to them. Callers hold the queue's lock. Raises RuntimeError where one is pinned."""
+        if self.pinned(rows).any():
+            raise RuntimeError("a session that is in a batch or being flushed was to be forgotten")
+        self._generation[rows] += np.uint32(1)
         for row in rows.tolist():
             session_id = self.id_of(row)
             del self._row_of[session_id]
@@ -138,3 +208,6 @@ class SessionTable:
             new = np.full((len(old) + len(old) // 2, *shape), unused, dtype)
             new[: len(old)] = old
             setattr(self, name, new)
+        self._generation = np.concatenate(
+            [self._generation, np.zeros(len(self.model) - len(self._generation), np.uint32)]
+        )

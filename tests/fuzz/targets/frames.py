@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 
 from engram.v1 import stream_pb2
+from engram_service.sessions.handles import CLOSED
 from engram_service.sessions.opening import check_ids
 from engram_service.sessions.table import NO_STREAM
 from targets.world import SLOTS, WINDOW, world
@@ -27,10 +28,10 @@ def _prepare() -> tuple[np.ndarray, dict[str, np.ndarray]]:
         table.admitted[row] = table.computed[row] = admitted
         table.applied[row] = table.durable[row] = applied
         table.acked[row] = acked
-        table.model[row], table.stream[row], table.handle[row] = served.index, stream.id, stream.name(row)
+        table.model[row], table.stream[row], table.handle[row] = served.index, stream.id, stream.handles.name(row)
         table.slot[row] = row % SLOTS
     table.interval[rows[3]] = True
-    at.stream.void(at.stream.name(0), -3)
+    at.stream.handles.end(at.stream.handles.name(0), CLOSED)
     return rows, {name: getattr(table, name)[rows].copy() for name in _COLUMNS}
 
 
@@ -112,12 +113,14 @@ def fuzz_one(data: bytes) -> None:
 
 
 def _then() -> None:
-    """The engine's jobs, and what they hand to the loop: answers to repeated steps."""
+    """The tasks that answer repeated steps, and the engine's jobs that they wait for."""
     at = world()
-    if at.core.queue._jobs:
-        for job in at.core.queue._jobs:
-            job()
-        at.loop.run_until_complete(asyncio.sleep(0))
+    if not at.core.supervisor._tasks:
+        return
+    at.loop.run_until_complete(asyncio.sleep(0))
+    while at.core.queue._jobs:
+        at.core.queue._jobs.popleft()()
+        at.loop.run_until_complete(asyncio.sleep(0.001))
 
 
 def _check() -> None:
@@ -152,7 +155,9 @@ def _put_back() -> None:
         stream.in_flight = 0
         stream.ended = False
     core._drop_waiting(lambda batch: np.ones(len(batch.waiting), np.bool_))
-    core._repeats.clear()
+    core.repeats._waiting.clear()
+    if core.supervisor._tasks:
+        at.loop.run_until_complete(core.supervisor.cancel())
     core._room = 0
     core.queue._jobs.clear()
     at.stream._outbox.clear()

@@ -14,20 +14,25 @@ import torch
 from engram_models import LSTM, Hopfield, load_bundle, write_bundle
 from engram_service.api.access import Access
 from engram_service.api.audit import Audit
-from engram_service.api.stream import StreamHandler
+from engram_service.api.stream import StreamHandler, _Guest
 from engram_service.api.unary import UnaryHandlers
 from engram_service.catalog import Catalog, Served
 from engram_service.core import Core
 from engram_service.engine.arena import Arena
+from engram_service.health import Health
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
+from engram_service.sessions.calls import StoreCalls
+from engram_service.sessions.ending import Endings
+from engram_service.sessions.holds import Holds
 from engram_service.sessions.opening import Sessions
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Stream
 from engram_service.sessions.table import SessionTable
 from engram_service.settings import Settings
 from engram_service.store import RecordLayout, Store, StoreSettings
-from engram_service.tokens import Limits, Tokens
+from engram_service.supervision import Supervisor
+from engram_service.tokens import Caller, Limits, Tokens
 from engram_service.work import WorkQueue
 
 SLOTS, WINDOW = 16, 8
@@ -65,14 +70,17 @@ async def _made() -> World:
         for cell in (LSTM(4, 6, output_size=4), Hopfield.of(patterns, ["a", "b", "c"])):
             _serve(catalog, write_bundle(Path(scratch), cell.kind, "1", cell))
     store = Store(StoreSettings("unix:///nowhere", "memory", 0, 100, 1))
-    core = Core(settings, table, WorkQueue(table, 512, 8, 1), catalog, store, metrics, Shares(lambda tenant: Limits()))
-    sessions = Sessions(core, store)
+    shares, supervisor = Shares(lambda tenant: Limits()), Supervisor(metrics, Health())
+    core = Core(settings, table, WorkQueue(table, 512, 8, 1), catalog, store, metrics, shares, supervisor)
+    calls, holds = StoreCalls(core), Holds(core)
+    sessions, endings = Sessions(core, store, calls, holds), Endings(core, store, calls, holds)
     memories = Memories(catalog.resolve, store, 1 << 20)
-    unary = UnaryHandlers(core, sessions, store, None, memories, "cpu")  # type: ignore[arg-type]
-    frames = StreamHandler(core, sessions, Access(Tokens(None), Audit(metrics)))
-    return World(
-        asyncio.get_running_loop(), core, frames, unary, memories, core.connect(), core.connect(), *catalog.models
-    )
+    unary = UnaryHandlers(core, sessions, endings, calls, store, None, memories, "cpu")  # type: ignore[arg-type]
+    frames = StreamHandler(core, sessions, endings, Access(Tokens(None), Audit(metrics)))
+    stream, other = core.connect(), core.connect()
+    for one in (stream, other):
+        frames._guests[one] = _Guest(Caller("", "", frozenset()), "")
+    return World(asyncio.get_running_loop(), core, frames, unary, memories, stream, other, *catalog.models)
 
 
 def _serve(catalog: Catalog, path: Path) -> None:
