@@ -20,7 +20,8 @@ WAIT_S = 20.0
 class Raw:
     """A client without the SDK's care: it sends what it is told, bytes included, and shows what comes."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, token: str = "") -> None:
+        self._metadata = [("authorization", f"Bearer {token}")] if token else []
         self.channel = grpc.insecure_channel(
             address, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
         )
@@ -28,7 +29,7 @@ class Raw:
         stream = self.channel.stream_stream(
             "/engram.v1.EngramService/Stream", response_deserializer=stream_pb2.StreamResponse.FromString
         )
-        self.call = stream(iter(self._requests.get, None))
+        self.call = stream(iter(self._requests.get, None), metadata=self._metadata)
         self._responses: queue.SimpleQueue[Any] = queue.SimpleQueue()
         import threading
 
@@ -102,7 +103,7 @@ class Raw:
             request_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
             response_deserializer=response_type.FromString,
         )
-        return call(request, timeout=timeout)
+        return call(request, timeout=timeout, metadata=self._metadata)
 
     def get(self, session_id: str) -> Any:
         return self.unary(
@@ -119,8 +120,8 @@ def connect() -> Iterator[Callable[[Any], Raw]]:
     """Makes raw clients of servers, and closes them."""
     made: list[Raw] = []
 
-    def make(server: Any) -> Raw:
-        made.append(Raw(server.address))
+    def make(server: Any, token: str = "") -> Raw:
+        made.append(Raw(server.address, token))
         return made[-1]
 
     yield make
