@@ -48,6 +48,21 @@ def redis_process(module_redis: Any) -> Iterator[Any]:
     module_redis.go_on()
 
 
+@pytest.fixture(autouse=True)
+def _places(server: ServerProcess, redis_process: Any, connect: Connect) -> Iterator[None]:
+    """Every test has all of the tenant's places."""
+    yield
+    redis_process.go_on()
+    raw = connect(server, TOKEN)
+    listed = raw.unary(
+        "ListSessions", session_pb2.ListSessionsRequest(page_size=1000), session_pb2.ListSessionsResponse
+    )
+    for session in listed.sessions:
+        raw.unary(
+            "CloseSession", session_pb2.CloseSessionRequest(session_id=session.id), session_pb2.CloseSessionResponse
+        )
+
+
 def handles_of(opened: Any) -> list[int]:
     assert not opened.errors, opened.errors
     return np.frombuffer(opened.handles, np.uint32).tolist()
