@@ -12,7 +12,7 @@ SECONDS_A_TARGET ?= 120
 SECONDS ?= 1800
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload dist release-check observe simulate soak chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens dist release-check observe simulate soak chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -27,6 +27,7 @@ help:
 	@echo "make dist      wheel and sdist;  make release-check  installs both as users do: two servers restarted in turn under load"
 	@echo "make simulate        a load on servers and shards, with failures, calibrated by make bench: docs/scaling.md"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
+	@echo "make bench-opens  thousands of sessions opened at once beside others that step"
 	@echo "make observe   dashboard and alerts under a real Prometheus, with real faults; docs/results/observability.json"
 	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
 	@echo "make fuzz      hostile bytes, two minutes a target (SECONDS_A_TARGET); writes docs/results/fuzz.json"
@@ -114,6 +115,9 @@ bench-stored: $(STAMP)
 
 bench-overload: $(STAMP)
 	$(BIN)/python tools/benchmark_overload.py
+
+bench-opens: $(STAMP)
+	$(BIN)/python tools/benchmark_opens.py
 
 observe: $(STAMP)
 	$(BIN)/python tools/observe.py

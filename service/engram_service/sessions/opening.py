@@ -45,8 +45,9 @@ VOID_HANDLE = 0xFFFFFFFF
 _ID_BYTES_MAX = 128
 _IDS_MAX = 4096  # of one OpenFrame
 _TTL_MS_MAX = 100 * 365 * 86_400_000  # a hundred years: Redis and calendars count no further than they must
-_SLICE = 128  # sessions that are opened between two batches
-_OPENING_THREADS = 2
+_SLICE = 32  # sessions that are opened between two batches
+_SMALL = 8  # sessions; an open of more of them is large
+_OPENING_THREADS = 4
 _CLAIMED = (ClaimStatus.CREATED, ClaimStatus.CARRIED)
 _TOKEN_NBYTES = 8
 
@@ -97,11 +98,14 @@ class Sessions:
         self._store = store
         self._calls = calls
         self._holds = holds
-        # Few: more of them keep the event loop waiting for the interpreter, and with it everybody's steps.
+        # Threads that are busy keep the event loop waiting for the interpreter, and with it everybody's steps: small opens
+        # mostly wait for Redis, and large ones go one after the other.
         self._pool = ThreadPoolExecutor(_OPENING_THREADS, "open")
+        self._large = ThreadPoolExecutor(1, "open-large")
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def open(self, stream: Stream, wanted: Wanted, timeout_s: float | None = None) -> Opened:
         """Claims the sessions for a stream. Raises Refusal where nothing of the request can be done."""
@@ -173,8 +177,9 @@ class Sessions:
         above: set[str] = await self._call(deadline, self._store.tally.take, ids, ttl_ms, limit)
         return above
 
-    async def _call(self, deadline: float, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await self._calls.call(deadline, work, *arguments, pool=self._pool)
+    async def _call(self, deadline: float, work: Callable[..., Any], sessions: Sequence[Any], *more: Any) -> Any:
+        pool = self._large if len(sessions) > _SMALL else self._pool
+        return await self._calls.call(deadline, work, sessions, *more, pool=pool)
 
     async def _seen(self, stream: Stream, wanted: Wanted, ids: Sequence[str], deadline: float) -> tuple[int, list[str]]:
         """How often the store has lost its data, and the claims that the sessions are under ("" none), at a time when the

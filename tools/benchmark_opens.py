@@ -1,0 +1,149 @@
+"""`make bench-opens`: thousands of sessions are opened at once beside others that step; docs/benchmarks/opens.md and .json.
+
+Two servers stand on this machine. A hundred sessions of one of them step. Beside them, in turns: nothing;
+a client that opens and closes thousands of sessions at the other server, which takes as much of the machine as if it did so here;
+the same client at their own server. What counts is the last against the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import engram
+from engram_service.bench.report import machine
+from engram_service.bench.workload import W, write_w
+from engram_service.local import LocalServer
+
+DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+STEPPING, OPENED = 100, 4000  # sessions that step; that are opened at once
+BESIDE = ("nothing", "opens at the other server", "opens at this server")
+ROUNDS, SETTLE_S = 5, 1.0
+PACE_S = 0.02  # of one session's steps: the machine is not full of them
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each phase (default: 5)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path, default=DIRECTORY, help="directory of opens.md and opens.json")
+    parser.add_argument("--open", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.open:
+        return asyncio.run(open_and_close(args.open))
+    flags = ("--shipped-models", "false", "--log-level", "warning")
+    with tempfile.TemporaryDirectory(prefix="engram-bench-") as scratch:
+        directory = Path(scratch)
+        write_w(directory / "models")
+        with (
+            LocalServer(directory / "own", directory / "models", flags) as own,
+            LocalServer(directory / "other", directory / "models", flags) as other,
+        ):
+            found = asyncio.run(measure(own.address, other.address, args))
+    result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), **found}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "opens.json").write_text(json.dumps(result, indent=2) + "\n")
+    (args.out / "opens.md").write_text(page(result))
+    print(page(result))
+    return 0
+
+
+async def open_and_close(address: str) -> int:
+    """In a process of its own: opens sessions and lets go of them until it is ended, and says how many."""
+    while True:
+        async with engram.AsyncClient(address, engram.ClientOptions(ttl_s=60)) as client:
+            sessions = await client.open_many(W, OPENED)
+            print(len(sessions), flush=True)
+
+
+@contextmanager
+def opening(address: str) -> Iterator[subprocess.Popen[str] | None]:
+    if not address:
+        yield None
+        return
+    command = [sys.executable, __file__, "--open", address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def measure(own: str, other: str, args: argparse.Namespace) -> dict[str, Any]:
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in BESIDE}
+    async with engram.AsyncClient(own) as client:
+        sessions = await client.open_many(W, STEPPING)
+        for number in range(args.rounds):
+            for name, address in zip(BESIDE, ("", other, own), strict=True):
+                with opening(address) as process:
+                    waits = await stepped(sessions, args.seconds)
+                    opened = 0 if process is None else OPENED * len(await asyncio.to_thread(_lines, process))
+                rows[name].append(
+                    {"p50_ms": _at(waits, 0.5), "p99_ms": _at(waits, 0.99), "steps": len(waits), "opened": opened}
+                )
+                print(f"round {number + 1}, {name}: {rows[name][-1]}", file=sys.stderr, flush=True)
+                await asyncio.sleep(SETTLE_S)
+    pairs = zip(rows[BESIDE[2]], rows[BESIDE[1]], strict=True)
+    ratios = sorted(here["p99_ms"] / there["p99_ms"] for here, there in pairs)
+    return {"rounds": rows, "ratios": ratios, "ratio": float(np.median(ratios))}
+
+
+def _lines(process: subprocess.Popen[str]) -> list[str]:
+    process.terminate()
+    assert process.stdout is not None
+    return process.stdout.readlines()
+
+
+async def stepped(sessions: list[engram.Session], seconds: float) -> list[float]:
+    """Seconds from each step to its answer."""
+    waits: list[float] = []
+    end, input_row = time.monotonic() + seconds, np.zeros(64, np.float32)
+
+    async def pump(session: engram.Session) -> None:
+        while (began := time.monotonic()) < end:
+            await session.step(input_row)
+            waits.append(time.monotonic() - began)
+            await asyncio.sleep(PACE_S)
+
+    await asyncio.gather(*map(pump, sessions))
+    return waits
+
+
+def _at(waits: list[float], share: float) -> float:
+    return 1000 * float(np.quantile(waits, share))
+
+
+def page(found: dict[str, Any]) -> str:
+    on = found["machine"]
+    lines = [
+        "# Opens beside steps", "",
+        f"`make bench-opens`, {found['date']}, {on['cores']} cores, {on['processor']}. {STEPPING} sessions of W step; beside",
+        f"them {OPENED:,} sessions at a time are opened. Medians over the rounds.", "",
+        "| beside | p50 ms | p99 ms | opened a round |", "|---|---:|---:|---:|",
+    ]  # fmt: skip
+    for name, rounds in found["rounds"].items():
+        p50, p99, opened = (float(np.median([one[key] for one in rounds])) for key in ("p50_ms", "p99_ms", "opened"))
+        lines.append(f"| {name} | {p50:.1f} | {p99:.1f} | {opened:,.0f} |")
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in found["ratios"])
+    lines += ["", f"p99 beside opens at this server, over that beside opens at the other one: {found['ratio']:.2f}"]
+    lines += [f"(by round: {ratios}; the goal is below 3).", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
