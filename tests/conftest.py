@@ -29,6 +29,7 @@ START_S = 60.0
 _PATIENT = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 500)]
 STOP_S = 30.0
 
+_SERVE = "\nimport sys\nfrom engram._cli import main\nsys.argv[0] = 'engram'\nsys.exit(main())"
 _Redis = TypeVar("_Redis", RedisProcess, RedisCluster)
 
 
@@ -63,6 +64,7 @@ class ServerProcess:
         self.flags = (*flags, "--shipped-models", "false") if own_alone else flags
         self.port, self.http_port = free_port(), free_port()
         self.log = directory / "server.log"
+        self.faults = ""  # Python that runs in its process before it serves: to have a part fail on demand
         self.credentials: grpc.ChannelCredentials | None = None  # where it speaks TLS
         self._process: subprocess.Popen[bytes] | None = None
         self._cluster = RedisCluster(directory / "cluster") if self.on_cluster and "--redis-url" not in flags else None
@@ -95,8 +97,9 @@ class ServerProcess:
             if not self._cluster.processes:
                 self._cluster.start()
             flags = ("--redis-url", self._cluster.url, *flags)
+        program = ["-c", self.faults + _SERVE] if self.faults else ["-m", "engram"]
         command = [
-            sys.executable, "-m", "engram", "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
+            sys.executable, *program, "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
             "--data-dir", str(self.directory / "data"), *flags,
         ]  # fmt: skip
         with self.log.open("ab") as log:

@@ -1,0 +1,99 @@
+"""Parts of a server that fail at the worst moment: what waited behind them is answered, and the sessions can be used on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from engram_service.store.keys import session_tag
+
+ServerProcess = Any
+Connect = Callable[[ServerProcess], Any]
+
+FAILING_MODEL = """
+import time
+import numpy as np
+from engram_service.engine.runner import Runner
+
+real = Runner.step
+
+def step(self, slots, inputs, feedback):
+    if (np.ascontiguousarray(inputs).view(np.float32) == 99).any():
+        time.sleep(0.5)  # so that other frames come meanwhile
+        raise RuntimeError("the cell fails on this input")
+    return real(self, slots, inputs, feedback)
+
+Runner.step = step
+"""
+FAILING_LOOK = """
+from engram_service.store import Store, StoreUnavailable
+
+real, calls = Store.diagnose, []
+
+def diagnose(self, tags, tokens):
+    calls.append(1)
+    if len(calls) == 1:
+        raise StoreUnavailable("Redis went away just now")
+    if len(calls) == 2:
+        raise ValueError("nobody has foreseen this")
+    return real(self, tags, tokens)
+
+Store.diagnose = diagnose
+"""
+
+
+def answers(raw: Any, count: int) -> dict[int, str]:
+    """Reason, or "output", of so many steps by seq."""
+    found: dict[int, str] = {}
+    while len(found) < count:
+        response = raw.next()
+        kind = response.WhichOneof("frame")
+        if kind in ("outputs", "errors"):
+            frame = getattr(response, kind)
+            said = "output" if kind == "outputs" else f"{frame.errors[0].reason} {frame.errors[0].metadata['applied']}"
+            found |= dict.fromkeys(np.frombuffer(frame.seqs, np.uint64).tolist(), said)
+    return found
+
+
+def test_steps_behind_one_that_fails_in_the_model_are_refused_and_may_be_sent_again(
+    server_with: Callable[..., ServerProcess], connect: Connect
+) -> None:
+    server = server_with()
+    server.faults = FAILING_MODEL
+    with server:
+        raw = connect(server)
+        handles = np.frombuffer(raw.open("one", "two").handles, np.uint32).tolist()
+        first = raw.step(handles[1], 1)
+        raw.steps(handles[:1], [1], np.full((1, 8), 99, np.float32))
+        time.sleep(0.1)
+        for seq in (2, 3, 3):  # the last one is a repeat of what waits
+            raw.steps(handles[:1], [seq])
+        assert answers(raw, 3) == dict.fromkeys((1, 2, 3), "INTERNAL no")
+        assert raw.refusal() == ("INTERNAL", [3])
+        assert raw.step(handles[0], 1) == first, "nothing was applied"
+        assert server.series()["engram_rows_in_flight"] == 0
+
+
+def test_a_session_whose_record_is_gone_is_not_held_for_ever_when_the_look_why_fails(
+    server_with: Callable[..., ServerProcess], redis_process: Any, connect: Connect
+) -> None:
+    server = server_with("--redis-url", redis_process.url, "--resident-idle-s", "0.3")
+    server.faults = FAILING_LOOK
+    with server:
+        raw = connect(server)
+        for session_id in ("lost", "lost-too"):
+            (handle,) = np.frombuffer(raw.open(session_id).handles, np.uint32).tolist()
+            raw.step(handle, 1)
+            while server.series()['engram_sessions{residency="device"}']:
+                time.sleep(0.1)
+            tag = session_tag(session_id)
+            for key in redis_process.client.scan_iter(b"engram:{" + tag + b"}:*"):
+                redis_process.client.delete(key)
+            raw.steps([handle], [2], acknowledged_seqs=np.ones(1, np.uint64).tobytes())
+            assert answers(raw, 1)[2].startswith("SESSION_CLOSED")
+            (handle,) = np.frombuffer(raw.open(session_id).handles, np.uint32).tolist()
+            assert raw.step(handle, 1), "it can be begun anew"
+        assert server.series()['engram_task_failures_total{task="load"}'] == 1
