@@ -21,7 +21,7 @@ from engram_service.sessions.admission import column
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.handles import ENDED
 from engram_service.sessions.holds import Holds
-from engram_service.sessions.refusals import void
+from engram_service.sessions.refusals import taken_over, void
 from engram_service.sessions.streams import Stream
 from engram_service.sessions.table import NO_STREAM, References
 from engram_service.store import Store
@@ -30,7 +30,7 @@ _SLICE = 128  # sessions that are ended between two batches
 _FLUSH_POLL_S = 0.005
 _GOES_ON = "its end was begun and goes on; ask again to learn when it is done"
 
-End = asyncio.Task[None]
+End = asyncio.Task[set[str]]  # the keys of sessions that had been lost to somebody else before
 
 
 class Endings:
@@ -54,6 +54,7 @@ class Endings:
         rows = self._core.rows_of(stream, handles)
         # To end what this stream has ended is done already.
         errors = [(n, void(int(rows[n]))) for n in np.flatnonzero((rows < 0) & (rows != ENDED)).tolist()]
+        keys = {n: self._core.table.id_of(rows.item(n)) for n in np.flatnonzero(rows >= 0).tolist()}
         known = np.unique(rows[rows >= 0])
         tasks: list[End] = []
         for start in range(0, len(known), _SLICE):
@@ -66,7 +67,8 @@ class Endings:
             why = "cancelled" if failed.cancelled() else type(failed.exception()).__name__
             fault = Internal("INTERNAL", f"the server failed on this end ({why}); ask again")
             return [*errors, *((n, fault) for n in np.flatnonzero(rows >= 0).tolist())]
-        return errors
+        lost = set[str]().union(*(task.result() for task in tasks))
+        return [*errors, *((n, taken_over()) for n, key in keys.items() if key in lost)]
 
     async def delete(self, key: str) -> None:
         """Closes a session whoever holds it. Raises NotFound."""
@@ -94,7 +96,7 @@ class Endings:
             tasks.append(self._begin(left, self._end(stream, table.refer(new), left, tokens, detach), not detach))
         return list(dict.fromkeys(tasks))
 
-    def _begin(self, keys: Sequence[str], work: Coroutine[Any, Any, None], deletes: bool) -> End:
+    def _begin(self, keys: Sequence[str], work: Coroutine[Any, Any, set[str]], deletes: bool) -> End:
         core = self._core
         task: End = core.supervisor.once("end", work)
         core.ends += 1
@@ -111,15 +113,16 @@ class Endings:
 
     async def _end(
         self, stream: Stream, sessions: References, keys: Sequence[str], tokens: Sequence[bytes], detach: bool
-    ) -> None:
+    ) -> set[str]:
         """Under the claims that the sessions had when it was asked for: what was claimed since is another's."""
         core, table = self._core, self._core.table
         async with self._holds.hold(keys, math.inf):
+            gone = set(np.array(keys, object)[~table.alive(sessions)].tolist())
             if detach:
                 await self._flushed(sessions)
             else:
                 await self._calls.call(math.inf, self._store.delete, keys, tokens)
-                core.metrics.sessions_closed.inc(len(keys))
+                core.metrics.sessions_closed.inc(len(keys) - len(gone))
             await core.quiesce(sessions, math.inf)  # a store that has lost its data is written back meanwhile
             rows = table.rows_of(sessions)
             mine = rows[table.stream[rows] == stream.id]
@@ -127,6 +130,7 @@ class Endings:
                 stream.handles.end(handle, ENDED)
             table.stream[mine] = NO_STREAM  # which needs not be told
             core.dismiss(rows)
+        return gone
 
     async def _flushed(self, sessions: References) -> None:
         """What a store that was away has not got yet (durability interval) is there: nothing is let go of before."""
