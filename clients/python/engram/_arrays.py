@@ -9,8 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from engram._errors import InvalidInput
 from engram._types import TensorSpec
+from engram._values import array_of, narrowed
 
 _BFLOAT16 = "bfloat16"
+_BFLOAT16_INFINITY = 0x7F80
 
 
 class RowCodec:
@@ -35,15 +37,18 @@ class RowCodec:
         """One row as bytes: a copy, which the caller's later changes do not reach. Raises InvalidInput."""
         if type(x) is np.ndarray and x.dtype == self.dtype and x.shape == self.shape and not self._bfloat16:
             return x.tobytes()
-        return self._encode(x, self.shape, self._text(self.shape)).tobytes()
+        array = array_of(x, self.what)
+        return self._encode(array, self.shape, self._text(self.shape), not hasattr(x, "dtype")).tobytes()
 
     def many(self, x: ArrayLike, rows: int | None = None) -> NDArray[np.uint8]:
-        """Rows [n, *shape] as bytes, uint8 [n, nbytes]; `rows` is how many there must be. Raises InvalidInput."""
-        array = np.asarray(x)
+        """Rows [n, *shape] as bytes, uint8 [n, nbytes], copied; `rows` is how many there must be. Raises InvalidInput."""
+        array = array_of(x, self.what)
         count = array.shape[0] if array.ndim else 0
         wanted = count if rows is None else rows
         text = self._text(("n" if rows is None else rows, *self.shape))
-        return self._encode(array, (wanted, *self.shape), text).reshape(wanted, self.nbytes)
+        encoded = self._encode(array, (wanted, *self.shape), text, not hasattr(x, "dtype"))
+        own = encoded.copy() if np.may_share_memory(encoded, array) else encoded
+        return own.reshape(wanted, self.nbytes)
 
     def decode(self, data: bytes, rows: int) -> NDArray[Any]:
         """Rows [rows, *shape], read-only where no conversion was needed. Raises ValueError if the length does not fit."""
@@ -56,33 +61,34 @@ class RowCodec:
         """Room for `rows` rows; zeros, so that what is never filled is not somebody's memory."""
         return np.zeros((rows, *self.shape), self.dtype)
 
-    def _encode(self, x: ArrayLike, shape: tuple[int, ...], wanted: str) -> NDArray[np.uint8]:
-        try:
-            array = np.asarray(x)
-        except ValueError as error:
-            raise InvalidInput(
-                f"{self.what} must be {wanted}; got a ragged list", reason="INVALID_INPUT_WIDTH"
-            ) from error
+    def _encode(self, array: NDArray[Any], shape: tuple[int, ...], wanted: str, plain: bool) -> NDArray[np.uint8]:
+        """`plain`: the caller gave Python's own numbers, which have no dtype."""
         if array.shape != shape:
             got = f"{array.dtype}{list(array.shape)}"
             raise InvalidInput(f"{self.what} must be {wanted}; got {got}", reason="INVALID_INPUT_WIDTH")
         if array.dtype != self.dtype:
-            array = self._cast(array, x, wanted)
+            array = self._cast(array, plain, wanted)
         if self._bfloat16:
-            array = _to_bfloat16(array)
+            array = self._bfloats(array)
         return np.ascontiguousarray(array, self._wire).reshape(-1).view(np.uint8)
 
-    def _cast(self, array: NDArray[Any], x: ArrayLike, wanted: str) -> NDArray[Any]:
+    def _cast(self, array: NDArray[Any], plain: bool, wanted: str) -> NDArray[Any]:
         """Safe casts, and two that everyone expects: float64 to a narrower float, and plain Python numbers."""
-        plain = not hasattr(x, "dtype")
         floats = array.dtype.kind == "f" and self.dtype.kind == "f"
         numbers = plain and array.dtype.kind in "biu" and self.dtype.kind == "f"
-        if np.can_cast(array.dtype, self.dtype, "safe") or (floats and array.dtype.itemsize >= 8) or numbers:
-            return array.astype(self.dtype)
+        safe = np.can_cast(array.dtype, self.dtype, "safe")
+        if safe or (floats and array.dtype.itemsize >= 8) or numbers:
+            return narrowed(array, self.dtype, self.what)
         raise InvalidInput(
             f"{self.what} must be {wanted}; got {array.dtype}, which does not convert safely; convert it yourself",
             reason="INVALID_INPUT_DTYPE",
         )
+
+    def _bfloats(self, values: NDArray[Any]) -> NDArray[np.uint16]:
+        rounded = _to_bfloat16(values)
+        if (((rounded & 0x7FFF) == _BFLOAT16_INFINITY) & np.isfinite(values)).any():
+            raise InvalidInput(f"{self.what}: a value does not fit bfloat16", reason="INVALID_INPUT_DTYPE")
+        return rounded
 
     def _text(self, shape: tuple[Any, ...]) -> str:
         return f"{self.name}[{', '.join(map(str, shape))}]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from types import TracebackType
@@ -161,13 +161,24 @@ class AsyncClient:
             raise InvalidInput("open_many got a session id twice", reason="INVALID_SESSION_ID")
         return await self._open(model, ids, version, self._durability(durability), timeout)
 
-    async def step_many(
+    def step_many(
         self, sessions: Sequence[Session], X: ArrayLike, *, timeout: float | None = UNSET
-    ) -> NDArray[Any]:
+    ) -> Coroutine[Any, Any, NDArray[Any]]:
         """One step of each of many sessions of one model: inputs [n, *input shape] -> outputs [n, *output shape].
 
         If rows fail, the others are still applied; the error of the first is raised, with `rows` and `outputs` set.
+        X is copied when this is called.
         """
+        inputs: NDArray[np.uint8] | EngramError | None = None
+        try:
+            inputs = sessions[0]._codec.many(X, len(sessions)) if len(sessions) else None
+        except EngramError as error:
+            inputs = error
+        return self._step_many(sessions, inputs, timeout)
+
+    async def _step_many(
+        self, sessions: Sequence[Session], inputs: NDArray[np.uint8] | EngramError | None, timeout: float | None
+    ) -> NDArray[Any]:
         core = self._linked().core
         table = core.table
         uids = np.fromiter(map(_UID, sessions), np.int64, len(sessions))
@@ -184,7 +195,8 @@ class AsyncClient:
                 "step_many takes sessions of one model version and durability", reason="INVALID_ARGUMENT"
             )
         link = core.models[int(models[0])]
-        inputs = link.input.many(X, len(slots)).copy()
+        if isinstance(inputs, EngramError):
+            raise inputs
         call = Call(
             len(slots), inputs, link.output.empty(len(slots)), 0, True, core.loop.create_future(), core.loop.time()
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,18 +61,18 @@ class Sessions:
             state[tensor.spec.name] = np.array(codec.decode(tensor.data, 1)[0])
         return state
 
-    async def store(
+    def store(
         self,
         session_id: str,
         patterns: ArrayLike,
         labels: Sequence[str] | str | None = None,
         *,
         timeout: float | None = UNSET,
-    ) -> Stored:
+    ) -> Coroutine[Any, Any, Stored]:
         """See Session.store."""
-        return await _memories.store(self._client, session_id, patterns, labels, timeout)
+        return _memories.store(self._client, session_id, patterns, labels, timeout)
 
-    async def recall(
+    def recall(
         self,
         session_id: str,
         cue: ArrayLike,
@@ -82,9 +82,9 @@ class Sessions:
         seed: int = 0,
         sweeps_max: int = 100,
         timeout: float | None = UNSET,
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """See Session.recall."""
-        return await _memories.recall(self._client, session_id, cue, mask, synchronous, seed, sweeps_max, timeout)
+        return _memories.recall(self._client, session_id, cue, mask, synchronous, seed, sweeps_max, timeout)
 
     async def forget(
         self,
@@ -101,13 +101,13 @@ class Sessions:
         """See Session.patterns."""
         return await _memories.patterns(self._client, session_id, values, timeout)
 
-    async def address(
+    def address(
         self, session_id: str, key: ArrayLike, strength: ArrayLike = 1.0, *, timeout: float | None = UNSET
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    ) -> Coroutine[Any, Any, tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """See Session.address."""
-        return await _memories.address(self._client, session_id, key, strength, timeout)
+        return _memories.address(self._client, session_id, key, strength, timeout)
 
-    async def recreate(
+    def recreate(
         self,
         session_id: str,
         x: ArrayLike,
@@ -115,9 +115,9 @@ class Sessions:
         *,
         sweeps: int = 1,
         timeout: float | None = UNSET,
-    ) -> Recreation:
+    ) -> Coroutine[Any, Any, Recreation]:
         """See Session.recreate."""
-        return await _memories.recreate(self._client, {"session_id": session_id}, x, mask, sweeps, timeout)
+        return _memories.recreate(self._client, {"session_id": session_id}, x, mask, sweeps, timeout)
 
     async def fork(
         self, session_id: str, new_session_id: str | None = None, *, min_seq: int = 0, timeout: float | None = UNSET
@@ -176,13 +176,13 @@ class Models:
         response = await self._client._unary("GetModel", request, session_pb2.GetModelResponse, timeout)
         return ModelInfo.of(response.model)
 
-    async def recreate(
+    def recreate(
         self, model: str, x: ArrayLike, mask: ArrayLike | None = None, *, version: str = "", sweeps: int = 1,
         timeout: float | None = UNSET,
-    ) -> Recreation:  # fmt: skip
+    ) -> Coroutine[Any, Any, Recreation]:  # fmt: skip
         """See Session.recreate; no session is needed."""
         of = {"model": model, "version": version}
-        return await _memories.recreate(self._client, of, x, mask, sweeps, timeout)
+        return _memories.recreate(self._client, of, x, mask, sweeps, timeout)
 
     async def reload(self, *, timeout: float | None = UNSET) -> tuple[builtins.list[ModelInfo], builtins.list[str]]:
         """Looks at the models directory now; what is served, and what is wrong with the rest."""

@@ -2,7 +2,7 @@
 
 _manage.py offers these by session id, _session.py on an open session. Calls that are too large for one message are several:
 a store then takes back what it did if a later part is refused. A change carries a random id, so that it is applied once
-however often the connection is lost.
+however often the connection is lost. What the caller gives is packed when the call is made, not when it is awaited.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engram._errors import RETRYABLE, EngramError, InvalidInput
-from engram._patterns import Bits, Patterns, Recall, Recreation, Stored, bits_of, check_labels, recalls_of
+from engram._patterns import CUE, Bits, Patterns, Recall, Recreation, Stored, bits_of, check_labels, recalls_of
+from engram._values import array_of, hidden_of, narrowed
 from engram.v1 import memory_pb2 as pb
 
 if TYPE_CHECKING:
@@ -32,12 +33,23 @@ _PAGE = 50_000
 _FORGET_LABELS = 100_000
 
 
-async def store(
+async def refused(error: EngramError) -> Any:
+    """What is wrong with the arguments of a call is raised where it is awaited."""
+    raise error
+
+
+def store(
     client: AsyncClient, session_id: str, patterns: ArrayLike, labels: Sequence[str] | str | None, timeout: float | None
-) -> Stored:
+) -> Coroutine[Any, Any, Stored]:
     """See Session.store."""
-    packed = bits_of(patterns)
-    names = check_labels(labels, len(packed.bits))
+    try:
+        packed = bits_of(patterns)
+        return _store(client, session_id, packed, check_labels(labels, len(packed.bits)), timeout)
+    except EngramError as error:
+        return refused(error)
+
+
+async def _store(client: AsyncClient, session_id: str, packed: Bits, names: list[str], timeout: float | None) -> Stored:
     rows = max(1, _PART_BYTES // (packed.bits.shape[1] + (max(map(len, names)) if names else 0)))
     stored: list[str] = []
     response = pb.StorePatternsResponse()
@@ -78,12 +90,21 @@ async def forget(
     return forgotten
 
 
-async def recall(
+def recall(
     client: AsyncClient, session_id: str, cue: ArrayLike, mask: ArrayLike | None, synchronous: bool, seed: int,
     sweeps_max: int, timeout: float | None,
-) -> Any:  # fmt: skip
+) -> Coroutine[Any, Any, Any]:  # fmt: skip
     """See Session.recall."""
-    cues = bits_of(cue, mask, "cue")
+    try:
+        return _recall(client, session_id, bits_of(cue, mask, CUE), synchronous, seed, sweeps_max, timeout)
+    except EngramError as error:
+        return refused(error)
+
+
+async def _recall(
+    client: AsyncClient, session_id: str, cues: Bits, synchronous: bool, seed: int, sweeps_max: int,
+    timeout: float | None,
+) -> Any:  # fmt: skip
     if not 0 <= seed < 1 << 64 or not 1 <= sweeps_max < 1 << 32:
         raise InvalidInput("seed is a whole number from 0, sweeps_max one from 1", reason="INVALID_ARGUMENT")
     rows = max(1, min(_RECALL_CUES, _PART_BYTES // cues.bits.shape[1]))
@@ -125,19 +146,25 @@ async def patterns(client: AsyncClient, session_id: str, values: bool, timeout: 
             return Patterns(labels, found, page.load, page.size, page.rule)
 
 
-async def address(
+def address(
     client: AsyncClient, session_id: str, key: ArrayLike, strength: ArrayLike, timeout: float | None
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+) -> Coroutine[Any, Any, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """See Session.address."""
-    keys = _floats(key, "key")
+    try:
+        keys, strengths = _floats(key, "key"), _floats(strength, "strength")
+    except EngramError as error:
+        return refused(error)
+    return _address(client, session_id, keys, strengths, timeout)
+
+
+async def _address(
+    client: AsyncClient, session_id: str, keys: NDArray[np.float32], strengths: NDArray[np.float32],
+    timeout: float | None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
     rows = np.atleast_2d(keys)
-    strengths = (
-        np.broadcast_to(_floats(strength, "strength"), len(rows))
-        if np.ndim(strength) == 0
-        else _floats(strength, "strength")
-    )
+    each = strengths if strengths.ndim else np.broadcast_to(strengths, len(rows))
     request = pb.AddressMemoryRequest(
-        session_id=session_id, keys=rows.astype("<f4").tobytes(), strengths=strengths.astype("<f4").tobytes()
+        session_id=session_id, keys=rows.astype("<f4").tobytes(), strengths=each.astype("<f4").tobytes()
     )
     response = await client._unary("AddressMemory", request, pb.AddressMemoryResponse, timeout)
     weightings = np.frombuffer(response.weightings, "<f4").reshape(-1, response.slots)
@@ -145,18 +172,25 @@ async def address(
     return (weightings[0], reads[0]) if keys.ndim == 1 else (weightings, reads)
 
 
-async def recreate(
+def recreate(
     client: AsyncClient, of: dict[str, str], x: ArrayLike, mask: ArrayLike | None, sweeps: int, timeout: float | None
-) -> Recreation:
+) -> Coroutine[Any, Any, Recreation]:
     """See Session.recreate. `of`: the request's session_id, or model and version."""
-    inputs = _floats(x, "x")
-    unknown = b""
-    if mask is not None:
-        flags = np.asarray(mask)
-        if flags.dtype != np.bool_ or flags.shape not in (inputs.shape, inputs.shape[-1:]):
-            message = f"mask must be bool{list(inputs.shape)}, True where a unit is unknown; got {flags.dtype}{list(flags.shape)}"
-            raise InvalidInput(message, reason="INVALID_INPUT_WIDTH")
-        unknown = np.broadcast_to(flags, inputs.shape).tobytes()
+    try:
+        x, hidden = hidden_of(x)
+        if hidden is not None:
+            x = np.where(hidden, np.zeros_like(x), x)  # what is behind the mask is not looked at
+        inputs = _floats(x, "x")
+        unknown = _unknown(mask, hidden, inputs)
+    except EngramError as error:
+        return refused(error)
+    return _recreate(client, of, inputs, unknown, sweeps, timeout)
+
+
+async def _recreate(
+    client: AsyncClient, of: dict[str, str], inputs: NDArray[np.float32], unknown: bytes, sweeps: int,
+    timeout: float | None,
+) -> Recreation:  # fmt: skip
     if not 1 <= sweeps < 1 << 32:
         raise InvalidInput(f"sweeps is a whole number from 1; got {sweeps}", reason="INVALID_ARGUMENT")
     request = pb.RecreateRequest(inputs=inputs.astype("<f4").tobytes(), unknown=unknown, sweeps=sweeps, **of)
@@ -166,14 +200,26 @@ async def recreate(
     return Recreation(values, energies)
 
 
+def _unknown(mask: ArrayLike | None, hidden: NDArray[np.bool_] | None, inputs: NDArray[np.float32]) -> bytes:
+    """Which units are unknown, as bytes like `inputs`; none: no unit is. Raises InvalidInput."""
+    if mask is None:
+        return b"" if hidden is None else hidden.tobytes()
+    flags = array_of(mask, "the mask")
+    if flags.dtype != np.bool_ or flags.shape not in (inputs.shape, inputs.shape[-1:]):
+        message = (
+            f"mask must be bool{list(inputs.shape)}, True where a unit is unknown; got {flags.dtype}{list(flags.shape)}"
+        )
+        raise InvalidInput(message, reason="INVALID_INPUT_WIDTH")
+    return np.broadcast_to(flags if hidden is None else flags | hidden, inputs.shape).tobytes()
+
+
 def _floats(values: ArrayLike, what: str) -> NDArray[np.float32]:
-    """float32 [n] or [m, n], or one number; finite. Raises InvalidInput."""
-    try:
-        array = np.asarray(values, np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"{what} must be numbers in equal rows", reason="INVALID_INPUT_DTYPE") from error
+    """float32 [n] or [m, n], or one number; finite, and a copy. Raises InvalidInput."""
+    array = array_of(values, what)
+    if array.dtype.kind not in "biuf":
+        raise InvalidInput(f"{what} must be numbers; got {array.dtype}", reason="INVALID_INPUT_DTYPE")
     if array.ndim > 2 or not array.size:
         raise InvalidInput(f"{what} is one row or [n, ...]; got {list(array.shape)}", reason="INVALID_INPUT_WIDTH")
     if not np.isfinite(array).all():
         raise InvalidInput(f"{what} has NaN or infinity", reason="NON_FINITE_INPUT")
-    return array
+    return narrowed(array, np.dtype(np.float32), what)

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engram._errors import AlreadyExists, InvalidInput
+from engram._values import array_of, hidden_of
 from engram.v1 import memory_pb2
 
+CUE = "cue"
 _BLOCK_ROWS = 1 << 16  # looked at together, so that a large array is not there several times over
 
 
@@ -119,15 +121,17 @@ class Bits:
 
 def bits_of(values: ArrayLike, mask: ArrayLike | None = None, what: str = "pattern") -> Bits:
     """Packs one pattern [N] or many [n, N]. mask: bool [N] or [n, N], True where a bit is unknown; its value is not looked at.
+    Masked values of a cue are unknown too.
 
     Raises InvalidInput.
     """
+    values, hidden = hidden_of(values) if what == CUE else (values, None)
     array = _array(values, what)
     single = array.ndim == 1
     rows = np.atleast_2d(array)
     if rows.ndim != 2 or not rows.size:
         raise _bad(f"a {what} is one row of bits or [n, bits], none of them 0; got {list(array.shape)}")
-    unknown = None if mask is None else _mask(mask, rows, what)
+    unknown = None if mask is None and hidden is None else _unknown(mask, hidden, rows, what)
     packed = np.empty((len(rows), -(-rows.shape[1] // 8)), np.uint8)
     zeros = minus = False
     for start in range(0, len(rows), _BLOCK_ROWS):
@@ -174,25 +178,29 @@ def recalls_of(response: memory_pb2.RecallResponse, cues: Bits) -> list[Recall]:
 
 
 def _array(values: ArrayLike, what: str) -> NDArray[Any]:
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise _bad(f"{what}s are of unequal length") from error
+    array = array_of(values, f"a {what}", "INVALID_PATTERN")
     if array.dtype.kind not in "biuf":
         raise _bad(f"a {what} is of numbers, -1 and +1 or 0 and 1; got {array.dtype}")
     return array
 
 
-def _mask(mask: ArrayLike, rows: NDArray[Any], what: str) -> NDArray[np.bool_]:
-    array = np.asarray(mask)
-    if array.dtype != np.bool_ or array.shape not in (rows.shape, rows.shape[1:]):
-        message = f"mask must be bool{list(rows.shape[1:])} or bool{list(rows.shape)}, True where a bit is unknown"
-        raise _bad(f"{message}; got {array.dtype}{list(array.shape)}")
-    unknown: NDArray[np.bool_] = np.broadcast_to(array, rows.shape)
+def _unknown(
+    mask: ArrayLike | None, hidden: NDArray[np.bool_] | None, rows: NDArray[Any], what: str
+) -> NDArray[np.bool_]:
+    array = np.False_ if mask is None else _mask(mask, rows)
+    unknown: NDArray[np.bool_] = np.broadcast_to(array if hidden is None else array | hidden, rows.shape)
     if unknown.all(1).any():
         message = f"{what} {int(unknown.all(1).argmax())}: every bit is masked, so that there is nothing to go by"
         raise InvalidInput(message, reason="CUE_ALL_MASKED")
     return unknown
+
+
+def _mask(mask: ArrayLike, rows: NDArray[Any]) -> NDArray[np.bool_]:
+    array = array_of(mask, "the mask", "INVALID_PATTERN")
+    if array.dtype != np.bool_ or array.shape not in (rows.shape, rows.shape[1:]):
+        message = f"mask must be bool{list(rows.shape[1:])} or bool{list(rows.shape)}, True where a bit is unknown"
+        raise _bad(f"{message}; got {array.dtype}{list(array.shape)}")
+    return array
 
 
 def _refuse(rows: NDArray[Any], bad: NDArray[np.bool_], start: int, what: str) -> None:

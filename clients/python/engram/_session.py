@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from engram._arrays import RowCodec
 from engram._calls import FEEDBACK, QUIET, Call
 from engram._errors import EngramError, FailedPrecondition, InvalidInput, SessionClosed
+from engram._memories import refused
 from engram._patterns import Patterns, Recreation, Stored
 from engram._source import inputs_of
 from engram._types import ModelInfo
 
 if TYPE_CHECKING:
     from engram._client import AsyncClient
+
+_T = TypeVar("_T")
 
 UNSET: Final = -1.0  # a timeout that was not given: the client's default
 
@@ -29,6 +33,9 @@ class Session:
     if it had not been made: steps called after it are applied all the same. A call of many rows (`run`, `absorb`) stops at
     its first failing row; `error.metadata["row"]` says which. A cancelled or timed-out step that had left already may still
     be applied; its output is dropped and the session goes on.
+
+    Arrays are copied when a method is called: what the caller writes into them afterwards, before the call is awaited or its
+    frame has left, is not sent.
 
     Every method takes `timeout` in seconds (None: no limit; not given: the client's) and raises EngramError.
     """
@@ -66,25 +73,41 @@ class Session:
         """The model version that the session is on."""
         return self._client._core.models[self._model_index].info
 
-    async def step(self, x: ArrayLike, *, timeout: float | None = UNSET) -> NDArray[Any]:
+    def step(self, x: ArrayLike, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, NDArray[Any]]:
         """One input [*input shape] -> its output [*output shape]. Steps that are ready together leave as one frame."""
-        client, slot = self._client, self._live()
-        core = client._core
-        row = core.models[core.table.model[slot]].input.one(x)
-        return await core.submit_step(slot, row, client._timeout(timeout))
+        try:
+            row = self._codec.one(x)
+        except EngramError as error:
+            return refused(error)
+        return self._step(row, timeout)
 
-    async def run(self, X: ArrayLike, *, timeout: float | None = UNSET) -> NDArray[Any]:
+    async def _step(self, row: bytes | EngramError, timeout: float | None) -> NDArray[Any]:
+        """The step of an input that was taken; an error that it was refused with is raised here."""
+        if isinstance(row, EngramError):
+            raise row
+        slot = self._live()
+        return await self._client._core.submit_step(slot, row, self._client._timeout(timeout))
+
+    def run(self, X: ArrayLike, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, NDArray[Any]]:
         """Inputs [T, *input shape] -> outputs [T, *output shape], pipelined."""
-        link = self._client._core.models[self._model_index]
-        inputs = link.input.many(X)
-        outputs = link.output.empty(len(inputs))
+        try:
+            inputs = self._codec.many(X)
+        except EngramError as error:
+            return refused(error)
+        return self._run(inputs, timeout)
+
+    async def _run(self, inputs: NDArray[np.uint8], timeout: float | None) -> NDArray[Any]:
+        outputs = self._client._core.models[self._model_index].output.empty(len(inputs))
         await self._submit(len(inputs), inputs, outputs, 0, timeout)
         return outputs
 
-    async def absorb(self, X: ArrayLike, *, timeout: float | None = UNSET) -> None:
+    def absorb(self, X: ArrayLike, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, None]:
         """Takes inputs [T, *input shape] in without giving outputs."""
-        inputs = self._client._core.models[self._model_index].input.many(X)
-        await self._submit(len(inputs), inputs, None, QUIET, timeout)
+        try:
+            inputs = self._codec.many(X)
+        except EngramError as error:
+            return refused(error)
+        return self._submit(len(inputs), inputs, None, QUIET, timeout)
 
     async def generate(self, k: int, *, timeout: float | None = UNSET) -> NDArray[Any]:
         """k further outputs [k, *output shape], each the next one's input; the first input is the last output."""
@@ -107,13 +130,16 @@ class Session:
     ) -> AsyncIterator[NDArray[Any]]:
         """One output for each input of any (async) iterable, in order, as soon as it is there.
 
-        At most `ahead` steps are on their way at once; the source is not read further meanwhile. A plain iterable that is no
-        list or array is read in a thread of its own. What the source raises is raised here, after the outputs of all inputs
-        before it. Ends with the source; leaving the loop early leaves the session usable.
+        At most `ahead` steps are on their way at once, and at most one further item is taken from the source meanwhile. An item
+        is copied as it is taken, before the source is asked for the next one: it may use one buffer for all of them. A plain
+        iterable that is no list or array is read in a thread of its own. What the source raises is raised here, after the
+        outputs of all inputs before it. Ends with the source; leaving the loop early leaves the session usable.
         """
+        if ahead < 1:
+            raise InvalidInput(f"ahead is a whole number from 1; got {ahead}", reason="INVALID_ARGUMENT")
         outputs: deque[asyncio.Task[NDArray[Any]]] = deque()
-        inputs = inputs_of(source)
-        next_input: asyncio.Task[ArrayLike] | None = None
+        inputs = inputs_of(source, self._taken)
+        next_input: asyncio.Task[bytes | EngramError] | None = None
         failure: BaseException | None = None
         ended = False
         try:
@@ -129,7 +155,7 @@ class Session:
                     if error is not None:
                         ended, failure = True, None if isinstance(error, StopAsyncIteration) else error
                     else:
-                        outputs.append(asyncio.ensure_future(self.step(next_input.result(), timeout=timeout)))
+                        outputs.append(asyncio.ensure_future(self._step(next_input.result(), timeout)))
                     next_input = None
                 while outputs and outputs[0].done():
                     yield outputs.popleft().result()
@@ -139,16 +165,16 @@ class Session:
             for task in (*outputs, *(() if next_input is None else (next_input,))):
                 task.cancel()
             await asyncio.gather(*outputs, *(() if next_input is None else (next_input,)), return_exceptions=True)
-            await inputs.aclose()  # type: ignore[attr-defined]
+            await inputs.aclose()
 
     async def state(self, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
         """The state tensors by name, without the batch dimension, after the last step that was answered."""
         self._live()
         return await self._client.sessions.state(self._id, min_seq=self.seq, timeout=timeout)
 
-    async def store(
+    def store(
         self, patterns: ArrayLike, labels: Sequence[str] | str | None = None, *, timeout: float | None = UNSET
-    ) -> Stored:
+    ) -> Coroutine[Any, Any, Stored]:
         """Adds patterns [n, N], or one [N], to the session's memory: of -1 and +1, or of 0 and 1, or of booleans.
 
         All of them are stored or none, and in Redis when this returns; beyond some megabytes they go in parts, which are
@@ -156,10 +182,9 @@ class Session:
         "p0", "p1" and so on. Raises InvalidInput, AlreadyExists (DUPLICATE_LABEL), FailedPrecondition (MEMORY_FULL, or
         UNSUPPORTED_OPERATION: the model keeps no patterns).
         """
-        self._live()
-        return await self._client.sessions.store(self._id, patterns, labels, timeout=timeout)
+        return self._alive(self._client.sessions.store(self._id, patterns, labels, timeout=timeout))
 
-    async def recall(
+    def recall(
         self,
         cue: ArrayLike,
         mask: ArrayLike | None = None,
@@ -168,18 +193,19 @@ class Session:
         seed: int = 0,
         sweeps_max: int = 100,
         timeout: float | None = UNSET,
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """What a cue [N] brings back: a Recall; of many cues [n, N], a list of them.
 
-        mask: bool, [N] or like the cue, True where a bit is unknown; what the cue has there is not looked at. Units are
-        updated one after the other in a random order drawn from `seed`, or all at once if `synchronous`, until nothing
-        changes or `sweeps_max` sweeps are over. Any server answers, from what is in Redis; whoever has the session open is
-        not disturbed. Raises InvalidInput (INVALID_PATTERN, CUE_ALL_MASKED), FailedPrecondition (EMPTY_MEMORY).
+        mask: bool, [N] or like the cue, True where a bit is unknown; what the cue has there is not looked at. A masked array's
+        own mask says the same. Units are updated one after the other in a random order drawn from `seed`, or all at once if
+        `synchronous`, until nothing changes or `sweeps_max` sweeps are over. Any server answers, from what is in Redis; whoever
+        has the session open is not disturbed. Raises InvalidInput (INVALID_PATTERN, CUE_ALL_MASKED), FailedPrecondition
+        (EMPTY_MEMORY).
         """
-        self._live()
-        return await self._client.sessions.recall(
+        work = self._client.sessions.recall(
             self._id, cue, mask, synchronous=synchronous, seed=seed, sweeps_max=sweeps_max, timeout=timeout
         )
+        return self._alive(work)
 
     async def forget(
         self, labels: Sequence[str] | str | None = None, *, all: bool = False, timeout: float | None = UNSET
@@ -194,27 +220,25 @@ class Session:
         self._live()
         return await self._client.sessions.patterns(self._id, values=values, timeout=timeout)
 
-    async def address(
+    def address(
         self, key: ArrayLike, strength: ArrayLike = 1.0, *, timeout: float | None = UNSET
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    ) -> Coroutine[Any, Any, tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Looks a key [M] up in the memory of a Neural Turing Machine, as it stands in Redis now, and changes nothing.
 
         The weighting [N] over its locations, a softmax of strength times cosine, and what is read under it [M]. Of many keys
         [n, M], with one strength or [n], they are [n, N] and [n, M].
         """
-        self._live()
-        return await self._client.sessions.address(self._id, key, strength, timeout=timeout)
+        return self._alive(self._client.sessions.address(self._id, key, strength, timeout=timeout))
 
-    async def recreate(
+    def recreate(
         self, x: ArrayLike, mask: ArrayLike | None = None, *, sweeps: int = 1, timeout: float | None = UNSET
-    ) -> Recreation:
+    ) -> Coroutine[Any, Any, Recreation]:
         """What the session's model, a Boltzmann machine or belief network, makes of an input [visible] or of many [n, visible].
 
         Values are 0 to 1. mask: bool, True where a unit is unknown: it is filled in, and the others keep their values; without
-        one, all are recreated.
+        one, all are recreated. A masked array's own mask says the same.
         """
-        self._live()
-        return await self._client.sessions.recreate(self._id, x, mask, sweeps=sweeps, timeout=timeout)
+        return self._alive(self._client.sessions.recreate(self._id, x, mask, sweeps=sweeps, timeout=timeout))
 
     async def fork(self, session_id: str | None = None, *, timeout: float | None = UNSET) -> Session:
         """A new session, opened, that stands after the last step of this one that was answered."""
@@ -239,11 +263,29 @@ class Session:
         if not rows:
             return
         core = self._client._core
-        # Copied: the caller may change the array while steps still wait, or are kept for a replay.
-        kept = None if inputs is None else inputs.copy()
-        call = Call(rows, kept, outputs, flags, False, core.loop.create_future(), core.loop.time())
+        call = Call(rows, inputs, outputs, flags, False, core.loop.create_future(), core.loop.time())
         # A long run takes as long as it takes: the client's own timeout is for a server that no longer answers.
         await core.submit(call, slot, self._client._timeout(timeout), while_stuck=timeout == UNSET)
+
+    async def _alive(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """What a call by id gives, if the session is open here."""
+        try:
+            self._live()
+        except EngramError:
+            work.close()
+            raise
+        return await work
+
+    @property
+    def _codec(self) -> RowCodec:
+        return self._client._core.models[self._model_index].input
+
+    def _taken(self, x: ArrayLike) -> bytes | EngramError:
+        """An input as it is sent, copied; or what it is refused with."""
+        try:
+            return self._codec.one(x)
+        except EngramError as error:
+            return error
 
     @property
     def _model_index(self) -> int:

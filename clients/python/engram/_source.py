@@ -1,32 +1,40 @@
-"""Inputs from any iterable, without keeping the event loop waiting for it. Used by Session.stream."""
+"""Inputs from any iterable, without keeping the event loop waiting for it. Used by Session.stream.
+
+An item is the caller's until it is taken, and may be one buffer that is filled again and again: so it is turned into what
+is sent in the same breath, where it was read, before the source is asked for the next one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from typing import Any, TypeVar
 
 from numpy.typing import ArrayLike
 
-_AHEAD = 64  # inputs read from a plain iterable before they are asked for
+_AHEAD = 1  # items read from a plain iterable before they are asked for
+
+_T = TypeVar("_T")
 
 
-async def inputs_of(source: Iterable[ArrayLike] | AsyncIterable[ArrayLike]) -> AsyncIterator[ArrayLike]:
-    """The source's items as they come. A plain iterable that is no list or array is read in a thread of its own: it may
-    block, as a file or a queue does."""
+async def inputs_of(
+    source: Iterable[ArrayLike] | AsyncIterable[ArrayLike], take: Callable[[ArrayLike], _T]
+) -> AsyncGenerator[_T]:
+    """The source's items as they come, each as `take` makes it. A plain iterable that is no list or array is read in a thread
+    of its own: it may block, as a file or a queue does."""
     if isinstance(source, AsyncIterable):
         async for item in source:
-            yield item
+            yield take(item)
     elif hasattr(source, "__len__"):
         for item in source:
-            yield item
+            yield take(item)
     else:
-        async for item in _pumped(source):
-            yield item
+        async for taken in _pumped(source, take):
+            yield taken
 
 
-async def _pumped(source: Iterable[ArrayLike]) -> AsyncIterator[ArrayLike]:
+async def _pumped(source: Iterable[ArrayLike], take: Callable[[ArrayLike], _T]) -> AsyncGenerator[_T]:
     loop = asyncio.get_running_loop()
     items: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
     room = threading.Semaphore(_AHEAD)
@@ -38,12 +46,14 @@ async def _pumped(source: Iterable[ArrayLike]) -> AsyncIterator[ArrayLike]:
 
     def pump() -> None:
         try:
-            for item in source:
-                put("item", item)
-                room.acquire()
-                if stopped.is_set():
+            items_left = iter(source)
+            end = object()
+            while room.acquire() and not stopped.is_set():
+                item = next(items_left, end)
+                if item is end:
+                    put("end", None)
                     return
-            put("end", None)
+                put("item", take(item))  # type: ignore[arg-type]  # it is not the end
         except BaseException as error:  # handed to the reader, whatever it is
             put("error", error)
 
