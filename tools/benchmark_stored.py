@@ -158,7 +158,7 @@ class Listing:
     """Lists page by page, as the SDK does, and times each call."""
 
     def __init__(self, address: str) -> None:
-        self._stub = service_pb2_grpc.EngramServiceStub(grpc.insecure_channel(address))
+        self._stub = service_pb2_grpc.EngramServiceStub(grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]))
         self.ids: set[str] = set()
         self.listed = 0
         self.took_ms: list[float] = []

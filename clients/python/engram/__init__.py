@@ -11,6 +11,7 @@ loaded when it is first used.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from engram._version import __version__
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from engram._patterns import Patterns, Recall, Recreation, Stored
     from engram._session import Session
     from engram._types import ModelInfo, ServerInfo, SessionInfo, TensorSpec
+
+# gRPC's handlers of forks do not know its asyncio part, and now and then hang in the child. What is to be done about forks,
+# _poller.py does. Read when gRPC begins.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 __all__ = [
     "Aborted",

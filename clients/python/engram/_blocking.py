@@ -25,6 +25,7 @@ from engram._client import AsyncClient
 from engram._errors import ClientClosed
 from engram._options import ClientOptions
 from engram._patterns import Patterns, Recreation, Stored
+from engram._poller import check, mark
 from engram._session import UNSET, Session
 from engram._types import ModelInfo, ServerInfo, SessionInfo
 
@@ -37,6 +38,7 @@ class _Loop:
     """An event loop in a daemon thread."""
 
     def __init__(self) -> None:
+        self._mark = mark()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engram-client", daemon=True)
         self._thread.start()
@@ -45,6 +47,7 @@ class _Loop:
         """Runs it there; its result here. Interrupting the wait cancels the work."""
         if not self._thread.is_alive():
             work.close()
+            check(self._mark)
             raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
         # Held until the work has ended. A bare lock, which Ctrl-C leaves whole: raised inside a Future's condition, it may
         # leave that locked for ever.
@@ -98,6 +101,11 @@ class _Loop:
         finally:
             if self._thread.is_alive():
                 self.wait(ending())
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it runs in a process from which this one was forked."""
+        return self._mark != mark()
 
     def stop(self) -> None:
         """Ends what still runs there, gRPC's own tasks with it, and the thread."""
@@ -168,7 +176,9 @@ class Client:
         self._loop.wait(self._client.connect())
 
     def close(self) -> None:
-        """See AsyncClient.aclose."""
+        """See AsyncClient.aclose. In a forked process nothing: the client is its parent's."""
+        if self._loop.elsewhere:
+            return
         try:
             self._loop.wait(self._client.aclose())
         except ClientClosed:

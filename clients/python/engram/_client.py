@@ -23,6 +23,7 @@ from engram._errors import (
     ClientClosed,
     DeadlineExceeded,
     EngramError,
+    FailedPrecondition,
     InvalidInput,
     SessionClosed,
     of_detail,
@@ -31,6 +32,7 @@ from engram._frames import close_frame
 from engram._link import Link, StreamLost
 from engram._manage import Models, Sessions
 from engram._options import ClientOptions
+from engram._poller import check, mark, refuse_patched_threads
 from engram._session import UNSET, Session
 from engram._table import VOID_HANDLE
 from engram._types import ModelInfo, ServerInfo
@@ -84,6 +86,7 @@ class AsyncClient:
         if not self.addresses:
             raise InvalidInput("AsyncClient needs at least one address", reason="INVALID_ARGUMENT")
         self.options.check(self.addresses)
+        refuse_patched_threads()
         self.sessions = Sessions(self)
         self.models = Models(self)
         self._client_id = secrets.randbits(63) | 1
@@ -110,8 +113,12 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Lets go of all sessions, which keeps their records, and ends the stream."""
-        link, self._closed = self._link, True
-        if link is None:
+        link = self._link
+        ended = link is None or link.loop.is_closed() or link.mark != mark()  # nothing of it is here any more
+        if link is not None and not ended:
+            self._here(link)
+        self._closed = True
+        if link is None or ended:
             return
         alive = [session for session in self._open_sessions.values() if not link.core.table.lost[session._slot]]
         if alive and link._up.is_set():
@@ -231,11 +238,21 @@ class AsyncClient:
             raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
         if self._link is None:
             self._link = Link(self.addresses, self.options, self._client_id, (self._client_id & 0x3FFFFFFF) << 32)
-        return self._link
+        return self._here(self._link)
+
+    def _here(self, link: Link) -> Link:
+        """Raises FailedPrecondition where this is another process, or another event loop, than the one of the connection."""
+        if asyncio._get_running_loop() is not link.loop:
+            check(link.mark)
+            message = "this client is connected on another event loop; use one client for each loop, or `engram.Client`"
+            raise FailedPrecondition(message, reason="OTHER_EVENT_LOOP")
+        return link
 
     def _timeout(self, timeout: float | None) -> float | None:
         if self._closed:
             raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
+        if self._link is not None:
+            self._here(self._link)
         return self.options.timeout_s if timeout == UNSET else timeout
 
     def _durability(self, name: str | None) -> int:
@@ -392,7 +409,7 @@ class AsyncClient:
         link = self._link
         if link is None or not sessions:
             return
-        table = link.core.table
+        table = self._here(link).core.table
         limit_s = self.options.timeout_s if timeout == UNSET else timeout
         deadline = None if limit_s is None else link.loop.time() + limit_s
         mine = [session for session in sessions if session._uid >= 0 and session._client is self]

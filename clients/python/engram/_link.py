@@ -30,6 +30,7 @@ from engram._errors import (
     of_detail,
 )
 from engram._options import ClientOptions
+from engram._poller import enter, leave, mark
 from engram._rpc import StreamCall, call_unary, let_in, open_channel, open_stream
 from engram._status import of_rpc_error
 from engram.v1 import stream_pb2
@@ -52,6 +53,8 @@ class Link:
     that the server itself gave."""
 
     def __init__(self, addresses: Sequence[str], options: ClientOptions, client_id: int, base: int) -> None:
+        enter(self)
+        self.mark = mark()
         self.options = options
         self.client_id = client_id
         self.loop = asyncio.get_running_loop()
@@ -137,6 +140,9 @@ class Link:
         for task in ending:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
+        # They hold what they waited for, and with it gRPC's poller, which a fork must not find at work.
+        self._tasks, self._trouble = [], None
+        leave(self)
         self.core.fail_waiting(ClientClosed("the client was closed", reason="CLIENT_CLOSED"), 0.0, 0.0)
 
     # Keeping it up

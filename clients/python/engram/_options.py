@@ -70,6 +70,10 @@ class ClientOptions:
     token_in_plain_text: bool = False
     """Lets a token go without TLS to another machine, where everybody between can read it."""
 
+    proxy: bool = False
+    """Go through the HTTP proxy that the environment names (grpc_proxy, https_proxy or http_proxy, and no_proxy), except to
+    this machine. A token goes through one over TLS alone."""
+
     tls: bool = False
     """Speak TLS, and trust the system's CAs; a ca_file or a cert_file means it too."""
 
@@ -95,6 +99,9 @@ class ClientOptions:
         if bool(self.cert_file) != bool(self.key_file):
             raise InvalidInput("cert_file and key_file: give both or neither", reason="INVALID_ARGUMENT")
         for address in addresses:
+            if self.token is not None and not self.encrypted and self.proxied(address):
+                message = f"a token would pass a proxy on its way to {address} in plain text; give tls=True or a ca_file"
+                raise InvalidInput(message, reason="TOKEN_IN_PLAIN_TEXT")
             if not self.may_go_to(address):
                 message = (
                     f"a token would cross the network to {address} in plain text; give tls=True or a ca_file"
@@ -104,17 +111,30 @@ class ClientOptions:
 
     def may_go_to(self, address: str) -> bool:
         """Whether a token that goes there cannot be read on the way, or there is none."""
-        if self.token is None or self.encrypted or self.token_in_plain_text:
+        if self.token is None or self.encrypted:
             return True
-        return _stays_here(address)
+        return stays_here(address) or (self.token_in_plain_text and not self.proxy)
+
+    def proxied(self, address: str) -> bool:
+        """Whether a proxy of the environment is used on the way there."""
+        return self.proxy and not stays_here(address)
 
 
-def _stays_here(address: str) -> bool:
+def stays_here(address: str) -> bool:
     """Whether an address is on this machine."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
-    host = address.removeprefix("dns:///").removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")[0].strip("[]")
+    rest = address.partition("/")[2].rpartition("/")[2] if address.startswith("dns://") else address
+    for scheme in ("dns:", "ipv4:", "ipv6:"):
+        rest = rest.removeprefix(scheme)
+    if rest.startswith("["):
+        host = rest[1:].partition("]")[0]
+    else:
+        host = rest.partition(":")[0] if rest.count(":") == 1 else rest
+    host = host.rstrip(".").lower()
     try:
-        return ipaddress.ip_address(host).is_loopback
+        found = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return host == "localhost"
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback

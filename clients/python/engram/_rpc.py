@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias, TypeVar, cast
@@ -12,6 +13,7 @@ from google.protobuf.message import Message
 
 from engram._errors import EngramError, InvalidInput, Unavailable
 from engram._options import ClientOptions
+from engram._poller import bound
 from engram.v1 import stream_pb2
 
 SERVICE = "/engram.v1.EngramService/"
@@ -33,10 +35,14 @@ def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
         # Channels otherwise share connections, and with them the waits after failures of one another.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_retries", 0),
+        # gRPC's own rule is to use the environment's proxy for whatever no_proxy does not name, this machine too.
+        ("grpc.enable_http_proxy", int(options.proxied(address))),
     ]
-    if options.encrypted:
-        return grpc.aio.secure_channel(address, _credentials(options), options=arguments)
-    return grpc.aio.insecure_channel(address, options=arguments)
+    credentials = _credentials(options) if options.encrypted else None
+    with bound(asyncio.get_running_loop()):
+        if credentials is not None:
+            return grpc.aio.secure_channel(address, credentials, options=arguments)
+        return grpc.aio.insecure_channel(address, options=arguments)
 
 
 def _credentials(options: ClientOptions) -> grpc.ChannelCredentials:

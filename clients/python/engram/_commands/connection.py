@@ -36,6 +36,11 @@ def add_address(parser: argparse.ArgumentParser) -> None:
         help="speak TLS; PEM certificates that sign the server's, or `system` (default: ENGRAM_CA); a certificate of one's own"
         " is in the files ENGRAM_CERT and ENGRAM_KEY",
     )
+    parser.add_argument(
+        "--proxy",
+        action="store_true",
+        help="go through the proxy that the environment names (https_proxy and the like); it is not used otherwise",
+    )
 
 
 def client_of(args: argparse.Namespace) -> Client:
@@ -45,7 +50,7 @@ def client_of(args: argparse.Namespace) -> Client:
     system = args.ca == "system"
     options = ClientOptions(
         connect_timeout_s=5.0, token=_token(args), tls=system, ca_file=None if system else args.ca,
-        cert_file=os.environ.get("ENGRAM_CERT"), key_file=os.environ.get("ENGRAM_KEY"),
+        cert_file=os.environ.get("ENGRAM_CERT"), key_file=os.environ.get("ENGRAM_KEY"), proxy=args.proxy,
     )  # fmt: skip
     return Client([part.strip() for part in args.address.split(",")], options)
 

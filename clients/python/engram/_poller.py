@@ -1,0 +1,164 @@
+"""gRPC's one poller of this process: who may use it, and how several event loops share it. Used by _link.py and _blocking.py.
+
+gRPC for asyncio has one thread that polls, and every event loop on which there is a channel reads what it found from one
+socket. So there are three things to see to:
+
+    a fork            the thread is not in the child. Where no client is open, gRPC is taken down before the fork, and the
+                      child begins anew; else the child is told at its first use, for it would wait for ever
+    several loops     a loop may find that another was quicker, or what is meant for one that has ended: no error of anybody's
+    patched threads   gevent and eventlet replace threads by what a wait in gRPC would stop altogether
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import grpc.aio
+
+from engram._errors import FailedPrecondition
+
+_POLLER = "_poll_wrapper"  # part of the name of gRPC's thread
+_PATCHED = (("gevent.monkey", "is_module_patched", "threading"), ("eventlet.patcher", "is_monkey_patched", "thread"))
+
+
+class _Process:
+    """What this process knows of itself."""
+
+    def __init__(self) -> None:
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # whoever has channels open
+        self.forks = 0  # between the first process and this one
+        self.broken = False  # gRPC was in use when this process was forked
+        self.held = False
+
+
+_process = _Process()
+
+
+def enter(user: Any) -> None:
+    """`user` is about to open channels. Raises FailedPrecondition where it cannot."""
+    refuse_patched_threads()
+    if _process.broken:
+        raise _forked(
+            "this process was forked from one with an Engram client, or other gRPC, in use, whose threads are not here"
+        )
+    _process.users.add(user)
+
+
+def leave(user: Any) -> None:
+    """`user` has closed its channels."""
+    _process.users.discard(user)
+
+
+def mark() -> int:
+    """Another one in a process that was forked."""
+    return _process.forks
+
+
+def check(made: int) -> None:
+    """Raises FailedPrecondition for what was made where `mark` was another."""
+    if made != _process.forks:
+        raise _forked("this client was made before this process was forked; its connection is the parent's")
+
+
+def refuse_patched_threads() -> None:
+    """Raises FailedPrecondition where threads are not threads."""
+    for module, function, name in _PATCHED:
+        if (patcher := sys.modules.get(module)) is not None and getattr(patcher, function)(name):
+            library = module.partition(".")[0]
+            message = (
+                f"{library} has replaced the threads of this process, and gRPC for asyncio needs real ones: it would hang."
+                f" Use Engram in a process of its own that is not patched"
+            )
+            raise FailedPrecondition(message, reason="PATCHED_THREADS")
+
+
+@contextmanager
+def bound(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """For making a channel on a loop: gRPC's reader of its poller, if it is added now, is added with patience."""
+    add_reader = loop.add_reader
+
+    def add_patient(fd: Any, take: Callable[..., object], *args: Any) -> None:
+        add_reader(fd, _take, take, *args)
+
+    try:
+        loop.add_reader = add_patient  # type: ignore[assignment, method-assign]
+    except AttributeError:  # a loop of another make, whose methods are its own
+        yield
+        return
+    try:
+        yield
+    finally:
+        del loop.add_reader
+
+
+def _take(take: Callable[..., object], *args: Any) -> None:
+    # Each event comes with one byte, and one byte is read for at least one event: what is left over is read next.
+    with suppress(BlockingIOError):  # another loop has read the byte, and sees to the event
+        try:
+            take(*args)
+        except RuntimeError as error:
+            if "closed" not in str(error):
+                raise  # else it was for a loop that has ended, where nobody waits any more
+
+
+def _forked(why: str) -> FailedPrecondition:
+    advice = "make clients after the fork, close them before it, or start processes with `spawn` or `forkserver`"
+    return FailedPrecondition(f"{why}; {advice}", reason="FORKED")
+
+
+# Forks
+
+
+class _NoLoop:
+    """Stands for a loop while gRPC is held over a fork: nothing is read on it."""
+
+    def add_reader(self, fd: Any, *_: Any) -> None: ...
+
+    def remove_reader(self, fd: Any) -> None: ...
+
+
+_no_loop: Any = _NoLoop()
+
+
+def _polling() -> bool:
+    return any(_POLLER in thread.name for thread in threading.enumerate())
+
+
+def _before() -> None:
+    if not _polling():
+        return
+    if not _process.users:
+        gc.collect()  # closed clients may wait for the collector, and hold the poller meanwhile
+    if _polling():
+        # In the child nothing may take the poller down: it would wait for a thread that is not there.
+        running = asyncio._get_running_loop()
+        asyncio._set_running_loop(_no_loop)
+        try:
+            grpc.aio.init_grpc_aio()
+        finally:
+            asyncio._set_running_loop(running)
+        _process.held = True
+
+
+def _in_parent() -> None:
+    if _process.held:
+        _process.held = False
+        grpc.aio.shutdown_grpc_aio()
+
+
+def _in_child() -> None:
+    _process.forks += 1
+    _process.users = weakref.WeakSet()
+    _process.broken |= _process.held
+    _process.held = False
+
+
+os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
