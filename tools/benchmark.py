@@ -7,7 +7,6 @@ minutes; the machine should have nothing else to do.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from engram._json import json_text
 from engram_service.bench.measure import Options, Result, measure
 from engram_service.bench.plain import PlainResult
 from engram_service.bench.report import machine, table, verdict
@@ -44,7 +44,7 @@ def main() -> int:
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     (DIRECTORY / f"{name}.md").write_text(page(results, described, args.seconds))
     found = {"machine": described, "results": [one.as_dict() for one in results]}
-    (DIRECTORY / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    (DIRECTORY / f"{name}.json").write_text(json_text(found, indent=2) + "\n")
     if args.device == "auto":
         write_readme(results, described)
     print(table(results))

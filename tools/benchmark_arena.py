@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import engram
+from engram._json import json_text
 from engram_service.bench.report import machine
 from engram_service.bench.workload import W, write_w
 from engram_service.local import LocalServer
@@ -56,7 +56,7 @@ def main() -> int:
         row["of_what_fits"] = row["steps_per_s"] / fits["steps_per_s"]
     found = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "slots": SLOTS, "results": rows}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "arena.json").write_text(json.dumps(found, indent=2) + "\n")
+    (args.out / "arena.json").write_text(json_text(found, indent=2) + "\n")
     (args.out / "arena.md").write_text(page(found))
     print(page(found))
     return 0

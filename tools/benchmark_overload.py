@@ -34,6 +34,7 @@ import psutil
 from numpy.typing import NDArray
 
 import engram
+from engram._json import json_text
 from engram.v1 import stream_pb2
 from engram_service.bench.report import machine
 from engram_service.bench.workload import W, write_w
@@ -44,6 +45,7 @@ SMALL_CLIENTS, SMALL_SESSIONS, PERIOD_S = 10, 100, 1.0
 GREEDY_SESSIONS, GREEDY_STEPS, GREEDY_CALLS = 2000, 256, 16
 CROWD, CROWD_SESSIONS = 8, 1500  # clients of the overload, in one process, and sessions of each
 CROWD_PERIOD_S, DEADLINE_S = 0.02, 0.3
+_CHANNEL = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
 LOADS = (0.5, 1.0, 2.0)  # of what was measured to be possible
 ROUNDS, SETTLE_S, NICENESS = 5, 2.0, 10
 BESIDE = {
@@ -81,7 +83,7 @@ def main() -> int:
             overload = asyncio.run(overloaded(server, args.seconds))
     found = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "greedy": greedy, "overload": overload}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "overload.json").write_text(json.dumps(found, indent=2) + "\n")
+    (args.out / "overload.json").write_text(json_text(found, indent=2) + "\n")
     (args.out / "overload.md").write_text(page(found))
     print(page(found))
     return 0
@@ -114,7 +116,7 @@ async def compete(args: argparse.Namespace) -> int:
                 for reason, count in sum((client.reasons for client in clients), Counter()).items()
             },
         }
-        print(json.dumps(told), flush=True)
+        print(json_text(told), flush=True)
         return 0
     async with engram.AsyncClient(args.address, engram.ClientOptions(timeout_s=None)) as client:
         sessions = await client.open_many(W, [f"{args.beside}-{number}" for number in range(GREEDY_SESSIONS)])
@@ -153,7 +155,7 @@ class Crowd:
         self.reasons: Counter[str] = Counter()
 
     async def run(self, address: str, seconds: float) -> None:
-        async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        async with grpc.aio.insecure_channel(address, options=_CHANNEL) as channel:
             stream = channel.stream_stream(
                 "/engram.v1.EngramService/Stream",
                 request_serializer=stream_pb2.StreamRequest.SerializeToString,

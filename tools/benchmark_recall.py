@@ -7,7 +7,6 @@ Machine, 256 sessions against one. Takes some two minutes; the machine should ha
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 import engram
+from engram._json import json_text
 from engram_models import NTM, Hopfield, write_bundle
 from engram_service.bench.ceiling import Ceiling
 from engram_service.bench.measure import Options, measure
@@ -57,7 +57,7 @@ def main() -> int:
     described = {**machine(), "load average": f"{busy:.1f} before it began; niceness {os.nice(0)}"}
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     found = {"machine": described, "date": f"{datetime.now(UTC):%Y-%m-%d}", "goals": GOALS, **figures}
-    (DIRECTORY / f"{args.name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    (DIRECTORY / f"{args.name}.json").write_text(json_text(found, indent=2) + "\n")
     text = page(found)
     (DIRECTORY / f"{args.name}.md").write_text(text)
     print(text)

@@ -8,7 +8,6 @@ who lists all the time. The machine should have nothing else to do.
 from __future__ import annotations
 
 import argparse
-import json
 import secrets
 import statistics
 import sys
@@ -27,6 +26,7 @@ import torch
 from torch import nn
 
 import engram
+from engram._json import json_text
 from engram.v1 import service_pb2_grpc, session_pb2
 from engram_models import bundle_from_torch, load_bundle, write_bundle
 from engram_service.bench.report import machine
@@ -65,7 +65,7 @@ def main() -> int:
             url = f"unix://{server.directory / 'data' / 'redis.sock'}"
             found = measured(server, models, redis.Redis.from_url(url), url, args.sessions)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "stored.json").write_text(json.dumps(found, indent=2) + "\n")
+    (args.out / "stored.json").write_text(json_text(found, indent=2) + "\n")
     (args.out / "stored.md").write_text(page(found))
     print(page(found))
     return 0 if found["listed_once"] == args.sessions else 1
@@ -158,7 +158,9 @@ class Listing:
     """Lists page by page, as the SDK does, and times each call."""
 
     def __init__(self, address: str) -> None:
-        self._stub = service_pb2_grpc.EngramServiceStub(grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]))
+        self._stub = service_pb2_grpc.EngramServiceStub(
+            grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
+        )
         self.ids: set[str] = set()
         self.listed = 0
         self.took_ms: list[float] = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import secrets
 import sys
 import tempfile
 import time
 from typing import Any
+
+from engram._json import json_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -63,12 +64,12 @@ def _run(args: argparse.Namespace, worlds: Any) -> int:
             outcomes.append(campaign.run(world, seed, Load(args.seconds / len(chosen))))
         for name in SCENARIOS if not some else args.measure or ():
             measured[name] = SCENARIOS[name](campaign, seed)
-            say(f"{name}: {json.dumps(measured[name])}")
+            say(f"{name}: {json_text(measured[name])}")
     finally:
         campaign.close()
     if out is not None:
         result = write(out, outcomes, measured, args.device)
-        say(f"wrote {out}: {json.dumps(result['total'])}")
+        say(f"wrote {out}: {json_text(result['total'])}")
         if out.resolve() == RESULT:
             write_table(PAGE, result)
     return 0 if all(outcome.clean for outcome in outcomes) else 1

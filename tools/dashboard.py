@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from engram._json import json_text
 
 PAGE = Path(__file__).resolve().parent.parent / "deploy" / "observability" / "grafana" / "engram.json"
 COLUMNS, HEIGHT = 3, 7
@@ -93,7 +94,7 @@ def _panel(number: int, title: str, unit: str, queries: dict[str, str], place: d
 
 
 def main() -> int:
-    text = json.dumps(dashboard(), indent=1) + "\n"
+    text = json_text(dashboard(), indent=1) + "\n"
     if "--check" in sys.argv[1:]:
         if PAGE.read_text() == text:
             return 0

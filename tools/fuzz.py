@@ -25,6 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from engram._json import json_text
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "fuzz"))
 
@@ -71,14 +73,14 @@ def main() -> int:
         work(args.worker, engine, args)
     found = supervise(engine, args)
     write(args.out, found)
-    print(json.dumps({"inputs": found["inputs"], "findings": found["findings"], "engine": engine}))
+    print(json_text({"inputs": found["inputs"], "findings": found["findings"], "engine": engine}))
     return 1 if found["findings"] else 0
 
 
 def write(path: Path, run: dict[str, Any]) -> None:
     """Adds a run to those that the file has: inputs count in all."""
     runs = [*(json.loads(path.read_text())["runs"] if path.exists() else []), run]
-    path.write_text(json.dumps({"inputs": sum(one["inputs"] for one in runs), "runs": runs}, indent=2) + "\n")
+    path.write_text(json_text({"inputs": sum(one["inputs"] for one in runs), "runs": runs}, indent=2) + "\n")
 
 
 def supervise(engine: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -201,7 +203,7 @@ class Count:
                 "found": list(self._found.values()),
             }  # fmt: skip
             temporary = self._folder / f"{FIGURES}.new"
-            temporary.write_text(json.dumps(figures))
+            temporary.write_text(json_text(figures))
             temporary.rename(self._folder / FIGURES)
         if over:
             os._exit(0)

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from engram._json import json_text
 from engram_models.bundle import shipped_models_dir
 from engram_models.training.checkpoint import write_whole
 from engram_models.training.pictures import curves, png
@@ -87,7 +88,7 @@ def _summarise(recipe: Recipe, runs: Path) -> None:
         **{key: results[0][key] for key in ("options", "model", "task")},
         "runs": [{key: one[key] for key in ("seed", "passed", "missed", "metrics", "seconds")} for one in results],
     }  # fmt: skip
-    write_whole(RESULTS / f"{recipe.name}.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_whole(RESULTS / f"{recipe.name}.json", (json_text(summary, indent=1) + "\n").encode())
     for picture in sorted(_directory(recipe, results[0]["seed"], runs).glob("*.png")):
         if picture.stem != "loss":
             shutil.copyfile(picture, RESULTS / f"{recipe.name}-{picture.name}")

@@ -31,6 +31,7 @@ import numpy as np
 import yaml
 
 import engram
+from engram._json import json_text
 from engram_models import LSTM, Hopfield, write_bundle
 from engram_service.bench.report import machine
 from engram_service.local import LocalServer
@@ -56,7 +57,7 @@ def main() -> int:
         found = asyncio.run(Scene(Path(scratch)).play(args.only))
     drawn = found["panels"].pop("drawn")
     if not args.only:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json_text(found, indent=1) + "\n")
         args.out.with_name("dashboard.png").write_bytes(picture(drawn))
     bad = [name for name, one in found["alerts"].items() if not one["ended"]] + found["panels"]["empty"]
     say(f"{len(found['alerts'])} alerts, {found['panels']['queries']} queries; wrong: {bad or 'nothing'}")

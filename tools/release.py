@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engram._json import json_text
+
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 START_S, STOP_S, SETTLE_S = 90.0, 60.0, 2.0
@@ -56,7 +58,7 @@ with engram.Client(addresses, engram.ClientOptions(backoff_initial_s=0.02)) as c
     twins = client.open_many("digits-reader", 200)
     differ = sum(int((client.step_many(twins, X[n % 16]) != y).sum()) for n, y in enumerate(outputs))
 print(json.dumps({"steps": 200 * steps, "errors": errors, "longest_s": longest, "values_that_differ": differ, "seqs": sorted(seqs),
-                  "calls": steps, "version": engram.__version__}))
+                  "calls": steps, "version": engram.__version__}, allow_nan=False))
 """
 
 
@@ -97,7 +99,7 @@ def check(wheel: Path, sdist: Path, scratch: Path) -> None:
     assert set(zipfile.ZipFile(rebuilt).namelist()) == inside, "the sdist builds another wheel"
     server = environment(scratch / "server", wheel, "server")
     found = roll(sdk, server, scratch)
-    say(json.dumps(found))
+    say(json_text(found))
     assert run(server, "-m", "engram", "--version").split()[1] == found["version"] == wheel.name.split("-")[1]
     assert not found["errors"] and not found["values_that_differ"] and found["seqs"] == [found["calls"]], found
 

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from engram._json import json_text
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "docs" / "benchmarks" / "cpu-4-cores.json"
 RESULT = ROOT / "docs" / "results" / "scaling.json"
@@ -346,7 +348,7 @@ def main() -> int:
         "bench": args.bench.name, "machine": bench["machine"], "costs": vars(costs), "against_the_bench": checked, "carried": grid,
         "stories": stories,
     }  # fmt: skip
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    RESULT.write_text(json_text(found, indent=1) + "\n")
     RESULT.with_suffix(".png").write_bytes(picture(stories, four))
     text = PAGE.read_text()
     for name, lines in tables(found).items():

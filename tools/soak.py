@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import random
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 
 import engram
+from engram._json import json_text
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "results"
 CLIENTS, ACTIONS_PER_S = 3, 12
@@ -65,7 +65,7 @@ def main() -> int:
         return 0
     found = soak(args.seconds)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "soak.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / "soak.json").write_text(json_text(found, indent=1) + "\n")
     (args.out / "soak.png").write_bytes(picture(found))
     for name, fit in found["fits"].items():
         say(f"{name}: mean {fit['mean']:.2f}, {fit['growth']:+.3f} in the second half, allowed {fit['allowed']:.2f}")
@@ -243,7 +243,7 @@ def watched(server: Any, clients: Clients, seconds: float) -> list[dict[str, flo
                 clients.replace()
                 kill_at = now
             if len(samples) % 40 == 0:
-                say(json.dumps(samples[-1]))
+                say(json_text(samples[-1]))
             time.sleep(max(0.0, begun + len(samples) * SAMPLE_EVERY_S - time.monotonic()))
     return samples
 

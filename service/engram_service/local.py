@@ -103,7 +103,7 @@ class LocalServer:
 
     def _answers(self) -> bool:
         try:
-            with grpc.insecure_channel(self.address) as channel:
+            with grpc.insecure_channel(self.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
                 grpc.channel_ready_future(channel).result(timeout=0.5)
             with urllib.request.urlopen(f"http://{self.http}/healthz", timeout=1):
                 return True

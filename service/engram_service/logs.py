@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 
+from engram._json import json_text
 from engram_service.tenants import id_of, tenant_of
 
 _FIELDS = ("method", "tenant", "token", "peer", "outcome", "session", "stream", "trace", "model", "reason", "rows")
@@ -31,7 +31,7 @@ class JsonFormatter(logging.Formatter):
         line.update({name: getattr(record, name) for name in _FIELDS if getattr(record, name, "") != ""})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return json_text(line, default=str)
 
 
 class HumanFormatter(logging.Formatter):

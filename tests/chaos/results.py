@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from chaos.campaign import Outcome
+from engram._json import json_text
 
 BEGIN, END = "<!-- campaign -->", "<!-- end of campaign -->"
 _SUMS = ("faults", "acknowledged", "lost", "doubled", "reordered", "differing", "errors", "rewound")
@@ -32,7 +33,7 @@ def write(path: pathlib.Path, outcomes: Sequence[Outcome], measured: dict[str, A
         "worlds": list(worlds.values()),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json_text(result, indent=2) + "\n")
     return result
 
 

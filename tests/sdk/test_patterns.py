@@ -68,17 +68,21 @@ def test_labels_are_checked_before_they_are_sent() -> None:
         check_labels(["a", "b", "b"], 3)
 
 
+def blocks(*lines: str) -> list[bytes]:
+    return ["\n".join(lines).encode()]
+
+
 def test_lines_of_text() -> None:
     for text in ("0110", "0 1 1 0", "0,1,1,0", "-1,+1,1,-1"):
-        labels, patterns = read_lines([text, "", text + "\r\n"])
+        labels, patterns = read_lines(blocks(text, "", text + "\r\n"))
         assert labels is None and (patterns == 1).tolist() == [[False, True, True, False]] * 2
-    labels, patterns = read_lines(["a\t01", "b,1,0", "c d , 1 1"])
+    labels, patterns = read_lines(blocks("a\t01", "b,1,0", "c d , 1 1"))
     assert labels == ["a", "b", "c d"] and patterns.tolist() == [[0, 1], [1, 0], [1, 1]]
     cue, unknown = cue_of("0?1_")
     assert unknown.tolist() == [False, True, False, True] and cue[[0, 2]].tolist() == [0, 1]
     for bad in (["01", "011"], ["a\t01", "01"], [""], ["012"], ["0,-1"], ["01?"], ["a\t"]):
         with pytest.raises(ValueError, match=r"."):
-            read_lines(bad)
+            read_lines(blocks(*bad))
 
 
 def test_an_npz_executes_nothing() -> None:

@@ -10,6 +10,7 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import io
 import os
 import pathlib
 import sys
@@ -25,7 +26,12 @@ _INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code."""
+    _escape()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for argument in arguments:
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            print(f"engram: the argument {argument!r} is not text in the terminal's encoding (UTF-8?)", file=sys.stderr)
+            return 2
     commands = {entry.name: entry.value for entry in entry_points(group=_GROUP)}
     chosen = next((argument for argument in arguments if not argument.startswith("-")), "")
     if chosen not in commands:
@@ -40,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, parsers = _parser({chosen: module.HELP})
     module.configure(parsers[chosen])
     return _run(module, parser.parse_args(arguments))
+
+
+def _escape() -> None:
+    """A terminal that lacks a letter gets an escape for it, and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser(helps: dict[str, str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -100,7 +100,9 @@ class ClientOptions:
             raise InvalidInput("cert_file and key_file: give both or neither", reason="INVALID_ARGUMENT")
         for address in addresses:
             if self.token is not None and not self.encrypted and self.proxied(address):
-                message = f"a token would pass a proxy on its way to {address} in plain text; give tls=True or a ca_file"
+                message = (
+                    f"a token would pass a proxy on its way to {address} in plain text; give tls=True or a ca_file"
+                )
                 raise InvalidInput(message, reason="TOKEN_IN_PLAIN_TEXT")
             if not self.may_go_to(address):
                 message = (

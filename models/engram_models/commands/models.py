@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from engram_models.json_text import json_text
 
 if TYPE_CHECKING:
     from engram_models.bundle import Bundle, BundleRef
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         return action(args)
     except BundleError as error:
         if args.json:
-            print(json.dumps({"ok": False, "error": str(error)}))
+            print(json_text({"ok": False, "error": str(error)}))
         print(f"engram models {args.action}: {error}", file=sys.stderr)
         return 1
 
@@ -55,7 +56,7 @@ def _list(args: argparse.Namespace) -> int:
     latest = {ref.name: ref.version for ref in refs}  # ascending: the last one stays
     rows = [_row(ref, latest, errors) for ref in refs]
     if args.json:
-        print(json.dumps({"models": rows, "errors": errors}, indent=2))
+        print(json_text({"models": rows, "errors": errors}, indent=2))
     else:
         _table(rows)
     for error in errors:
@@ -81,7 +82,7 @@ def _show(args: argparse.Namespace) -> int:
     bundle = _load(args)
     described = _described(bundle)
     if args.json:
-        print(json.dumps(described, indent=2))
+        print(json_text(described, indent=2))
         return 0
     config = ", ".join(f"{key} {value}" for key, value in described["config"].items())
     state = [_spec_line(spec) for spec in bundle.state]
@@ -110,7 +111,7 @@ def _check(args: argparse.Namespace) -> int:
         "batch_floor": floor, "batch_max": args.batch_max, "device": args.device, "threads": torch.get_num_threads(),
     }  # fmt: skip
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json_text(found, indent=2))
         return 0
     batches = (
         "no floor: rows run in tiles of one shape"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from engram_models.json_text import json_text
 
 if TYPE_CHECKING:
     from engram_models.training.recipe import Recipe
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         return _list(args.json) if args.list else _train(args)
     except TrainingError as error:
         if args.json:
-            print(json.dumps({"ok": False, "error": str(error)}))
+            print(json_text({"ok": False, "error": str(error)}))
         print(f"engram train: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nengram train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
@@ -46,7 +47,7 @@ def _list(as_json: bool) -> int:
 
     recipes = [load_recipe(path) for path in shipped_recipes().values()]
     if as_json:
-        print(json.dumps([{"name": one.name, "claim": one.claim, "seeds": one.seeds} for one in recipes], indent=1))
+        print(json_text([{"name": one.name, "claim": one.claim, "seeds": one.seeds} for one in recipes], indent=1))
     else:
         width = max(len(one.name) for one in recipes)
         print("\n".join(f"{one.name:{width}}  {one.claim}" for one in recipes))
@@ -61,7 +62,7 @@ def _train(args: argparse.Namespace) -> int:
     seed = recipe.seeds[0] if args.seed is None else args.seed
     out = args.out or Path("runs") / recipe.name / f"seed-{seed}"
     result = train(recipe, seed, out, args.resume)
-    print(json.dumps(result) if args.json else _summary(result, recipe, out))
+    print(json_text(result) if args.json else _summary(result, recipe, out))
     return 0 if result["passed"] else 1
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from engram_models.bundle import BundleError, write_bundle
+from engram_models.json_text import json_text
 from engram_models.training.checkpoint import load_checkpoint, save_checkpoint, write_whole
 from engram_models.training.experiment import Experiment, Outcome, TrainingError
 from engram_models.training.procedures import procedure
@@ -94,7 +95,7 @@ def _write(outcome: Outcome, recipe: Recipe, seed: int, out: Path, seconds: floa
         write_whole(out / f"{name}.png", _drawn(draw))
     if recipe.bundle and outcome.cell is not None:
         _bundle(outcome, recipe, out, result)
-    write_whole(out / RESULT, (json.dumps(_plain(result), indent=1) + "\n").encode())
+    write_whole(out / RESULT, (json_text(result, indent=1) + "\n").encode())
     (out / CHECKPOINT).unlink(missing_ok=True)
     return result
 
@@ -108,7 +109,7 @@ def _bundle(outcome: Outcome, recipe: Recipe, out: Path, result: Mapping[str, An
         path = write_bundle(directory, bundle["name"], bundle["version"], outcome.cell, description)
     except BundleError as error:
         raise TrainingError(str(error)) from error
-    write_whole(path / "training.json", (json.dumps(_plain({**result, "curves": {}}), indent=1) + "\n").encode())
+    write_whole(path / "training.json", (json_text({**result, "curves": {}}, indent=1) + "\n").encode())
 
 
 def _finished(path: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
@@ -150,12 +151,3 @@ def _thinned(curve: list[float], most: int = 200) -> list[float]:
     """Means of equal parts: a result file is for reading."""
     size = math.ceil(len(curve) / most) or 1
     return [float(f"{sum(part) / len(part):.6g}") for part in (curve[i : i + size] for i in range(0, len(curve), size))]
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: what is not finite becomes null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

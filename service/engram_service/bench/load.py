@@ -38,7 +38,7 @@ class LoadSpec:
     directory: str
 
     def dumps(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def loads(cls, text: str) -> LoadSpec:

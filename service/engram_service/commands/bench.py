@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+from engram._json import json_text
 
 HELP = "measure a server beside plain torch and a plain server"
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"engram bench: {error}", file=sys.stderr)
         return 1
     if args.json:
-        print(json.dumps(result.as_dict(), indent=2))
+        print(json_text(result.as_dict(), indent=2))
     else:
         print(table([result]))
         print(verdict([result]))

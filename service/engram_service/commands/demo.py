@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from engram._json import json_text
 
 if TYPE_CHECKING:
     from engram_service.demo.outcome import Told
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"engram demo: {error}", file=sys.stderr)
         return 1
     outcome = told.outcome
-    print(json.dumps({**asdict(outcome), "held": outcome.held}, indent=2) if args.json else outcome.summary())
+    print(json_text({**asdict(outcome), "held": outcome.held}, indent=2) if args.json else outcome.summary())
     for path in written:
         print(f"engram demo: wrote {path}", file=sys.stderr)
     return 0 if outcome.held else 1

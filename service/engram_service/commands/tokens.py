@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from engram._json import json_text
 
 HELP = "make a token for a tenant, check a tokens file"
 
@@ -52,16 +53,16 @@ def _new(args: argparse.Namespace) -> int:
         return _wrong(f"--days {args.days}: from 1 to {_MANY_DAYS}")
     token = new_token()
     lines = [
-        f"[tokens.{name if re.fullmatch(r'[A-Za-z0-9_-]+', name) else json.dumps(name)}]",
-        f"tenant = {json.dumps(args.tenant)}",
-        f"rights = {json.dumps(rights)}",
-        f"sha256 = {json.dumps(digest_of(token))}",
+        f"[tokens.{name if re.fullmatch(r'[A-Za-z0-9_-]+', name) else json_text(name)}]",
+        f"tenant = {json_text(args.tenant)}",
+        f"rights = {json_text(rights)}",
+        f"sha256 = {json_text(digest_of(token))}",
     ]
     if args.days is not None:
         lines.append(f"expires = {now + timedelta(days=args.days):%Y-%m-%dT%H:%M:%SZ}")
     table = "\n".join(lines)
     if args.json:
-        print(json.dumps({"name": name, "token": token, "table": table}))
+        print(json_text({"name": name, "token": token, "table": table}))
     else:
         print(f"# the token, which is shown this once: hand it to the client\n{token}\n")
         print(f"# append to the tokens file: a running server takes it up within seconds\n{table}")
@@ -79,7 +80,7 @@ def _check(args: argparse.Namespace) -> int:
     callers = sorted(book.callers.values(), key=lambda caller: (caller.tenant, caller.token))
     rows = [(one.token, one.tenant, sorted(one.rights), _until(one.expires)) for one in callers]
     if args.json:
-        print(json.dumps([dict(zip(("name", "tenant", "rights", "expires"), row, strict=True)) for row in rows]))
+        print(json_text([dict(zip(("name", "tenant", "rights", "expires"), row, strict=True)) for row in rows]))
         return 0
     for name, tenant, rights, expires in rows:
         print(f"{name}  tenant {tenant!r}  {', '.join(rights)}{f'  until {expires}' if expires else ''}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
+
+from engram._json import json_text
 
 HELP = "what servers are doing: sessions, rates, latencies by stage"
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         after, known = scrape(servers), {one.address: one for one in before}
         found = figures([known.get(one.address, one) for one in after], after)
         if args.json:
-            print(json.dumps({"interval_s": args.interval, **found}), flush=True)
+            print(json_text({"interval_s": args.interval, **found}), flush=True)
         else:
             _show(page(found))
         if args.once:

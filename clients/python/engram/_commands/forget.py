@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from engram._commands.connection import add_address, client_of, explained
+from engram._json import json_text
 
 HELP = "forget patterns of a session's memory"
 
@@ -31,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
 def _forget(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         forgotten = client.sessions.forget(args.session, args.labels or None, all=args.all)
-    print(json.dumps({"forgotten": forgotten}) if args.json else f"forgot {forgotten}")
+    print(json_text({"forgotten": forgotten}) if args.json else f"forgot {forgotten}")
     return 0

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, BinaryIO
 
+from engram._commands.text import numbered
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -46,17 +48,15 @@ def labelled(text: str) -> tuple[str | None, NDArray[np.int8]]:
     return None, pattern_of(text)
 
 
-def read_lines(lines: Iterable[str]) -> tuple[list[str] | None, NDArray[np.int8]]:
+def read_lines(blocks: Iterable[bytes]) -> tuple[list[str] | None, NDArray[np.int8]]:
     """Labels (None: no line has one) and patterns [n, N] of all lines that are not empty."""
     import numpy as np
 
     labels: list[str | None] = []
     rows: list[NDArray[np.int8]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered(blocks):
         try:
-            label, row = labelled(line.strip("\r\n"))
+            label, row = labelled(line)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
         if rows and len(row) != len(rows[0]):

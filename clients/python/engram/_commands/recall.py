@@ -7,15 +7,19 @@ has the label, overlap, sweeps, whether it converged, whether it is spurious, an
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from engram._commands.connection import add_address, client_of, explained
 from engram._commands.patterns import cue_of, text_of
+from engram._commands.text import numbered, stdin_blocks
+from engram._json import json_text
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from engram import Recall
 
 HELP = "recall patterns of a session's memory from cues with wrong or unknown bits"
@@ -41,24 +45,30 @@ def run(args: argparse.Namespace) -> int:
 
 def _recall(args: argparse.Namespace) -> int:
     with client_of(args) as client:
-        for number, line in _lines(args.cue):
+        cues = _cues(args.cue)
+        while True:
             try:
-                cue, unknown = cue_of(line)
+                cue, unknown = next(cues)
+            except StopIteration:
+                return 0
             except ValueError as error:
-                print(f"engram recall: cue {number}: {error}", file=sys.stderr)
+                print(f"engram recall: {error}", file=sys.stderr)
                 return 1
             hit = client.sessions.recall(
                 args.session, cue, unknown if unknown.any() else None, seed=args.seed, synchronous=args.synchronous,
                 sweeps_max=args.sweeps,
             )  # fmt: skip
             print(_json(hit) if args.json else _plain(hit), flush=True)
-    return 0
 
 
-def _lines(cues: list[str] | None) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(sys.stdin if cues is None else cues, 1):
-        if line.strip():
-            yield number, line
+def _cues(given: list[str] | None) -> Iterator[tuple[NDArray[np.int8], NDArray[np.bool_]]]:
+    """Those of the arguments, or of stdin as they arrive. Raises ValueError with which one is bad."""
+    what = "line" if given is None else "cue"
+    for number, text in numbered(stdin_blocks()) if given is None else enumerate(given, 1):
+        try:
+            yield cue_of(text)
+        except ValueError as error:
+            raise ValueError(f"{what} {number}: {error}") from error
 
 
 def _plain(hit: Recall) -> str:
@@ -67,7 +77,7 @@ def _plain(hit: Recall) -> str:
 
 
 def _json(hit: Recall) -> str:
-    return json.dumps(
+    return json_text(
         {
             "label": hit.label, "overlap": hit.overlap, "distance": hit.distance, "sweeps": hit.sweeps,
             "converged": hit.converged, "spurious": hit.spurious, "energies": hit.energies.tolist(),

@@ -6,13 +6,13 @@ import argparse
 import dataclasses
 import datetime
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from engram._commands.connection import add_address, client_of, explained
+from engram._json import json_text
 
 if TYPE_CHECKING:
     from engram import Client, SessionInfo
@@ -87,7 +87,7 @@ def _list(client: Client, args: argparse.Namespace) -> None:
     if args.json:
         print("[", end="")
         for number, info in enumerate(found):
-            print(", " * (number > 0) + json.dumps(_plain(info)), end="")
+            print(", " * (number > 0) + json_text(_plain(info)), end="")
         print("]")
         return
     rows = (
@@ -108,7 +108,7 @@ def _show(client: Client, args: argparse.Namespace) -> None:
 def _state(client: Client, args: argparse.Namespace) -> None:
     state = client.sessions.state(args.session)
     if args.json:
-        print(json.dumps({name: values.tolist() for name, values in state.items()}))
+        print(json_text({name: values.tolist() for name, values in state.items()}))
         return
     table = [["TENSOR", "DTYPE", "SHAPE", "MIN", "MAX"]]
     for name, values in state.items():
@@ -124,7 +124,7 @@ def _fork(client: Client, args: argparse.Namespace) -> None:
 def _close(client: Client, args: argparse.Namespace) -> None:
     for session in args.session:
         client.sessions.close(session)
-    print(json.dumps({"closed": args.session}) if args.json else f"closed {', '.join(args.session)}")
+    print(json_text({"closed": args.session}) if args.json else f"closed {', '.join(args.session)}")
 
 
 def _export(client: Client, args: argparse.Namespace) -> None:
@@ -134,7 +134,7 @@ def _export(client: Client, args: argparse.Namespace) -> None:
         sys.stdout.buffer.flush()
         return
     pathlib.Path(args.file).write_bytes(data)
-    print(json.dumps({"file": args.file, "bytes": len(data)}) if args.json else f"{args.file}: {len(data)} bytes")
+    print(json_text({"file": args.file, "bytes": len(data)}) if args.json else f"{args.file}: {len(data)} bytes")
 
 
 def _import(client: Client, args: argparse.Namespace) -> None:
@@ -166,7 +166,7 @@ def _plain(info: SessionInfo) -> dict[str, Any]:
 def _print_info(info: SessionInfo, as_json: bool) -> None:
     plain = _plain(info)
     if as_json:
-        print(json.dumps(plain))
+        print(json_text(plain))
         return
     for key, value in plain.items():
         print(f"{key.replace('_', ' '):17} {'' if value is None else value}")

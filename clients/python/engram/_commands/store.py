@@ -7,13 +7,14 @@ and +1); or an .npz with `patterns` [n, N] and, perhaps, `labels` [n]. All patte
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engram._commands.connection import add_address, client_of, explained
 from engram._commands.patterns import read_lines, read_npz
+from engram._commands.text import file_blocks
+from engram._json import json_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,13 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(file: str) -> tuple[list[str] | None, NDArray[np.int8]]:
-    if file == "-":
-        return read_lines(sys.stdin)
     if file.endswith(".npz"):
         with Path(file).open("rb") as opened:
             return read_npz(opened)
-    with Path(file).open(encoding="utf-8") as lines:
-        return read_lines(lines)
+    return read_lines(file_blocks(file))
 
 
 def _store(args: argparse.Namespace, labels: list[str] | None, patterns: NDArray[np.int8]) -> int:
@@ -65,7 +63,7 @@ def _store(args: argparse.Namespace, labels: list[str] | None, patterns: NDArray
         stored = client.sessions.store(args.session, patterns, labels)
     if args.json:
         print(
-            json.dumps({"labels": stored.labels, "count": stored.count, "load": stored.load, "warning": stored.warning})
+            json_text({"labels": stored.labels, "count": stored.count, "load": stored.load, "warning": stored.warning})
         )
         return 0
     print(f"stored {len(stored.labels)}; {stored.count} patterns in all, load {stored.load:.3g}")

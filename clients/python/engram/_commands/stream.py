@@ -1,23 +1,26 @@
 """`engram stream MODEL`: inputs as lines on stdin, one output line for each, as it arrives.
 
-A line is CSV or JSON ([1, 2] or {"x": [1, 2]}); its output line has the same form. Ends with 0 at the end of the input or
-when nobody reads the output any more, with 130 on Ctrl-C, with 1 on a bad line: what stood before it has been answered.
+A line is CSV, tab-separated or JSON ([1, 2] or {"x": [1, 2]}); its output line has the same form. Blank lines are passed over.
+Ends with 0 at the end of the input or when nobody reads the output any more, with 130 on Ctrl-C, with 1 on a bad line: what
+stood before it has been answered. An output that is not finite is `null` in JSON, and `nan` or `inf` elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from engram._commands.connection import add_address, client_of, explained
+from engram._commands.text import TextError, numbered, row_of, stdin_blocks
+from engram._json import json_text
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
+
+_HUGE = 2**1023  # beyond what a float can be asked for
 
 HELP = "CSV or JSON lines on stdin, one output line for each, as it arrives"
 
@@ -40,16 +43,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _stream(args: argparse.Namespace) -> int:
     name, _, version = args.model.partition("/")
-    formats: list[bool] = []
+    forms: list[str] = []
     failure: list[str] = []
     with client_of(args) as client:
         session = client.open(name, args.session, version=version, durability=args.durability)
         shape, dtype = session.model.input.shape, session.model.input.dtype
         seq = session.seq
         try:
-            for output in session.stream(_inputs(shape, dtype, formats, failure), timeout=None):
+            for output in session.stream(_inputs(shape, dtype, forms, failure), timeout=None):
                 seq += 1
-                sys.stdout.write(_line(output, formats.pop(0), args.json, seq))
+                sys.stdout.write(_line(output, forms.pop(0), args.json, seq))
                 sys.stdout.flush()
         except KeyboardInterrupt:
             session.detach(timeout=2.0)
@@ -62,55 +65,43 @@ def _stream(args: argparse.Namespace) -> int:
     return 0
 
 
-def _inputs(shape: tuple[int, ...], dtype: str, formats: list[bool], failure: list[str]) -> Iterator[NDArray[Any]]:
-    """Inputs as their lines arrive, up to the first bad line. Notes which lines were JSON."""
-    number = 0
-    for line in _lines():
-        number += 1
-        text = line.strip()
-        if not text:
-            continue
-        try:
-            value, is_json = _parse(text.decode(), shape, dtype)
-        except ValueError as error:
-            failure.append(f"line {number}: {error}")
-            return
-        formats.append(is_json)
-        yield value
+def _inputs(shape: tuple[int, ...], dtype: str, forms: list[str], failure: list[str]) -> Iterator[NDArray[Any]]:
+    """Inputs as their lines arrive, up to the first bad line. Notes the form of each: what stands between its numbers, or
+    "json"."""
+    try:
+        for number, text in numbered(stdin_blocks()):
+            try:
+                value, form = _parse(text, shape, dtype)
+            except TextError as error:
+                raise TextError(f"line {number}, {error}") from error
+            except ValueError as error:
+                raise TextError(f"line {number}: {error}") from error
+            forms.append(form)
+            yield value
+    except TextError as error:
+        failure.append(str(error))
 
 
-def _lines() -> Iterator[bytes]:
-    """Lines of stdin as soon as they are there. Not through sys.stdin, whose lock Python wants when it ends, while the
-    thread that reads may be waiting with it for a line that never comes."""
-    rest = b""
-    while data := os.read(0, 1 << 16):
-        *lines, rest = (rest + data).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def _parse(text: str, shape: tuple[int, ...], dtype: str) -> tuple[NDArray[Any], bool]:
-    """A line's input, and whether it was JSON. Raises ValueError."""
+def _parse(text: str, shape: tuple[int, ...], dtype: str) -> tuple[NDArray[Any], str]:
+    """A line's input, and its form. Raises ValueError."""
     import numpy as np
 
+    text = text.strip(" ")
     is_json = text[0] in "[{"
-    try:
-        values = _json_values(text) if is_json else [float(part) for part in text.split(",")]
-        array = np.array(values, np.float64)
-    except (ValueError, TypeError) as error:
-        kind = "JSON" if is_json else "CSV"
-        raise ValueError(f"not {kind} numbers: {str(error).splitlines()[0]}") from error
+    values = _flat(_json_values(text)) if is_json else row_of(text)
     size = int(np.prod(shape))
-    if array.size != size:
-        raise ValueError(f"{array.size} values, but the model takes {size} ({dtype}{list(shape)})")
-    if not np.isfinite(array).all():
-        raise ValueError("NaN or infinity")
-    return _as_input(array.reshape(shape), dtype), is_json
+    if len(values) != size:
+        raise ValueError(f"{len(values)} values, but the model takes {size} ({dtype}{list(shape)})")
+    return _as_input(values, dtype).reshape(shape), "json" if is_json else "\t" if "\t" in text else ","
 
 
 def _json_values(text: str) -> Any:
-    value = json.loads(text)
+    try:
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        raise TextError(f"column {error.colno}: not JSON: {error.msg}") from error
+    except RecursionError:
+        raise ValueError("not JSON numbers: too many brackets") from None
     if isinstance(value, dict):
         if len(value) == 1:
             return next(iter(value.values()))
@@ -121,20 +112,57 @@ def _json_values(text: str) -> Any:
     return value
 
 
-def _as_input(array: NDArray[np.float64], dtype: str) -> NDArray[Any]:
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no number that JSON or a model takes")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _flat(values: Any) -> list[float | int]:
+    """The numbers of lists in lists of equal lengths, row by row."""
+    import numpy as np
+
+    try:
+        array = np.array(values, object)
+    except ValueError as error:
+        raise ValueError("not JSON numbers: rows of unequal length") from error
+    found = array.reshape(-1).tolist()
+    for place, value in enumerate(found, 1):
+        if isinstance(value, list):
+            raise ValueError("not JSON numbers: rows of unequal length")
+        if not isinstance(value, int | float):
+            raise TextError(f"column {place}: {json_text(value)[:40]} is not a JSON number")
+    return found
+
+
+def _as_input(values: list[float | int], dtype: str) -> NDArray[Any]:
     import numpy as np
 
     kind = np.dtype("float32" if dtype == "bfloat16" else dtype)
-    if kind.kind in "iub" and not (array == array.astype(kind)).all():
-        raise ValueError(f"the model takes {dtype}, but not every value is one")
-    return array.astype(kind)
+    if kind.kind == "f":
+        with np.errstate(over="ignore"):
+            array = np.array([float(value) if abs(value) < _HUGE else np.inf for value in values]).astype(kind)
+        fits = np.isfinite(array)
+    else:
+        low, high = (0, 1) if kind.kind == "b" else (np.iinfo(kind).min, np.iinfo(kind).max)
+        fits = np.array([value == value // 1 and low <= value <= high for value in values], np.bool_)
+        array = np.array([int(value) if fit else 0 for value, fit in zip(values, fits, strict=True)], kind)
+    if not fits.all():
+        place = int(np.argmin(fits))
+        raise TextError(f"column {place + 1}: the model takes {dtype}, which {values[place]} is not")
+    return array
 
 
-def _line(output: NDArray[Any], is_json: bool, tagged: bool, seq: int) -> str:
+def _line(output: NDArray[Any], form: str, tagged: bool, seq: int) -> str:
     values = output.tolist()
     if tagged:
-        return json.dumps({"seq": seq, "output": values}) + "\n"
-    if is_json:
-        return json.dumps(values) + "\n"
+        return json_text({"seq": seq, "output": values}) + "\n"
+    if form == "json":
+        return json_text(values) + "\n"
     # The shortest text that reads back as the same float32.
-    return ",".join(str(value) for value in output.reshape(-1)) + "\n"
+    return form.join(str(value) for value in output.reshape(-1)) + "\n"
