@@ -40,14 +40,18 @@ def test_no_json_is_written_past_the_helpers() -> None:
         finally:
             gc.enable()
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
-                "json.dumps",
-                "json.dump",
-                "dumps",
-                "JSONEncoder",
+            if (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func)
+                in (
+                    "json.dumps",
+                    "json.dump",
+                    "dumps",
+                    "JSONEncoder",
+                )
+                and not any(word.arg == "allow_nan" and ast.unparse(word.value) == "False" for word in node.keywords)
             ):
-                if not any(word.arg == "allow_nan" and ast.unparse(word.value) == "False" for word in node.keywords):
-                    found.append(f"{name}:{node.lineno}")
+                found.append(f"{name}:{node.lineno}")
     assert found == [], "use json_text"
 
 
