@@ -39,7 +39,7 @@ class EngramError(Exception):
     Attributes:
         reason: machine-readable, e.g. "NON_FINITE_INPUT"; the names of engram.v1.ErrorReason without their prefix, and
             a few of the client's own: CONNECTION_LOST, CLIENT_CLOSED, STATE_REWOUND,
-            TOKEN_IN_PLAIN_TEXT, TOKEN_UNAVAILABLE.
+            TOKEN_IN_PLAIN_TEXT, TOKEN_UNAVAILABLE, FORKED, OTHER_EVENT_LOOP, PATCHED_THREADS.
         code: the canonical gRPC code's name, e.g. "INVALID_ARGUMENT".
         retry_after: seconds after which the server asked to try again; None if it did not say.
         metadata: further machine-readable facts.

@@ -61,11 +61,10 @@ def _token(args: argparse.Namespace) -> str | Callable[[], str] | None:
 
     def read() -> str:
         try:
-            return Path(args.token_file).read_text().strip()
-        except OSError as error:
-            raise InvalidInput(
-                f"--token-file {args.token_file}: {error.strerror}", reason="INVALID_ARGUMENT"
-            ) from error
+            return Path(args.token_file).read_text("utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise InvalidInput(f"--token-file {args.token_file}: {why}", reason="INVALID_ARGUMENT") from error
 
     return read if args.token_file else os.environ.get("ENGRAM_TOKEN")
 
