@@ -8,15 +8,10 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import torch
-from prometheus_client import generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from engram import __version__
 from engram_service.api.access import Access
@@ -31,6 +26,7 @@ from engram_service.catalog import Catalog
 from engram_service.core import Core
 from engram_service.engine.engine import Engine
 from engram_service.health import Health
+from engram_service.http.server import HttpServer
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
 from engram_service.sessions.calls import StoreCalls
@@ -39,7 +35,7 @@ from engram_service.sessions.holds import Holds
 from engram_service.sessions.opening import Sessions
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.table import NO_SLOT, SessionTable
-from engram_service.settings import SettingError, Settings, split_address
+from engram_service.settings import SettingError, Settings
 from engram_service.store import Store, StoreSettings, TlsFiles
 from engram_service.store.private import PrivateRedis, PrivateSettings
 from engram_service.supervision import Supervisor
@@ -50,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0002  # the event loop and the engine share the interpreter: neither may wait long for it
 _STOP_GRACE_S = 1.0
+_REDIS_GRACE_S = 2.0  # a Redis that restarts is away for a second; readiness need not follow it
 
 
 async def serve(settings: Settings) -> None:
@@ -61,8 +58,12 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
 
     async with AsyncExitStack() as stack:
+        metrics, health = Metrics(), Health()
+        supervisor = Supervisor(metrics, health)
+        health.fail("server", "it is starting")
+        http = HttpServer(settings, metrics, health, supervisor)
+        stack.callback(http.stop)
         device = _device(settings.device)
-        metrics = Metrics()
         tokens = Tokens(Path(settings.tokens_file) if settings.tokens_file else None)
         access = Access(tokens, Audit(metrics))
         certificate = Certificate.of(settings)
@@ -71,8 +72,6 @@ async def serve(settings: Settings) -> None:
         workers = settings.engine_threads(device.type == "cpu")
         queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max, workers)
         catalog = Catalog(settings, device, metrics)
-        health = Health()
-        supervisor = Supervisor(metrics, health)
         core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits), supervisor)
         metrics.engine_threads.set(workers)
         core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers)
@@ -86,22 +85,25 @@ async def serve(settings: Settings) -> None:
         stack.callback(memory_handlers.close)
         streams = StreamHandler(core, sessions, endings, access)
         tokens.on_change = streams.tokens_changed
-        server = Server(settings, access, certificate, streams, handlers, memory_handlers)
+        server = Server(settings, access, certificate, health, streams, handlers, memory_handlers)
         _expose(metrics, core, store, device)
         metrics.read_with(metrics.memory_cache_bytes, lambda: memories.cache.nbytes)
 
         for problem in await catalog.reload():
             log.error("model not served: %s", problem)
-        store.on_trouble, store.on_loss = core.on_trouble, core.on_loss
+
+        def on_trouble(why: str) -> None:
+            health.tell("redis", why, _REDIS_GRACE_S)
+            core.on_trouble(why)
+
+        store.on_trouble, store.on_loss = on_trouble, core.on_loss
         store.writing_back = lambda: core.residency.writing_back
         store.start()
         core.engine.start()
         gc.collect()
         gc.freeze()  # torch's objects stay: to look through them for garbage would stop everybody for some 80 ms
-        http = _Http(settings.http, metrics, lambda: server.serving)
-        stack.callback(http.stop)
         port = await server.start()
-        _announce(settings, port, device)
+        _announce(settings, port, http.address, device)
 
         async with asyncio.TaskGroup() as background:
             loop.add_signal_handler(signal.SIGHUP, lambda: background.create_task(catalog.reload()))
@@ -118,7 +120,7 @@ async def serve(settings: Settings) -> None:
             ]
             await stop.wait()
             log.info("draining")
-            await server.set_serving(False)
+            server.set_serving(False)
             await core.drain(time.monotonic() + settings.drain_timeout_s)
             await server.stop(_STOP_GRACE_S)
             for task in tasks:
@@ -129,8 +131,8 @@ async def serve(settings: Settings) -> None:
     log.info("stopped")
 
 
-def _announce(settings: Settings, port: int, device: torch.device) -> None:
-    where = (settings.listen, port, settings.http, device)
+def _announce(settings: Settings, port: int, http: str, device: torch.device) -> None:
+    where = (settings.listen, port, http, device)
     log.info("engram %s serves on %s (port %d), metrics on %s, device %s", __version__, *where)
     for exposure in settings.exposures():
         log.warning("%s", exposure)
@@ -187,42 +189,3 @@ def _expose(metrics: Metrics, core: Core, store: Store, device: torch.device) ->
         metrics.read_with(metrics.device_memory_bytes, lambda: torch.cuda.memory_allocated(device), str(device))
     else:
         metrics.read_with(metrics.device_memory_bytes, arenas, str(device))
-
-
-class _Http:
-    """/metrics, /healthz (it lives) and /readyz (it takes clients), in a thread of their own."""
-
-    def __init__(self, address: str, metrics: Metrics, ready: Callable[[], bool]) -> None:
-        registry = metrics.registry
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if self.path.split("?")[0] == "/metrics":
-                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
-                elif self.path == "/healthz":
-                    self._answer(200, "text/plain", b"ok\n")
-                elif self.path == "/readyz":
-                    self._answer(*(200, "text/plain", b"ok\n") if ready() else (503, "text/plain", b"not serving\n"))
-                else:
-                    self._answer(404, "text/plain", b"only /metrics, /healthz and /readyz are here\n")
-
-            def _answer(self, status: int, kind: str, body: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, format: str, *args: object) -> None:
-                log.debug(format, *args)
-
-        try:
-            self._server = ThreadingHTTPServer(split_address(address, "http"), Handler)
-        except OSError as error:
-            raise OSError(f"http = {address}: {error.strerror}") from error
-        self._server.daemon_threads = True
-        Thread(target=self._server.serve_forever, name="http", daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()

@@ -24,6 +24,13 @@ class Health:
             _, since = self._failures.get(name, ("", time.monotonic() + grace_s))
             self._failures[name] = (why, since)
 
+    def tell(self, name: str, why: str, grace_s: float = 0.0) -> None:
+        """`fail`, or `clear` where there is no reason."""
+        if why:
+            self.fail(name, why, grace_s)
+        else:
+            self.clear(name)
+
     def clear(self, name: str) -> None:
         with self._lock:
             self._failures.pop(name, None)

@@ -37,6 +37,11 @@ class Settings:
         "", "HOST:PORT at which clients reach this very server, which reconnecting ones then try first; none: not told"
     )
     http: str = _setting("127.0.0.1:9464", "address of /metrics, /healthz and /readyz, HOST:PORT")
+    http_connections_max: int = _setting(
+        128,
+        "connections of the HTTP port, and at most an eighth of the descriptors; one more ends the one that idles longest",
+    )
+    http_request_timeout_s: float = _setting(5.0, "time to send the head of a request to the HTTP port")
     redis_url: str = _setting(
         "",
         "redis://, rediss://, unix://, redis+cluster:// or rediss+cluster:// URL; none: a private Redis in the data directory",
@@ -171,11 +176,14 @@ _AT_LEAST_ONE = (
     "interval_steps", "interval_ms", "session_ttl_s", "redis_connections", "tick_rows_max", "tick_run_max", "arena_mb",
     "arena_slots_max", "frame_rows_max", "frame_bytes_max", "stream_rows_max", "queue_rows_max", "sessions_max",
     "streams_max", "redis_replicas", "redis_ack_timeout_ms",
-    "memory_cache_mb", "memory_workers", "memory_calls_max",
+    "memory_cache_mb", "memory_workers", "memory_calls_max", "http_connections_max",
 )  # fmt: skip
 
 
 _FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens_file", "redis_tls_ca", "redis_tls_cert", "redis_tls_key")
+
+
+_PORT_DIGITS, _PORT_MAX = 5, 65535
 
 
 def is_loopback(host: str) -> bool:
@@ -189,9 +197,11 @@ def is_loopback(host: str) -> bool:
 def split_address(address: str, name: str) -> tuple[str, int]:
     """HOST:PORT as a pair; [IPv6]:PORT too. Raises SettingError."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise SettingError(f"{name} = {address!r}: give HOST:PORT, such as 127.0.0.1:50051")
-    return host.strip("[]"), int(port)
+    named = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= _PORT_DIGITS else -1
+    if not colon or not named or set(named) & set("[]/@ ") or not 0 <= number <= _PORT_MAX:
+        raise SettingError(f"{name} = {address!r}: give HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")
+    return named, number
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

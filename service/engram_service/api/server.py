@@ -10,17 +10,19 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from engram.v1 import service_pb2
 from engram_service.api.access import Access, Gate
 from engram_service.api.call import Call
 from engram_service.api.confine import confine, ids_of
+from engram_service.api.health import HealthService
 from engram_service.api.status import abort
 from engram_service.api.stream import StreamHandler
 from engram_service.api.tls import Certificate
 from engram_service.errors import DeadlineExceeded, Internal, InvalidArgument, Refusal
+from engram_service.health import Health
 from engram_service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,8 +36,9 @@ class Server:
     """Binds, serves, says how it is, stops."""
 
     def __init__(
-        self, settings: Settings, access: Access, certificate: Certificate | None, stream: StreamHandler, *unary: object
-    ) -> None:
+        self, settings: Settings, access: Access, certificate: Certificate | None, ready: Health, stream: StreamHandler,
+        *unary: object,
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._certificate = certificate
         self._server = grpc.aio.server(
@@ -61,9 +64,8 @@ class Server:
                 handle = next(getattr(one, name) for one in unary if hasattr(one, name))
                 handlers[method.name] = _unary(method, handle, settings, access)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
-        self.serving = False  # read by another thread, for /readyz
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._ready = ready
+        health_pb2_grpc.add_HealthServicer_to_server(HealthService(ready, SERVICE.full_name), self._server)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
@@ -77,14 +79,12 @@ class Server:
         except RuntimeError as error:
             raise OSError(f"listen = {self._settings.listen}: the address is in use or cannot be bound") from error
         await self._server.start()
-        await self.set_serving(True)
+        self.set_serving(True)
         return int(port)
 
-    async def set_serving(self, serving: bool) -> None:
-        self.serving = serving
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE.full_name):
-            await self._health.set(name, status)
+    def set_serving(self, serving: bool) -> None:
+        """Says that this server takes clients, or that it is going away; whether it is ready is for `ready` to say."""
+        self._ready.tell("server", "" if serving else "it is going away")
 
     async def stop(self, grace_s: float) -> None:
         await self._server.stop(grace_s)
