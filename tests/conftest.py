@@ -21,9 +21,10 @@ import pytest
 import redis
 
 from engram_models import shipped_models_dir
+from engram_service.ports import free_port
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from redises import RedisCluster, RedisProcess, free_port
+from redises import RedisCluster, RedisProcess
 
 START_S = 60.0
 _PATIENT = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 500)]

@@ -6,7 +6,6 @@ import itertools
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,11 +15,11 @@ from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
 from redis.retry import Retry
 
+from engram_service.ports import free_port
 from engram_service.store.private import redis_binary
 
 START_S = 20.0
 SLOTS = 16384
-BUS_MAX = 55_000  # a node's bus has its port ten thousand above
 _BOUNDS = (0, 5461, 10923, SLOTS)  # the slots in equal shares
 
 
@@ -116,14 +115,14 @@ class RedisCluster:
         self._join()
 
     def _node(self) -> RedisProcess:
-        port = free_port(BUS_MAX)
+        port = free_port()  # that of its bus, ten thousand above, is free too
         directory = self.directory / f"node-{len(self.processes)}"
         directory.mkdir(parents=True)
         process = RedisProcess(
             directory, "--tls-port" if self.tls else "--port", str(port), "--cluster-enabled", "yes", "--cluster-node-timeout", "1000",
             "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0", "--cluster-require-full-coverage", "no", *self.flags,
         )  # fmt: skip
-        process.start()  # its bus, too, has a port that must be free
+        process.start()
         self.ports.append(port)
         self.processes.append(process)
         return process
@@ -195,15 +194,6 @@ def speaks_tls() -> bool:
         [redis_binary(), "--tls-auth-clients", "?"], capture_output=True, check=False, timeout=START_S
     )
     return b"Bad directive" not in asked.stdout + asked.stderr
-
-
-def free_port(below: int = 65536) -> int:
-    while True:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = int(listener.getsockname()[1])
-        if port < below:
-            return port
 
 
 def until(condition: Callable[[], object], timeout_s: float = START_S) -> None:

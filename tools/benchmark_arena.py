@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import engram
 from engram._json import json_text
 from engram_service.bench.report import machine
 from engram_service.bench.workload import W, write_w
+from engram_service.http.get import get
 from engram_service.local import LocalServer
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
@@ -114,8 +114,7 @@ class Load:
 
 def scraped(http: str) -> float:
     """How many records the server has read into its arena."""
-    with urllib.request.urlopen(f"http://{http}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+    lines = get(http, "/metrics").splitlines()
     return next((float(line.split()[-1]) for line in lines if line.startswith(LOADS)), 0.0)
 
 

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -38,6 +37,7 @@ from engram._json import json_text
 from engram.v1 import stream_pb2
 from engram_service.bench.report import machine
 from engram_service.bench.workload import W, write_w
+from engram_service.http.get import get
 from engram_service.local import LocalServer
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
@@ -367,14 +367,8 @@ async def offered(server: LocalServer, small: Small, rate: float, seconds: float
 
 async def _scraped(server: LocalServer, label: str = "") -> dict[str, float]:
     """What the server's metrics are, summed over their labels, or over those with this value."""
-
-    def read() -> list[str]:
-        with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=10) as answer:
-            lines: list[str] = answer.read().decode().splitlines()
-        return lines
-
     found: dict[str, float] = {}
-    for line in await asyncio.to_thread(read):
+    for line in (await asyncio.to_thread(get, server.http, "/metrics")).splitlines():
         if not line.startswith("#") and label in line:
             name, value = line.split("{")[0].split(" ")[0], line.rsplit(" ", 1)[1]
             found[name] = found.get(name, 0.0) + float(value)

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from engram._json import json_text
 from engram_models import LSTM, Hopfield, write_bundle
 from engram_service.bench.report import machine
 from engram_service.local import LocalServer
+from engram_service.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -96,8 +96,7 @@ class Scene:
         flags = ("--redis-url", self.redis.url, "--tokens-file", str(tokens), "--shipped-models", "false", "--models-poll-s", "1",
                  "--queue-rows-max", "2048", "--resident-idle-s", "2", "--log-level", "error")  # fmt: skip
         self.servers = [LocalServer(directory / name, self.models, flags) for name in ("one", "two")]
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
 
     async def play(self, only: Sequence[str]) -> dict[str, Any]:
         self.redis.start()

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from engram._json import json_text
+from engram_service.http.get import get
+from engram_service.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -198,8 +199,8 @@ class Servers:
         end = time.monotonic() + START_S
         while True:
             try:
-                with urllib.request.urlopen(f"http://{self._https[number]}/readyz", timeout=5):
-                    return
+                get(self._https[number], "/readyz", 5.0)
+                return
             except OSError:
                 if time.monotonic() > end:
                     raise SystemExit(
@@ -233,12 +234,6 @@ def redis(python: Path, scratch: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(STOP_S)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def say(text: str) -> None:

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 
 import engram
 from engram._json import json_text
+from engram_service.http.get import get
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "results"
 CLIENTS, ACTIONS_PER_S = 3, 12
@@ -262,8 +262,7 @@ def scraped(http: str) -> dict[str, float]:
     """The server's own metrics, summed up by their first label."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    with urllib.request.urlopen(f"http://{http}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
+    text = get(http, "/metrics")
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         if not family.name.startswith("engram_") or family.type not in ("counter", "gauge"):

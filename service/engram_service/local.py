@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from types import TracebackType
 
 import grpc
 import psutil
+
+from engram_service.http.get import get
+from engram_service.ports import free_port
 
 _START_S = 90.0
 _STOP_S = 40.0
@@ -33,7 +34,7 @@ class LocalServer:
 
     def __init__(self, directory: Path, models: Path | None = None, flags: tuple[str, ...] = ()) -> None:
         self.directory = directory
-        self.address, self.http = (f"127.0.0.1:{port}" for port in _free_ports(2))
+        self.address, self.http = (f"127.0.0.1:{free_port()}" for _ in range(2))
         self._flags = ["--listen", self.address, "--http", self.http, "--data-dir", str(directory / "data"), *flags]
         if models is not None:
             self._flags += ["--models", str(models)]
@@ -105,8 +106,8 @@ class LocalServer:
         try:
             with grpc.insecure_channel(self.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
                 grpc.channel_ready_future(channel).result(timeout=0.5)
-            with urllib.request.urlopen(f"http://{self.http}/healthz", timeout=1):
-                return True
+            get(self.http, "/healthz", 1.0)
+            return True
         except (grpc.FutureTimeoutError, OSError):
             return False
 
@@ -118,12 +119,3 @@ class LocalServer:
                 if ours in (process.info["cmdline"] or []) and process.pid != os.getpid():
                     process.terminate()
                     process.wait(5)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now; all held at once, so that they differ."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(one.getsockname()[1]) for one in held]
-    for one in held:
-        one.close()
-    return ports

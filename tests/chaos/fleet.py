@@ -23,11 +23,12 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redises import BUS_MAX, SLOTS, free_port
+from redises import SLOTS
 
 from chaos.histories import MODEL
 from chaos.proxy import Proxy, Wires
 from engram_models import shipped_models_dir
+from engram_service.ports import free_port
 from engram_service.store.keys import META_PREFIX
 from engram_service.store.nodes import slot
 from engram_service.store.private import redis_binary
@@ -197,7 +198,7 @@ class Redis:
         self._fleet, self.name = fleet, f"redis-{number}"
         self.directory = fleet.directory / self.name
         self.directory.mkdir()
-        self.port = free_port(BUS_MAX)
+        self.port = free_port()
         self.clock = self.directory / "clock"
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -14,6 +14,7 @@ import grpc.aio
 import numpy as np
 
 from engram.v1 import error_pb2, model_pb2, stream_pb2
+from engram_service.ports import free_port
 
 WIDTH = 4
 
@@ -65,7 +66,7 @@ class FakePeer:
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("engram.v1.EngramService", {"Stream": handler}),)
         )
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port or free_port()}")
         await self._server.start()
         return self.port
 

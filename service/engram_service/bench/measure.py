@@ -6,7 +6,6 @@ import asyncio
 import sys
 import tempfile
 import time
-import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from engram_service.bench.load import LoadSpec
 from engram_service.bench.plain import PlainResult, measure_plain
 from engram_service.bench.types import Progress
 from engram_service.bench.workload import W, Workload, reference, workload_of, workload_w, write_w
+from engram_service.http.get import get
 from engram_service.local import LocalServer
 
 TOLERANCE = 1e-5
@@ -262,11 +262,10 @@ def _scrape(http: str) -> dict[str, float]:
     if not http:
         return {}
     values: dict[str, float] = {}
-    with urllib.request.urlopen(f"http://{http}/metrics", timeout=10) as answer:
-        for family in text_string_to_metric_families(answer.read().decode()):
-            for sample in family.samples:
-                name = sample.name + (":" + sample.labels["stage"] if "stage" in sample.labels else "")
-                values[name] = values.get(name, 0.0) + sample.value
+    for family in text_string_to_metric_families(get(http, "/metrics")):
+        for sample in family.samples:
+            name = sample.name + (":" + sample.labels["stage"] if "stage" in sample.labels else "")
+            values[name] = values.get(name, 0.0) + sample.value
     return values
 
 

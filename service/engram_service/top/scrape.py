@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import socket
 import time
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from engram_service.http.get import get
+from engram_service.settings import SettingError, split_address
+
 Labels = tuple[tuple[str, str], ...]  # sorted by name
 
 _TIMEOUT_S = 2.0
-_BYTES_MAX = 4 << 20
 _AT_ONCE = 32
 
 
@@ -48,11 +49,12 @@ def servers_of(addresses: Sequence[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for address in addresses:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
-            raise ValueError(f"{address!r} is not HOST:PORT")
         try:
-            infos = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            host, port = split_address(address, "server")
+        except SettingError as error:
+            raise ValueError(f"{address!r} is not HOST:PORT") from error
+        try:
+            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             names = sorted({str(info[4][0]) for info in infos})
         except OSError:
             names = []
@@ -71,8 +73,7 @@ def scrape(servers: Sequence[str]) -> list[Scrape]:
 
 def _scrape(address: str) -> Scrape:
     try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as answer:
-            text = answer.read(_BYTES_MAX).decode()
+        text = get(address, "/metrics", _TIMEOUT_S)
         samples = {
             (sample.name, tuple(sorted(sample.labels.items()))): float(sample.value)
             for family in text_string_to_metric_families(text)
