@@ -58,9 +58,13 @@ class GuardedProtocol(H11Protocol):
         super().on_response_complete()  # which may begin the next one
 
     def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE) or self._answering():
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # in the middle of an answer
             return
+        cycle: RequestResponseCycle | None = self.cycle  # none before the first request
+        if cycle is not None:
+            cycle.disconnected = True  # what it would answer, where its body is no body, nobody waits for
+            cycle.message_event.set()
         too_long = len(self.conn.trailing_data[0]) > self._guard.limits.head_bytes_max
         self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE if too_long else HTTPStatus.BAD_REQUEST)
 
@@ -72,10 +76,6 @@ class GuardedProtocol(H11Protocol):
     def drop(self) -> None:
         self._unset_keepalive_if_required()
         self.transport.abort()
-
-    def _answering(self) -> bool:
-        cycle: RequestResponseCycle | None = self.cycle  # none before the first request
-        return cycle is not None and not cycle.response_complete
 
     def _refuse(self, status: HTTPStatus) -> None:
         body = f"{status.value} {status.phrase}\n".encode()
