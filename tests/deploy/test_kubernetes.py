@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from engram_service.api.health import LIVENESS
 from engram_service.settings import Settings
 
 DEPLOY = pathlib.Path(__file__).resolve().parents[2] / "deploy"
@@ -119,6 +120,12 @@ def drained(objects: Objects) -> Iterator[str]:
             yield "does not wait until nobody is sent to it any more"
         if not {"startupProbe", "readinessProbe", "livenessProbe"} <= set(engram):
             yield "a probe is missing"
+        ready, *alive = (engram.get(f"{what}Probe", {}) for what in ("readiness", "liveness", "startup"))
+        for probe in alive:
+            if probe.get("grpc", {}).get("service") != LIVENESS and probe.get("httpGet", {}).get("path") != "/healthz":
+                yield "is restarted while Redis is away"
+        if ready.get("grpc", {}).get("service") or ready.get("httpGet", {}).get("path", "/readyz") != "/readyz":
+            yield "is sent to while it can do nothing"
 
 
 def selected(objects: Objects) -> Iterator[str]:
@@ -197,6 +204,8 @@ BREAKS: dict[str, tuple[Callable[[Objects], Iterator[str]], Callable[[Objects], 
     "resources": (resourced, lambda them: _container(them)["resources"].pop("limits")),
     "grace": (drained, lambda them: _pod(them).update(terminationGracePeriodSeconds=20)),
     "probe": (drained, lambda them: _container(them).pop("readinessProbe")),
+    "restart": (drained, lambda them: _container(them).update(livenessProbe=_container(them)["readinessProbe"])),
+    "ready": (drained, lambda them: _container(them).update(readinessProbe=_container(them)["livenessProbe"])),
     "selector": (selected, lambda them: of_kind(them, "PodDisruptionBudget")[0]["spec"]["selector"]["matchLabels"].update(a="b")),
     "setting": (known, lambda them: of_kind(them, "ConfigMap")[0]["data"].update(ENGRAM_TYPO="1")),
     "secret": (known, lambda them: them.append({"kind": "Secret", "metadata": {"name": "x"}})),

@@ -24,6 +24,12 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
     ("flags", "environment", "words"),
     [
         ({"listen": "nowhere"}, {}, "listen"),
+        ({"listen": "127.0.0.1:\u00b2"}, {}, "listen"),
+        ({"http": "127.0.0.1:" + "1" * 5000}, {}, "http"),
+        ({"http": "[::1:9464"}, {}, "http"),
+        ({"http": "[]:9464"}, {}, "http"),
+        ({"http": "somebody@here:9464"}, {}, "http"),
+        ({"http_connections_max": "0"}, {}, "http_connections_max"),
         ({}, {"ENGRAM_HTTP": "127.0.0.1:99999"}, "http"),
         ({"durability": "sometimes"}, {}, "step, interval"),
         ({"tick_rows_max": "many"}, {}, "--tick-rows-max"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 import engram
 from engram_service.top.figures import STAGES, figures
 from engram_service.top.page import page
-from engram_service.top.scrape import Scrape, servers_of
+from engram_service.top.scrape import Scrape, scrape, servers_of
 
 ServerProcess = Any
 MODEL = "digits-reader"
@@ -43,6 +44,25 @@ def stepping(server_with: Callable[..., ServerProcess]) -> Iterator[ServerProces
         yield server
         stop.set()
         thread.join()
+
+
+def test_what_does_not_speak_http_is_told_and_no_proxy_is_asked(
+    shared_server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+
+        def babble() -> None:
+            with stranger.accept()[0] as caller:
+                caller.recv(1000)
+                caller.sendall(b"what?\r\n\r\n")
+
+        threading.Thread(target=babble, daemon=True).start()
+        strange = f"127.0.0.1:{stranger.getsockname()[1]}"
+        real, other, grpc_port = scrape([f"127.0.0.1:{shared_server.http_port}", strange, shared_server.address])
+    assert not real.error and real.samples
+    assert "does not speak HTTP" in other.error and grpc_port.error
 
 
 def test_it_says_what_servers_do(stepping: ServerProcess) -> None:

@@ -37,5 +37,8 @@ httpGet:
 {{- else -}}
 grpc:
   port: 50051
+{{- if eq (index . 1) "/healthz" }}
+  service: liveness
+{{- end }}
 {{- end }}
 {{- end }}
