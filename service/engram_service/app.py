@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0002  # the event loop and the engine share the interpreter: neither may wait long for it
 _STOP_GRACE_S = 1.0
-_REDIS_GRACE_S = 2.0  # a Redis that restarts is away for a second; readiness need not follow it
+_REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is away for a second
 
 
 async def serve(settings: Settings) -> None:
@@ -93,7 +93,7 @@ async def serve(settings: Settings) -> None:
             log.error("model not served: %s", problem)
 
         def on_trouble(why: str) -> None:
-            health.tell("redis", why, _REDIS_GRACE_S)
+            health.tell("redis", why, 0 if health.failures() else _REDIS_GRACE_S)
             core.on_trouble(why)
 
         store.on_trouble, store.on_loss = on_trouble, core.on_loss

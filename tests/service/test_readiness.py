@@ -44,7 +44,11 @@ def until_readyz(server: ServerProcess, status: int) -> str:
 def test_not_ready_while_redis_is_away_and_ready_again_by_itself(
     redis_process: Any, server_with: Callable[..., ServerProcess]
 ) -> None:
+    redis_process.kill()
     with server_with("--redis-url", redis_process.url) as server, server.channel() as channel:
+        assert readyz(server)[0] == 503, "from its very start"
+        redis_process.start()
+        until_readyz(server, 200)
         health = health_pb2_grpc.HealthStub(channel)
 
         def check(name: str) -> int:
