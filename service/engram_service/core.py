@@ -120,7 +120,7 @@ class Core:
         self.residency.let_go(rows)
 
     def rows_in_flight(self) -> int:
-        return sum(stream.in_flight for stream in self.streams.values())
+        return sum(stream.in_flight for stream in list(self.streams.values()))  # another thread scrapes
 
     # Frames in
 
