@@ -91,14 +91,7 @@ async def serve(settings: Settings) -> None:
 
         for problem in await catalog.reload():
             log.error("model not served: %s", problem)
-
-        def on_trouble(why: str) -> None:
-            health.tell("redis", why, 0 if health.failures() else _REDIS_GRACE_S)
-            core.on_trouble(why)
-
-        store.on_trouble, store.on_loss = on_trouble, core.on_loss
-        store.writing_back = lambda: core.residency.writing_back
-        store.start()
+        _start_store(store, core, health)
         core.engine.start()
         gc.collect()
         gc.freeze()  # torch's objects stay: to look through them for garbage would stop everybody for some 80 ms
@@ -153,6 +146,16 @@ async def _store(settings: Settings, stack: AsyncExitStack) -> Store:
     )
     stack.callback(store.close)
     return store
+
+
+def _start_store(store: Store, core: Core, health: Health) -> None:
+    def on_trouble(why: str) -> None:
+        health.tell("redis", why, 0 if health.failures() else _REDIS_GRACE_S)
+        core.on_trouble(why)
+
+    store.on_trouble, store.on_loss = on_trouble, core.on_loss
+    store.writing_back = lambda: core.residency.writing_back
+    store.start()
 
 
 def _device(name: str) -> torch.device:
