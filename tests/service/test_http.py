@@ -17,6 +17,12 @@ import pytest
 
 import engram
 from engram_models import shipped_models_dir
+from engram_service.health import Health
+from engram_service.http.get import get
+from engram_service.http.server import HttpServer
+from engram_service.metrics import Metrics
+from engram_service.settings import Settings
+from engram_service.supervision import Supervisor
 from engram_service.top.scrape import scrape
 
 ServerProcess = Any
@@ -182,6 +188,30 @@ def test_the_port_answers_before_models_are_loaded(
             assert ask(one, "/readyz")[2] == "ready\n"
     finally:
         over.set()
+
+
+def test_it_begins_again_after_a_failure_and_shows_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    metrics, health = Metrics(), Health()
+    server = HttpServer(Settings(http="127.0.0.1:0"), metrics, health, Supervisor(metrics, health))
+    address = server.address
+    try:
+        health.warn("redis", "it may\nforget")
+        assert get(address, "/readyz") == "ready\nwarning: redis: it may forget\n"
+        with pytest.raises(OSError, match=f"http = {address}: Address already in use"):
+            HttpServer(Settings(http=address), metrics, health, Supervisor(metrics, health))
+        assert server._server is not None
+        server._server.should_exit = True  # nobody has told it to
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            with contextlib.suppress(OSError):
+                if 'engram_task_failures_total{task="http"} 1.0' in get(address, "/metrics"):
+                    break
+            assert time.monotonic() < deadline
+        assert "background task http failed" in caplog.text
+    finally:
+        server.stop()
+    with pytest.raises(OSError, match="refused"):
+        get(address, "/healthz")
 
 
 # What may be sent
