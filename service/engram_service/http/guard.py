@@ -32,6 +32,9 @@ class Connection(Protocol):
     doing: Doing
     since: float  # the loop's time at which that began
 
+    def waits(self) -> bool:
+        """Whether it is for the caller to do something: to send, or to take what is sent to it."""
+
     def refuse(self) -> None:
         """Says that there is no room, and ends it."""
 
@@ -58,7 +61,7 @@ class Guard:
         if len(self._connections) <= self.limits.connections_max:
             return
         self._dropped.labels("full").inc()
-        waiting = [one for one in self._connections if one.doing is not Doing.ANSWERING and one is not connection]
+        waiting = [one for one in self._connections if one is not connection and one.waits()]
         if waiting:
             self._drop(min(waiting, key=lambda one: one.since))
         else:

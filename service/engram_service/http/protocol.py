@@ -70,6 +70,9 @@ class GuardedProtocol(H11Protocol):
 
     # What the guard calls
 
+    def waits(self) -> bool:
+        return self.doing is not Doing.ANSWERING or self.transport.get_write_buffer_size() > 0
+
     def refuse(self) -> None:
         self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
 

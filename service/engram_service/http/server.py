@@ -24,6 +24,7 @@ from engram_service.supervision import Supervisor
 
 _CORE_SHARE = 0.25  # of a core, for all of the HTTP port
 _BACKLOG = 64  # connections that the kernel holds for us, and the most that are taken in one turn of the loop
+_KERNEL_BYTES = 128 << 10
 _GOODBYE_S = 1
 _JOIN_S = 3.0
 _LACKING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # such as ::1 where there is no IPv6
@@ -121,6 +122,9 @@ def _listener(family: int, where: tuple[Any, ...]) -> socket.socket:
     one = socket.socket(family, socket.SOCK_STREAM)
     try:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Of each connection; the kernel would keep megabytes for one that does not read.
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BYTES)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _KERNEL_BYTES)
         one.bind(where)
         one.listen(_BACKLOG)
         one.setblocking(False)
