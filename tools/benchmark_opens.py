@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import engram
+from engram._json import json_text
 from engram_service.bench.report import machine
 from engram_service.bench.workload import W, write_w
 from engram_service.local import LocalServer
@@ -54,7 +54,7 @@ def main() -> int:
             found = asyncio.run(measure(own.address, other.address, args))
     result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), **found}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "opens.json").write_text(json.dumps(result, indent=2) + "\n")
+    (args.out / "opens.json").write_text(json_text(result, indent=2) + "\n")
     (args.out / "opens.md").write_text(page(result))
     print(page(result))
     return 0
