@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import MISSING, fields
 from itertools import chain
@@ -137,7 +138,7 @@ BAD: dict[str, tuple[str, Columns, str]] = {
     "no header": ("1,2\n3,4\n", Columns(), "the first row must name the columns"),
     "twice": ("a,a\n1,2\n", Columns(), "names the column 'a' twice"),
     "ragged": ("a,b\n1,2\n3\n", Columns(), "line 3 has 1 cells, the header names 2"),
-    "no number": ("a,b\n1,2\n\n3,four\n", Columns(), "line 4, column 'b': 'four' is not a number"),
+    "no number": ("\na,b\n1,2\n3,four\n", Columns(), "line 4, column 'b': 'four' is not a number"),
     "underscore": ("a\n1_000\n", Columns(), "line 2, column 'a': '1_000' is not a number"),
     "missing": ("a,b\n1,\n", Columns(), "line 2, column 'b' is empty"),
     "nan": ("a,b\n1,2\nnan,2\n", Columns(), "line 3, column 'a' is nan"),
@@ -149,7 +150,107 @@ BAD: dict[str, tuple[str, Columns, str]] = {
     "time falls": ("t,a\n9,2\n10,2\n8,2\n", Columns(time="t"), "line 4, column 't': 8 after 10"),
     "date repeats": ("t,a\n1999-01-02,2\n1999-01-02,2\n", Columns(time="t"), "line 3, column 't'"),
     "not text": ("a\n\udcff\udcfe\n", Columns(), "not CSV in UTF-8"),
+    "latin-1": ("name,a\nx,1\nk\udcf6ln,2\n", Columns(("a",)), "line 3, byte 2 (0xf6) is not text in UTF-8"),
+    "utf-16": ("\udcff\udcfea\0\n\0001\0\n\0", Columns(), "UTF-16"),
+    "utf-16 without a mark": ("a\0\n\0001\0\n\0", Columns(), "line 1 has a NUL byte; UTF-16 and binary files"),
+    "blank line": ("a\n1\n\n3\n", Columns(), "line 3 is blank"),
+    "blank lines": ("a,b\r\n1,2\r\n \t\r\n\r\n3,4\r\n", Columns(), "line 3 is blank"),
+    "blank line, quoted": ('a\n1\n""\n3\n', Columns(), "line 3, column 'a' is empty"),
+    "a row of nothing": ("a,b\n1,2\n,\n3,4\n", Columns(), "line 3, column 'a' is empty"),
+    "index": (",a\n0,5\n1,6\n", Columns(), "column 1 of the header has no name"),
+    "index of an index": ("Unnamed: 0,a\n0,5\n1,6\n", Columns(), "column 1 of the header has no name ('Unnamed: 0')"),
+    "an index by name": ("index,a\n0,5\n1,6\n2,8\n", Columns(), "column 'index' counts the rows"),
+    "comma at the end": ("a,\n1,\n2,\n", Columns(), "column 2 of the header has no name"),
+    "asked for twice": ("a,b\n1,2\n", Columns(("a", "a")), "`columns` names 'a' twice"),
+    "missing by a word": ("a\n1\nNA\n", Columns(), "line 3, column 'a' is NA; fill or remove"),
+    "decimal comma": ('a;b\n1;2\n1,5;2\n', Columns(), "line 3, column 'a': '1,5' is not a number; write a point"),
+    "thousands": ('a,b\n1,2\n"1,234.5",2\n', Columns(), "line 3, column 'a': '1,234.5' is not a number; write a point"),
+    "thousands with spaces": ("a,b\n1,2\n1 234,2\n", Columns(), "line 3, column 'a': '1 234' is not a number"),
+    "bare thousands": ("a\n999\n1,000\n", Columns(), "line 3 has 2 cells, the header names 1"),
+    "other digits": ("a\n\u0663\n", Columns(), "is not a number"),
+    "too large": ("a\n1e39\n", Columns(), "line 2, column 'a' is 1e39, beyond the range of float32"),
+    "an open quote": ('a,b\n1,"2\n3,4\n', Columns(), "line 2: a quote is left open"),
+    "more after a quote": ('a,b\n1,"2"3\n', Columns(), "line 2: not CSV"),
+    "no name of a sequence": ("s,a\nx,1\n,2\n", Columns((), "s"), "line 3, column 's' is empty"),
+    "no time": ("t,a\n1,1\n,2\n", Columns(time="t"), "line 3, column 't' is empty"),
+    "no zone": ("t,a\n2020-01-01T00:00Z,1\n2020-01-01T01:00,2\n", Columns(time="t"), "line 3, column 't': 2020-01-01T01:00"),
+    "no day": ("t,a\n2020-02-28,1\n2020-02-30,2\n", Columns(time="t"), "line 3, column 't': 2020-02-30"),
+    "midnight passes": ("t,a\n23:59,1\n0:00,2\n", Columns(time="t"), "line 3, column 't': 0:00 after 23:59"),
+    "the clock is set back": (
+        "t,a\n2020-10-25 02:59,1\n2020-10-25 02:00,2\n", Columns(time="t"), "the time zone's offset (+01:00)"
+    ),
+    "words as times": ("t,a\nMarch,1\nApril,2\n", Columns(time="t"), "'April' is not a time that is understood"),
+    "mixed times": ("t,a\n1,1\nnan,2\n", Columns(time="t"), "line 3, column 't': nan"),
+}  # fmt: skip
+
+
+READ: dict[str, str] = {
+    "a mark at the beginning": "\ufeffa,b\n1,2\n3,4\n",
+    "lines of Windows": "a,b\r\n1,2\r\n3,4\r\n\r\n",
+    "lines of old": "a,b\r1,2\r3,4",
+    "semicolons": "a;b\n1;2\n3;4\n",
+    "tabs": "a\tb\n1\t2\n3\t4\n",
+    "quotes": '"a","b"\n"1","2"\n"3", "4"\n',
+    "blank lines around": "\n  \na,b\n1,2\n3,4\n\n\n",
+    "spaces": " a , b \n 1 ,2\n3 , 4 \n",
+    "other ways of a number": "a,b\n+1.0,.2e1\n3.,4E+00\n",
 }
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_other_programs_write_is_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_bytes(READ[name].encode())
+    table = read_csv(path, Columns())
+    assert table.names == ("a", "b")
+    assert table.values[0].tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_column_without_a_name_may_stay_where_others_are_chosen(tmp_path: Path) -> None:
+    path = save(tmp_path / "d.csv", ",a\n0,5\n1,6\n")
+    assert read_csv(path, Columns(("a",))).values[0].tolist() == [[5], [6]]
+
+
+def test_a_remark_is_left_out_and_a_quoted_one_is_none(tmp_path: Path) -> None:
+    path = save(tmp_path / "d.csv", '# x,y\nwho,a\n"#1",5\n# an "open quote\n"#1",6\n')
+    assert read_csv(path, Columns(sequence="who")).ids == ("#1",)
+
+
+TIMES: dict[str, list[str]] = {
+    "numbers": ["-1", "9", "10", "1e2"],
+    "nanoseconds": ["1700000000000000000", "1700000000000000100", "1700000000000000200"],
+    "days": ["1999-12-31", "2000-01-01", "2000-02-29"],
+    "months": ["1999-11", "1999-12", "2000-01"],
+    "UTC": ["2020-01-01T00:00:00Z", "2020-01-01T00:00:00.25Z", "2020-01-01T00:00:00.250000001Z", "2020-01-01T00:00:01Z"],
+    "spaces": ["2020-01-01 9:00", "2020-01-01 10:00"],
+    "a clock change": ["2020-10-25T02:30:00+02:00", "2020-10-25T02:00:00+01:00", "2020-10-25 03:00:00+0100"],
+    "some zones": ["2020-01-01T00:00+02:00", "2019-12-31T23:00Z", "2019-12-31T23:00:00.5-00:00"],
+    "hours": ["8:00", "9:59", "10:00", "24:00"],
+    "seconds": ["8:00:00", "8:00:00.5", "08:00:01"],
+    "half days": ["11:59 AM", "12:00 PM", "1:00 pm"],
+    "day first": ["31/12/2019", "01/01/2020", "1/2/2020"],
+    "month first": ["12/31/2019 8:00", "01/01/2020 7:00", "1/13/2020 6:00"],
+    "points": ["31.12.19", "01.01.20"],
+    "quarters": ["2019Q4", "2020Q1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_times_are_understood(name: str, tmp_path: Path) -> None:
+    times = TIMES[name]
+    path = save(tmp_path / "d.csv", "t,a\n" + "".join(f"{time},1\n" for time in times))
+    assert read_csv(path, Columns(time="t")).times == (tuple(times),)
+    back = save(tmp_path / "back.csv", "t,a\n" + "".join(f"{time},1\n" for time in reversed(times)))
+    with pytest.raises(TrainingError, match=r"line 3, column 't'"):
+        read_csv(back, Columns(time="t"))
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """A named pipe would wait for a writer, for ever."""
+    for name in ("pipe.csv", "pipe.npz"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(TrainingError, match=f"{name}: not a regular file"):
+            made("forecast", tmp_path / name).input_size  # noqa: B018
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -183,6 +284,9 @@ def test_npz_shapes(tmp_path: Path) -> None:
         ({"X": np.array([["a"]]), "y": [1]}, "numbers of shape"),
         ({"X": np.ones((0, 3, 1)), "y": []}, "X is empty"),
         ({"X": np.array([{}]), "y": [1]}, "not an NPZ file of plain arrays"),
+        ({"X": np.array([[[1e39]]]), "y": [1]}, "X has 1e\\+39 in sequence 0, row 0, column 0"),
+        ({"X": np.ones((2, 3, 1)), "y": [1.0, np.nan]}, "y has no label for sequence 1"),
+        ({"X": np.ones((2, 3, 1)), "y": ["", "a"]}, "y has no label for sequence 0"),
     ],
 )
 def test_a_bad_npz_is_refused(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -71,13 +71,13 @@ def load_recipe(name: str | Path, quick: bool = False) -> Recipe:
     """A recipe by its name or its file's path. Raises TrainingError."""
     path = shipped_recipes().get(str(name)) or Path(name)
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         known = ", ".join(shipped_recipes())
         raise TrainingError(f"no recipe {str(name)!r} and no such file; there are: {known}") from None
     except OSError as error:
         raise TrainingError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not toml, not UTF-8, or an integer of thousands of digits
         raise TrainingError(f"{path}: not toml: {error}") from error
     return _recipe(path, tables, quick)
 

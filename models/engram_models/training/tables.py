@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,17 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_models.training.csv_rows import Row, read_rows
 from engram_models.training.experiment import TrainingError
+from engram_models.training.times import fault
 
 Array = NDArray[np.float64]
 _DATA = Path(__file__).parents[1] / "data"
-_ROWS_MAX = 10_000_000
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
+_MISSING = re.compile(r"[+-]?(nan|inf|infinity)|n/?a|#n/a|null|none|nil|missing|[?.-]+", re.IGNORECASE)
+_SEPARATED = re.compile(r"[+-]?\d[\d.,' \u00a0\u2009\u202f_]*", re.ASCII)
+_UNNAMED = re.compile(r"|Unnamed: \d+")  # the second is what pandas calls the first
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,9 +47,6 @@ class Columns:
     time: str = ""
 
 
-_Row = tuple[int, list[str]]  # its line in the file, its cells
-
-
 def located(file: str, directory: Path) -> Path:
     """The path of a recipe's `file`: relative to the recipe's directory, or the name of data that come with the package."""
     path, shipped = directory / file, _DATA / f"{file}.csv"
@@ -52,8 +54,9 @@ def located(file: str, directory: Path) -> Path:
 
 
 def read_csv(path: Path, columns: Columns) -> Table:
-    """The first row names the columns; lines that begin with # are left out. Raises TrainingError with line and column."""
-    names, rows = _cells(path)
+    """The first row names the columns. Raises TrainingError with line and column."""
+    names, rows = read_rows(path)
+    _header(path, names, columns)
     special = [name for name in (columns.sequence, columns.label, columns.time) if name]
     chosen = columns.values or tuple(name for name in names if name not in special)
     for name in (*chosen, *special):
@@ -61,12 +64,14 @@ def read_csv(path: Path, columns: Columns) -> Table:
             raise TrainingError(f"{path}: there is no column {name!r}; there are: {', '.join(names)}")
     if not chosen or not rows:
         raise TrainingError(f"{path}: there are no {'columns of numbers' if rows else 'rows under the header'}")
-    groups = _groups(rows, names.index(columns.sequence) if columns.sequence else None)
+    groups = _groups(path, rows, columns.sequence, names)
     places = [(name, names.index(name)) for name in chosen]
     values = tuple(
         np.array([[_number(path, line, name, cells[at]) for name, at in places] for line, cells in group])
         for group in groups.values()
     )
+    for at, name in enumerate(chosen if not columns.values else ()):
+        _refuse_index(path, name, (sequence[:, at] for sequence in values))
     labels = tuple(
         _label(path, group, columns.label, names.index(columns.label)) for group in groups.values() if columns.label
     )
@@ -83,86 +88,73 @@ def read_npz(path: Path, labelled: bool) -> Table:
     """
     arrays = _arrays(path, ("X", "y") if labelled else ("X",))
     X = _three_axes(path, arrays["X"], labelled)
-    if not np.isfinite(X).all():
-        place = [int(at) for at in np.argwhere(~np.isfinite(X))[0]]
+    bad = ~(np.abs(X) <= _LARGEST)
+    if bad.any():
+        place = [int(at) for at in np.argwhere(bad)[0]]
+        what = "models compute in float32" if np.isfinite(X[tuple(place)]) else "fill or remove what is missing"
         raise TrainingError(
-            f"{path}: X has {X[tuple(place)]} in sequence {place[0]}, row {place[1]}, column {place[2]} (counted from 0); "
-            "fill or remove what is missing"
+            f"{path}: X has {X[tuple(place)]} in sequence {place[0]}, row {place[1]}, column {place[2]} (counted from 0); {what}"
         )
-    labels = tuple(str(label) for label in arrays["y"]) if labelled else ()
-    if labelled and (arrays["y"].ndim != 1 or len(labels) != len(X)):
-        raise TrainingError(
-            f"{path}: y is {list(arrays['y'].shape)}, one label for each of {len(X)} sequences is needed"
-        )
+    labels = _npz_labels(path, arrays["y"], len(X)) if labelled else ()
     names = tuple(str(number) for number in range(X.shape[2]))
     return Table(path, names, tuple(X), tuple(str(number) for number in range(len(X))), labels, ())
 
 
-def _cells(path: Path) -> tuple[list[str], list[_Row]]:
-    """The header and the rows below it, each as long as the header."""
-    names: list[str] = []
-    rows: list[_Row] = []
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            for cells in reader:
-                if not any(cells) or cells[0].startswith("#"):
-                    continue
-                if not names:
-                    names = _header(path, [cell.strip() for cell in cells])
-                    continue
-                if len(cells) != len(names):
-                    raise TrainingError(
-                        f"{path}: line {reader.line_num} has {len(cells)} cells, the header names {len(names)}"
-                    )
-                rows.append((reader.line_num, cells))
-                if len(rows) > _ROWS_MAX:
-                    raise TrainingError(f"{path}: more than {_ROWS_MAX:,} rows")
-    except OSError as error:
-        raise TrainingError(f"{path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise TrainingError(f"{path}: not CSV in UTF-8: {error}") from error
-    if not names:
-        raise TrainingError(f"{path}: the file is empty; its first row must name the columns")
-    return names, rows
-
-
-def _header(path: Path, names: list[str]) -> list[str]:
-    if all(_is_number(name) for name in names):
+def _header(path: Path, names: list[str], columns: Columns) -> None:
+    if all(_NUMBER.fullmatch(name) for name in names):
         raise TrainingError(f"{path}: the first row must name the columns; it holds numbers: {', '.join(names)}")
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := [name for name in names if name and names.count(name) > 1]:
         raise TrainingError(f"{path}: the header names the column {twice[0]!r} twice")
-    return names
+    if twice := [name for name in columns.values if columns.values.count(name) > 1]:
+        raise TrainingError(f"{path}: `columns` names {twice[0]!r} twice")
+    for number, name in enumerate(names, 1):
+        if not columns.values and _UNNAMED.fullmatch(name):
+            shown = f" ({name!r})" if name else ""
+            raise TrainingError(
+                f"{path}: column {number} of the header has no name{shown}; an index is no data: remove it, or let `columns` name "
+                "those that are to be used"
+            )
 
 
-def _groups(rows: Iterable[_Row], at: int | None) -> dict[str, list[_Row]]:
-    groups: dict[str, list[_Row]] = {}
+def _refuse_index(path: Path, name: str, values: Iterable[Array]) -> None:
+    """A column that is called an index and counts the rows would be learnt as if it were data."""
+    column = np.concatenate(list(values))
+    if name.lower() == "index" and len(column) > 2 and column[0] in (0, 1) and (np.diff(column) == 1).all():
+        raise TrainingError(
+            f"{path}: column {name!r} counts the rows; remove it, name it as `time`, or let `columns` name those to be used"
+        )
+
+
+def _groups(path: Path, rows: Iterable[Row], name: str, names: Sequence[str]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    at = names.index(name) if name else -1
     for row in rows:
-        groups.setdefault("" if at is None else row[1][at].strip(), []).append(row)
+        key = row.cells[at].strip() if name else ""
+        if name and not key:
+            raise TrainingError(f"{path}: line {row.line}, column {name!r} is empty; every row needs its sequence")
+        groups.setdefault(key, []).append(row)
     return groups
 
 
 def _number(path: Path, line: int, name: str, text: str) -> float:
+    text = text.strip()
     where = f"{path}: line {line}, column {name!r}"
-    if not text.strip():
+    if _NUMBER.fullmatch(text):
+        if abs(number := float(text)) <= _LARGEST:
+            return number
+        raise TrainingError(f"{where} is {text}, beyond the range of float32, in which models compute")
+    if not text:
         raise TrainingError(f"{where} is empty; fill or remove what is missing")
-    if not _is_number(text):
-        raise TrainingError(f"{where}: {text!r} is not a number; `columns` may name those that are to be used")
-    number = float(text)
-    if not math.isfinite(number):
-        raise TrainingError(f"{where} is {text.strip()}; fill or remove what is missing")
-    return number
+    if _MISSING.fullmatch(text):
+        raise TrainingError(f"{where} is {text}; fill or remove what is missing")
+    if _SEPARATED.fullmatch(text):
+        raise TrainingError(
+            f"{where}: {text!r} is not a number; write a point before decimals, and thousands without marks"
+        )
+    raise TrainingError(f"{where}: {text!r} is not a number; `columns` may name those that are to be used")
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return "_" not in text  # which Python takes for a part of a number
-
-
-def _label(path: Path, group: Sequence[_Row], name: str, at: int) -> str:
+def _label(path: Path, group: Sequence[Row], name: str, at: int) -> str:
     first = group[0][1][at].strip()
     for line, cells in group:
         if cells[at].strip() != first or not first:
@@ -171,20 +163,21 @@ def _label(path: Path, group: Sequence[_Row], name: str, at: int) -> str:
     return first
 
 
-def _times(path: Path, group: Sequence[_Row], name: str, at: int) -> tuple[str, ...]:
-    """As they stand; they must rise, as numbers if they all are, else as text (dates like 1984-03-01)."""
-    times = [cells[at].strip() for _, cells in group]
-    order: Sequence[Any] = [float(time) for time in times] if all(map(_is_number, times)) else times
-    for number in range(1, len(order)):
-        if not order[number - 1] < order[number]:
-            raise TrainingError(
-                f"{path}: line {group[number][0]}, column {name!r}: {times[number]} after {times[number - 1]}; rows must be in "
-                "the order of time, and a file of several sequences needs a `sequence` column"
-            )
-    return tuple(times)
+def _times(path: Path, group: Sequence[Row], name: str, at: int) -> tuple[str, ...]:
+    """As they stand; they must rise."""
+    times = tuple(row.cells[at].strip() for row in group)
+    if "" in times:
+        raise TrainingError(
+            f"{path}: line {group[times.index('')].line}, column {name!r} is empty; every row needs its time"
+        )
+    if found := fault(times):
+        raise TrainingError(f"{path}: line {group[found[0]].line}, column {name!r}: {found[1]}")
+    return times
 
 
 def _arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    if path.exists() and not path.is_file():
+        raise TrainingError(f"{path}: not a regular file")
     try:
         with np.load(path, allow_pickle=False) as file:
             if missing := [name for name in names if name not in file]:
@@ -194,6 +187,16 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         raise TrainingError(f"{path}: {error.strerror or error}") from error
     except (ValueError, BadZipFile, TypeError, AttributeError) as error:
         raise TrainingError(f"{path}: not an NPZ file of plain arrays: {error}") from error
+
+
+def _npz_labels(path: Path, y: NDArray[Any], count: int) -> tuple[str, ...]:
+    if y.shape != (count,):
+        raise TrainingError(f"{path}: y is {list(y.shape)}, one label for each of {count} sequences is needed")
+    labels = tuple(str(label) for label in (np.char.decode(y) if y.dtype.kind == "S" else y))
+    for number, label in enumerate(labels):
+        if not label.strip() or label.lower() in ("nan", "nat"):
+            raise TrainingError(f"{path}: y has no label for sequence {number} (counted from 0), but {label!r}")
+    return labels
 
 
 def _three_axes(path: Path, X: NDArray[Any], labelled: bool) -> Array:
