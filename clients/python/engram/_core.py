@@ -40,7 +40,6 @@ _BY_EVENT = {
         "SESSION_CLOSED",
         "the session was closed by another client, or has expired",
     ),
-    stream_pb2.EventFrame.TYPE_LOST: (15, "RECORD_CORRUPTED", "the session's record is gone or unusable"),
 }
 
 

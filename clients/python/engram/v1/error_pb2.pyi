@@ -42,7 +42,6 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_QUEUE_FULL: _ClassVar[ErrorReason]
     ERROR_REASON_REPLY_WINDOW_FULL: _ClassVar[ErrorReason]
     ERROR_REASON_TOO_MANY_SESSIONS: _ClassVar[ErrorReason]
-    ERROR_REASON_ARENA_FULL: _ClassVar[ErrorReason]
     ERROR_REASON_TOO_MANY_STREAMS: _ClassVar[ErrorReason]
     ERROR_REASON_TENANT_LIMIT: _ClassVar[ErrorReason]
     ERROR_REASON_DEADLINE_EXCEEDED: _ClassVar[ErrorReason]
@@ -88,7 +87,6 @@ ERROR_REASON_SESSION_CLOSED: ErrorReason
 ERROR_REASON_QUEUE_FULL: ErrorReason
 ERROR_REASON_REPLY_WINDOW_FULL: ErrorReason
 ERROR_REASON_TOO_MANY_SESSIONS: ErrorReason
-ERROR_REASON_ARENA_FULL: ErrorReason
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason
 ERROR_REASON_TENANT_LIMIT: ErrorReason
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason

@@ -214,12 +214,10 @@ class EventFrame(_message.Message):
         TYPE_TAKEN_OVER: _ClassVar[EventFrame.Type]
         TYPE_CLOSED: _ClassVar[EventFrame.Type]
         TYPE_DRAINING: _ClassVar[EventFrame.Type]
-        TYPE_LOST: _ClassVar[EventFrame.Type]
     TYPE_UNSPECIFIED: EventFrame.Type
     TYPE_TAKEN_OVER: EventFrame.Type
     TYPE_CLOSED: EventFrame.Type
     TYPE_DRAINING: EventFrame.Type
-    TYPE_LOST: EventFrame.Type
     TYPE_FIELD_NUMBER: _ClassVar[int]
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     type: EventFrame.Type
