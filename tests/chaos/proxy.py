@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 from collections.abc import Callable
 
@@ -44,6 +45,8 @@ class Proxy:
         self._loop = loop
         self._target = target
         self._delay_s = 0.0
+        self._lags: random.Random | None = None
+        self._lag_s = 0.0
         self._refusing = False
         self._open = asyncio.Event()  # clear while what arrives is held back
         self._open.set()
@@ -51,7 +54,13 @@ class Proxy:
         self._server: asyncio.Server | None = None
 
     async def start(self, listen: int) -> None:
+        """Port 0: any that is free."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", listen, limit=_CHUNK)
+
+    @property
+    def port(self) -> int:
+        assert self._server is not None
+        return int(self._server.sockets[0].getsockname()[1])
 
     def cut(self) -> None:
         """Every connection ends with a reset; what was under way is lost."""
@@ -60,6 +69,11 @@ class Proxy:
     def delay(self, seconds: float) -> None:
         """From now on whatever passes takes so much longer, in either direction."""
         self._post(lambda: setattr(self, "_delay_s", seconds))
+
+    def lag(self, longest_s: float, seed: int = 0) -> None:
+        """From now on each answer takes longer by a time of its own: mostly little, seldom almost `longest_s`."""
+        lags = random.Random(seed) if longest_s else None
+        self._post(lambda: (setattr(self, "_lags", lags), setattr(self, "_lag_s", longest_s)))
 
     def hold(self, held: bool) -> None:
         """While held, nothing passes and nothing is lost: it arrives late."""
@@ -81,6 +95,7 @@ class Proxy:
     def heal(self) -> None:
         """As if nothing had ever been."""
         self.delay(0.0)
+        self.lag(0.0)
         self.refuse(False)
         self.hold(False)
 
@@ -92,7 +107,7 @@ class Proxy:
 
         self._post(end)
 
-    def _post(self, work: Callable[[], None]) -> None:
+    def _post(self, work: Callable[[], object]) -> None:
         self._loop.call_soon_threadsafe(work)
 
     def _cut(self) -> None:
@@ -114,7 +129,7 @@ class Proxy:
         self._writers.add(far_writer)
         pumps = [
             asyncio.create_task(self._pump(reader, far_writer)),
-            asyncio.create_task(self._pump(far_reader, writer)),
+            asyncio.create_task(self._pump(far_reader, writer, answers=True)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -127,11 +142,13 @@ class Proxy:
                 self._writers.discard(one)
                 one.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answers: bool = False) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK):
                 await self._open.wait()
                 if self._delay_s:
                     await asyncio.sleep(self._delay_s)
+                if answers and self._lags is not None:
+                    await asyncio.sleep(self._lag_s * self._lags.random() ** 3)
                 writer.write(data)
                 await writer.drain()
