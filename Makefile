@@ -84,7 +84,7 @@ test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --redis cluster tests/service tests/sdk tests/fuzz/test_sessions.py
 
 test-all: $(STAMP) $(BIN)/helm
-	ENGRAM_FUZZ_EXAMPLES=50 ENGRAM_FUZZ_STEPS=50 $(BIN)/python -m pytest -q -m "not gpu" --timeout 900
+	ENGRAM_FUZZ_EXAMPLES=50 ENGRAM_FUZZ_STEPS=50 ENGRAM_ISOLATION_S=120 $(BIN)/python -m pytest -q -m "not gpu" --timeout 900
 
 learn: $(STAMP)
 	$(BIN)/python tools/learn.py --ship
