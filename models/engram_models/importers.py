@@ -104,7 +104,11 @@ def _check_parameters(module: nn.Module, plain: nn.Module) -> None:
 
 
 def _name(thing: object) -> str:
-    return thing.__name__ + " class" if isinstance(thing, type) else type(thing).__name__
+    """Of its class; with its module where torch.nn has another one of that name (quantized modules, say)."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    ours = getattr(nn, kind.__name__, kind)
+    name = kind.__name__ if ours is kind else f"{kind.__module__}.{kind.__name__}"
+    return f"{name} class" if isinstance(thing, type) else name
 
 
 def _hint(thing: object) -> str:

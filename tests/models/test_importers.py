@@ -130,6 +130,7 @@ REFUSED: dict[str, tuple[type[Exception], Any, Any, str]] = {
     "a cell": (TypeError, nn.LSTMCell(4, 8), None, "LSTMCell: .*weight_ih as weight_ih_l0"),
     "a linear module": (TypeError, nn.Linear(4, 8), None, "a Linear: give an nn.RNN, nn.GRU or nn.LSTM"),
     "a whole model": (TypeError, Whole(), None, "Whole: .* as its 'encoder' is"),
+    "another LSTM": (TypeError, type("LSTM", (nn.Module,), {"__module__": "a.quantized"})(), None, "a a.quantized.LSTM: give"),
     "a class": (TypeError, nn.LSTM, None, "LSTM class"),
     "weights": (TypeError, nn.LSTM(4, 8).state_dict(), None, "OrderedDict: .*load_state_dict"),
     "a path": (TypeError, "model.pt", None, "a str"),
