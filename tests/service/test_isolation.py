@@ -129,11 +129,13 @@ class Line:
         self.opens: dict[int, list[str]] = {}
         self.numbers = 0
         self.ended = False
+        self.writing = asyncio.Lock()  # gRPC takes one write at a time
         self.reader = asyncio.create_task(self._read())
 
     async def send(self, **frame: Any) -> None:
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await self.call.write(st.StreamRequest(**frame))
+        async with self.writing:
+            with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+                await self.call.write(st.StreamRequest(**frame))
 
     async def _read(self) -> None:
         try:
