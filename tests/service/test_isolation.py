@@ -135,7 +135,11 @@ class Line:
     async def send(self, **frame: Any) -> None:
         async with self.writing:
             with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-                await self.call.write(st.StreamRequest(**frame))
+                try:
+                    async with asyncio.timeout(PATIENCE_S):
+                        await self.call.write(st.StreamRequest(**frame))
+                except TimeoutError:
+                    self.world.faults.append(f"a stream of {self.tenant} was not read for {PATIENCE_S:g} s")
 
     async def _read(self) -> None:
         try:
@@ -346,7 +350,9 @@ class Actor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(line.reader), rng.random() * 2)
         line.call.cancel()
-        await line.reader
+        done, _ = await asyncio.wait([line.reader], timeout=PATIENCE_S)
+        if not done:
+            self.world.faults.append(f"a stream of {self.tenant} did not end when it was cancelled")
 
     async def _act(self, line: Line) -> None:
         match self.rng.choices(
