@@ -48,7 +48,6 @@ _TTL_MS_MAX = 100 * 365 * 86_400_000  # a hundred years: Redis and calendars cou
 _SLICE = 32  # sessions that are opened between two batches
 _SMALL = 8  # sessions; an open of more of them is large
 _OPENING_THREADS = 4
-_CLAIMED = (ClaimStatus.CREATED, ClaimStatus.CARRIED)
 _TOKEN_NBYTES = 8
 
 
@@ -145,21 +144,45 @@ class Sessions:
         self, stream: Stream, wanted: Wanted, served: Served, places: Sequence[int], seen: tuple[int, list[str]],
         deadline: float, result: Opened,
     ) -> None:  # fmt: skip
-        """Claims some of the sessions, those at these places of the request."""
-        keys = [result.ids[place] for place in places]
+        """Claims some of the sessions, those at these places of the request. Whom others have claimed since they were looked at are
+        looked at again, and claimed again; nobody waits for that but this open."""
+        left = list(zip(places, self._requests(served, wanted, [result.ids[place] for place in places]), strict=True))
         try:
-            async with self._holds.hold(keys, deadline):
-                requests = self._requests(served, wanted, keys)
-                if not wanted.attach and (above := await self.above_limit(keys, wanted.ttl_ms, deadline)):
-                    requests = [replace(one, may_create=one.session_id not in above) for one in requests]
-                claims, result.losses = await self._claim(stream, wanted, requests, seen, deadline)
-                held = [one.session_id for one, claim in zip(requests, claims, strict=True) if claim.status in _CLAIMED]
-                await self._holds.dismiss(held, deadline, TAKEN_OVER)  # former holders on this server
-                self._apply(stream, wanted, served, places, requests, claims, result)
+            while True:
+                async with self._holds.hold([one.session_id for _, one in left], deadline):
+                    left = await self._claim(stream, wanted, served, left, seen, deadline, result)
+                if not left:
+                    return
+                if time.monotonic() > deadline:
+                    raise self._core.late()
+                seen = await self._seen(stream, wanted, [one.session_id for _, one in left], deadline)
         except Refusal as refusal:
-            result.errors.update(dict.fromkeys(places, refusal))
+            result.errors.update({place: refusal for place, _ in left})
             if wanted.tenant and not wanted.attach:
-                self._core.supervisor.once("places", self._settle_places(keys))
+                self._core.supervisor.once("places", self._settle_places([one.session_id for _, one in left]))
+
+    async def _claim(
+        self, stream: Stream, wanted: Wanted, served: Served, asked: Sequence[tuple[int, ClaimRequest]],
+        seen: tuple[int, list[str]], deadline: float, result: Opened,
+    ) -> list[tuple[int, ClaimRequest]]:  # fmt: skip
+        """Claims sessions that are held, and enters them; returns those that must be claimed again. All of them must where the store
+        has lost its data meanwhile: the former rows are written back, and the new ones are not there yet to be."""
+        losses, before = seen
+        requests = [replace(one, replaces=token) for (_, one), token in zip(asked, before, strict=True)]
+        keys = [one.session_id for one in requests]
+        if not wanted.attach and (above := await self.above_limit(keys, wanted.ttl_ms, deadline)):
+            requests = [replace(one, may_create=one.session_id not in above) for one in requests]
+        claims: list[ClaimResult] = await self._call(deadline, self._store.claim, requests)
+        lost = self._store.losses != losses
+        again = [n for n, claim in enumerate(claims) if lost or claim.status is ClaimStatus.CHANGED]
+        done = [n for n, claim in enumerate(claims) if not lost and claim.status is not ClaimStatus.CHANGED]
+        # Former holders on this server.
+        held = [keys[n] for n in done if claims[n].status in (ClaimStatus.CREATED, ClaimStatus.CARRIED)]
+        await self._holds.dismiss(held, deadline, TAKEN_OVER)
+        result.losses = losses
+        self._apply(stream, wanted, served, [asked[n][0] for n in done], [requests[n] for n in done],
+                    [claims[n] for n in done], result)  # fmt: skip
+        return [asked[n] for n in again]
 
     async def _settle_places(self, keys: Sequence[str]) -> None:
         """After an open that failed half way: sessions that were not made need no place in their tenant's tally."""
@@ -199,31 +222,6 @@ class Sessions:
         if stream.ended:
             raise Unavailable("STORE_UNAVAILABLE", "the stream ended before its sessions were claimed")
         return losses, tokens
-
-    async def _claim(
-        self,
-        stream: Stream,
-        wanted: Wanted,
-        requests: Sequence[ClaimRequest],
-        seen: tuple[int, list[str]],
-        deadline: float,
-    ) -> tuple[list[ClaimResult], int]:
-        """The claims, and how often the store had lost its data before them. What was claimed in a store that has lost its data
-        meanwhile is claimed again: the former rows are written back, and the new ones are not there yet to be.
-        """
-        claims: dict[int, ClaimResult] = {}
-        left: Sequence[int] = range(len(requests))
-        while True:
-            losses, before = seen
-            some = [replace(requests[n], replaces=token) for n, token in zip(left, before, strict=True)]
-            claims |= zip(left, await self._call(deadline, self._store.claim, some), strict=True)
-            changed = [n for n, claim in claims.items() if claim.status is ClaimStatus.CHANGED]
-            if self._store.losses == losses and not changed:
-                return [claims[n] for n in range(len(requests))], losses
-            if time.monotonic() > deadline:
-                raise self._core.late()
-            left = range(len(requests)) if self._store.losses != losses else changed
-            seen = await self._seen(stream, wanted, [requests[n].session_id for n in left], deadline)
 
     def _requests(self, served: Served, wanted: Wanted, ids: Sequence[str]) -> list[ClaimRequest]:
         ttl_ms = wanted.ttl_ms or self._core.settings.session_ttl_s * 1000
