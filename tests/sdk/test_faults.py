@@ -199,7 +199,9 @@ def test_default_timeout_of_a_run_is_for_a_server_that_stands_still() -> None:
         with pytest.raises(engram.DeadlineExceeded):
             await session.detach(timeout=0.1)
 
-    play(body, engram.ClientOptions(timeout_s=0.3))
+    with pytest.raises(engram.CloseIncomplete) as caught:
+        play(body, engram.ClientOptions(timeout_s=0.3))
+    assert list(caught.value.open_steps) == ["a"]
 
 
 def test_cancelled_callers_leave_the_session_usable() -> None:

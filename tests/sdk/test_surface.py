@@ -15,10 +15,10 @@ from engram._status import read_details
 from engram._types import TensorSpec
 
 NAMES = {
-    "Aborted", "AccessDenied", "AlreadyExists", "AsyncClient", "BlockingSession", "Client", "ClientClosed", "ClientOptions",
+    "Aborted", "AccessDenied", "AlreadyExists", "AsyncClient", "BlockingSession", "Client", "ClientClosed", "ClientOptions", "CloseIncomplete",
     "DataLoss", "DeadlineExceeded", "EngramError", "FailedPrecondition", "Internal", "InvalidInput", "ModelInfo", "NotFound", "Patterns", "Recall",
     "Recreation",
-    "ResourceExhausted", "ServerInfo", "Session", "SessionClosed", "SessionInfo", "Stored", "TakenOver", "TensorSpec", "Unavailable",
+    "ResourceExhausted", "ServerInfo", "Session", "SessionClosed", "SessionInfo", "Settled", "Stored", "TakenOver", "TensorSpec", "Unavailable",
     "Unsupported", "__version__",
 }  # fmt: skip
 

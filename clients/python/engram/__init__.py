@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         AccessDenied,
         AlreadyExists,
         ClientClosed,
+        CloseIncomplete,
         DataLoss,
         DeadlineExceeded,
         EngramError,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from engram._options import ClientOptions
     from engram._patterns import Patterns, Recall, Recreation, Stored
     from engram._session import Session
-    from engram._types import ModelInfo, ServerInfo, SessionInfo, TensorSpec
+    from engram._types import ModelInfo, ServerInfo, SessionInfo, Settled, TensorSpec
 
 # gRPC's handlers of forks do not know its asyncio part, and now and then hang in the child. What is to be done about forks,
 # _poller.py does. Read when gRPC begins.
@@ -55,6 +56,7 @@ __all__ = [
     "Client",
     "ClientClosed",
     "ClientOptions",
+    "CloseIncomplete",
     "DataLoss",
     "DeadlineExceeded",
     "EngramError",
@@ -71,6 +73,7 @@ __all__ = [
     "Session",
     "SessionClosed",
     "SessionInfo",
+    "Settled",
     "Stored",
     "TakenOver",
     "TensorSpec",
@@ -85,7 +88,7 @@ _HOMES = {
     "_options": ("ClientOptions",),
     "_patterns": ("Patterns", "Recall", "Recreation", "Stored"),
     "_session": ("Session",),
-    "_types": ("ModelInfo", "ServerInfo", "SessionInfo", "TensorSpec"),
+    "_types": ("ModelInfo", "ServerInfo", "SessionInfo", "Settled", "TensorSpec"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 

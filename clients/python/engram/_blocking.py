@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engram._client import AsyncClient
-from engram._errors import ClientClosed
+from engram._errors import ClientClosed, CloseIncomplete
 from engram._options import ClientOptions
 from engram._patterns import Patterns, Recreation, Stored
 from engram._poller import check, mark
 from engram._session import UNSET, Session
-from engram._types import ModelInfo, ServerInfo, SessionInfo
+from engram._types import ModelInfo, ServerInfo, SessionInfo, Settled
 
 _T = TypeVar("_T")
 
@@ -169,7 +169,13 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CloseIncomplete as unfinished:
+            error.add_note(str(unfinished))
 
     def connect(self) -> None:
         """See AsyncClient.connect."""
@@ -287,6 +293,15 @@ class BlockingSession:
     ) -> Iterator[NDArray[Any]]:
         """See Session.stream. The source is read in another thread."""
         return self._loop.iterate(self._session.stream(source, ahead=ahead, timeout=timeout))
+
+    @property
+    def in_doubt(self) -> bool:
+        """See Session.in_doubt."""
+        return self._session.in_doubt
+
+    def settle(self, *, timeout: float | None = UNSET) -> Settled:
+        """See Session.settle."""
+        return self._loop.wait(self._session.settle(timeout=timeout))
 
     def state(self, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
         """See Session.state."""

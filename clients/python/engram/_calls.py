@@ -7,17 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram._arrays import RowCodec
-from engram._errors import EngramError
+from engram._errors import EngramError, Fate
 
 QUIET = 1
 FEEDBACK = 2
+
+
+class Answer(asyncio.Future[Any]):
+    """What a caller waits for. A caller who is cancelled is known of before anything else is sent.
+
+    Attributes:
+        call, at: of which row it is, or of which call (at is None); set before a caller has it.
+    """
+
+    call: Call
+    at: int | None = None
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        cancelled = super().cancel(msg)
+        if cancelled:
+            self.call.gone(self.call, self.at)
+        return cancelled
 
 
 class Call:
@@ -28,9 +45,13 @@ class Call:
         outputs: [rows, *output shape]; None for quiet rows.
         flags: QUIET and FEEDBACK, of every row.
         wide: rows are of different sessions, and one that fails leaves the others alone.
+        slots: the sessions, of a wide call one for each row.
+        gone: called when whoever waits is cancelled, with the call and its row (None: all).
         open: rows sent and neither answered nor refused.
         left: rows neither answered nor refused.
     """
+
+    slots: Sequence[int] | NDArray[np.int64]
 
     def __init__(
         self,
@@ -39,8 +60,7 @@ class Call:
         outputs: NDArray[Any] | None,
         flags: int,
         wide: bool,
-        future: asyncio.Future[Any],
-        now: float,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.id = 0
         self.rows = rows
@@ -48,13 +68,17 @@ class Call:
         self.outputs = outputs
         self.flags = flags
         self.wide = wide
-        self.future = future
-        self.started = now
+        self.slots = ()
+        self.gone: Callable[[Call, int | None], None] = _nobody
+        self.future = Answer(loop=loop)
+        self.future.call = self
+        self.started = loop.time()
         self.deadline = 0.0
         self.open = 0
         self.trouble: EngramError | None = None  # the last retryable error: what a timeout will say
         self.left = rows
         self._errors: dict[int, EngramError] = {}
+        self._done = np.zeros(rows if wide else 0, np.bool_)  # rows answered or refused, where they end in any order
 
     def wanted(self, at: int) -> bool:
         """Whether somebody still waits for this row."""
@@ -64,32 +88,60 @@ class Call:
         """Which rows are still waited for; None: all of them."""
         return np.zeros(self.rows, np.bool_) if self.future.done() else None
 
-    def settle(self, at: NDArray[np.int64], values: NDArray[Any] | None) -> None:
-        """The rows' answers have come."""
+    def unfinished(self) -> list[int]:
+        """The rows that are neither answered nor refused."""
+        if self.wide:
+            return np.flatnonzero(~self._done).tolist()
+        return list(range(self.rows - self.left, self.rows))
+
+    def settle(self, at: NDArray[np.int64], values: NDArray[Any] | None) -> Sequence[int] | None:
+        """The rows' answers have come. Which of these, by their places in `at`, nobody waits for any more; None: all are waited
+        for."""
         self.open -= len(at)
+        if self.future.done():
+            return range(len(at))
         self.left -= len(at)
+        if self.wide:
+            self._done[at] = True
         if self.outputs is not None and values is not None:
             self.outputs[at] = values
         if not self.left:
             self._finish()
+        return None
 
     def refuse(self, at: int, error: EngramError) -> None:
-        """A row was refused for good. A call that is not wide fails with it."""
+        """A row was refused for good, with its own error. A call that is not wide fails with it."""
         if not self.wide:
-            self.fail(error)
+            self._end(error)
+            return
+        if self._done[at] or self.future.done():
             return
         self._errors[at] = error
+        self._done[at] = True
         self.left -= 1
         if not self.left:
             self._finish()
 
-    def fail(self, error: EngramError) -> None:
-        """Fails the whole call now; rows that were sent may still be applied."""
-        if not self.future.done():
-            self.future.set_exception(error)
+    def fail(self, error: EngramError, fates: dict[int, Fate]) -> None:
+        """Fails the whole call now; `fates` are those of its unfinished rows."""
+        if self.future.done():
+            return
+        if self.wide:
+            for at, fate in fates.items():
+                self.refuse(at, error.of_step(fate))
+        else:
+            self._end(error.of_step(next(iter(fates.values()))))
 
     def waiting(self) -> bool:
         return not self.future.done()
+
+    def _end(self, error: EngramError) -> None:
+        if self.future.done():
+            return
+        done = self.rows - self.left
+        error.metadata.setdefault("row", str(done))
+        error.outputs = None if self.outputs is None else self.outputs[:done]
+        self.future.set_exception(error)
 
     def _finish(self) -> None:
         if self.future.done():
@@ -97,24 +149,30 @@ class Call:
         if not self._errors:
             self.future.set_result(self.outputs)
             return
-        first = self._errors[min(self._errors)].copy()
-        first.rows, first.outputs = self._errors, self.outputs
-        self.future.set_exception(first)
+        first = self._errors[min(self._errors)]
+        raised = first.copy() if first.fate is None else first.of_step(first.fate)
+        raised.rows, raised.outputs = self._errors, self.outputs
+        self.future.set_exception(raised)
+
+
+def _nobody(call: Call, at: int | None) -> None:
+    """Before the core has the call."""
 
 
 class Gather(Call):
     """Single rows of many callers, who were ready together. Each has a future of its own."""
 
     def __init__(self, codec: RowCodec, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(0, None, None, 0, True, loop.create_future(), loop.time())
+        super().__init__(0, None, None, 0, True, loop)
         self.codec = codec
-        self.futures: list[asyncio.Future[NDArray[Any]]] = []
+        self.futures: list[Answer] = []
         self.slots: list[int] = []
         self.pieces: list[bytes] = []
         self.deadlines: list[float] = []
         self.earliest = math.inf
 
-    def add(self, slot: int, row: bytes, deadline: float, future: asyncio.Future[NDArray[Any]]) -> None:
+    def add(self, slot: int, row: bytes, deadline: float, future: Answer) -> None:
+        future.call, future.at = self, self.rows
         self.slots.append(slot)
         self.pieces.append(row)
         self.deadlines.append(deadline)
@@ -137,37 +195,45 @@ class Gather(Call):
         gone = [future.done() for future in self.futures]
         return ~np.array(gone) if True in gone else None
 
-    def settle(self, at: NDArray[np.int64], values: NDArray[Any] | None) -> None:
+    def unfinished(self) -> list[int]:
+        return [at for at, future in enumerate(self.futures) if not future.done()]
+
+    def settle(self, at: NDArray[np.int64], values: NDArray[Any] | None) -> Sequence[int] | None:
         self.open -= len(at)
         futures = self.futures
         if values is None:
             values = self.codec.empty(len(at))
+        unwanted: list[int] = []
         # Copies: a view would keep the whole frame in memory as long as the caller keeps one row of it.
-        for place, value in zip(at.tolist(), values, strict=True):
+        for number, (place, value) in enumerate(zip(at.tolist(), values, strict=True)):
             future = futures[place]
             if not future.done():
                 future.set_result(value.copy())
+            else:
+                unwanted.append(number)
+        return unwanted or None
 
     def refuse(self, at: int, error: EngramError) -> None:
         future = self.futures[at]
         if not future.done():
             future.set_exception(error)
 
-    def fail(self, error: EngramError) -> None:
-        for future in self.futures:
-            if not future.done():
-                future.set_exception(error.copy())
+    def fail(self, error: EngramError, fates: dict[int, Fate]) -> None:
+        for at, fate in fates.items():
+            self.refuse(at, error.of_step(fate))
 
-    def expire(self, now: float, error: Callable[[], EngramError]) -> None:
-        """Fails the rows whose time is up."""
+    def expired(self, now: float) -> list[int]:
+        """The rows whose time is up."""
+        late: list[int] = []
         self.earliest = math.inf
-        for future, deadline in zip(self.futures, self.deadlines, strict=True):
+        for at, (future, deadline) in enumerate(zip(self.futures, self.deadlines, strict=True)):
             if future.done():
                 continue
             if deadline <= now:
-                future.set_exception(error())
+                late.append(at)
             elif deadline < self.earliest:
                 self.earliest = deadline
+        return late
 
     def waiting(self) -> bool:
         return any(not future.done() for future in self.futures)

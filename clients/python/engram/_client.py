@@ -20,11 +20,15 @@ from engram._calls import Call
 from engram._core import Core, ModelLink
 from engram._errors import (
     RETRYABLE,
+    Aborted,
     ClientClosed,
+    CloseIncomplete,
+    DataLoss,
     DeadlineExceeded,
     EngramError,
     FailedPrecondition,
     InvalidInput,
+    NotFound,
     SessionClosed,
     of_detail,
 )
@@ -40,6 +44,7 @@ from engram.v1 import session_pb2, stream_pb2
 
 _OPEN_ROWS = 1024  # sessions in one OpenFrame
 _GOODBYE_S = 5.0
+_NAMED = 3  # sessions in a message
 _ATTACHING_S = 0.01
 _DURABILITIES = {
     None: stream_pb2.DURABILITY_UNSPECIFIED,
@@ -92,6 +97,7 @@ class AsyncClient:
         self._client_id = secrets.randbits(63) | 1
         self._link: Link | None = None
         self._closed = False
+        self._ended = asyncio.Event()
         self._open_sessions: dict[int, Session] = {}
 
     async def __aenter__(self) -> AsyncClient:
@@ -105,26 +111,64 @@ class AsyncClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.aclose()
+        if error is None:
+            await self.aclose()
+            return
+        try:
+            await self.aclose()
+        except CloseIncomplete as unfinished:
+            error.add_note(str(unfinished))
 
     async def connect(self) -> None:
         """Returns when there is a connection. Raises Unavailable when there is none in time. Done by `async with`."""
         await self._linked().up()
 
     async def aclose(self) -> None:
-        """Lets go of all sessions, which keeps their records, and ends the stream."""
+        """Lets go of all sessions, which keeps their records, and ends the stream. Closing again only waits for the first close.
+
+        Raises CloseIncomplete where something could not be done: a step whose fate is open, answered steps of which it is not
+        known that they are durable, a session that the server refuses to let go of. The client is closed all the same. At the
+        end of an `async with` that another error leaves, it is a note to that error.
+        """
         link = self._link
         ended = link is None or link.loop.is_closed() or link.mark != mark()  # nothing of it is here any more
         if link is not None and not ended:
             self._here(link)
-        self._closed = True
+        again, self._closed = self._closed, True
         if link is None or ended:
             return
-        alive = [session for session in self._open_sessions.values() if not link.core.table.lost[session._slot]]
+        if again:
+            await self._ended.wait()
+            return
+        try:
+            unfinished = await self._let_all_go(link)
+        finally:
+            await link.close()
+            self._ended.set()
+        if unfinished is not None:
+            raise unfinished
+
+    async def _let_all_go(self, link: Link) -> CloseIncomplete | None:
+        """Detaches what is open, in good time; what could not be done."""
+        table, doubts = link.core.table, link.core.doubts
+        alive = [session for session in self._open_sessions.values() if not table.lost[session._slot]]
+        ahead = {session: int(table.sent[session._slot]) for session in alive}
+        why: EngramError | None = None
         if alive and link._up.is_set():
-            with contextlib.suppress(EngramError, StreamLost):
+            try:
                 await self._let_go(alive, detach=True, timeout=_GOODBYE_S)
-        await link.close()
+            except EngramError as error:
+                why = error
+        elif alive:
+            why = link._given_up()
+        left = [session for session in alive if session._uid >= 0]
+        open_steps = {
+            one.id: one.seq + 1 for one in alive if ahead[one] > (doubts.seq(one._slot) if one in left else one.seq)
+        }
+        not_durable = {one.id: one.durable_seq for one in left if one.durable_seq < one.seq}
+        if not open_steps and not not_durable and (not left or not link._up.is_set()):
+            return None  # a server that is away lets go of them as it finds the stream gone
+        return _incomplete([one.id for one in left], open_steps, not_durable, why)
 
     # Sessions
 
@@ -204,9 +248,7 @@ class AsyncClient:
         link = core.models[int(models[0])]
         if isinstance(inputs, EngramError):
             raise inputs
-        call = Call(
-            len(slots), inputs, link.output.empty(len(slots)), 0, True, core.loop.create_future(), core.loop.time()
-        )
+        call = Call(len(slots), inputs, link.output.empty(len(slots)), 0, True, core.loop)
         outputs: NDArray[Any] = await core.submit(call, slots, self._timeout(timeout))
         return outputs
 
@@ -405,7 +447,8 @@ class AsyncClient:
         return int((self.options.ttl_s or 0) * 1000)
 
     async def _let_go(self, sessions: Sequence[Session], detach: bool, timeout: float | None) -> None:
-        """Closes or detaches, again after a lost stream; sessions that are gone already count as let go."""
+        """Closes or detaches, again while it may succeed later; sessions that are gone already count as let go. Those that could
+        not be stay as they are, and the first one's error is raised: so the call can be made again."""
         link = self._link
         if link is None or not sessions:
             return
@@ -413,9 +456,13 @@ class AsyncClient:
         limit_s = self.options.timeout_s if timeout == UNSET else timeout
         deadline = None if limit_s is None else link.loop.time() + limit_s
         mine = [session for session in sessions if session._uid >= 0 and session._client is self]
-        while alive := [session for session in mine if session._uid >= 0 and not table.lost[session._slot]]:
+        failed: dict[Session, EngramError] = {}
+        attempt = 0
+        while alive := [one for one in mine if one._uid >= 0 and not table.lost[one._slot] and one not in failed]:
             async with _until(deadline):
                 await link.up()
+                if detach:
+                    await asyncio.gather(*(link.core.settle(one._slot, None) for one in alive if one.in_doubt))
             slots = np.array([session._slot for session in alive])
             handles = table.handle[slots]
             if (handles == VOID_HANDLE).any():  # they are being attached again
@@ -427,12 +474,46 @@ class AsyncClient:
                     answer = await link.request(close_frame(handles, detach))
             except StreamLost:
                 continue
-            errors = [of_detail(row.error) for row in answer.closed.errors]
-            self._forget(alive, detach)
-            bad = next((error for error in errors if error.code in RETRYABLE or error.code == "INTERNAL"), None)
-            if bad is not None:
-                raise bad
-        self._forget(mine, detach)
+            refused = {alive[row.row]: of_detail(row.error) for row in answer.closed.errors}
+            self._forget([one for one in alive if one not in refused], detach)
+            attempt += 1
+            wait = self._take_refused(refused, failed, link._backoff(attempt), deadline)
+            await asyncio.sleep(wait)
+        await self._end_lost([one for one in mine if one._uid >= 0 and one not in failed], detach, failed)
+        if failed:
+            raise next(iter(failed.values()))
+
+    def _take_refused(
+        self, refused: dict[Session, EngramError], failed: dict[Session, EngramError], wait: float, deadline: float | None
+    ) -> float:  # fmt: skip
+        """Sorts sessions that were not let go: those that are gone, that failed, and that are tried again after so many
+        seconds."""
+        loop = self._core.loop
+        later = [error for error in refused.values() if error.code in RETRYABLE]
+        wait = max([wait, *(error.retry_after or 0.0 for error in later)]) if later else 0.0
+        too_late = deadline is not None and loop.time() + wait >= deadline
+        for session, error in refused.items():
+            if error.code in RETRYABLE:
+                if too_late:
+                    failed[session] = error
+            elif isinstance(error, (Aborted, NotFound, DataLoss)) and error.reason != "INVALID_HANDLE":
+                self._core.lose(session._slot, error)
+            else:
+                failed[session] = error
+        return 0.0 if too_late else wait
+
+    async def _end_lost(self, sessions: Sequence[Session], detach: bool, failed: dict[Session, EngramError]) -> None:
+        """Sessions that were lost: to let go of them is done; to close them is not, where a record may be left."""
+        for session in sessions:
+            error = self._core.table.errors.get(session._slot)
+            if detach or error is None or isinstance(error, (SessionClosed, NotFound)):
+                continue
+            if isinstance(error, DataLoss):
+                with contextlib.suppress(NotFound):
+                    await self.sessions.close(session.id)
+            else:
+                failed[session] = error.copy()
+        self._forget([one for one in sessions if one not in failed], detach)
 
     def _forget(self, sessions: Sequence[Session], detach: bool) -> None:
         what = "let go of" if detach else "closed"
@@ -440,6 +521,26 @@ class AsyncClient:
             if session._uid >= 0:
                 self._open_sessions.pop(session._slot, None)
                 session._let_go(SessionClosed(f"the session was {what} here", reason="SESSION_CLOSED"))
+
+
+def _incomplete(
+    left: list[str], open_steps: dict[str, int], not_durable: dict[str, int], why: EngramError | None
+) -> CloseIncomplete:
+    parts: list[str] = []
+    if left:
+        parts.append(f"{_some(left)} not let go of{f' ({why})' if why is not None else ''}")
+    if open_steps:
+        parts.append(f"whether steps sent to {_some(list(open_steps))} were applied is not known")
+    if not_durable:
+        parts.append(f"answered steps of {_some(list(not_durable))} may not be durable")
+    error = CloseIncomplete("the client was closed, but " + "; ".join(parts))
+    error.undetached, error.open_steps, error.not_durable = left, open_steps, not_durable
+    return error
+
+
+def _some(ids: list[str]) -> str:
+    more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+    return f"session{'s' if len(ids) > 1 else ''} {', '.join(map(repr, ids[:_NAMED]))}{more}"
 
 
 @contextlib.asynccontextmanager

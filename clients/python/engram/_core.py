@@ -6,7 +6,8 @@
     lost, attached, dropped    what _link.py tells of the stream
 
 Everything runs on one event loop. The parts: _table.py (sessions as columns), _outbox.py (what is to be sent), _log.py
-(what was sent and is not settled), _calls.py (who waits), _recovery.py (refused rows, resends, replays).
+(what was sent and is not settled), _calls.py (who waits), _recovery.py (refused rows, resends, replays), _fates.py (sent
+steps whose callers were told of a failure).
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram._arrays import RowCodec
-from engram._calls import Call, Gather
-from engram._errors import DataLoss, DeadlineExceeded, EngramError, make_error, of_detail
+from engram._calls import Answer, Call, Gather
+from engram._errors import DataLoss, DeadlineExceeded, EngramError, Fate, make_error, of_detail
+from engram._fates import Doubts, OpenStep, row_bytes
 from engram._frames import acknowledge_frame, steps_frames
 from engram._log import Part, SentLog
 from engram._options import ClientOptions
 from engram._outbox import Outbox
 from engram._recovery import Recovery
-from engram._table import VOID_HANDLE, SessionTable
+from engram._table import VOID_HANDLE, SessionTable, Span
 from engram._types import ModelInfo
 from engram.v1 import stream_pb2
 
@@ -76,7 +77,8 @@ class Core:
         self.models: list[ModelLink] = []
         self.log = SentLog(self.table, options.buffer_bytes_max)
         self.calls: dict[int, Call] = {}  # with rows sent and unanswered
-        self.outbox = Outbox(self.table, self.log, self.calls, options.frame_rows_max)
+        self.doubts = Doubts(self.table)
+        self.outbox = Outbox(self.table, self.log, self.calls, self.doubts, options.frame_rows_max)
         self.recovery = Recovery(self)
         self.live: set[Call] = set()  # whom somebody waits for
         self.due: list[Part] = []
@@ -91,7 +93,7 @@ class Core:
 
     def submit_step(self, slot: int, row: bytes, timeout_s: float | None) -> asyncio.Future[NDArray[Any]]:
         """One row of one session; rows that are submitted before the next frame leaves go together."""
-        future: asyncio.Future[NDArray[Any]] = self.loop.create_future()
+        future = Answer(loop=self.loop)
         model = int(self.table.model[slot])
         gather = self.outbox.gather(model)
         if gather is None:
@@ -100,7 +102,7 @@ class Core:
             self._enlist(gather)
         gather.add(slot, row, math.inf if timeout_s is None else self.loop.time() + timeout_s, future)
         if timeout_s is not None and timeout_s < _PRECISE_S:
-            timer = self.loop.call_later(timeout_s, _expire_one, gather, future)
+            timer = self.loop.call_later(timeout_s, self._expire_one, future)
             future.add_done_callback(lambda _: timer.cancel())
         self._wake()
         return future
@@ -110,6 +112,7 @@ class Core:
     ) -> asyncio.Future[Any]:
         """A call's rows: one of each session of `slots`, or all of one session. The timeout is for the whole call, or, if
         `while_stuck`, for a time in which none of its rows is answered."""
+        call.slots = (slots,) if isinstance(slots, int) else slots
         self._enlist(call)
         call.deadline = math.inf if timeout_s is None or while_stuck else self.loop.time() + timeout_s
         if isinstance(slots, int):
@@ -128,13 +131,14 @@ class Core:
             if while_stuck and call.left < left:
                 self._arm(call, timeout_s, while_stuck)
             elif call.waiting():
-                call.fail(_timed_out(call))
+                self._fail(call, self._timed_out(call), call.unfinished())
 
         timer = self.loop.call_later(timeout_s, expire)
         call.future.add_done_callback(lambda _: timer.cancel())
 
     def _enlist(self, call: Call) -> None:
         self.live.add(call)
+        call.gone = self._give_up
         if isinstance(call, Gather):
             # Callers may give up one by one, which nobody is told of: looked through now and then.
             if len(self.live) > self._live_max:
@@ -147,8 +151,8 @@ class Core:
         """Fails single rows whose time is up; called now and then, which is precise enough for long timeouts."""
         now = self.loop.time()
         for call in list(self.live):
-            if isinstance(call, Gather) and call.earliest <= now:
-                call.expire(now, partial(_timed_out, call))
+            if isinstance(call, Gather) and call.earliest <= now and (late := call.expired(now)):
+                self._fail(call, self._timed_out(call), late)
 
     def fail_waiting(self, error: EngramError, since: float, limit_s: float) -> None:
         """Fails the calls that have waited for a connection, from `since` on or from their start, longer than the limit."""
@@ -157,8 +161,111 @@ class Core:
             if not call.waiting():
                 self.live.discard(call)
             elif now - max(since, call.started) >= limit_s:
-                call.fail(error.copy())
+                self._fail(call, error, call.unfinished())
                 self.live.discard(call)
+
+    def _expire_one(self, future: Answer) -> None:
+        if not future.done() and future.at is not None:
+            self._fail(future.call, self._timed_out(future.call), [future.at])
+
+    def _timed_out(self, call: Call) -> EngramError:
+        trouble = call.trouble
+        if trouble is None and len(call.slots) == 1 and (doubt := self.doubts.get(int(call.slots[0]))) is not None:
+            trouble = doubt.trouble  # it waits for an earlier step, for which this is why
+        if trouble is not None:
+            return trouble.copy()
+        return DeadlineExceeded("the timeout passed before the answer came; `applied` says what is known of the step")
+
+    # Callers who get no answer
+
+    def _fail(self, call: Call, error: EngramError, rows: list[int]) -> None:
+        """Fails unfinished rows of a call, and says of each what is known of it."""
+        fates = self._fates(call, rows)
+        call.fail(error, fates)
+        self._unwanted(call, rows)
+
+    def _give_up(self, call: Call, at: int | None) -> None:
+        """Whoever waited was cancelled."""
+        rows = call.unfinished() if at is None else [at]
+        self._fates(call, rows)
+        self._unwanted(call, rows)
+
+    def fail_row(self, slot: int, seq: int, error: EngramError) -> None:
+        """Fails the call of a step that was sent, and about which the server cannot say whether it was applied."""
+        call, at = self.call_of(slot, seq)
+        if call is not None and call.wanted(at):
+            rows = [at] if call.wide else call.unfinished()
+            fates = self._fates(call, rows)
+            if call.wide:
+                call.refuse(at, error.of_step(fates[at]))
+            else:
+                call.fail(error, fates)
+
+    def call_of(self, slot: int, seq: int) -> tuple[Call | None, int]:
+        """Whose row a step is that is not answered, and which of his."""
+        for first, last, owner, at in self.spans(slot):
+            if first <= seq <= last:
+                return self.calls[owner], at + seq - first
+        return None, 0
+
+    def spans(self, slot: int) -> list[Span]:
+        """A session's steps that are sent and not answered."""
+        table = self.table
+        if not table.head_call[slot]:
+            return []
+        answered, first, at = int(table.answered[slot]), int(table.head_first[slot]), int(table.head_at[slot])
+        done = max(0, answered + 1 - first)
+        head = (first + done, int(table.head_last[slot]), int(table.head_call[slot]), at + done)
+        return [head, *table.spans.get(slot, ())]
+
+    def _fates(self, call: Call, rows: list[int]) -> dict[int, Fate]:
+        """What is known of unfinished rows, by row; from now on the sessions of those that are open are in doubt."""
+        fates = {at: Fate(None, False) for at in rows}
+        if not call.id:
+            return fates
+        for slot in {int(call.slots[at]) for at in rows} if call.wide else map(int, call.slots):
+            for first, last, owner, place in self.spans(slot):
+                for seq in range(first, last + 1) if owner == call.id else ():
+                    if (at := place + seq - first) not in fates:
+                        continue
+                    sure = self.recovery.not_applied(slot, seq)
+                    fates[at] = Fate(seq, False if sure else None)
+                    if not sure:
+                        self.doubts.add(slot, OpenStep(fates[at], seq, row_bytes(call, at), call.flags))
+        return fates
+
+    def _unwanted(self, call: Call, rows: list[int]) -> None:
+        """Nobody waits for these rows any more: steps that the server has refused are taken back at once."""
+        if call.id and self.recovery.active:
+            self.recovery.progressed(sorted({int(call.slots[at if call.wide else 0]) for at in rows}))
+
+    async def settle(self, slot: int, timeout_s: float | None) -> list[OpenStep]:
+        """The open steps of a session that were applied, when the server has said so of all. Raises DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (doubt := self.doubts.get(slot)) is not None and not doubt.ready:
+                    waiter = self.loop.create_future()
+                    doubt.waiters.append(waiter)
+                    await waiter
+        except TimeoutError as error:
+            if isinstance(error, EngramError) or doubt is None:
+                raise
+            raised = doubt.trouble or DeadlineExceeded(
+                "the timeout passed, and the server has not said what was applied"
+            )
+            raise raised.of_step(doubt.steps[0].fate) from None
+        if doubt is None:
+            return []
+        steps = self.doubts.decide(slot)
+        self.let_on()
+        return steps
+
+    def let_on(self) -> None:
+        """Sessions that are in doubt no longer, or may be decided, go on."""
+        if self.doubts.settled:
+            settled, self.doubts.settled = self.doubts.settled, []
+            self.outbox.wake(settled)
+            self._wake()
 
     # Frames out
 
@@ -315,7 +422,7 @@ class Core:
             table.head_call[slot] = 0
             if table.more[slot]:
                 self.next_span(slot)
-        self._settle(identity, np.array([at]), values)
+        self._settle(identity, np.array([at]), values, np.array([slot]), np.array([seq]))
         return True
 
     def _deliver(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> None:
@@ -336,20 +443,32 @@ class Core:
         calls = table.head_call[slots]
         at = table.head_at[slots] + (seqs - table.head_first[slots])
         if bool((calls == calls[0]).all()):
-            self._settle(int(calls[0]), at, values)
+            self._settle(int(calls[0]), at, values, slots, seqs)
         else:
             order = np.argsort(calls, kind="stable")
             cuts = np.flatnonzero(np.diff(calls[order])) + 1
             for group in np.split(order, cuts):
-                self._settle(int(calls[group[0]]), at[group], None if values is None else values[group])
+                some = None if values is None else values[group]
+                self._settle(int(calls[group[0]]), at[group], some, slots[group], seqs[group])
         ended = slots[seqs == table.head_last[slots]]
         table.head_call[ended] = 0
         for slot in ended[table.more[ended]].tolist():
             self.next_span(slot)
 
-    def _settle(self, identity: int, at: NDArray[np.int64], values: NDArray[Any] | None) -> None:
+    def _settle(
+        self, identity: int, at: NDArray[np.int64], values: NDArray[Any] | None, slots: NDArray[np.int64],
+        seqs: NDArray[np.int64],
+    ) -> None:  # fmt: skip
         call = self.calls[identity]
-        call.settle(at, values)
+        unwanted = call.settle(at, values)
+        if self.doubts:
+            if unwanted is None:
+                self.doubts.passed(slots, seqs)
+            else:
+                index = np.array(unwanted)
+                self.doubts.passed(np.delete(slots, index), np.delete(seqs, index))
+                self.doubts.answered(slots[index], seqs[index], None if values is None else values[index])
+            self.let_on()
         self.closed_rows(call)
 
     def closed_rows(self, call: Call) -> None:
@@ -437,6 +556,7 @@ class Core:
         table.handle[slots] = handles
         table.confirmed[slots] = np.minimum(table.answered[slots], seqs)
         safe = np.where(table.interval[slots], table.durable[slots], table.answered[slots])
+        self.recovery.said(slots, seqs)
         for slot in slots[(seqs < safe) | (seqs > table.sent[slots])].tolist():
             self.diverged(slot, int(seqs[slots == slot][0]))
         good = slots[~table.lost[slots]]
@@ -495,37 +615,21 @@ class Core:
         if handle != VOID_HANDLE:
             self._by_handle[handle] = -1
             table.handle[slot] = VOID_HANDLE
-        self.recovery.drop(slot)
-        while table.head_call[slot]:
-            call = self.calls[int(table.head_call[slot])]
-            at, rows = (
-                int(table.head_at[slot]),
-                int(table.head_last[slot] - max(table.head_first[slot], table.answered[slot] + 1)) + 1,
-            )
-            at += int(table.head_last[slot] - table.head_first[slot]) + 1 - rows
-            call.open -= rows
-            call.refuse(at, error.copy())
+        for first, last, owner, at in self.spans(slot):
+            call = self.calls[owner]
+            call.open -= last - first + 1
+            fate = Fate(first, False if self.recovery.not_applied(slot, first) else None)
+            call.refuse(at, error.of_step(fate))
             self.closed_rows(call)
-            table.head_call[slot] = 0
-            if table.more[slot]:
-                self.next_span(slot)
+        table.head_call[slot], table.more[slot] = 0, False
+        table.spans.pop(slot, None)
+        self.recovery.drop(slot)
+        self.doubts.drop(slot, error)
         for item in self.outbox.forget(slot):
-            item.call.refuse(item.at, error.copy())
+            item.call.refuse(item.at, error.of_step(Fate(None, False)))
         self.log.trim()
 
     def release(self, slot: int, error: EngramError) -> None:
         """The session was closed or let go by its owner here: its slot is free."""
         self.lose(slot, error)
-        self.table.spans.pop(slot, None)
         self.table.free(slot, self.log.newest)
-
-
-def _expire_one(gather: Gather, future: asyncio.Future[Any]) -> None:
-    if not future.done():
-        future.set_exception(_timed_out(gather))
-
-
-def _timed_out(call: Call) -> EngramError:
-    if call.trouble is not None:
-        return call.trouble.copy()
-    return DeadlineExceeded("the timeout passed before the answer came; steps that were sent may still be applied")

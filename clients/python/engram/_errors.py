@@ -9,28 +9,38 @@
         TakenOver                                   a newer open holds it
         SessionClosed                               closed or expired
       ResourceExhausted        RESOURCE_EXHAUSTED   a limit; retried by the SDK until the timeout
-      DeadlineExceeded         DEADLINE_EXCEEDED    the caller's timeout; a step may still have been applied
+      DeadlineExceeded         DEADLINE_EXCEEDED    the caller's timeout
       Unavailable              UNAVAILABLE          server or store away; retried by the SDK until the timeout
       AccessDenied             UNAUTHENTICATED, PERMISSION_DENIED
       Unsupported              UNIMPLEMENTED
       DataLoss                 DATA_LOSS            the record is gone, unusable, or older than what was answered
       Internal                 INTERNAL
       ClientClosed             CANCELLED            this client was closed
+      CloseIncomplete          UNKNOWN              the client was closed, and not all was done before
 
+An error says whether its step was applied: `applied`, see there.
 `of_detail` maps the errors of rows inside a stream; _status.py maps failed RPCs. Nothing else makes errors of foreign ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from numpy.typing import NDArray
 
     from engram.v1 import error_pb2
+
+
+@dataclass(slots=True)
+class Fate:
+    """What became of a step that failed: not applied, applied, or None: it is open. Shared by the step's error, which so says
+    what has been learnt since, and by _fates.py."""
+
+    seq: int | None
+    applied: bool | None
 
 
 class EngramError(Exception):
@@ -38,13 +48,14 @@ class EngramError(Exception):
 
     Attributes:
         reason: machine-readable, e.g. "NON_FINITE_INPUT"; the names of engram.v1.ErrorReason without their prefix, and
-            a few of the client's own: CONNECTION_LOST, CLIENT_CLOSED, STATE_REWOUND,
+            a few of the client's own: CONNECTION_LOST, CLIENT_CLOSED, CLOSE_INCOMPLETE, STATE_REWOUND,
             TOKEN_IN_PLAIN_TEXT, TOKEN_UNAVAILABLE, FORKED, OTHER_EVENT_LOOP, PATCHED_THREADS.
         code: the canonical gRPC code's name, e.g. "INVALID_ARGUMENT".
         retry_after: seconds after which the server asked to try again; None if it did not say.
         metadata: further machine-readable facts.
         rows: after `step_many`: the error of each row that failed; empty otherwise.
-        outputs: after `step_many`: the outputs [n, ...] of the rows that did not fail (the others are zero); else None.
+        outputs: after `step_many`: the outputs [n, ...] of the rows that did not fail (the others are zero); after `run` and
+            `generate`: those of the rows that were answered before the one that failed; else None.
     """
 
     default_code: ClassVar[str] = "UNKNOWN"
@@ -65,6 +76,26 @@ class EngramError(Exception):
         self.metadata: dict[str, str] = dict(metadata or {})
         self.rows: dict[int, EngramError] = {}
         self.outputs: NDArray[Any] | None = None
+        self.fate: Fate | None = None  # the SDK's own: see `seq` and `applied`
+
+    @property
+    def seq(self) -> int | None:
+        """The number of the step that failed, or of the first of a call's that did; None: it was not sent, or it is no step's
+        error."""
+        return None if self.fate is None else self.fate.seq
+
+    @property
+    def applied(self) -> bool | None:
+        """False: the step was not applied and never will be; in a call of many rows, it and those behind it. None: its fate is
+        open: it was sent, and the server has not said what became of it. Looked at again later, it says what has been learnt
+        since: by `Session.settle`, or by the next call of that session. True: it was applied after all."""
+        return self.said_applied if self.fate is None else self.fate.applied
+
+    @property
+    def said_applied(self) -> bool | None:
+        """What the server says of the one time that the step was sent: False or None."""
+        said = self.metadata.get("applied")
+        return False if said == "no" or (said is None and self.code not in _MAY_BE_APPLIED) else None
 
     @property
     def message(self) -> str:
@@ -75,10 +106,16 @@ class EngramError(Exception):
         return f"{self.message} [{self.reason}]"
 
     def copy(self) -> EngramError:
-        """The same error as a new object: one object must not be raised to two callers."""
+        """The same error as a new object, of no step yet: one object must not be raised to two callers."""
         return type(self)(
             self.message, reason=self.reason, code=self.code, retry_after=self.retry_after, metadata=self.metadata
         )
+
+    def of_step(self, fate: Fate) -> EngramError:
+        """The same error as a new object, of a step."""
+        made = self.copy()
+        made.fate = fate
+        return made
 
 
 class InvalidInput(EngramError, ValueError):
@@ -126,7 +163,7 @@ class ResourceExhausted(EngramError):
 
 
 class DeadlineExceeded(EngramError, TimeoutError):
-    """The timeout passed. A step that had been sent may still be applied; the session stays usable."""
+    """The timeout passed. The session stays usable; `applied` says what is known of the step."""
 
     default_code = "DEADLINE_EXCEEDED"
 
@@ -167,6 +204,22 @@ class ClientClosed(EngramError):
     default_code = "CANCELLED"
 
 
+class CloseIncomplete(EngramError):
+    """The client was closed, and not all was done before.
+
+    Attributes:
+        undetached: ids of the sessions that the server has not confirmed to have let go of. Their records stay.
+        open_steps: by session id, the seq of the first step whose fate is open.
+        not_durable: by session id, the last step known to be durable, where later ones were answered.
+    """
+
+    def __init__(self, message: str, **given: Any) -> None:
+        super().__init__(message, **{"reason": "CLOSE_INCOMPLETE", **given})
+        self.undetached: list[str] = []
+        self.open_steps: dict[str, int] = {}
+        self.not_durable: dict[str, int] = {}
+
+
 CODES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
     "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
@@ -193,6 +246,9 @@ _BY_REASON: dict[str, type[EngramError]] = {"TAKEN_OVER": TakenOver, "SESSION_CL
 
 # Codes after which the same request may succeed later without the caller changing anything.
 RETRYABLE = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED"})
+
+# Codes of a step that may have been applied, where the server does not say so.
+_MAY_BE_APPLIED = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "ABORTED", "UNKNOWN"})
 
 
 def make_error(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engram._calls import FEEDBACK
 from engram._table import SessionTable
 
 # By slot: the seq from which on its rows are rewritten, and (from, to, less) of those that move down.
@@ -112,16 +111,24 @@ class SentLog:
         # Looked at again only when as much has been added again: each row is moved a bounded number of times.
         self._compact_at = min(self._bytes_max, max(self._bytes_max // 2, self.nbytes + self._bytes_max // 8))
 
-    def after(self, slots: NDArray[np.int64], seqs: NDArray[np.int64]) -> list[Part]:
-        """The rows of these sessions after these seqs, repeats written out; one part a model, by session and seq."""
-        wanted = np.full(self._table.capacity, np.iinfo(np.int64).max)
-        wanted[slots] = seqs
-        found: dict[int, list[Part]] = {}
-        for part in self._parts:
-            hit = part.lasts > wanted[part.slots]
+    @property
+    def parts(self) -> list[Part]:
+        """All of it."""
+        return list(self._parts)
+
+    def newest_of(self, slots: NDArray[np.int64], steps: NDArray[np.int64]) -> list[Part]:
+        """The parts that have the last so many steps of these sessions. The older ones are not looked at."""
+        missing = np.zeros(self._table.capacity, np.int64)
+        missing[slots] = steps
+        found: list[Part] = []
+        for part in reversed(self._parts):
+            if not (missing[slots] > 0).any():
+                break
+            hit = missing[part.slots] > 0
             if hit.any():
-                found.setdefault(part.model, []).append(part if hit.all() else part.only(hit))
-        return [_merge(model, parts, wanted) for model, parts in found.items()]
+                np.subtract.at(missing, part.slots[hit], (part.lasts - part.firsts + 1)[hit])
+                found.append(part)
+        return found[::-1]
 
     def renumber(self, moves: Moves) -> None:
         """Rewrites sessions' rows from a seq on; what no move names is dropped."""
@@ -146,32 +153,12 @@ class SentLog:
                 first, pieces = moves[slot]
                 if stop < first:
                     continue
-                less = next((less for begin, end, less in pieces if begin <= start <= end), None)
-                if less is None:
+                less = next((less for begin, end, less in pieces if begin <= max(start, first) <= end), None)
+                if less is None and start < first:
+                    part.lasts[row] = first - 1  # it repeats, and goes less far
+                elif less is None:
                     part.slots[row] = 0
                 else:
                     part.firsts[row] -= less
                     part.lasts[row] -= less
             self._parts[index] = part
-
-
-def _merge(model: int, parts: list[Part], wanted: NDArray[np.int64]) -> Part:
-    width = next((part.inputs.shape[1] for part in parts if part.inputs is not None), 0)
-    slots = np.concatenate([part.slots for part in parts])
-    firsts = np.concatenate([part.firsts for part in parts])
-    lasts = np.concatenate([part.lasts for part in parts])
-    flags = np.concatenate([part.flag_column() for part in parts])
-    inputs = np.concatenate(
-        [np.zeros((len(part.slots), width), np.uint8) if part.inputs is None else part.inputs for part in parts]
-    )
-    counts = lasts - firsts + 1
-    if (counts > 1).any():
-        source = np.repeat(np.arange(len(slots)), counts)
-        offset = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
-        slots, inputs, flags = slots[source], inputs[source], flags[source]
-        firsts = firsts[source] + offset
-        flags = np.where(offset > 0, flags | FEEDBACK, flags).astype(np.uint8)
-    order = np.lexsort((firsts, slots))
-    order = order[firsts[order] > wanted[slots[order]]]
-    seqs = firsts[order]
-    return Part(model, slots[order], seqs, seqs, inputs[order] if width else None, flags[order])

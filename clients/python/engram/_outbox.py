@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram._calls import FEEDBACK, Call, Gather
+from engram._fates import Doubts
 from engram._log import Part, SentLog
 from engram._table import SessionTable
 
@@ -37,11 +38,14 @@ class Long:
 class Outbox:
     """Per-session order is kept: whatever is parked for a session goes before what comes later."""
 
-    def __init__(self, table: SessionTable, log: SentLog, calls: dict[int, Call], rows_max: int) -> None:
+    def __init__(
+        self, table: SessionTable, log: SentLog, calls: dict[int, Call], doubts: Doubts, rows_max: int
+    ) -> None:
         self.rows_max = rows_max  # of one call's rows in one frame
         self._table = table
         self._log = log
         self._calls = calls
+        self._doubts = doubts
         self._ids = 0
         self._ready: deque[Wide | Long | Gather] = deque()
         self._open_gathers: dict[int, Gather] = {}
@@ -114,11 +118,14 @@ class Outbox:
         while len(slots):
             later = _repeats(slots)
             now_slots, now_at = (slots, at) if later is None else (slots[~later], at[~later])
-            stopped = table.held[now_slots] | table.parked[now_slots]
+            stopped = table.held[now_slots] | table.parked[now_slots] | table.doubt[now_slots]
             stopped |= table.sent[now_slots] - table.confirmed[now_slots] >= table.window[now_slots]
             if stopped.any():
                 for slot, place in zip(now_slots[stopped].tolist(), now_at[stopped].tolist(), strict=True):
                     self._park(Long(call, slot, place, place + 1))
+                if self._doubts:
+                    for slot in now_slots[table.doubt[now_slots]].tolist():
+                        self._take_parked(slot, parts)
                 now_slots, now_at = now_slots[~stopped], now_at[~stopped]
             if len(now_slots):
                 self._send_wide(call, now_slots, now_at, parts)
@@ -149,7 +156,10 @@ class Outbox:
 
     def _take_long(self, item: Long, parts: list[Part]) -> None:
         table = self._table
-        if table.held[item.slot] or table.parked[item.slot] or not self._send_long(item, parts):
+        if table.doubt[item.slot]:
+            self._park(item)
+            self._take_parked(item.slot, parts)
+        elif table.held[item.slot] or table.parked[item.slot] or not self._send_long(item, parts):
             self._park(item)
 
     def _take_parked(self, slot: int, parts: list[Part]) -> None:
@@ -158,6 +168,8 @@ class Outbox:
             if self._log.full:
                 self._woken[slot] = None
                 return
+            if not self._resolved(slot, items[0]):
+                return
             if not self._send_long(items[0], parts):
                 return
             items.popleft()
@@ -165,10 +177,18 @@ class Outbox:
             self._parked.pop(slot, None)
             self._table.parked[slot] = False
 
+    def _resolved(self, slot: int, item: Long) -> bool:
+        """Whether a session is in doubt no longer, and this may go; its rows may turn out to be answered already."""
+        if not self._table.doubt[slot] or not item.call.wanted(item.at):
+            return True
+        count = self._doubts.resolve(slot, item.call, item.at, item.stop)
+        item.at += count or 0
+        return count is not None
+
     def _send_long(self, item: Long, parts: list[Part]) -> bool:
         """Sends as many rows as have room; whether that was all of them."""
         call, slot, table = item.call, item.slot, self._table
-        if not call.wanted(item.at):
+        if item.at == item.stop or not call.wanted(item.at):
             return True
         first = int(table.sent[slot]) + 1
         room = int(table.window[slot] - (table.sent[slot] - table.confirmed[slot]))
@@ -204,7 +224,10 @@ class Outbox:
         if self._table.lost[item.slot]:
             item.call.refuse(item.at, self._table.error_of(item.slot))
             return
-        self._parked.setdefault(item.slot, deque()).append(item)
+        items = self._parked.setdefault(item.slot, deque())
+        while items and not items[-1].call.wanted(items[-1].at):
+            items.pop()  # callers who try again and again leave nothing behind
+        items.append(item)
         self._table.parked[item.slot] = True
 
     def _add(self, part: Part, parts: list[Part]) -> None:

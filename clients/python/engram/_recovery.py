@@ -6,9 +6,13 @@ was on its way, because those behind the refused one come back with SEQ_GAP. The
   - a row that may succeed later (UNAVAILABLE, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, SEQ_GAP) is sent again with its
     seq, and all that follow it, after the time the server asked for or a growing one of our own;
   - a row that never will is taken out: its call fails with that very error; the rows of other calls behind it move up to
-    the seqs that came free and are sent again. So one caller's bad input does not fail another's step. So is a row that was
-    not applied in time and whose caller has given up, and all behind it that nobody waits for: else a server with too much to
-    do would be kept busy with steps that are worth nothing any more.
+    the seqs that came free and are sent again. So one caller's bad input does not fail another's step;
+  - so are rows that were not applied and whose callers have given up: they were told so, and it stays true;
+  - a row of which the server cannot say whether it was applied keeps its seq, and is asked for until there is an answer. Its
+    caller may have given up: see _fates.py.
+
+That a row was not applied is known where the server says so of every time that it was sent, and where an attach says that the
+session stands before it: what was on its way on the earlier stream comes too late.
 
 Resends go in waves of at most the session's window, from the log; see Core.attached for replays after a crash.
 """
@@ -23,11 +27,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engram._errors import RETRYABLE, Aborted, DataLoss, EngramError, TakenOver
+from engram._errors import RETRYABLE, Aborted, DataLoss, EngramError, Fate, TakenOver
 from engram._log import Moves
+from engram._replay import Replay
 from engram._table import Span
 
 if TYPE_CHECKING:
+    from engram._calls import Call
     from engram._core import Core
 
 _RETRY_S = 0.05
@@ -53,6 +59,12 @@ class Recovery:
         self._holds: dict[int, Hold] = {}
         self._waves: dict[int, int] = {}
         self._attempts: dict[int, tuple[int, int]] = {}  # slot: (seq, how often it was refused)
+        self._gone: dict[
+            int, int
+        ] = {}  # slot: from this seq on all is refused, and not applied, and not sent again yet
+        self._unsure: dict[int, int] = {}  # slot: up to this seq something sent earlier may still be applied
+        self._replays: dict[int, Replay] = {}  # slot: where the rows are that are sent again wave by wave
+        self._begun = False  # whether this stream has sent anything again
         self._touched: dict[int, None] = {}
         self._due: dict[float, list[tuple[int, Hold]]] = {}
         self._epoch = 0
@@ -66,6 +78,8 @@ class Recovery:
         """The stream is gone; after the next one is there, `resend` starts anew."""
         self._holds.clear()
         self._waves.clear()
+        self._replays.clear()
+        self._begun = False
         self._touched.clear()
         self._due.clear()
         self._epoch += 1
@@ -74,6 +88,37 @@ class Recovery:
         self._holds.pop(slot, None)
         self._waves.pop(slot, None)
         self._attempts.pop(slot, None)
+        self._replays.pop(slot, None)
+        if self._core.table.lost[slot]:
+            self._gone.pop(slot, None)
+            self._unsure.pop(slot, None)
+
+    # What is known of rows without an answer
+
+    def not_applied(self, slot: int, seq: int) -> bool:
+        """Whether the server is sure that a step was not applied, and it is not on its way again."""
+        return seq >= self._gone.get(slot, seq + 1)
+
+    def _note(self, slot: int, seq: int, error: EngramError) -> None:
+        if error.said_applied is None:
+            self._unsure[slot] = max(seq, self._unsure.get(slot, 0))
+        elif seq > self._unsure.get(slot, 0):
+            self._gone[slot] = min(seq, self._gone.get(slot, seq))
+
+    def said(self, slots: NDArray[np.int64], seqs: NDArray[np.int64]) -> None:
+        """An attach says where these sessions stand; rows beyond that nobody waits for are withdrawn."""
+        table = self._core.table
+        moves: Moves = {}
+        for slot in self._unsure.keys() & set(slots.tolist()):
+            del self._unsure[slot]
+        given_up = table.doubt[slots]
+        if self._gone:
+            given_up = given_up | np.isin(slots, list(self._gone))
+        for slot, seq in zip(slots[given_up].tolist(), seqs[given_up].tolist(), strict=True):
+            self._gone.pop(slot, None)
+            self._remove(slot, max(int(seq), int(table.answered[slot])) + 1, None, moves)
+        if moves:
+            self._renumber(moves)
 
     # Refusals
 
@@ -82,17 +127,18 @@ class Recovery:
         table = self._core.table
         if table.lost[slot] or seq <= table.confirmed[slot] or seq > table.sent[slot]:
             return  # out of date
+        if error.reason == "SEQ_GAP":
+            self._expects(slot, error)
+        self._note(slot, seq, error)
         if isinstance(error, TakenOver):
             self._core.dispute(np.array([slot]))
             return
         if isinstance(error, (Aborted, DataLoss)) or error.reason in _FATAL_REASONS:
             self._core.lose(slot, error)
             return
-        hold = self._holds.get(slot)
-        if error.reason == "SEQ_GAP":
-            self._rewind(slot, error)
         if table.lost[slot]:
             return
+        hold = self._holds.get(slot)
         if hold is None:
             self._holds[slot] = Hold(seq, error)
             table.held[slot] = True
@@ -104,12 +150,15 @@ class Recovery:
             table.seen[slot] = max(int(table.seen[slot]), seq)
         self._touched[slot] = None
 
-    def _rewind(self, slot: int, error: EngramError) -> None:
-        """A server that failed may expect a step that it had answered: then the log has the steps to replay."""
+    def _expects(self, slot: int, error: EngramError) -> None:
+        """The step that the server expects next is not applied. Where it failed, it may be one that it had answered: then the log
+        has the steps to replay."""
         table = self._core.table
         if not error.metadata.get("next_seq", "").isdigit():
             return
         stands = int(error.metadata["next_seq"]) - 1
+        if stands < self._unsure.get(slot, 0):
+            self._unsure[slot] = stands
         if stands < table.confirmed[slot]:
             if stands < (table.durable[slot] if table.interval[slot] else table.answered[slot]):
                 self._core.diverged(slot, stands)
@@ -132,20 +181,32 @@ class Recovery:
                     again.append(slot)
             elif table.confirmed[slot] >= hold.seq:
                 # The row was computed after all, and its answer came.
+                self._withdraw(slot, moves)
                 del self._holds[slot]
                 again.append(slot)
             elif table.seen[slot] >= table.row_first[slot]:
                 self._drained(slot, hold, again, moves)
         if moves:
-            self._core.log.renumber(moves)
+            self._renumber(moves)
         if again:
             self.resend(np.array(again, np.int64))
 
     def _drained(self, slot: int, hold: Hold, again: list[int], moves: Moves) -> None:
         """All that was on its way has been answered or refused."""
-        if not _retryable(hold.error) or self._given_up(slot, hold):
-            if self._core.table.confirmed[slot] == hold.seq - 1:
-                self._take_out(slot, hold, again, moves)
+        core, table = self._core, self._core.table
+        call, at = core.call_of(slot, hold.seq)
+        itself_wanted = call is not None and call.wanted(at)
+        if not _retryable(hold.error):
+            if self.not_applied(slot, hold.seq):
+                if table.confirmed[slot] == hold.seq - 1:
+                    self._take_out(slot, hold, again, moves)
+                return
+            core.fail_row(slot, hold.seq, hold.error)
+            core.dispute(np.array([slot]))  # an attach tells what became of it
+            return
+        if self._withdraw(slot, moves) and hold.seq >= moves[slot][0] and not itself_wanted:
+            del self._holds[slot]
+            again.append(slot)
             return
         if hold.due:
             del self._holds[slot]
@@ -155,18 +216,19 @@ class Recovery:
             self._note_trouble(slot, hold)
             self._schedule(slot, hold)
 
-    def _given_up(self, slot: int, hold: Hold) -> bool:
-        """Whether nobody waits for the refused row, and the server is sure that it was not applied."""
-        table = self._core.table
-        if hold.error.metadata.get("applied") != "no" or hold.seq != table.answered[slot] + 1:
-            return False
-        call = self._core.calls.get(int(table.head_call[slot]))
-        return call is not None and not call.wanted(int(table.head_at[slot] + hold.seq - table.head_first[slot]))
+    def _withdraw(self, slot: int, moves: Moves) -> bool:
+        """Takes out what was not applied and nobody waits for; whether there was any."""
+        if slot in self._gone:
+            start = max(self._gone[slot], int(self._core.table.answered[slot]) + 1)
+            self._remove(slot, start, None, moves)
+        return slot in moves
 
     def _note_trouble(self, slot: int, hold: Hold) -> None:
         call = self._core.calls.get(int(self._core.table.head_call[slot]))
         if call is not None and hold.error.code in RETRYABLE:
             call.trouble = hold.error
+        if (doubt := self._core.doubts.get(slot)) is not None:
+            doubt.trouble = hold.error
 
     def _schedule(self, slot: int, hold: Hold) -> None:
         seq, count = self._attempts.get(slot, (0, 0))
@@ -201,64 +263,104 @@ class Recovery:
             )
             core.lose(slot, DataLoss(message, reason="STATE_REWOUND"))
             return
-        identity = int(table.head_call[slot])
-        call = core.calls[identity]
-        first, at = int(table.head_first[slot]), int(table.head_at[slot])
-        spans: list[Span] = [(first, int(table.head_last[slot]), identity, at), *table.spans.pop(slot, ())]
-        kept: list[Span] = []
-        removed = 0
-        moves[slot] = (hold.seq, [])
-        for number, (start, stop, owner, place) in enumerate(spans):
-            other = core.calls[owner]
-            if number == 0 or (owner == identity and not call.wide) or not other.wanted(place):
-                gone = stop - (hold.seq if number == 0 else start) + 1
-                removed += gone
-                other.open -= gone
-                if other is not call:
-                    core.closed_rows(other)
-                continue
-            kept.append((start - removed, stop - removed, owner, place))
-            moves[slot][1].append((start, stop, removed))
-        table.sent[slot] -= removed
-        table.more[slot] = False
-        table.head_call[slot] = 0
-        if kept:
-            table.spans[slot] = deque(kept)
-            core.next_span(slot)
-            table.more[slot] = slot in table.spans
-        error = hold.error.copy()
+        call, at = core.call_of(slot, hold.seq)
+        assert call is not None  # what is sent and not answered is somebody's
+        self._remove(slot, hold.seq, call, moves)
+        error = hold.error.of_step(Fate(hold.seq, False))
         error.metadata.setdefault("seq", str(hold.seq))
-        error.metadata.setdefault("row", str(at + hold.seq - first))
-        call.refuse(at + hold.seq - first, error)
+        error.metadata.setdefault("row", str(at))
+        call.refuse(at, error)
         core.closed_rows(call)
         del self._holds[slot]
         again.append(slot)
+
+    def _remove(self, slot: int, start: int, culprit: Call | None, moves: Moves) -> None:
+        """Takes out, from a seq on, what nobody waits for, and what fails with the culprit's row that is the first; what stands
+        behind moves up."""
+        core, table = self._core, self._core.table
+        kept: list[Span] = []
+        pieces: list[tuple[int, int, int]] = []
+        removed = 0
+        for first, last, owner, at in core.spans(slot):
+            call, begin = core.calls[owner], max(first, start)
+            if begin > last:
+                kept.append((first, last, owner, at))
+                continue
+            fails = call is culprit and (not call.wide or first <= start)
+            if not fails and call.wanted(at + begin - first):
+                kept.append((first - removed, last - removed, owner, at))
+                pieces.append((first, last, removed))
+                continue
+            removed += last - begin + 1
+            call.open -= last - begin + 1
+            if begin > first:
+                kept.append((first, begin - 1, owner, at))
+            core.doubts.withdrawn(slot, begin, last)
+            if call is not culprit:
+                core.closed_rows(call)
+        if not removed:
+            return
+        moves[slot] = (start, pieces)
+        table.sent[slot] -= removed
+        table.head_call[slot], table.more[slot] = 0, False
+        table.spans.pop(slot, None)
+        if kept:
+            table.spans[slot] = deque(kept)
+            table.more[slot] = True
+            core.next_span(slot)
+        core.let_on()
+
+    def _renumber(self, moves: Moves) -> None:
+        self._core.log.renumber(moves)
+        for slot in moves:
+            self._replays.pop(slot, None)
 
     # Sending again
 
     def resend(self, slots: NDArray[np.int64]) -> None:
         """Sends what the log has after `confirmed`, as far as the windows go; sessions with no more than that are free."""
         core, table = self._core, self._core.table
+        for slot in self._gone.keys() & set(slots.tolist()) if self._gone else ():
+            del self._gone[slot]
+        behind = slots[table.sent[slots] > table.confirmed[slots]]
         free = np.ones(len(slots), np.bool_)
-        if bool((table.sent[slots] > table.confirmed[slots]).any()):
-            for part in core.log.after(slots, table.confirmed[slots]):
-                starts = np.flatnonzero(np.concatenate(([True], part.slots[1:] != part.slots[:-1])))
-                rank = np.arange(len(part.slots)) - np.repeat(starts, np.diff(np.append(starts, len(part.slots))))
-                now = rank < table.window[part.slots]
-                wave = part if now.all() else part.only(now)
-                # Rows stand in the order of their seqs: the last assignment is the greatest.
-                table.row_first[wave.slots] = wave.firsts
-                core.due.append(wave)
-                if wave is not part:
-                    for slot in np.unique(part.slots[~now]).tolist():
-                        self._waves[slot] = int(table.row_first[slot])
-                        free[slots == slot] = False
+        if len(behind):
+            self._find(behind)
+            by_replay: dict[int, list[int]] = {}
+            replays = {id(self._replays[slot]): self._replays[slot] for slot in behind.tolist()}
+            for slot in behind.tolist():
+                by_replay.setdefault(id(self._replays[slot]), []).append(slot)
+            for key, mine in by_replay.items():
+                chosen = np.array(mine, np.int64)
+                for wave in replays[key].wave(chosen, table.confirmed[chosen], table.window[chosen]):
+                    # Rows stand in the order of their seqs: the last assignment is the greatest.
+                    table.row_first[wave.slots] = wave.firsts
+                    core.due.append(wave)
+            more = table.sent[slots] > table.confirmed[slots] + table.window[slots]
+            for slot in slots[more].tolist():
+                self._waves[slot] = int(table.row_first[slot])
+            free = ~more
         table.seen[slots] = 0
         for slot in slots[free].tolist():
             self._waves.pop(slot, None)
+            self._replays.pop(slot, None)
         table.held[slots[free]] = False
         core.outbox.wake(slots[free].tolist())
         core.wake()
+
+    def _find(self, slots: NDArray[np.int64]) -> None:
+        """Looks rows up that are to be sent again. On a new stream that are those of all sessions, in one go; later a few."""
+        table = self._core.table
+        missing = [slot for slot in slots.tolist() if slot not in self._replays]
+        if missing and not self._begun:
+            self._begun = True
+            replay = Replay(self._core.log.parts)
+            self._replays.update(dict.fromkeys(replay.slots(), replay))
+            missing = [slot for slot in missing if slot not in self._replays]
+        if missing:
+            wanted = np.array(missing, np.int64)
+            replay = Replay(self._core.log.newest_of(wanted, table.sent[wanted] - table.confirmed[wanted]), wanted)
+            self._replays.update(dict.fromkeys(missing, replay))
 
 
 def _retryable(error: EngramError) -> bool:

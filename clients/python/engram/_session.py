@@ -16,7 +16,7 @@ from engram._errors import EngramError, FailedPrecondition, InvalidInput, Sessio
 from engram._memories import refused
 from engram._patterns import Patterns, Recreation, Stored
 from engram._source import inputs_of
-from engram._types import ModelInfo
+from engram._types import ModelInfo, Settled
 
 if TYPE_CHECKING:
     from engram._client import AsyncClient
@@ -31,8 +31,12 @@ class Session:
 
     Steps of one session are applied in the order in which they were called. A step that fails for good (a NaN, say) is as
     if it had not been made: steps called after it are applied all the same. A call of many rows (`run`, `absorb`) stops at
-    its first failing row; `error.metadata["row"]` says which. A cancelled or timed-out step that had left already may still
-    be applied; its output is dropped and the session goes on.
+    its first failing row; `error.metadata["row"]` says which.
+
+    A step that timed out, was cancelled or failed with the connection is taken back if it had not left, or if the server is sure
+    that it was not applied: then `error.applied` is False. Else its fate is open, None, and nothing more is sent for the session
+    until the server has said what became of it. `settle` asks for that. Who does not ask: a next call that begins with the very
+    same inputs is taken as the repeat, and they are applied once; any other goes behind the steps that were applied.
 
     Arrays are copied when a method is called: what the caller writes into them afterwards, before the call is awaited or its
     frame has left, is not sent.
@@ -57,8 +61,14 @@ class Session:
 
     @property
     def seq(self) -> int:
-        """The number of the last step whose answer has arrived; 0 before the first."""
-        return self._last_seq if self._uid < 0 else int(self._client._core.table.answered[self._slot])
+        """The number of the last step that is known to be applied; 0 before the first. A step whose fate is open is not counted
+        until that is decided, see `settle`."""
+        return self._last_seq if self._uid < 0 else self._client._core.doubts.seq(self._slot)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether there are steps whose fate is open, see `settle`."""
+        return self._uid >= 0 and bool(self._client._core.table.doubt[self._slot])
 
     @property
     def durable_seq(self) -> int:
@@ -167,9 +177,24 @@ class Session:
             await asyncio.gather(*outputs, *(() if next_input is None else (next_input,)), return_exceptions=True)
             await inputs.aclose()
 
+    async def settle(self, *, timeout: float | None = UNSET) -> Settled:
+        """What became of the steps whose fate is open: returns when the server has said so of all of them. Those that were applied
+        count from now on, and the next call goes behind them. Without such steps it returns at once.
+
+        Raises DeadlineExceeded or Unavailable when it cannot be known in time; the fate then stays open.
+        """
+        client, slot = self._client, self._live()
+        core = client._core
+        steps = await core.settle(slot, client._timeout(timeout))
+        outputs = core.models[core.table.model[slot]].output.empty(len(steps))
+        for place, step in enumerate(steps):
+            if step.output is not None:
+                outputs[place] = step.output
+        return Settled(self.seq, len(steps), outputs)
+
     async def state(self, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
-        """The state tensors by name, without the batch dimension, after the last step that was answered."""
-        self._live()
+        """The state tensors by name, without the batch dimension, after the last step that was applied. Settles first."""
+        await self.settle(timeout=timeout)
         return await self._client.sessions.state(self._id, min_seq=self.seq, timeout=timeout)
 
     def store(
@@ -241,8 +266,9 @@ class Session:
         return self._alive(self._client.sessions.recreate(self._id, x, mask, sweeps=sweeps, timeout=timeout))
 
     async def fork(self, session_id: str | None = None, *, timeout: float | None = UNSET) -> Session:
-        """A new session, opened, that stands after the last step of this one that was answered."""
+        """A new session, opened, that stands after the last step of this one that was applied. Settles first."""
         index = self._model_index
+        await self.settle(timeout=timeout)
         info = await self._client.sessions.fork(self._id, session_id, min_seq=self.seq, timeout=timeout)
         link = self._client._core.models[index]
         opened = await self._client._open(link.info.name, [info.id], info.version, link.durability, timeout)
@@ -263,7 +289,7 @@ class Session:
         if not rows:
             return
         core = self._client._core
-        call = Call(rows, inputs, outputs, flags, False, core.loop.create_future(), core.loop.time())
+        call = Call(rows, inputs, outputs, flags, False, core.loop)
         # A long run takes as long as it takes: the client's own timeout is for a server that no longer answers.
         await core.submit(call, slot, self._client._timeout(timeout), while_stuck=timeout == UNSET)
 

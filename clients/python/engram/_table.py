@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram._errors import EngramError, SessionClosed
+from engram._errors import EngramError, Fate, SessionClosed
 
 VOID_HANDLE = 0xFFFFFFFF
 
@@ -31,6 +31,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "more": np.bool_,  # further spans are in `SessionTable.spans`
     "held": np.bool_,  # nothing new may be sent: not attached, or being put right
     "parked": np.bool_,  # calls wait in the outbox for this session
+    "doubt": np.bool_,  # of steps sent before it is not known whether they were applied; see _fates.py
     "interval": np.bool_, "lost": np.bool_,
 }  # fmt: skip
 
@@ -58,6 +59,7 @@ class SessionTable:
     more: NDArray[np.bool_]
     held: NDArray[np.bool_]
     parked: NDArray[np.bool_]
+    doubt: NDArray[np.bool_]
     interval: NDArray[np.bool_]
     lost: NDArray[np.bool_]
 
@@ -101,9 +103,11 @@ class SessionTable:
         self._freed.append((mark, slot))
 
     def error_of(self, slot: int) -> EngramError:
-        """Why a lost session is lost; a new object each time."""
+        """Why a lost session is lost, for a call that is not sent: a new object each time."""
         error = self.errors.get(slot)
-        return SessionClosed("the session was closed", reason="SESSION_CLOSED") if error is None else error.copy()
+        made = SessionClosed("the session was closed", reason="SESSION_CLOSED") if error is None else error.copy()
+        made.fate = Fate(None, False)
+        return made
 
     def settled(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
         """The seq up to which a session's inputs need not be kept."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import datetime
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf import timestamp_pb2
 
 from engram.v1 import model_pb2, session_pb2, stream_pb2
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,20 @@ class SessionInfo:
             expires=_time(session.expire_time) if session.HasField("expire_time") else None,
             residency=_RESIDENCY.get(session.residency, ""),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settled:
+    """What `Session.settle` has found out of steps whose fate was open."""
+
+    seq: int
+    """The last step of the session that is applied."""
+
+    applied: int
+    """How many of the open steps were applied; the others were not, and never will be."""
+
+    outputs: NDArray[Any]
+    """Theirs, [applied, *output shape], in order; zeros for inputs that were absorbed."""
 
 
 @dataclass(frozen=True, slots=True)
