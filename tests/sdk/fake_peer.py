@@ -28,6 +28,12 @@ class Faults:
     reverse_frames: bool = False  # answers to the rows of one frame in two frames, the later first
     rows: Callable[[list[str], np.ndarray], dict[int, error_pb2.ErrorDetail]] | None = None
     forget_on_connect: Callable[[str, int], int] | None = None  # (id, seq) -> seq after a crash
+    stop_at: str = ""  # "read" or "applied": the next steps frame gets so far, waits for `gate`, and goes on, or is cut
+    cut: bool = False  # what happens then
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    close: list[error_pb2.ErrorDetail] = field(
+        default_factory=list
+    )  # one for each close frame: refuses all of its rows
     taken: set[str] = field(default_factory=set)  # sessions that another client holds: an attach of them is refused
 
 
@@ -50,6 +56,7 @@ class FakePeer:
         self.delay_s = 0.0  # before each steps frame is looked at
         self.streams = 0
         self.frames = 0
+        self.closes = 0
         self.rows = 0
         self.frame_rows: list[int] = []
         self.port = 0
@@ -99,14 +106,14 @@ class FakePeer:
                 if kind in ("open", "attach"):
                     queue.put_nowait(self._open(getattr(request, kind), names, kind == "attach"))
                 elif kind == "close":
-                    queue.put_nowait(
-                        stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=request.close.request_id))
-                    )
+                    queue.put_nowait(stream_pb2.StreamResponse(closed=self._close(request.close)))
                 elif kind == "steps":
                     if self.delay_s:
                         await asyncio.sleep(self.delay_s)
                     self.frames += 1
+                    await self._reach("read", context)
                     answers = self._steps(request.steps, names)
+                    await self._reach("applied", context)
                     answered += 1
                     limit = self.faults.cut_after_frames
                     if limit is not None and answered > limit:
@@ -117,6 +124,22 @@ class FakePeer:
         finally:
             self.writers.remove(queue)
             writer.cancel()
+
+    async def _reach(self, point: str, context: Any) -> None:
+        """A steps frame has come so far."""
+        faults = self.faults
+        if faults.stop_at != point:
+            return
+        faults.stop_at = ""
+        await faults.gate.wait()
+        if faults.cut:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+
+    def _close(self, frame: stream_pb2.CloseFrame) -> stream_pb2.ClosedFrame:
+        self.closes += 1
+        errors = [self.faults.close.pop(0)] * (len(frame.handles) // 4) if self.faults.close else []
+        rows = [stream_pb2.RowError(row=row, error=error) for row, error in enumerate(errors)]
+        return stream_pb2.ClosedFrame(request_id=frame.request_id, errors=rows)
 
     async def _write(self, queue: asyncio.Queue[Any], context: Any) -> None:
         while True:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from engram._arrays import RowCodec
 from engram._calls import FEEDBACK, QUIET, Call
-from engram._errors import EngramError, FailedPrecondition, InvalidInput, SessionClosed
+from engram._errors import EngramError, FailedPrecondition, Fate, InvalidInput, SessionClosed
 from engram._memories import refused
 from engram._patterns import Patterns, Recreation, Stored
 from engram._source import inputs_of
@@ -320,7 +320,8 @@ class Session:
     def _live(self) -> int:
         """The slot. Raises what the session was lost to."""
         if self._uid < 0:
-            raise SessionClosed(f"session {self._id!r} was closed here", reason="SESSION_CLOSED")
+            message = f"session {self._id!r} was closed here"
+            raise SessionClosed(message, reason="SESSION_CLOSED").of_step(Fate(None, False))
         table = self._client._core.table
         if table.lost[self._slot]:
             raise table.error_of(self._slot)
