@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import pathlib
+import sys
+import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -482,3 +485,41 @@ def test_calls_that_wait_at_the_close_are_told() -> None:
         assert caught.value.applied is False
 
     play(body)
+
+
+# Replay
+
+
+def replay_calls(steps: int, waves_in_runs: bool) -> int:
+    """How many calls the SDK makes to replay so many steps, of which each was a frame of its own or many were one."""
+    counted = 0
+    here = pathlib.Path(engram.__file__).parent
+
+    def count(frame: types.FrameType, event: str, arg: object) -> None:
+        nonlocal counted
+        if event.endswith("call") and pathlib.PurePath(frame.f_code.co_filename).parent == here:
+            counted += 1
+
+    async def body(peer: FakePeer, wire: Wire, client: engram.AsyncClient) -> None:
+        session = await client.open("count", "a", durability="interval")
+        X = np.arange(1, steps + 1, dtype=np.float32)[:, None].repeat(WIDTH, 1)
+        if waves_in_runs:
+            await session.run(X)
+        else:
+            for x in X:
+                await session.step(x)
+        peer.faults.forget_on_connect = lambda name, seq: 0
+        sys.setprofile(count)
+        peer.faults.cut_after_frames = 0
+        assert (await session.step(row(0)))[0] == steps
+        sys.setprofile(None)
+        assert peer.records["a"].inputs == [*X[:, 0].tolist(), 0]
+
+    play(body)
+    return counted
+
+
+@pytest.mark.parametrize("waves_in_runs", [False, True], ids=["steps", "runs"])
+def test_replay_grows_with_the_log_and_no_faster(waves_in_runs: bool) -> None:
+    few, many = (replay_calls(steps, waves_in_runs) for steps in (250, 1000))
+    assert many < 5 * few, f"{few} calls for 250 steps, {many} for 1,000"
