@@ -25,7 +25,8 @@ const readU64 = (bytes) => Array.from({ length: bytes.length / 8 }, (_, row) => 
 const readF32 = (bytes) => Array.from({ length: bytes.length / 4 }, (_, place) => bytes.readFloatLE(4 * place));
 
 function fail(error) {
-  console.error(`${error.reason}: ${error.message}`);
+  const open = error.metadata?.applied === "unknown" ? "; whether the step was applied is not known: its seq may be asked for again" : "";
+  console.error(`${error.reason}: ${error.message}${open}`);
   process.exit(1);
 }
 
@@ -58,8 +59,9 @@ stream.on("data", (response) => {
     else stream.end();
   } else if (response.frame === "errors") {
     const error = response.errors.errors[0];
-    // A limit, a store that is away, a server that leaves: the same step again, with the same seq, after the time that it says.
-    if ([8, 14].includes(error.code)) setTimeout(step, Number(error.retryAfterMs) || 50);
+    // Too late, a limit, a store that is away, a server that leaves: the same step again, after the time that it says. The same seq is
+    // always safe: a step that was applied after all is answered, and not applied once more.
+    if ([4, 8, 14].includes(error.code)) setTimeout(step, Number(error.retryAfterMs) || 50);
     else fail(error);
   }
 });

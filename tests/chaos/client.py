@@ -168,8 +168,10 @@ def run(task: dict[str, Any]) -> int:
     async def main() -> None:
         stopping = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
-        async with engram.AsyncClient(task["addresses"], OPTIONS) as client:
-            await Driver(task, client, stopping).run()
+        # All answers are written down; that a store which is away just now does not let go of the sessions is no fault.
+        with contextlib.suppress(engram.CloseIncomplete):
+            async with engram.AsyncClient(task["addresses"], OPTIONS) as client:
+                await Driver(task, client, stopping).run()
 
     try:
         asyncio.run(main())

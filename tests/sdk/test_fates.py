@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import itertools
 import pathlib
+import random
 import sys
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import pytest
 from fake_peer import WIDTH, FakePeer
 
 import engram
-from engram.v1 import error_pb2
+from engram.v1 import error_pb2, stream_pb2
 
 OPTIONS = engram.ClientOptions(
     timeout_s=10.0, connect_timeout_s=3.0, reconnect_timeout_s=0.4, backoff_initial_s=0.01, backoff_max_s=0.05
@@ -485,6 +487,114 @@ def test_calls_that_wait_at_the_close_are_told() -> None:
         assert caught.value.applied is False
 
     play(body)
+
+
+# Any order of faults
+
+
+class Unsteady(FakePeer):
+    """Refuses rows, or applies them and says that it does not know, or is cut off, as its die falls."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.die = random.Random(seed)
+        self.calm = False
+        self.faults.rows = self._refused
+
+    def _refused(self, names: list[str], seqs: np.ndarray) -> dict[int, error_pb2.ErrorDetail]:
+        kinds = ((8, "QUEUE_FULL", "no"), (4, "DEADLINE_EXCEEDED", "no"), (14, "STORE_UNAVAILABLE", "unknown"))
+        refused = {}
+        for i in range(len(names)):
+            if not self.calm and self.die.random() < 0.2:
+                code, reason, applied = self.die.choice(kinds)
+                refused[i] = error_pb2.ErrorDetail(
+                    code=code, reason=reason, message="so", metadata={"applied": applied}
+                )
+        return refused
+
+    def _steps(self, frame: stream_pb2.StepsFrame, names: list[str]) -> list[stream_pb2.StreamResponse]:
+        answers = super()._steps(frame, names)
+        if self.calm or self.die.random() > 0.3:
+            return answers
+        if self.die.random() < 0.5:
+            self.faults.cut_after_frames = 0
+            return answers
+        told = []
+        for answer in answers:
+            if answer.WhichOneof("frame") == "outputs":
+                away = error_pb2.ErrorDetail(
+                    code=14, reason="STORE_UNAVAILABLE", message="so", metadata={"applied": "unknown"}
+                )
+                indexes = bytes(len(answer.outputs.handles))
+                lost = stream_pb2.ErrorsFrame(
+                    handles=answer.outputs.handles, seqs=answer.outputs.seqs, error_indexes=indexes, errors=[away]
+                )
+                told.append(stream_pb2.StreamResponse(errors=lost))
+            else:
+                told.append(answer)
+        return told
+
+
+@pytest.mark.parametrize("interval", [False, True], ids=["step", "interval"])
+def test_any_order_of_faults(interval: bool) -> None:
+    """Calls one after the other and beside each other, of which many fail: what was applied is what was answered, and what an
+    error says was applied, each once and in the order of the calls."""
+
+    async def one(seed: int) -> None:
+        peer, die = Unsteady(seed), random.Random(-seed)
+        peer.delay_s = 0.005
+        options = replace(OPTIONS, reconnect_timeout_s=3.0)
+        async with engram.AsyncClient(f"127.0.0.1:{await peer.start()}", options) as client:
+            session = await client.open("count", "a", durability="interval" if interval else "step")
+            calls: list[tuple[list[float], engram.EngramError | None]] = []
+            value = 0.0
+
+            async def call(values: list[float]) -> None:
+                place = len(calls)
+                calls.append((values, None))
+                timeout = die.choice((0.01, 0.03, 0.1, 5.0))
+                try:
+                    if len(values) == 1:
+                        await session.step(row(values[0]), timeout=timeout)
+                    else:
+                        await session.run(np.stack([row(one) for one in values]), timeout=timeout)
+                except engram.EngramError as error:
+                    calls[place] = (values, error)
+
+            for _ in range(40):
+                failed = calls and calls[-1][1] is not None
+                if failed and len(calls[-1][0]) == 1 and die.random() < 0.5:
+                    await call(calls[-1][0])  # the repeat
+                elif die.random() < 0.2:
+                    await call([value + i for i in range(3)])
+                else:
+                    beside = die.choice((1, 1, 2, 4))
+                    await asyncio.gather(*(call([value + i]) for i in range(beside)))
+                value += 4
+            peer.calm = True
+            settled = await session.settle()
+            expected: list[float] = []
+            history = peer.records["a"].inputs
+            for values, error in calls:
+                done = len(values) if error is None else int(error.metadata.get("row", 0)) if len(values) > 1 else 0
+                expected += values[:done]
+                if error is not None:
+                    assert error.applied is not None, f"seed {seed}: {error!r} is open"
+                    while (
+                        error.applied
+                        and done < len(values)
+                        and history[len(expected) : len(expected) + 1] == [values[done]]
+                    ):
+                        expected.append(values[done])
+                        done += 1
+            assert history == expected, f"seed {seed}"
+            assert session.seq == settled.seq == len(history)
+        await peer.stop()
+
+    async def main() -> None:
+        await asyncio.gather(*map(one, range(1, 13)))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 # Replay

@@ -457,3 +457,21 @@ def test_a_close_waits_for_its_session_to_be_attached_again_and_lets_others_work
         await closing
 
     play(body)
+
+
+def test_a_session_that_goes_on_beside_a_refused_one_is_refused_later() -> None:
+    async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
+        a, b = await client.open_many("count", ["a", "b"])
+        await asyncio.gather(a.step(row(0)), b.step(row(0)))
+        busy = error_pb2.ErrorDetail(code=8, reason="QUEUE_FULL", message="full", retry_after_ms=10)
+        for name in ("a", "b", "a", "b"):
+            left = [name]
+            peer.faults.rows = lambda names, seqs, left=left: {
+                i: busy for i, one in enumerate(names) if left and one == left[0] and not left.clear()
+            }
+            for Y in await asyncio.gather(a.run(np.zeros((40, WIDTH))), b.run(np.zeros((40, WIDTH)))):
+                assert (np.diff(Y[:, 0]) == 1).all()
+            assert not left
+        assert (a.seq, b.seq) == (161, 161)
+
+    play(body)

@@ -13,6 +13,8 @@ import time
 
 import numpy as np
 import pytest
+from chaos.proxy import Wires
+from redises import free_port
 
 import engram
 from engram_models import shipped_models_dir
@@ -226,6 +228,47 @@ def test_blocking_client_from_many_threads(shared_server) -> None:
         client.close_many(sessions)
     with pytest.raises(engram.ClientClosed):
         client.server()
+
+
+@pytest.mark.parametrize("durability", ["step", "interval"])
+def test_a_step_behind_a_wire_that_fails_is_applied_once(shared_server, durability: str) -> None:
+    """The wire holds everything back, or loses it: the step is late, or was never there."""
+    X = digits(6)
+    wires = Wires()
+    port = free_port()
+    proxy = wires.proxy(port, shared_server.port)
+
+    def failing(session: engram.BlockingSession, x: np.ndarray, cut: bool) -> engram.EngramError:
+        proxy.hold(True)
+        with pytest.raises(engram.DeadlineExceeded) as caught:
+            session.step(x, timeout=0.2)
+        assert (caught.value.applied, session.in_doubt) == (None, True)
+        if cut:
+            proxy.cut()
+        proxy.heal()
+        return caught.value
+
+    try:
+        with engram.Client(f"127.0.0.1:{port}", PATIENT) as client:
+            reference = client.open(MODEL).run(X)
+            session = client.open(MODEL, durability=durability)
+            for t, cut in ((0, False), (1, True)):
+                error = failing(session, X[t], cut)
+                assert (session.step(X[t]) == reference[t]).all()
+                assert (error.applied, session.seq) == (False, t + 1)
+            error = failing(session, X[2], cut=False)
+            settled = session.settle()
+            assert (settled.applied, settled.seq, error.applied) == (1, 3, True)
+            assert (settled.outputs[0] == reference[2]).all()
+            error = failing(session, X[5], cut=True)
+            assert (session.settle().applied, error.applied, session.seq) == (0, False, 3)
+            error = failing(session, X[3], cut=False)
+            assert (session.step(X[4]) == reference[4]).all()
+            assert (error.applied, error.seq, session.seq) == (True, 4, 5)
+            session.close()
+    finally:
+        proxy.close()
+        wires.stop()
 
 
 def test_stream_does_not_wait_for_the_source(shared_server) -> None:

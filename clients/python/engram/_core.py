@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -422,7 +422,11 @@ class Core:
             table.head_call[slot] = 0
             if table.more[slot]:
                 self.next_span(slot)
-        self._settle(identity, np.array([at]), values, np.array([slot]), np.array([seq]))
+        call = self.calls[identity]
+        unwanted = call.settle(np.array([at]), values)
+        if self.doubts:
+            self._tell_doubts(unwanted, values, np.array([slot]), np.array([seq]))
+        self.closed_rows(call)
         return True
 
     def _deliver(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> None:
@@ -462,14 +466,21 @@ class Core:
         call = self.calls[identity]
         unwanted = call.settle(at, values)
         if self.doubts:
-            if unwanted is None:
-                self.doubts.passed(slots, seqs)
-            else:
-                index = np.array(unwanted)
-                self.doubts.passed(np.delete(slots, index), np.delete(seqs, index))
-                self.doubts.answered(slots[index], seqs[index], None if values is None else values[index])
-            self.let_on()
+            self._tell_doubts(unwanted, values, slots, seqs)
         self.closed_rows(call)
+
+    def _tell_doubts(
+        self, unwanted: Sequence[int] | None, values: NDArray[Any] | None, slots: NDArray[np.int64],
+        seqs: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """Steps were answered; those at the places `unwanted` nobody waits for."""
+        if unwanted is None:
+            self.doubts.passed(slots, seqs)
+        else:
+            index = np.array(unwanted)
+            self.doubts.passed(np.delete(slots, index), np.delete(seqs, index))
+            self.doubts.answered(slots[index], seqs[index], None if values is None else values[index])
+        self.let_on()
 
     def closed_rows(self, call: Call) -> None:
         """After rows of a call were answered or refused."""

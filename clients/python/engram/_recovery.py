@@ -87,9 +87,9 @@ class Recovery:
     def drop(self, slot: int) -> None:
         self._holds.pop(slot, None)
         self._waves.pop(slot, None)
-        self._attempts.pop(slot, None)
         self._replays.pop(slot, None)
         if self._core.table.lost[slot]:
+            self._attempts.pop(slot, None)
             self._gone.pop(slot, None)
             self._unsure.pop(slot, None)
 
@@ -129,14 +129,14 @@ class Recovery:
             return  # out of date
         if error.reason == "SEQ_GAP":
             self._expects(slot, error)
+        if table.lost[slot]:
+            return
         self._note(slot, seq, error)
         if isinstance(error, TakenOver):
             self._core.dispute(np.array([slot]))
             return
         if isinstance(error, (Aborted, DataLoss)) or error.reason in _FATAL_REASONS:
             self._core.lose(slot, error)
-            return
-        if table.lost[slot]:
             return
         hold = self._holds.get(slot)
         if hold is None:
@@ -202,9 +202,10 @@ class Recovery:
                     self._take_out(slot, hold, again, moves)
                 return
             core.fail_row(slot, hold.seq, hold.error)
-            core.dispute(np.array([slot]))  # an attach tells what became of it
-            return
-        if self._withdraw(slot, moves) and hold.seq >= moves[slot][0] and not itself_wanted:
+            if hold.due:
+                core.dispute(np.array([slot]))  # an attach tells what became of it
+                return
+        elif self._withdraw(slot, moves) and hold.seq >= moves[slot][0] and not itself_wanted:
             del self._holds[slot]
             again.append(slot)
             return
@@ -355,7 +356,8 @@ class Recovery:
         if missing and not self._begun:
             self._begun = True
             replay = Replay(self._core.log.parts)
-            self._replays.update(dict.fromkeys(replay.slots(), replay))
+            # Those that are not held may send more, which it does not know.
+            self._replays.update(dict.fromkeys((slot for slot in replay.slots() if table.held[slot]), replay))
             missing = [slot for slot in missing if slot not in self._replays]
         if missing:
             wanted = np.array(missing, np.int64)
