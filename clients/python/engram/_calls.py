@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,16 +25,19 @@ class Answer(asyncio.Future[Any]):
     """What a caller waits for. A caller who is cancelled is known of before anything else is sent.
 
     Attributes:
-        call, at: of which row it is, or of which call (at is None); set before a caller has it.
+        call, at: of which row it is, or of which call (at is None); set before a caller has it. No more than a weak reference:
+            a call has its answers, and circles are found late.
     """
 
-    call: Call
-    at: int | None = None
+    __slots__ = ("at", "call")
+
+    call: weakref.ref[Call]
+    at: int | None
 
     def cancel(self, msg: Any | None = None) -> bool:
         cancelled = super().cancel(msg)
-        if cancelled:
-            self.call.gone(self.call, self.at)
+        if cancelled and (call := self.call()) is not None:
+            call.gone(call, self.at)
         return cancelled
 
 
@@ -71,7 +75,8 @@ class Call:
         self.slots = ()
         self.gone: Callable[[Call, int | None], None] = _nobody
         self.future = Answer(loop=loop)
-        self.future.call = self
+        self.ref = weakref.ref(self)
+        self.future.call, self.future.at = self.ref, None
         self.started = loop.time()
         self.deadline = 0.0
         self.open = 0
@@ -172,7 +177,7 @@ class Gather(Call):
         self.earliest = math.inf
 
     def add(self, slot: int, row: bytes, deadline: float, future: Answer) -> None:
-        future.call, future.at = self, self.rows
+        future.call, future.at = self.ref, self.rows
         self.slots.append(slot)
         self.pieces.append(row)
         self.deadlines.append(deadline)

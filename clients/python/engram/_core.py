@@ -165,8 +165,9 @@ class Core:
                 self.live.discard(call)
 
     def _expire_one(self, future: Answer) -> None:
-        if not future.done() and future.at is not None:
-            self._fail(future.call, self._timed_out(future.call), [future.at])
+        call = future.call()
+        if not future.done() and call is not None and future.at is not None:
+            self._fail(call, self._timed_out(call), [future.at])
 
     def _timed_out(self, call: Call) -> EngramError:
         trouble = call.trouble
