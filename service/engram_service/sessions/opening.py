@@ -165,8 +165,8 @@ class Sessions:
         self, stream: Stream, wanted: Wanted, served: Served, asked: Sequence[tuple[int, ClaimRequest]],
         seen: tuple[int, list[str]], deadline: float, result: Opened,
     ) -> list[tuple[int, ClaimRequest]]:  # fmt: skip
-        """Claims sessions that are held, and enters them; returns those that must be claimed again. All of them must where the store
-        has lost its data meanwhile: the former rows are written back, and the new ones are not there yet to be."""
+        """Claims sessions that are held, and enters them; returns those that must be claimed again. All of them must where the
+        store has lost its data meanwhile: the former rows are written back, and the new ones are not there yet to be."""
         losses, before = seen
         requests = [replace(one, replaces=token) for (_, one), token in zip(asked, before, strict=True)]
         keys = [one.session_id for one in requests]
