@@ -30,7 +30,7 @@ from engram._log import Part, SentLog
 from engram._options import ClientOptions
 from engram._outbox import Outbox
 from engram._recovery import Recovery
-from engram._table import VOID_HANDLE, SessionTable, Span
+from engram._table import HANDLE_PLACE, VOID_HANDLE, SessionTable, Span
 from engram._types import ModelInfo
 from engram.v1 import stream_pb2
 
@@ -85,7 +85,7 @@ class Core:
         self._wake = wake
         self._draining = draining
         self._attach = attach
-        self._by_handle = np.full(64, -1, np.int64)
+        self._by_place = np.full(64, -1, np.int64)  # see _slots
         self._live_max = 1024
         self._early_parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any] | None]] = []
 
@@ -321,14 +321,14 @@ class Core:
             self._on_event(response.event)
 
     def _slots(self, handles: bytes) -> NDArray[np.int64]:
+        """Slots by handle; -1 where no session has it now. The low bits of a handle are a small number that is used again."""
         numbers = np.frombuffer(handles, "<u4")
-        known = numbers < len(self._by_handle)
-        slots: NDArray[np.int64]
-        if known.all():
-            slots = self._by_handle[numbers]
-            return slots
-        slots = np.where(known, self._by_handle[np.where(known, numbers, 0)], -1)
-        return slots
+        places = numbers & HANDLE_PLACE
+        if len(places) and int(places.max()) >= len(self._by_place):
+            places = np.where(places < len(self._by_place), places, 0)
+        slots: NDArray[np.int64] = self._by_place[places]
+        known = (slots >= 0) & (self.table.handle[slots] == numbers)
+        return slots if known.all() else np.where(known, slots, -1)
 
     def _on_outputs(self, frame: stream_pb2.OutputsFrame) -> None:
         slots, seqs = self._slots(frame.handles), np.frombuffer(frame.seqs, "<i8")
@@ -560,11 +560,12 @@ class Core:
         table = self.table
         if not len(slots):
             return
-        top = int(handles.max())
-        if top >= len(self._by_handle):
-            more = np.full(max(top + 1, 2 * len(self._by_handle)) - len(self._by_handle), -1, np.int64)
-            self._by_handle = np.concatenate([self._by_handle, more])
-        self._by_handle[handles] = slots
+        places = handles & HANDLE_PLACE
+        top = int(places.max())
+        if top >= len(self._by_place):
+            more = np.full(max(top + 1, 2 * len(self._by_place)) - len(self._by_place), -1, np.int64)
+            self._by_place = np.concatenate([self._by_place, more])
+        self._by_place[places] = slots
         table.handle[slots] = handles
         table.confirmed[slots] = np.minimum(table.answered[slots], seqs)
         safe = np.where(table.interval[slots], table.durable[slots], table.answered[slots])
@@ -594,7 +595,7 @@ class Core:
         table.handle[: table.count] = VOID_HANDLE
         table.held[1 : table.count] = True
         table.seen[: table.count] = 0
-        self._by_handle.fill(-1)
+        self._by_place.fill(-1)
         self._early_parts.clear()
         self.due.clear()  # in the log, and sent again from there
         self.recovery.reset()
@@ -607,7 +608,6 @@ class Core:
         if not len(slots):
             return
         self.collect()
-        self._by_handle[table.handle[slots]] = -1
         table.handle[slots], table.held[slots], table.seen[slots] = VOID_HANDLE, True, 0
         for slot in slots.tolist():
             self.recovery.drop(slot)  # all that is not answered is sent again after the attach
@@ -623,10 +623,7 @@ class Core:
         table.lost[slot] = table.held[slot] = True
         if table.by_id.get(table.ids[slot]) == slot:
             del table.by_id[table.ids[slot]]
-        handle = int(table.handle[slot])
-        if handle != VOID_HANDLE:
-            self._by_handle[handle] = -1
-            table.handle[slot] = VOID_HANDLE
+        table.handle[slot] = VOID_HANDLE
         for first, last, owner, at in self.spans(slot):
             call = self.calls[owner]
             call.open -= last - first + 1

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from engram._errors import EngramError, Fate, SessionClosed
 
 VOID_HANDLE = 0xFFFFFFFF
+HANDLE_PLACE = np.uint32(0xFFFFF)  # the bits of a handle that are a small number; stream.proto
 
 _COLUMNS: dict[str, type[np.generic]] = {
     "handle": np.uint32, "model": np.int32, "window": np.int64,
