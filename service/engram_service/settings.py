@@ -102,6 +102,10 @@ class Settings:
     queue_s_max: float = _setting(5.0, "the same in seconds, at the rate at which rows are done; 0: no such limit")
     sessions_max: int = _setting(1_000_000, "sessions attached to this server")
     streams_max: int = _setting(4096, "streams of this server")
+    calls_max: int = _setting(
+        4096, "calls that are no streams under way at a time; one tenant of several may have half of them"
+    )
+    connection_calls_max: int = _setting(100, "calls and streams of one connection; a client waits with more of them")
     step_timeout_s: float = _setting(30.0, "time for a step that names none")
     drain_timeout_s: float = _setting(20.0, "time to finish accepted steps after SIGTERM")
 
@@ -175,7 +179,7 @@ class Settings:
 _AT_LEAST_ONE = (
     "interval_steps", "interval_ms", "session_ttl_s", "redis_connections", "tick_rows_max", "tick_run_max", "arena_mb",
     "arena_slots_max", "frame_rows_max", "frame_bytes_max", "stream_rows_max", "queue_rows_max", "sessions_max",
-    "streams_max", "redis_replicas", "redis_ack_timeout_ms",
+    "streams_max", "calls_max", "connection_calls_max", "redis_replicas", "redis_ack_timeout_ms",
     "memory_cache_mb", "memory_workers", "memory_calls_max", "http_connections_max",
 )  # fmt: skip
 

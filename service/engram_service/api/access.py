@@ -1,4 +1,4 @@
-"""Who calls, and whether it may: reads the token off a call's metadata. Used by server.py and stream.py.
+"""Who calls, and whether it may: reads the token off a call's metadata. Used by gate.py, server.py and stream.py.
 
 Health stays open: whoever asks for it has no token (a load balancer), and it says nothing but that the server serves. All
 else needs a token where tokens are on, and a method without a right in `RIGHT_OF` cannot be called at all.
@@ -6,14 +6,11 @@ else needs a token where tokens are on, and a method without a right in `RIGHT_O
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
-
-import grpc
+from typing import Any
 
 from engram.v1 import service_pb2
 from engram_service.api.audit import Audit
-from engram_service.api.status import abort
+from engram_service.api.holdback import Holdback
 from engram_service.errors import PermissionDenied, Refusal
 from engram_service.tokens import Caller, Tokens
 
@@ -28,12 +25,8 @@ RIGHT_OF = {
     "ReloadModels": "operate",
 }  # fmt: skip
 _OTHERS = "operate"  # the right for reflection, and for whatever service comes beside it
-_SERVICE = f"/{service_pb2.DESCRIPTOR.services_by_name['EngramService'].full_name}/"
-_HEALTH = "/grpc.health.v1.Health/"
+SERVICE = f"/{service_pb2.DESCRIPTOR.services_by_name['EngramService'].full_name}/"
 _SCHEME = "bearer "
-
-Details: TypeAlias = grpc.HandlerCallDetails
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic for type checkers alone
 
 
 class Access:
@@ -42,54 +35,31 @@ class Access:
     def __init__(self, tokens: Tokens, audit: Audit) -> None:
         self.tokens = tokens
         self.audit = audit
+        self.holdback = Holdback()
+
+    def known(self, metadata: Any) -> Caller:
+        """Who calls. Raises Unauthenticated."""
+        return self.tokens.caller(_bearer(metadata))
+
+    def entitle(self, caller: Caller, path: str) -> None:
+        """Whether it may call a method, of whatever service. Raises PermissionDenied."""
+        name = path.rpartition("/")[2]
+        # gRPC itself says of a method that the service does not have that it is not there.
+        _entitled(caller, name, RIGHT_OF.get(name, ANY) if path.startswith(SERVICE) else _OTHERS)
 
     def admit(self, method: str, metadata: Any, peer: str) -> Caller:
         """Who calls this method of the Engram service. Raises Refusal."""
-        return self._admit(method, RIGHT_OF[method], metadata, peer)
-
-    def renewed(self, caller: Caller, method: str) -> Caller:
-        """The caller of a call that goes on, as the tokens are by now. Raises Refusal."""
-        return _entitled(self.tokens.renewed(caller), method, RIGHT_OF[method])
-
-    def admit_beside(self, method: str, metadata: Any, peer: str) -> None:
-        """The same for a method of another service."""
-        self._admit(method, _OTHERS, metadata, peer)
-
-    def _admit(self, method: str, right: str, metadata: Any, peer: str) -> Caller:
         caller: Caller | None = None
         try:
-            caller = self.tokens.caller(_bearer(metadata))
-            return _entitled(caller, method, right)
+            caller = self.known(metadata)
+            return _entitled(caller, method, RIGHT_OF[method])
         except Refusal as refusal:
             self.audit.denied(method, caller, peer, refusal)
             raise
 
-
-class Gate(grpc.aio.ServerInterceptor):
-    """Stands before the services beside Engram's own, which asks for itself because it wants to know who calls."""
-
-    def __init__(self, access: Access) -> None:
-        self._access = access
-
-    async def intercept_service(
-        self, continuation: Callable[[Details], Awaitable[Handler | None]], details: Details
-    ) -> Handler | None:
-        method = str(details.method)
-        if method.startswith((_SERVICE, _HEALTH)):
-            return await continuation(details)
-        try:
-            self._access.admit_beside(method.rpartition("/")[2], details.invocation_metadata, "")
-        except Refusal as refusal:
-            return _closed(refusal)
-        return await continuation(details)
-
-
-def _closed(refusal: Refusal) -> Handler:
-    async def handle(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await abort(context, refusal)
-
-    # On the wire this answers calls of every kind.
-    return grpc.stream_stream_rpc_method_handler(handle)
+    def renewed(self, caller: Caller, method: str) -> Caller:
+        """The caller of a call that goes on, as the tokens are by now. Raises Refusal."""
+        return _entitled(self.tokens.renewed(caller), method, RIGHT_OF[method])
 
 
 def _entitled(caller: Caller, method: str, right: str) -> Caller:

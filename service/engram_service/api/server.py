@@ -10,14 +10,16 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
 from engram.v1 import service_pb2
-from engram_service.api.access import Access, Gate
+from engram_service.api.access import Access
 from engram_service.api.call import Call
 from engram_service.api.confine import confine, ids_of
+from engram_service.api.gate import Gate
 from engram_service.api.health import HealthService
+from engram_service.api.probes import Probes
 from engram_service.api.status import abort
 from engram_service.api.stream import StreamHandler
 from engram_service.api.tls import Certificate
@@ -28,8 +30,11 @@ from engram_service.settings import Settings
 log = logging.getLogger(__name__)
 
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["EngramService"]
-_MESSAGE_MARGIN = 4  # gRPC itself refuses, without a reason, what is so many times over the limit
+_MESSAGE_MARGIN = 2  # gRPC itself refuses, without a reason, what is so many times over the limit
 _KEEPALIVE_MS = 20_000
+_HANDSHAKE_MS = 10_000  # until TLS is agreed on and the client's settings have come
+_IDLE_MS = 120_000  # a connection without a call is closed; clients open another with their next one
+_METADATA_NBYTES, _METADATA_NBYTES_MAX = 8 << 10, 16 << 10  # above the first gRPC refuses more and more of the calls
 
 
 class Server:
@@ -42,8 +47,18 @@ class Server:
         self._settings = settings
         self._certificate = certificate
         self._server = grpc.aio.server(
-            interceptors=[Gate(access)],
+            interceptors=[Gate(access, settings.calls_max)],
             options=[
+                # A message that says that it is compressed is refused (UNIMPLEMENTED): gRPC would unpack it without any limit.
+                ("grpc.compression_enabled_algorithms_bitset", 1),
+                ("grpc.per_message_decompression", 0),
+                ("grpc.max_concurrent_streams", settings.connection_calls_max),
+                # Windows do not grow: nobody may have the server keep more than this of a stream that it does not read.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.max_metadata_size", _METADATA_NBYTES),
+                ("grpc.absolute_max_metadata_size", _METADATA_NBYTES_MAX),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+                ("grpc.max_connection_idle_ms", _IDLE_MS),
                 ("grpc.max_receive_message_length", settings.frame_bytes_max * _MESSAGE_MARGIN),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
@@ -65,7 +80,9 @@ class Server:
                 handlers[method.name] = _unary(method, handle, settings, access)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
         self._ready = ready
-        health_pb2_grpc.add_HealthServicer_to_server(HealthService(ready, SERVICE.full_name), self._server)
+        self._holdback = access.holdback
+        probes = Probes(HealthService(ready, SERVICE.full_name), self._holdback)
+        self._server.add_generic_rpc_handlers((probes.handlers(),))
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
@@ -87,6 +104,7 @@ class Server:
         self._ready.tell("server", "" if serving else "it is going away")
 
     async def stop(self, grace_s: float) -> None:
+        self._holdback.release()
         await self._server.stop(grace_s)
 
 
@@ -130,6 +148,7 @@ def _unary(
             problem = refusal
         except asyncio.CancelledError:
             access.audit.done(method.name, caller, context.peer(), ids, "CANCELLED")
+            await access.holdback.hold()
             raise
         except Exception as error:
             log.exception("%s failed", method.name)

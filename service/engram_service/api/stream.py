@@ -17,7 +17,7 @@ from engram.v1 import stream_pb2
 from engram_service.api.access import Access
 from engram_service.api.status import abort
 from engram_service.core import Core
-from engram_service.errors import Internal, InvalidArgument, Refusal, Unauthenticated
+from engram_service.errors import Internal, InvalidArgument, Refusal, ResourceExhausted, Unauthenticated
 from engram_service.sessions.ending import Endings
 from engram_service.sessions.opening import Opened, Sessions, Wanted, new_id
 from engram_service.sessions.streams import Stream
@@ -48,6 +48,7 @@ class _Guest:
 
     caller: Caller
     peer: str
+    heard: bool = False  # whether a frame has come
     put_out: asyncio.Future[Refusal] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -68,6 +69,8 @@ class StreamHandler:
             caller = self._access.admit("Stream", context.invocation_metadata(), context.peer())
             stream = self._core.connect(trace_of(context), caller.tenant)
         except Refusal as refusal:
+            if isinstance(refusal, ResourceExhausted):
+                await self._access.holdback.hold()
             await abort(context, refusal)
         told = {"stream": stream.id, "trace": stream.trace, "tenant": caller.tenant, "token": caller.token}
         log.info("stream opened", extra=told)
@@ -80,12 +83,14 @@ class StreamHandler:
             del self._guests[stream]
             self._core.disconnect(stream)
             log.info("stream ended", extra=told)
+            if not guest.heard:
+                await self._access.holdback.hold()
         if guest.put_out.done():
             await abort(context, guest.put_out.result())
 
     async def _carry(self, stream: Stream, guest: _Guest, context: Context) -> None:
         """Returns when the stream has ended, or has to."""
-        work = [asyncio.create_task(self._read(stream, context)), asyncio.create_task(_write(stream, context))]
+        work = [asyncio.create_task(self._read(stream, guest, context)), asyncio.create_task(_write(stream, context))]
         waited: list[asyncio.Future[Any]] = [work[1], guest.put_out]
         try:
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -111,7 +116,7 @@ class StreamHandler:
                     self._access.audit.denied("Stream", guest.caller, guest.peer, refusal)
                     guest.put_out.set_result(refusal)
 
-    async def _read(self, stream: Stream, context: Context) -> None:
+    async def _read(self, stream: Stream, guest: _Guest, context: Context) -> None:
         """Reads until the client has no more frames; then what is under way is answered, and the stream ends."""
         opens = _Opens()
         try:
@@ -120,6 +125,7 @@ class StreamHandler:
                 data: Any = await context.read()
                 if data is grpc.aio.EOF:
                     break
+                guest.heard = True
                 if slow := self._handle(stream, data):
                     await opens.begin(slow, len(data))
             await opens.wait()
