@@ -9,10 +9,12 @@ Few such calls, as of clients whose token has just expired, are ended at once. U
 from __future__ import annotations
 
 import asyncio
+import random
 
 _RATE = 50.0  # calls a second that may come to nothing before they are kept back
 _BURST = 100.0
-_HOLD_S_MAX = 3.0
+_HOLD_S_MAX = 4.0
+_SPREAD = 0.75  # of that time, by chance: calls that came together shall not end together
 _HELD_MAX = 8192  # kept back at a time; each is some kilobytes. What is beyond is ended at once
 
 
@@ -61,7 +63,8 @@ class Holdback:
         self._level = max(0.0, self._level - (now - self._at) * self._rate) + 1.0
         self._level = min(self._level, self._burst + self._rate * self._hold_s_max)
         self._at = now
-        return max(0.0, (self._level - self._burst) / self._rate)
+        seconds = max(0.0, (self._level - self._burst) / self._rate)
+        return seconds * (1.0 - _SPREAD * random.random())
 
 
 def _settle(over: asyncio.Future[None]) -> None:
