@@ -83,6 +83,7 @@ async def serve(settings: Settings) -> None:
         handlers = UnaryHandlers(core, sessions, endings, calls, store, unary, memories, str(device))
         memory_handlers = MemoryHandlers(core, calls, handlers, memories)
         stack.callback(memory_handlers.close)
+        stack.callback(handlers.close)
         streams = StreamHandler(core, sessions, endings, access)
         tokens.on_change = streams.tokens_changed
         server = Server(settings, access, certificate, health, streams, handlers, memory_handlers)

@@ -468,7 +468,8 @@ def test_tokens_come_and_go_while_it_runs(own_guarded: tuple[Any, TokensFile]) -
         mine.write()
         eventually(lambda: allowed(new), "a new token is taken up")
         new.stream().open("other")
-        mine.path.write_text("[tokens.first]\nnonsense")
+        (bad := mine.path.with_suffix(".bad")).write_text("[tokens.first]\nnonsense")
+        bad.replace(mine.path)
         eventually(lambda: "stay in force" in server.log.read_text(), "a bad file is reported")
         assert old.step(0, 2).WhichOneof("frame") == "outputs", "and what was in force stays in force"
         mine.remove("first")

@@ -1,7 +1,8 @@
 """grpc.health.v1, the one service without tokens: a load balancer has none. It says that the server serves, and nothing else.
 
-Anybody may call it, so little of what they send is read, and little is kept for them: one message of a call, of a few calls at
-a time and for a second; beyond that, a call is answered as if it had asked for the whole server. Watchers have a limit. Made by server.py.
+Anybody may call it, so little of what they send is read, and little is kept for them: one message of a call, of a few calls
+at a time and for a second; beyond that, a call is answered as if it had asked for the whole server. Watchers have a limit.
+Made by server.py.
 """
 
 from __future__ import annotations

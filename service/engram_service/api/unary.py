@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from engram import __version__
 from engram.v1 import model_pb2, session_pb2, stream_pb2
 from engram_service.api.call import Call
 from engram_service.api.exported import Exported, exported, imported
+from engram_service.api.looks import Looks
+from engram_service.api.turns import Turns
 from engram_service.api.unary_stream import Asked, UnaryStream
 from engram_service.catalog import Served
 from engram_service.core import Core
@@ -39,7 +43,9 @@ from engram_service.tenants import beside, id_of, key_of, tenant_of
 _PAGE_DEFAULT, _PAGE_MAX = 100, 1000
 _PAGE_TOKENS = 2**76  # a cursor of Redis has 64 bits, a node's place 12
 _PAGE_TOKEN_DIGITS_MAX = len(str(_PAGE_TOKENS))
-_COMMIT_POLL_S = 0.005
+_THREADS, _TENANT_CALLS = 4, 2  # for calls that look at Redis for themselves, and how many of one tenant go at a time
+_LISTS, _TENANT_LISTS = 2, 1  # the same for listings, which take longer
+_WAITING_MAX, _TENANT_WAITING_MAX = 1024, 256  # calls, and again listings, that wait for their turn
 _MADE_AT_ONCE = 50  # sessions of a page, on the event loop
 _STEP_ROWS_MAX = 32
 
@@ -59,6 +65,14 @@ class UnaryHandlers:
         self._store = store
         self._unary = unary
         self._device = device
+        self._turns = Turns("calls", _THREADS, _TENANT_CALLS, _WAITING_MAX, _TENANT_WAITING_MAX)
+        self._lists = Turns("listings", _LISTS, _TENANT_LISTS, _WAITING_MAX, _TENANT_WAITING_MAX)
+        self._looks = Looks(core, self._with_record)
+        # Threads of their own: opens, which use asyncio's, need not wait behind them.
+        self._pool = ThreadPoolExecutor(_THREADS + _LISTS, "manage")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def step(self, request: session_pb2.StepRequest, call: Call) -> session_pb2.StepResponse:
         check_id(request.session_id)
@@ -108,25 +122,29 @@ class UnaryHandlers:
         def wanted(session_id: str, model: str) -> bool:
             return tenant_of(session_id) == call.tenant and request.model in ("", model)
 
-        cursor, found = await self._call(call.left_s, self._store.page, place, size, wanted)
-        response = session_pb2.ListSessionsResponse(next_page_token=str(cursor) if cursor else "")
-        for start in range(0, len(found), _MADE_AT_ONCE):
-            response.sessions.extend(self._session(info) for info in found[start : start + _MADE_AT_ONCE])
-            await asyncio.sleep(0)  # steps need not wait for a whole page to be written out
+        deadline = time.monotonic() + call.left_s
+        async with self._lists.turn(call.tenant, call.left_s):
+            page = partial(self._store.page_of, call.tenant) if call.tenant else self._store.page
+            cursor, found = await self._calls.call(deadline, page, place, size, wanted, pool=self._pool)
+            response = session_pb2.ListSessionsResponse(next_page_token=str(cursor) if cursor else "")
+            for start in range(0, len(found), _MADE_AT_ONCE):
+                response.sessions.extend(self._session(info) for info in found[start : start + _MADE_AT_ONCE])
+                await asyncio.sleep(0)  # steps need not wait for a whole page to be written out
         return response
 
     async def close_session(
         self, request: session_pb2.CloseSessionRequest, call: Call
     ) -> session_pb2.CloseSessionResponse:
         check_id(request.session_id)
-        await self._endings.delete(request.session_id)
+        async with self._turns.turn(call.tenant, call.left_s):
+            await self._endings.delete(request.session_id)
         return session_pb2.CloseSessionResponse()
 
     async def fork_session(
         self, request: session_pb2.ForkSessionRequest, call: Call
     ) -> session_pb2.ForkSessionResponse:
         info = await self.committed(request.session_id, call.left_s, request.min_seq)
-        memory = await self._call(call.left_s, self._store.memories.copy, request.session_id)
+        memory = await self._call(call.tenant, call.left_s, self._store.memories.copy, request.session_id)
         new = request.new_session_id or beside(request.session_id, new_id())
         await self._create(new, f"{info.model}/{info.version}", info.fingerprint, info.record, call.left_s, memory)
         return session_pb2.ForkSessionResponse(session=self._session(await self.info(new)))
@@ -147,7 +165,7 @@ class UnaryHandlers:
         record = new.layout.refingerprinted(info.record)
         token = secrets.token_hex(8)
         if not await self._call(
-            call.left_s, self._store.rewrite, info, new.reference, new.bundle.fingerprint, record, token
+            call.tenant, call.left_s, self._store.rewrite, info, new.reference, new.bundle.fingerprint, record, token
         ):
             raise Unavailable(
                 "STORE_UNAVAILABLE", "the session was opened or closed meanwhile; try again", retry_after_ms=50
@@ -158,7 +176,7 @@ class UnaryHandlers:
         self, request: session_pb2.ExportSessionRequest, call: Call
     ) -> session_pb2.ExportSessionResponse:
         info = await self.committed(request.session_id, call.left_s, request.min_seq)
-        memory = await self._call(call.left_s, self._store.memories.copy, request.session_id)
+        memory = await self._call(call.tenant, call.left_s, self._store.memories.copy, request.session_id)
         return session_pb2.ExportSessionResponse(data=exported(Exported.of(info, memory)))
 
     async def import_session(
@@ -217,8 +235,10 @@ class UnaryHandlers:
             address=settings.advertise,
         )
 
-    async def _call(self, left_s: float, work: Any, *arguments: Any) -> Any:
-        return await self._calls.call(time.monotonic() + left_s, work, *arguments)
+    async def _call(self, tenant: str, left_s: float, work: Any, *arguments: Any) -> Any:
+        deadline = time.monotonic() + left_s
+        async with self._turns.turn(tenant, left_s):
+            return await self._calls.call(deadline, work, *arguments, pool=self._pool)
 
     async def info(self, session_id: str, with_record: bool = False) -> SessionInfo:
         """The session as Redis has it. Raises NotFound."""
@@ -226,10 +246,14 @@ class UnaryHandlers:
 
     async def _described(self, session_id: str, left_s: float, with_record: bool) -> SessionInfo:
         check_id(session_id)
-        info: SessionInfo | None = await self._call(left_s, self._store.describe, session_id, with_record)
+        describe = self._store.describe
+        info: SessionInfo | None = await self._call(tenant_of(session_id), left_s, describe, session_id, with_record)
         if info is None:
             raise no_session(session_id)
         return info
+
+    async def _with_record(self, session_id: str, left_s: float) -> SessionInfo | None:
+        return await self._described(session_id, left_s, with_record=True)
 
     def state_of(self, info: SessionInfo) -> tuple[Served, NDArray[np.uint8]]:
         """The model of a session that was read with its record, and the state's bytes uint8 [state_nbytes]."""
@@ -242,24 +266,8 @@ class UnaryHandlers:
     async def committed(self, session_id: str, left_s: float, min_seq: int = 0) -> SessionInfo:
         """The session with its record, once that has what this server has applied by now, and is at step `min_seq`: another server
         may hold the session, or its client may still have to replay it. Raises NotFound, Unavailable."""
-        table, deadline = self._core.table, time.monotonic() + left_s
-        row = table.find(session_id)
-        applied = 0 if row is None else table.applied[row]
-        while True:
-            row = table.find(session_id)
-            if row is not None and table.interval[row] and table.durable[row] < applied:
-                self._core.residency.flush(np.array([row]))
-            else:
-                info = await self._described(session_id, deadline - time.monotonic(), with_record=True)
-                if info.seq >= min_seq:
-                    return info
-            if time.monotonic() + _COMMIT_POLL_S > deadline:
-                raise Unavailable(
-                    "STORE_UNAVAILABLE",
-                    f"step {max(min_seq, applied)} is not committed yet; try again",
-                    retry_after_ms=500,
-                )
-            await asyncio.sleep(_COMMIT_POLL_S)
+        check_id(session_id)
+        return await self._looks.committed(session_id, left_s, min_seq)
 
     async def _create(
         self, session_id: str, reference: str, fingerprint: str, record: bytes, left_s: float, memory: list[bytes]
@@ -272,11 +280,14 @@ class UnaryHandlers:
     async def _made(
         self, session_id: str, reference: str, fingerprint: str, record: bytes, left_s: float, memory: list[bytes]
     ) -> None:
+        tenant, deadline = tenant_of(session_id), time.monotonic() + left_s
         ttl_ms = self._core.settings.session_ttl_s * 1000
-        if await self._sessions.above_limit([session_id], ttl_ms, time.monotonic() + left_s):
-            raise self._core.shares.of(tenant_of(session_id)).stored_full()
         session = (session_id, reference, fingerprint, record, ttl_ms, secrets.token_hex(8), memory)
-        if not await self._call(left_s, self._store.create, *session):
+        async with self._turns.turn(tenant, left_s):
+            if await self._sessions.above_limit([session_id], ttl_ms, deadline):
+                raise self._core.shares.of(tenant).stored_full()
+            made = await self._calls.call(deadline, self._store.create, *session, pool=self._pool)
+        if not made:
             own = id_of(session_id)
             raise AlreadyExists("SESSION_EXISTS", f"there is a session {own!r} already", session=own)
 

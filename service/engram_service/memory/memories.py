@@ -150,6 +150,7 @@ class Memories:
         head = self._logs.look(session_id)
         if head is None:
             raise no_session(session_id)
+        self._store.tally.renew(session_id)  # as the look has renewed the session's own time
         served = self._resolve(head.model, head.version)
         _keeper(served)
         if served.bundle.fingerprint != head.fingerprint:

@@ -46,6 +46,8 @@ _CALL_TIMEOUT_S = 5.0
 _WATCH_S = 0.5
 _WATCH_TIMEOUT_S = 1.0
 _PAGE_S = 0.5
+_DESCRIBED_AT_ONCE = 250
+_CURSORS = 2**64
 _NODES_MAX = 4096  # of a cluster; a page's cursor is a node's cursor and its place
 _LOST = "Redis has lost its data; living sessions are being written back"
 _NO_CLUSTER = "Cluster mode is not enabled"  # as redis-py says it
@@ -154,6 +156,7 @@ class Store:
         verdicts = self.diagnose(job.tags[rows], job.tokens[rows])
         keys = [meta_key(job.tags[row].tobytes()) for row in rows]
         held, losses = self._tokens(keys), self._losses_of(keys)
+        back: dict[str, int] = {}
         for n, row in enumerate(rows.tolist()):
             meta = job.meta(row)
             if meta is None:
@@ -164,6 +167,8 @@ class Store:
                         meta.fingerprint, meta.client_id, meta.epoch, meta.created_ms]  # fmt: skip
                 restored = self._scripted(self._restore, [keys[n]], [args], self.settings.wait)[0]
                 verdicts[n] = Verdict.OK if restored else Verdict.FENCED
+                back[meta.session_id] = int(job.ttl_ms[row])
+        self.tally.keep(list(back), list(back.values()))
         return verdicts
 
     # Claims
@@ -237,6 +242,20 @@ class Store:
             return (at * _NODES_MAX + place if place < len(nodes) else 0), found
 
         return self._call(run)
+
+    def page_of(
+        self, tenant: str, cursor: int, count: int, wanted: Wanted = lambda session_id, model: True
+    ) -> tuple[int, list[SessionInfo]]:
+        """The same of the sessions that have a place in this tenant's tally: it costs what the tenant has."""
+        enough = time.monotonic() + _PAGE_S
+        found: list[SessionInfo] = []
+        while True:
+            cursor, tags = self.tally.tags(tenant, cursor % _CURSORS, max(count, 10))
+            for at in range(0, len(tags), _DESCRIBED_AT_ONCE):
+                some = [meta_key(tag) for tag in tags[at : at + _DESCRIBED_AT_ONCE]]
+                found += self._call(lambda some=some: self._describe(some, False, wanted))  # type: ignore[misc]
+            if not cursor or len(found) * 2 >= count or time.monotonic() > enough:
+                return cursor, found
 
     # Each may be called again, with the same token, after StoreUnavailable: it then tells what the first call did.
 

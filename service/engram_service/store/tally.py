@@ -1,4 +1,4 @@
-"""How many sessions each tenant has stored, for its limit: a sorted set of tags, by when they expire. The store's alone.
+"""Which sessions each tenant has stored, for its limit and its listings: a sorted set of tags, by when they expire. The store's alone.
 
 A session's place is taken before it is made, in one script, so that servers which make sessions at the same time cannot exceed
 the limit together. It is given back when the session is closed, and is over a quarter of the session's time after the session has
@@ -16,10 +16,11 @@ from typing import Any
 from redis.commands.core import Script
 
 from engram_service.store import scripts
-from engram_service.store.keys import session_tag, tally_key
+from engram_service.store.keys import meta_key, session_tag, tally_key
 from engram_service.tenants import tenant_of
 
 _LATE = 1.25  # of the session's time
+_RENEWED_MAX = 65_536
 _SLACK_MS = 3000  # renewals may be as late as this
 
 Pipelined = Callable[[Sequence[bytes], Callable[[Any, int], object]], list[Any]]
@@ -31,6 +32,7 @@ class Tally:
     def __init__(self, make: Callable[[str], Script], pipelined: Pipelined) -> None:
         self._place = make(scripts.PLACE)
         self._pipelined = pipelined
+        self._renewed: dict[str, float] = {}  # when it is to be done again, of sessions that are looked at alone
 
     def take(self, session_ids: Sequence[str], ttl_ms: int, limit: int) -> set[str]:
         """Places for sessions of one tenant, or longer ones for those that have one; which are above the limit (0: none)."""
@@ -48,6 +50,24 @@ class Tally:
             alike[tenant_of(session_id), ttl].append(session_id)
         for (_, ttl), some in alike.items():
             self.take(some, ttl, 0)
+
+    def tags(self, tenant: str, cursor: int, count: int) -> tuple[int, list[bytes]]:
+        """About `count` of the tags that have a place, and the cursor of those that follow (0: none)."""
+        key = tally_key(tenant)
+        after, places = self._pipelined([key], lambda pipe, at: pipe.zscan(key, cursor, count=count))[0]
+        return int(after), [tag for tag, _ in places]
+
+    def renew(self, session_id: str) -> None:
+        """The same for a session that is looked at and held by nobody, as long as its hash says that it lives."""
+        if not tenant_of(session_id) or time.monotonic() < self._renewed.get(session_id, 0.0):
+            return
+        key = meta_key(session_tag(session_id))
+        ttl_ms = int(self._pipelined([key], lambda pipe, at: pipe.hget(key, "l"))[0] or 0)
+        if ttl_ms:
+            self.keep([session_id], [ttl_ms])
+            while len(self._renewed) >= _RENEWED_MAX:
+                self._renewed.pop(next(iter(self._renewed)), None)
+            self._renewed[session_id] = time.monotonic() + ttl_ms / 4000
 
     def give_back(self, session_ids: Sequence[str]) -> None:
         """These sessions are closed."""
