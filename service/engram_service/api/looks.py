@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engram_service.core import Core
-from engram_service.errors import Refusal, ResourceExhausted, Unavailable, no_session
-from engram_service.sessions.table import NO_STREAM
+from engram_service.errors import Refusal, ResourceExhausted, Unavailable
+from engram_service.sessions.table import NO_STREAM, Reference
 from engram_service.store import SessionInfo
 from engram_service.tenants import tenant_of
 
@@ -27,13 +27,14 @@ _WAITING_MAX, _TENANT_WAITING_MAX = 4096, 1024
 _LOOKS_AT_ONCE = 8
 _RETRY_MS = 500
 
-Describe = Callable[[str, float], Awaitable[SessionInfo | None]]
+Describe = Callable[[str, float], Awaitable[SessionInfo]]
 
 
 @dataclass(slots=True, eq=False)
 class _Wait:
     min_seq: int
     applied: int  # by this server when the call came
+    held: Reference | None  # the session then, if this server had it
     found: asyncio.Future[SessionInfo]
 
     @property
@@ -62,7 +63,7 @@ class Looks:
     """Those who wait, by session. Event loop only."""
 
     def __init__(self, core: Core, describe: Describe) -> None:
-        """`describe` reads a session with its record, None where there is none."""
+        """`describe` reads a session with its record. Raises NotFound and whatever else the store may say."""
         self._core = core
         self._describe = describe
         self._watched: dict[str, _Watched] = {}
@@ -74,25 +75,29 @@ class Looks:
         """The session with its record, once that has what this server has applied by now, and is at step `min_seq`: another
         server may hold the session, or its client may still have to replay it. Raises NotFound, Unavailable, ResourceExhausted."""
         deadline = time.monotonic() + left_s
-        row = self._core.table.find(key)
-        applied = 0 if row is None else int(self._core.table.applied[row])
-        if not self._behind(key, applied):
+        wait = self._asked(key, min_seq)
+        if not self._behind(wait):
             info = await self._describe(key, left_s)
-            if info is None:
-                raise no_session(key)
             if info.seq >= min_seq:
                 return info
-        wait = self._enter(key, _Wait(min_seq, applied, asyncio.get_running_loop().create_future()))
+        self._enter(key, wait)
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 return await wait.found
         except TimeoutError:
-            message = f"step {max(min_seq, applied)} is not committed yet; try again"
+            message = f"step {wait.target} is not committed yet; try again"
             raise Unavailable("STORE_UNAVAILABLE", message, retry_after_ms=_RETRY_MS) from None
         finally:
             self._leave(key, wait)
 
-    def _enter(self, key: str, wait: _Wait) -> _Wait:
+    def _asked(self, key: str, min_seq: int) -> _Wait:
+        table, row = self._core.table, self._core.table.find(key)
+        found: asyncio.Future[SessionInfo] = asyncio.get_running_loop().create_future()
+        if row is None:
+            return _Wait(min_seq, 0, None, found)
+        return _Wait(min_seq, int(table.applied[row]), table.refer(np.array([row])).one(0), found)
+
+    def _enter(self, key: str, wait: _Wait) -> None:
         tenant = tenant_of(key)
         if self._waiting.total() >= _WAITING_MAX or self._waiting[tenant] >= _TENANT_WAITING_MAX:
             mine, all_ = self._waiting[tenant], self._waiting.total()
@@ -104,7 +109,6 @@ class Looks:
         watched.count()
         if self._round is None or self._round.done():
             self._round = asyncio.create_task(self._rounds())
-        return wait
 
     def _leave(self, key: str, wait: _Wait) -> None:
         self._waiting -= Counter((tenant_of(key),))
@@ -149,10 +153,10 @@ class Looks:
         table, row = self._core.table, self._core.table.find(key)
         return -1 if row is None or table.stream[row] == NO_STREAM else int(table.durable[row])
 
-    def _behind(self, key: str, applied: int) -> bool:
-        """Whether what this server has applied of a session is volatile yet; then it is committed now."""
-        table, row = self._core.table, self._core.table.find(key)
-        if row is None or not table.interval[row] or table.durable[row] >= applied:
+    def _behind(self, wait: _Wait) -> bool:
+        """Whether what this server had applied when the call came is volatile yet; then it is committed now."""
+        table, row = self._core.table, None if wait.held is None else self._core.table.row_of(wait.held)
+        if row is None or not table.interval[row] or table.durable[row] >= wait.applied:
             return False
         self._core.residency.flush(np.array([row]))
         return True
@@ -160,15 +164,11 @@ class Looks:
     async def _look(self, watched: _Watched) -> None:
         watched.looked_at = self._durable(watched.key)
         try:
-            waits = [wait for wait in watched.waits if not self._behind(watched.key, wait.applied)]
+            waits = [wait for wait in watched.waits if not self._behind(wait)]
             if waits:
                 info = await self._describe(watched.key, self._core.settings.step_timeout_s)
                 for wait in waits:
-                    if wait.found.done():
-                        continue
-                    if info is None:
-                        wait.found.set_exception(no_session(watched.key))
-                    elif info.seq >= wait.min_seq:
+                    if info.seq >= wait.min_seq and not wait.found.done():
                         wait.found.set_result(info)
         except Refusal as refusal:
             for wait in watched.waits:

@@ -191,7 +191,9 @@ class UnaryHandlers:
             )
         if found.memory:
             try:
-                await asyncio.to_thread(self._memories.check_log, served, found.memory)
+                check = (self._memories.check_log, served, found.memory)
+                async with self._turns.turn(call.tenant, call.left_s):
+                    await asyncio.get_running_loop().run_in_executor(self._pool, *check)
             except ChunkError as error:
                 raise InvalidArgument("INVALID_EXPORT", f"the exported session's memory: {error}") from error
         new = request.session_id or key_of(call.tenant, found.session_id)
@@ -252,7 +254,7 @@ class UnaryHandlers:
             raise no_session(session_id)
         return info
 
-    async def _with_record(self, session_id: str, left_s: float) -> SessionInfo | None:
+    async def _with_record(self, session_id: str, left_s: float) -> SessionInfo:
         return await self._described(session_id, left_s, with_record=True)
 
     def state_of(self, info: SessionInfo) -> tuple[Served, NDArray[np.uint8]]:

@@ -1,4 +1,4 @@
-"""Which sessions each tenant has stored, for its limit and its listings: a sorted set of tags, by when they expire. The store's alone.
+"""Which sessions each tenant has stored, for its limit and its listings: a sorted set of tags, by when they expire.
 
 A session's place is taken before it is made, in one script, so that servers which make sessions at the same time cannot exceed
 the limit together. It is given back when the session is closed, and is over a quarter of the session's time after the session has
