@@ -191,9 +191,9 @@ class UnaryHandlers:
             )
         if found.memory:
             try:
-                check = (self._memories.check_log, served, found.memory)
                 async with self._turns.turn(call.tenant, call.left_s):
-                    await asyncio.get_running_loop().run_in_executor(self._pool, *check)
+                    loop, check = asyncio.get_running_loop(), self._memories.check_log
+                    await loop.run_in_executor(self._pool, check, served, found.memory)
             except ChunkError as error:
                 raise InvalidArgument("INVALID_EXPORT", f"the exported session's memory: {error}") from error
         new = request.session_id or key_of(call.tenant, found.session_id)
