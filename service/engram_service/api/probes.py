@@ -1,8 +1,8 @@
 """grpc.health.v1, the one service without tokens: a load balancer has none. It says that the server serves, and nothing else.
 
-Anybody may call it, so little of what they send is read, and little is kept for them: one message of a call, of a few calls
-at a time and for a second; beyond that, a call is answered as if it had asked for the whole server. Watchers have a limit.
-Made by server.py.
+Anybody may call it, so little of what they send is read, and little is kept for them: the message of one call
+at a time and for a second; beyond that, and for a second after one that was too large or did not come, a call is answered as if it
+had asked for the whole server. Watchers have a limit. Made by server.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engram_service.errors import DeadlineExceeded, InvalidArgument, NotFound, R
 
 _SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 HEALTH = f"/{_SERVICE}/"
-_READ_AT_ONCE, _READ_S = 2, 1.0
+_READ_S = 1.0
 _NBYTES_MAX = 1024  # of a request
 _WATCHERS_MAX = 256
 
@@ -36,7 +36,8 @@ class Probes:
         self._holdback = holdback
         self._status: Any = health_pb2.HealthCheckResponse.NOT_SERVING
         self._changed = asyncio.Event()
-        self._reading = 0
+        self._reading = False
+        self._unread_until = 0.0
         self._watchers = 0
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -100,22 +101,24 @@ class Probes:
 
     async def _asked(self, context: Context) -> str:
         """The service that a call asks for. Raises DeadlineExceeded, InvalidArgument."""
-        if self._reading >= _READ_AT_ONCE:
+        loop = asyncio.get_running_loop()
+        if self._reading or loop.time() < self._unread_until:
             return ""
-        self._reading += 1
+        self._reading = True
         try:
             async with asyncio.timeout(_READ_S):
                 data = await context.read()
-        except TimeoutError:
-            raise DeadlineExceeded("DEADLINE_EXCEEDED", f"no request came within {_READ_S:.0f} s") from None
-        finally:
-            self._reading -= 1
-        if data is grpc.aio.EOF:
-            raise InvalidArgument("INVALID_FRAME", "the call has no request")
-        try:
+            if data is grpc.aio.EOF:
+                raise InvalidArgument("INVALID_FRAME", "the call has no request")
             if len(data) > _NBYTES_MAX:
                 raise DecodeError
             return str(health_pb2.HealthCheckRequest.FromString(data).service)
+        except TimeoutError:
+            self._unread_until = loop.time() + _READ_S
+            raise DeadlineExceeded("DEADLINE_EXCEEDED", f"no request came within {_READ_S:.0f} s") from None
         except DecodeError:
+            self._unread_until = loop.time() + _READ_S
             message = f"the request is not a grpc.health.v1.HealthCheckRequest of at most {_NBYTES_MAX} bytes"
             raise InvalidArgument("INVALID_FRAME", message) from None
+        finally:
+            self._reading = False
