@@ -74,10 +74,12 @@ class Turns:
         self._running[tenant] -= 1
         if not self._running[tenant]:
             del self._running[tenant]
+        if tenant in self._waiting:
+            self._waiting[tenant] = self._waiting.pop(tenant)  # the others come first
         self._give()
 
     def _give(self) -> None:
-        """Gives the free turns to those who wait; a tenant that got one is the last to get another."""
+        """Gives the free turns to those who wait; a tenant that has just had one is the last to get another."""
         while (tenant := next((one for one in self._waiting if self._may_run(one)), None)) is not None:
             queue = self._waiting.pop(tenant)
             given = queue.popleft()

@@ -45,7 +45,7 @@ _PAGE_TOKENS = 2**76  # a cursor of Redis has 64 bits, a node's place 12
 _PAGE_TOKEN_DIGITS_MAX = len(str(_PAGE_TOKENS))
 _THREADS, _TENANT_CALLS = 4, 2  # for calls that look at Redis for themselves, and how many of one tenant go at a time
 _LISTS, _TENANT_LISTS = 2, 1  # the same for listings, which take longer
-_WAITING_MAX, _TENANT_WAITING_MAX = 1024, 256  # calls, and again listings, that wait for their turn
+_CALLS_WAITING, _LISTS_WAITING = (1024, 256), (256, 64)  # for their turn: in all, and of one tenant
 _MADE_AT_ONCE = 50  # sessions of a page, on the event loop
 _STEP_ROWS_MAX = 32
 
@@ -65,8 +65,8 @@ class UnaryHandlers:
         self._store = store
         self._unary = unary
         self._device = device
-        self._turns = Turns("calls", _THREADS, _TENANT_CALLS, _WAITING_MAX, _TENANT_WAITING_MAX)
-        self._lists = Turns("listings", _LISTS, _TENANT_LISTS, _WAITING_MAX, _TENANT_WAITING_MAX)
+        self._turns = Turns("calls", _THREADS, _TENANT_CALLS, *_CALLS_WAITING)
+        self._lists = Turns("listings", _LISTS, _TENANT_LISTS, *_LISTS_WAITING)
         self._looks = Looks(core, self._with_record)
         # Threads of their own: opens, which use asyncio's, need not wait behind them.
         self._pool = ThreadPoolExecutor(_THREADS + _LISTS, "manage")
