@@ -91,7 +91,9 @@ class Settings:
 
     memory_cache_mb: int = _setting(512, "pattern memories that are kept at hand; one that is larger is kept alone")
     memory_workers: int = _setting(2, "threads that answer store, recall and forget")
-    memory_calls_max: int = _setting(256, "such calls under way or waiting before more are refused")
+    memory_calls_max: int = _setting(
+        256, "such calls that may wait before more are refused; one tenant of several may have half of them"
+    )
 
     frame_rows_max: int = _setting(16_384, "most rows in one frame")
     frame_bytes_max: int = _setting(16 << 20, "most bytes in one frame")

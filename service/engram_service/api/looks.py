@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -68,8 +69,8 @@ class Looks:
         self._describe = describe
         self._watched: dict[str, _Watched] = {}
         self._waiting: Counter[str] = Counter()  # by tenant
-        self._round: asyncio.Task[None] | None = None
-        self._looking: set[asyncio.Task[None]] = set()
+        self._round: asyncio.Task[Any] | None = None
+        self._looking: set[asyncio.Task[Any]] = set()
 
     async def committed(self, key: str, left_s: float, min_seq: int) -> SessionInfo:
         """The session with its record, once that has what this server has applied by now, and is at step `min_seq`: another
@@ -104,11 +105,11 @@ class Looks:
             message = f"{mine} calls of this tenant and {all_} of all wait for steps of sessions, as many as may"
             raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
         self._waiting[tenant] += 1
-        watched = self._watched.setdefault(key, _Watched(key))
+        watched = self._watched.setdefault(key, _Watched(key, next_look=time.monotonic() + _LOOK_S))
         watched.waits.append(wait)
         watched.count()
         if self._round is None or self._round.done():
-            self._round = asyncio.create_task(self._rounds())
+            self._round = self._core.supervisor.once("looks", self._rounds())
 
     def _leave(self, key: str, wait: _Wait) -> None:
         self._waiting -= Counter((tenant_of(key),))
@@ -127,7 +128,7 @@ class Looks:
             ]
             for watched in sorted(due, key=lambda one: one.next_look)[: _LOOKS_AT_ONCE - len(self._looking)]:
                 watched.looking = True
-                task = asyncio.create_task(self._look(watched))
+                task = self._core.supervisor.once("look", self._look(watched))
                 self._looking.add(task)
                 task.add_done_callback(self._looking.discard)
             await asyncio.sleep(_ROUND_S)

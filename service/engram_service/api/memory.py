@@ -7,9 +7,8 @@ out happens in threads of its own, so that neither the event loop nor the engine
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -19,14 +18,16 @@ from numpy.typing import NDArray
 from engram.v1 import memory_pb2 as pb
 from engram_models import LABEL_BYTES_MAX, PatternMemory, Recalled
 from engram_service.api.call import Call
+from engram_service.api.turns import Turns
 from engram_service.api.unary import UnaryHandlers, check_id, place_of
 from engram_service.catalog import Served
 from engram_service.core import Core
 from engram_service.engine.queries import Recreator, address, addressable, one_thread, recreate
-from engram_service.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from engram_service.errors import FailedPrecondition, InvalidArgument
 from engram_service.memory.chunks import width_of
 from engram_service.memory.memories import Memories
 from engram_service.sessions.calls import StoreCalls
+from engram_service.tenants import tenant_of
 
 _OPERATION_NBYTES = 16
 _CUES_MAX = 4096
@@ -44,8 +45,13 @@ class MemoryHandlers:
         self._calls = calls
         self._unary = unary
         self._memories = memories
-        self._under_way = 0
-        self._patterns = ThreadPoolExecutor(core.settings.memory_workers, "memory")
+        settings = core.settings
+        waiting = settings.memory_calls_max
+        limits = (waiting, max(1, waiting // 2) if settings.tokens_file else waiting)
+        workers = settings.memory_workers
+        self._turns = Turns("calls on memories", workers, workers, *limits)
+        self._query_turns = Turns("calls that compute", 1, 1, *limits)
+        self._patterns = ThreadPoolExecutor(workers, "memory")
         self._queries = ThreadPoolExecutor(1, "query", one_thread)
 
     def close(self) -> None:
@@ -115,7 +121,7 @@ class MemoryHandlers:
         if len(keys) != len(strengths) or not len(keys):
             message = f"{len(keys)} keys and {len(strengths)} strengths; give one or more keys, and a strength for each"
             raise InvalidArgument("INVALID_ARGUMENT", message)
-        weightings, reads = await self._query(address, served.bundle, state, keys, strengths)
+        weightings, reads = await self._query(call, address, served.bundle, state, keys, strengths)
         return pb.AddressMemoryResponse(
             seq=info.seq, weightings=weightings.tobytes(), reads=reads.tobytes(), slots=slots, width=width
         )
@@ -130,7 +136,7 @@ class MemoryHandlers:
         unknown = _unknown_units(request.unknown, inputs)
         sweeps = _sweeps(request.sweeps or 1)
         try:
-            recreations, energies = await self._on_device(served, recreate, cell, inputs, unknown, sweeps)
+            recreations, energies = await self._on_device(call, served, recreate, cell, inputs, unknown, sweeps)
         except ValueError as error:
             raise InvalidArgument("INVALID_ARGUMENT", str(error)) from error
         return pb.RecreateResponse(recreations=recreations.tobytes(), energies=energies.tobytes())
@@ -145,19 +151,19 @@ class MemoryHandlers:
 
     async def _call(self, left_s: float, work: Callable[..., T], session_id: str, *arguments: Any) -> T:
         check_id(session_id)
-        with self._room():
-            deadline = time.monotonic() + left_s
+        deadline = time.monotonic() + left_s
+        async with self._turns.turn(tenant_of(session_id), left_s):
             done: T = await self._calls.call(deadline, work, session_id, *arguments, pool=self._patterns)
             return done
 
-    async def _query(self, work: Callable[..., T], *arguments: Any) -> T:
-        with self._room():
+    async def _query(self, call: Call, work: Callable[..., T], *arguments: Any) -> T:
+        async with self._query_turns.turn(call.tenant, call.left_s):
             return await asyncio.get_running_loop().run_in_executor(self._queries, work, *arguments)
 
-    async def _on_device(self, served: Served, work: Callable[..., T], *arguments: Any) -> T:
+    async def _on_device(self, call: Call, served: Served, work: Callable[..., T], *arguments: Any) -> T:
         """On a GPU in the engine's thread, the only one that uses a device whose models are served."""
         if served.arena.device.type != "cuda":
-            return await self._query(work, *arguments)
+            return await self._query(call, work, *arguments)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 
@@ -169,18 +175,6 @@ class MemoryHandlers:
 
         self._core.queue.post(job)
         return await done
-
-    @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        limit = self._core.settings.memory_calls_max
-        if self._under_way >= limit:
-            message = f"{limit} calls on memories are under way, this server's limit"
-            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=100)
-        self._under_way += 1
-        try:
-            yield
-        finally:
-            self._under_way -= 1
 
     def _observe(self, model: str, found: Sequence[Recalled], seconds: float) -> None:
         metrics = self._core.metrics

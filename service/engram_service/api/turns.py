@@ -1,7 +1,7 @@
 """A bounded share of the server for calls that are no steps: so many at a time, so many of one tenant, the others in turn.
 
 Listings, forks, exports and what else looks at Redis for one call run in a few threads of their own. Who asks for many of them
-waits behind himself: tenants take turns, in the order in which each asked. Used by unary.py, which gives turns to memory.py too.
+waits behind himself: tenants take turns, in the order in which each asked. Used by unary.py and memory.py.
 """
 
 from __future__ import annotations
