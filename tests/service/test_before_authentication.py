@@ -186,7 +186,6 @@ def test_health_tells_what_there_is(guarded: ServerProcess) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert code is grpc.StatusCode.NOT_FOUND
-        assert set(health.List(health_pb2.HealthListRequest(), timeout=20).statuses) == {"", "engram.v1.EngramService"}
         watches = [health.Watch(health_pb2.HealthCheckRequest(service=name), timeout=20) for name in ("", "nothing")]
         assert [next(watch).status for watch in watches] == [serving, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN]
         for watch in watches:
