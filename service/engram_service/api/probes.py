@@ -1,8 +1,9 @@
 """Stands before grpc.health.v1, the one service without tokens: a load balancer has none.
 
-Anybody may call it, so little of what they send is read: the message of one call at a time and for a second. Beyond that, and for a
-second after one that was too large or did not come, a call is answered as one for `liveness`, whatever it asks for: where only some
-probes can be read, none shall have a server restarted. Made by server.py; what health is, health.py says.
+Anybody may call it, so little of what they send is read: the message of one call at a time and for a second. A call that does not
+come to its turn within a second, or comes in the second after one that was too large or did not come, is not read: a Check is answered
+as one for `liveness`, whatever it asks for, for none shall have a server restarted; a Watch is refused. Made by server.py; what health
+is, health.py says.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from grpc_health.v1 import health_pb2
 from engram_service.api.health import LIVENESS, HealthService
 from engram_service.api.holdback import Holdback
 from engram_service.api.status import abort
-from engram_service.errors import DeadlineExceeded, InvalidArgument, Refusal
+from engram_service.errors import DeadlineExceeded, InvalidArgument, Refusal, ResourceExhausted
 
 _SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 HEALTH = f"/{_SERVICE}/"
@@ -33,7 +34,7 @@ class Probes:
     def __init__(self, service: HealthService, holdback: Holdback) -> None:
         self._service = service
         self._holdback = holdback
-        self._reading = False
+        self._turn = asyncio.Lock()
         self._unread_until = 0.0
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -42,14 +43,14 @@ class Probes:
             name: grpc.stream_stream_rpc_method_handler(
                 self._guarded(work), response_serializer=health_pb2.HealthCheckResponse.SerializeToString
             )
-            for name, work in (("Check", self._check), ("Watch", self._service.Watch))
+            for name, work in (("Check", self._check), ("Watch", self._watch))
         }
         return grpc.method_handlers_generic_handler(_SERVICE, kinds)
 
     def _guarded(self, work: Any) -> Any:
         async def handle(requests: Any, context: Context) -> None:
             try:
-                await work(await self._asked(context), context)
+                await work(context)
             except Refusal as refusal:
                 await self._holdback.hold()
                 await abort(context, refusal)
@@ -59,15 +60,32 @@ class Probes:
 
         return handle
 
-    async def _check(self, request: Any, context: Context) -> None:
+    async def _check(self, context: Context) -> None:
+        request = await self._asked(context) or health_pb2.HealthCheckRequest(service=LIVENESS)
         await context.write(await self._service.Check(request, context))
 
+    async def _watch(self, context: Context) -> None:
+        if (request := await self._asked(context)) is None:
+            message = "too many ask for this server's health just now; use Check"
+            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=1000)
+        await self._service.Watch(request, context)
+
     async def _asked(self, context: Context) -> Any:
-        """The request of a call. Raises DeadlineExceeded, InvalidArgument."""
+        """The request of a call; None: it cannot be read now. Raises DeadlineExceeded, InvalidArgument."""
+        try:
+            async with asyncio.timeout(_READ_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            return None
+        try:
+            return await self._read(context)
+        finally:
+            self._turn.release()
+
+    async def _read(self, context: Context) -> Any:
         loop = asyncio.get_running_loop()
-        if self._reading or loop.time() < self._unread_until:
-            return health_pb2.HealthCheckRequest(service=LIVENESS)
-        self._reading = True
+        if loop.time() < self._unread_until:
+            return None
         try:
             async with asyncio.timeout(_READ_S):
                 data = await context.read()
@@ -83,5 +101,3 @@ class Probes:
             self._unread_until = loop.time() + _READ_S
             message = f"the request is not a grpc.health.v1.HealthCheckRequest of at most {_NBYTES_MAX} bytes"
             raise InvalidArgument("INVALID_FRAME", message) from None
-        finally:
-            self._reading = False
