@@ -1,9 +1,9 @@
 """Stands before grpc.health.v1, the one service without tokens: a load balancer has none.
 
-Anybody may call it, so little of what they send is read: the message of one call at a time and for a second. A call that does not
-come to its turn within a second, or comes in the second after one that was too large or did not come, is not read: a Check is answered
-as one for `liveness`, whatever it asks for, for none shall have a server restarted; a Watch is refused. Made by server.py; what health
-is, health.py says.
+Anybody may call it, so little of what they send is read: the message of one call at a time and for a second. A call that does
+not come to its turn within a second, or comes in the second after one that was too large or did not come, is not read: a Check is
+answered as one for `liveness`, whatever it asks for, for none shall have a server restarted; a Watch is refused. Made by
+server.py; what health is, health.py says.
 """
 
 from __future__ import annotations
