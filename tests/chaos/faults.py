@@ -1,6 +1,6 @@
 """The faults, and the injector that draws them from a seed.
 
-Kind, target, length and pause are drawn in a fixed order from one generator. Several faults are under way at once, but one
+Kind, target, length and pause are drawn in a fixed order from one generator; a few kinds come first, so that no world is without. Several faults are under way at once, but one
 target has one at a time: a fault whose target is taken is dropped. So a seed repeats the sequence of draws, though not to the
 millisecond what meets what.
 """
@@ -21,10 +21,14 @@ import redis
 
 from chaos import points
 from chaos.fleet import Client, Fleet, Redis, Server, wait_for
+from chaos.nursery import CANCEL, HALF_CLOSE
 
 CLOCK_S = 6 * 3600  # clocks move by up to so much; a session's time to live is a week
 _POINT_WAIT_S = 6.0
 _AT_ONCE_MAX = 5
+_BREAK_NBYTES_MAX = 20_000
+_FIRST = ("client-cancel", "half-close", "stream-break", "pause-cancel", "redis-restore")  # once in every world
+_HELD = ("redis-kill", "redis-pause", "redis-cut", "redis-delay", "redis-restore", "client-cancel", "pause-cancel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,14 @@ class Injector:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._workers: list[threading.Thread] = []
+        self._owed = [kind for kind in _FIRST if kind in self._kinds]
+        self._random.shuffle(self._owed)
         self._thread = threading.Thread(target=self._run, name="injector", daemon=True)
+
+    @property
+    def total(self) -> int:
+        with self._lock:
+            return self.counts.total()
 
     def start(self) -> None:
         self._thread.start()
@@ -69,6 +80,11 @@ class Injector:
 
     def _possible(self, kind: str) -> bool:
         world = self._fleet.world
+        if world.held:
+            # The arenas are the only copy, or the only new one, and a session without a client leaves them within a second.
+            return kind in _HELD
+        if kind == "redis-restore":
+            return False
         if kind.startswith("clock"):
             return world.clocks
         if kind == "slot-migration":
@@ -76,20 +92,13 @@ class Injector:
         if world.replicated:
             return kind != "redis-kill"  # a dead primary is replaced there
         if world.cluster:
-            return kind not in (
-                "promotion",
-                "redis-cut",
-                "redis-delay",
-                "redis-hold",
-            )  # no proxy between servers and nodes
-        if not world.appendonly:
-            # Redis comes back empty: the arena is the only copy, and a session without a client leaves it within a second.
-            return kind in ("redis-kill", "redis-pause", "redis-cut", "redis-delay")
+            # No proxy between servers and nodes.
+            return kind not in ("promotion", "redis-cut", "redis-delay", "redis-hold")
         return kind != "promotion"
 
     def _run(self) -> None:
         while not self._stopping.wait(self._random.uniform(0.2, 1.8) * self._pause_s):
-            kind = self._random.choices(self._kinds, self._weights)[0]
+            kind = self._owed[-1] if self._owed else self._random.choices(self._kinds, self._weights)[0]
             draw = Draw(kind, self._random.random(), self._random.random(), self._random.random())
             target = self._target(draw)
             # There may be another primary by the time that one has come back.
@@ -98,17 +107,17 @@ class Injector:
                 if name in self._busy or len(self._busy) >= _AT_ONCE_MAX:
                     continue
                 self._busy.add(name)
+            if self._owed:
+                self._owed.pop()
             worker = threading.Thread(target=self._inject, args=(draw, target, name), daemon=True)
             self._workers = [one for one in self._workers if one.is_alive()] + [worker]
             worker.start()
 
     def _target(self, draw: Draw) -> Any:
         fleet = self._fleet
-        if draw.kind in ("redis-kill", "redis-pause", "promotion", "clock-redis", "slot-migration"):
+        if draw.kind in _OF_REDIS:
             return fleet.redises[int(draw.target * len(fleet.redises))] if fleet.world.cluster else fleet.primary
-        some: list[Any] = (
-            fleet.clients if draw.kind in ("client-kill", "client-pause", "clock-client") else fleet.servers
-        )
+        some: list[Any] = fleet.clients if draw.kind in _OF_CLIENTS else fleet.servers
         return some[int(draw.target * len(some))]
 
     def _inject(self, draw: Draw, target: Any, name: str) -> None:
@@ -195,9 +204,23 @@ def server_point(fleet: Fleet, server: Server, draw: Draw) -> str:
 
 def redis_kill(fleet: Fleet, target: Redis, draw: Draw) -> str:
     target.kill()
+    if not fleet.world.appendonly:
+        target.lose_data()
     time.sleep(draw.length * 0.8)
     target.start()
     return "redis-kill" if fleet.world.appendonly else "redis-emptied"
+
+
+def redis_restore(fleet: Fleet, target: Redis, draw: Draw) -> str:
+    """Under living servers it comes back with data that are a while old: as after a restore of a snapshot, or a failover to a
+    replica that was behind."""
+    target.copy_data()
+    time.sleep(0.2 + 1.8 * draw.length)
+    target.kill()
+    target.put_back()
+    time.sleep(0.5 * draw.detail)
+    target.start()
+    return "redis-restore"
 
 
 def redis_pause(fleet: Fleet, target: Redis, draw: Draw) -> str:
@@ -205,6 +228,19 @@ def redis_pause(fleet: Fleet, target: Redis, draw: Draw) -> str:
     time.sleep(0.1 + 1.9 * draw.length)
     target.signal(signal.SIGCONT)
     return "redis-pause"
+
+
+def pause_cancel(fleet: Fleet, target: Redis, draw: Draw) -> str:
+    """Redis is silent, and clients call off what they have asked for meanwhile."""
+    target.signal(signal.SIGSTOP)
+    try:
+        for _ in range(1 + int(draw.detail * 3)):
+            time.sleep(0.05 + 0.6 * draw.length)
+            for client in fleet.clients:
+                client.signal(CANCEL)
+    finally:
+        target.signal(signal.SIGCONT)
+    return "pause-cancel"
 
 
 def slot_migration(fleet: Fleet, source: Redis, draw: Draw) -> str:
@@ -276,6 +312,32 @@ def client_hold(fleet: Fleet, server: Server, draw: Draw) -> str:
     return "client-hold"
 
 
+def stream_break(fleet: Fleet, server: Server, draw: Draw) -> str:
+    """Its clients' connections are reset at some byte, in the middle of whatever that is part of."""
+    server.front.break_after(int(draw.detail**3 * _BREAK_NBYTES_MAX))
+    time.sleep(0.1 + 0.4 * draw.length)
+    return "" if server.front.mend() else "stream-break"
+
+
+def client_cancel(fleet: Fleet, client: Client, draw: Draw) -> str:
+    """A client calls off what it has under way: opens, steps, closes, detaches; by cancels of the SDK, and of a whole stream."""
+    if not client.begun:
+        return ""
+    for _ in range(1 + int(draw.detail * 4)):
+        client.signal(CANCEL)
+        time.sleep(0.1 * draw.length)
+    return "client-cancel"
+
+
+def half_close(fleet: Fleet, client: Client, draw: Draw) -> str:
+    """A stream ends on the client's side while its steps are under way; they are answered before it ends on the server's."""
+    if not client.begun:
+        return ""
+    client.signal(HALF_CLOSE)
+    time.sleep(0.2 * draw.length)
+    return "half-close"
+
+
 def redis_cut(fleet: Fleet, server: Server, draw: Draw) -> str:
     server.back.cut()
     return "redis-cut"
@@ -334,11 +396,16 @@ FAULTS: dict[str, Callable[[Fleet, Any, Draw], str]] = {
     "server-point": server_point,
     "redis-kill": redis_kill,
     "redis-pause": redis_pause,
+    "redis-restore": redis_restore,
+    "pause-cancel": pause_cancel,
     "slot-migration": slot_migration,
     "promotion": promotion,
     "client-cut": client_cut,
     "client-delay": client_delay,
     "client-hold": client_hold,
+    "stream-break": stream_break,
+    "client-cancel": client_cancel,
+    "half-close": half_close,
     "redis-cut": redis_cut,
     "redis-delay": redis_delay,
     "redis-hold": redis_hold,
@@ -349,9 +416,13 @@ FAULTS: dict[str, Callable[[Fleet, Any, Draw], str]] = {
     "clock-client": clock,
 }
 
+_OF_REDIS = ("redis-kill", "redis-pause", "redis-restore", "pause-cancel", "promotion", "clock-redis", "slot-migration")
+_OF_CLIENTS = ("client-kill", "client-pause", "client-cancel", "half-close", "clock-client")
+
 # How often each is drawn. What takes seconds to recover from is drawn less, so that there is something to disturb.
 WEIGHTS = {
     "server-kill": 3, "server-drain": 2, "server-freeze": 3, "server-zombie": 3, "server-point": 4, "redis-kill": 3,
-    "redis-pause": 2, "slot-migration": 4, "promotion": 2, "client-cut": 6, "client-delay": 4, "client-hold": 4, "redis-cut": 6, "redis-delay": 4,
-    "redis-hold": 4, "client-kill": 4, "client-pause": 3, "clock-server": 2, "clock-redis": 1, "clock-client": 1,
+    "redis-pause": 2, "redis-restore": 5, "pause-cancel": 3, "slot-migration": 4, "promotion": 2, "client-cut": 4, "client-delay": 3,
+    "client-hold": 4, "stream-break": 5, "client-cancel": 5, "half-close": 4, "redis-cut": 5, "redis-delay": 3, "redis-hold": 4,
+    "client-kill": 4, "client-pause": 3, "clock-server": 2, "clock-redis": 1, "clock-client": 1,
 }  # fmt: skip

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,15 +24,15 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redises import SLOTS
+from redises import SLOTS, redis_program
 
 from chaos.histories import MODEL
 from chaos.proxy import Proxy, Wires
 from engram_models import shipped_models_dir
+from engram_service.http.get import get
 from engram_service.ports import free_port
 from engram_service.store.keys import META_PREFIX
 from engram_service.store.nodes import slot
-from engram_service.store.private import redis_binary
 
 TESTS = pathlib.Path(__file__).parents[1]
 START_S = 120.0
@@ -48,6 +49,13 @@ class World:
     replicated: bool = False
     cluster: bool = False
     clocks: bool = False  # wall clocks are moved
+    restored: bool = False  # Redis comes back with older data
+    redis: str = ""  # which program it is, see redises.py; none: the campaign's
+
+    @property
+    def held(self) -> bool:
+        """Whether the servers' memory is all that is promised to remain: what nobody has open may be lost."""
+        return self.restored or not self.appendonly
 
 
 class Nursery:
@@ -175,7 +183,7 @@ class Server(Forked):
             "--models", str(self._fleet.models), "--shipped-models", "false", "--tick-rows-max", "256",
             "--drain-timeout-s", "15", "--log-format", "human",
         ]  # fmt: skip
-        if not world.appendonly:
+        if world.held:
             flags += ["--resident-idle-s", "3600"]  # what left the arena would be in Redis alone
         if world.replicated:
             flags += ["--redis-ack", "replicated", "--redis-ack-timeout-ms", "500"]
@@ -190,6 +198,11 @@ class Server(Forked):
     def wait_serving(self, timeout_s: float = START_S) -> None:
         wait_for(lambda: accepts(self._port), timeout_s, f"{self.name} does not serve")
 
+    def rows_in_flight(self) -> int:
+        """What it accepted and has not answered, by its own count."""
+        lines = get(f"127.0.0.1:{self._http}", "/metrics").splitlines()
+        return int(sum(float(line.split()[1]) for line in lines if line.startswith("engram_rows_in_flight ")))
+
 
 class Redis:
     """One Redis on a port, in every life with the same directory."""
@@ -198,6 +211,7 @@ class Redis:
         self._fleet, self.name = fleet, f"redis-{number}"
         self.directory = fleet.directory / self.name
         self.directory.mkdir()
+        self._copy = fleet.directory / f"{self.name}.copy"
         self.port = free_port()
         self.clock = self.directory / "clock"
         self.process: subprocess.Popen[bytes] | None = None
@@ -220,7 +234,7 @@ class Redis:
             "no",
         )
         command = [
-            redis_binary(), "--port", str(self.port), "--dir", str(self.directory), "--save", "", *kept, "--logfile",
+            redis_program(world.redis), "--port", str(self.port), "--dir", str(self.directory), "--save", "", *kept, "--logfile",
             str(self.directory / "log"), "--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0",
             "--repl-ping-replica-period", "1", *(in_slots if world.cluster else ()), *flags,
         ]  # fmt: skip
@@ -238,6 +252,34 @@ class Redis:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+
+    def copy_data(self) -> None:
+        """Keeps a copy of its data as they are now, for `put_back`."""
+        if not self._fleet.world.appendonly:
+            self.client.save()
+        self.signal(signal.SIGSTOP)  # so that the files belong together
+        try:
+            shutil.rmtree(self._copy, ignore_errors=True)
+            self._copy.mkdir()
+            for path in self._data():
+                (shutil.copytree if path.is_dir() else shutil.copy2)(path, self._copy / path.name)
+        finally:
+            self.signal(signal.SIGCONT)
+
+    def put_back(self) -> None:
+        """While it is dead: it will come back with the data of the last copy."""
+        self.lose_data()
+        for path in self._copy.iterdir():
+            shutil.move(path, self.directory / path.name)
+
+    def lose_data(self) -> None:
+        """While it is dead: it will come back with nothing."""
+        for path in self._data():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _data(self) -> list[pathlib.Path]:
+        """Its append-only file (6.2), the directory of those (7 and Valkey), or its snapshot."""
+        return [*self.directory.glob("appendonly*"), *self.directory.glob("dump.rdb")]
 
     def knows_all(self, count: int) -> bool:
         """Whether, as a node of a cluster, it sees so many and every slot served."""
@@ -356,8 +398,7 @@ class Fleet:
         for server in self.servers:
             server.back.retarget(new.port)
         time.sleep(pause_s)
-        for path in old.directory.glob("appendonly*"):
-            path.unlink()
+        old.lose_data()
         self.follow(old)
 
     def add_clients(self, count: int, sessions: int, intervals: int, branches: bool = True) -> None:

@@ -1,7 +1,7 @@
 """What a client writes down, and the inputs that it sends: both are shared by clients and checker.
 
-A history is a file of fixed rows, one file for each life of a client, appended after the SDK has answered. A row that a kill
-has torn is dropped, for its step was not yet acknowledged to anybody. Inputs are a pure function of session and seq, so
+A history is a file of fixed rows, one file for each life of a client, appended after the SDK has answered; what is only asked for is
+written down before it is. A row that a kill has torn is dropped, for its step was not yet acknowledged to anybody. Inputs are a pure function of session and seq, so
 that nothing of them has to be written down and a client that begins again can carry on from any seq.
 """
 
@@ -23,6 +23,10 @@ OPENED = 1  # the session was opened (again) and stands at seq
 ANSWER = 2  # step seq was acknowledged with this output
 QUIET = 3  # step seq was acknowledged without an output (absorb)
 FINAL = 4  # at the end the session stands at seq, and this is the digest of its state in Redis
+ASKED = 5  # steps up to seq are asked for, and their caller may not be there for the answer: their fate is open
+SETTLED = 6  # the same client has learned what became of them: the session stands at seq
+CLOSING = 7  # its end is asked for, and the caller may not be there for the answer
+CLOSED = 8  # its end was acknowledged: it begins again at 0
 
 ROW = np.dtype([
     ("kind", "u1"), ("interval", "u1"), ("pad", "u2"), ("session", "u4"), ("branch", "u4"), ("seq", "u8"), ("durable", "u8"),
@@ -31,6 +35,11 @@ ROW = np.dtype([
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SESSION, _SEQ, _COLUMN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03), np.uint64(0x8CB92BA72F3D8DD7)
+
+
+def name_of(number: int) -> str:
+    """The id of a session."""
+    return f"session-{number}"
 
 
 def inputs(

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import engram
-from chaos.client import name_of
 from chaos.fleet import Fleet, World
-from chaos.histories import MODEL, inputs
+from chaos.histories import MODEL, inputs, name_of
 
 if TYPE_CHECKING:
     from chaos.campaign import Campaign

@@ -18,6 +18,8 @@ import sys
 import traceback
 from typing import Any
 
+CANCEL, HALF_CLOSE = signal.SIGUSR1, signal.SIGUSR2  # what a client is told, see client.py
+
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.02
 
@@ -70,6 +72,8 @@ def main() -> None:
     import engram_service.app
     import engram_service.commands.serve  # noqa: F401
 
+    for number in (CANCEL, HALF_CLOSE):
+        signal.signal(number, signal.SIG_IGN)  # its children too, until they listen
     children: set[int] = set()
     _tell(ready=True)
     pending = b""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
+import struct
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 _CHUNK = 1 << 16
+_FLUSH_S = 0.002  # for the last bytes to leave before a reset
 
 
 class Wires:
@@ -45,6 +49,7 @@ class Proxy:
         self._loop = loop
         self._target = target
         self._delay_s = 0.0
+        self._left: int | None = None  # bytes that may still pass
         self._lags: random.Random | None = None
         self._lag_s = 0.0
         self._refusing = False
@@ -65,6 +70,21 @@ class Proxy:
     def cut(self) -> None:
         """Every connection ends with a reset; what was under way is lost."""
         self._post(self._cut)
+
+    def break_after(self, nbytes: int) -> None:
+        """So many bytes still pass, in both directions together; then every connection ends with a reset."""
+        self._post(lambda: setattr(self, "_left", nbytes))
+
+    def mend(self) -> bool:
+        """What is left of the last `break_after` is forgotten; whether it had not come about."""
+        unbroken: Future[bool] = Future()
+
+        def change() -> None:
+            unbroken.set_result(self._left is not None)
+            self._left = None
+
+        self._post(change)
+        return unbroken.result(10)
 
     def delay(self, seconds: float) -> None:
         """From now on whatever passes takes so much longer, in either direction."""
@@ -94,6 +114,7 @@ class Proxy:
 
     def heal(self) -> None:
         """As if nothing had ever been."""
+        self.mend()
         self.delay(0.0)
         self.lag(0.0)
         self.refuse(False)
@@ -112,7 +133,7 @@ class Proxy:
 
     def _cut(self) -> None:
         for writer in self._writers:
-            writer.transport.abort()
+            _reset(writer)
         self._writers.clear()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -150,5 +171,17 @@ class Proxy:
                     await asyncio.sleep(self._delay_s)
                 if answers and self._lags is not None:
                     await asyncio.sleep(self._lag_s * self._lags.random() ** 3)
+                if self._left is not None:
+                    data, self._left = data[: self._left], max(0, self._left - len(data))
                 writer.write(data)
                 await writer.drain()
+                if self._left == 0:
+                    self._left = None
+                    await asyncio.sleep(_FLUSH_S)
+                    self._cut()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):  # it may just have ended by itself
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

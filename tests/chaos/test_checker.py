@@ -10,7 +10,21 @@ import pytest
 from numpy.typing import NDArray
 
 from chaos.checker import Reference, Report, check
-from chaos.histories import ANSWER, FINAL, OPENED, OUTPUTS, QUIET, ROW, Writer, read, rows
+from chaos.histories import (
+    ANSWER,
+    ASKED,
+    CLOSED,
+    CLOSING,
+    FINAL,
+    OPENED,
+    OUTPUTS,
+    QUIET,
+    ROW,
+    SETTLED,
+    Writer,
+    read,
+    rows,
+)
 
 STEPS = 30
 SESSION = 7
@@ -40,7 +54,7 @@ def numbers(report: Report) -> tuple[int, int, int, int]:
 
 def test_what_is_in_order(reference: Reference, outputs: NDArray[np.float32]) -> None:
     """Two lives; between them steps that were applied and never acknowledged; absorbed ones; a copy."""
-    final = reference.run(np.array([SESSION]), np.array([STEPS]), {SESSION: STEPS})[1][SESSION]
+    final = reference.run(np.array([SESSION]), np.array([STEPS]), {SESSION: [STEPS]})[1][SESSION, STEPS]
     copy = [opened(4, branch=9), answers(outputs, 5, 8, branch=9)]
     first = [opened(0), answers(outputs, 1, 5), rows(QUIET, SESSION, np.arange(6, 9)), answers(outputs, 9, 12), *copy]
     second = [opened(14), answers(outputs, 15, STEPS), rows(FINAL, SESSION, STEPS, output=final)]
@@ -119,8 +133,59 @@ def test_an_interval_session_may_fall_back_to_what_was_durable(
     assert (report.lost, report.rewound) == (2, 4) and not report.clean
 
 
+@pytest.mark.parametrize(
+    ("settled", "lost", "doubled"),
+    [(12, 0, 0), (14, 0, 0), (17, 0, 0), (11, 1, 0), (18, 0, 1)],
+    ids=["nothing was applied", "a part", "all of it", "less than was acknowledged", "more than was asked for"],
+)
+@pytest.mark.parametrize("by", [SETTLED, OPENED], ids=["told to its caller", "found by an open"])
+def test_steps_that_were_called_off(
+    reference: Reference, outputs: NDArray[np.float32], by: int, settled: int, lost: int, doubled: int
+) -> None:
+    """Acknowledged up to 12, asked for up to 17; what of it was applied is settled by where the session stands next."""
+    history = [
+        opened(0), answers(outputs, 1, 12), rows(ASKED, SESSION, 15), rows(ASKED, SESSION, 17), rows(by, SESSION, settled),
+        answers(outputs, settled + 1, 20),
+    ]  # fmt: skip
+    report = check([np.concatenate(history)], reference)
+    assert numbers(report) == (lost, doubled, 0, 0) and report.hung_up == 1
+    assert report.clean == (not lost and not doubled)
+
+
+def test_a_settled_session_of_a_living_client_does_not_fall_back(
+    reference: Reference, outputs: NDArray[np.float32]
+) -> None:
+    """Its client has what is not durable yet, unlike one that opens the session in another life."""
+    history = [
+        opened(0, interval=True), answers(outputs, 1, 12, interval=True, durable=8), rows(ASKED, SESSION, 15, interval=True),
+        rows(SETTLED, SESSION, 10, interval=True, durable=8),
+    ]  # fmt: skip
+    assert check([np.concatenate(history)], reference).lost == 2
+    history[-1] = rows(SETTLED, SESSION, 13, interval=True, durable=8)
+    report = check([np.concatenate(history), opened(8, interval=True)], reference)
+    assert report.clean and report.rewound == 5
+
+
+@pytest.mark.parametrize(
+    ("end", "stands", "expected"),
+    [
+        (CLOSING, 0, (0, 0)), (CLOSING, 12, (0, 0)), (CLOSING, 9, (3, 0)), (CLOSED, 0, (0, 0)), (CLOSED, 12, (0, 12)),
+        (None, 0, (12, 0)),
+    ],
+    ids=["done", "not done", "half of it", "acknowledged", "acknowledged and not done", "detached"],
+)  # fmt: skip
+def test_a_close_that_was_called_off(
+    reference: Reference, outputs: NDArray[np.float32], end: int | None, stands: int, expected: tuple[int, int]
+) -> None:
+    ending = [] if end is None else [rows(CLOSING, SESSION, 12), *([rows(CLOSED, SESSION, 0)] if end == CLOSED else [])]
+    history = [opened(0), answers(outputs, 1, 12), *ending, opened(stands), answers(outputs, stands + 1, 14)]
+    report = check([np.concatenate(history)], reference)
+    assert (report.lost, report.doubled) == expected and report.clean == (expected == (0, 0))
+    assert report.hung_up == (end == CLOSING)
+
+
 def test_the_state_at_the_end(reference: Reference, outputs: NDArray[np.float32]) -> None:
-    good = reference.run(np.array([SESSION]), np.array([STEPS]), {SESSION: STEPS})[1][SESSION]
+    good = reference.run(np.array([SESSION]), np.array([STEPS]), {SESSION: [STEPS]})[1][SESSION, STEPS]
     history = [opened(0), answers(outputs, 1, STEPS)]
     assert check([np.concatenate([*history, rows(FINAL, SESSION, STEPS, output=good)])], reference).clean
     bad = good.copy()

