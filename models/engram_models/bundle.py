@@ -9,12 +9,14 @@ run again whenever it is loaded: a bundle that computes something else on this m
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
+import os
 import re
 import shutil
 import tempfile
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -23,10 +25,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from engram_models.cell import Cell, State
+from engram_models.files import read_file, read_toml
 from engram_models.registry import cell_type
 from engram_models.spec import TensorSpec
 
@@ -34,6 +37,11 @@ FORMAT = 1
 CHECK_ROWS = 4
 CHECK_STEPS = 3
 CHECK_TOLERANCE = 1e-5
+MANIFEST, WEIGHTS = "model.toml", "weights.safetensors"
+_MEMORY_SHARE = (
+    4  # weights may have that part (1/n) of the machine's memory: they are there twice while they are loaded
+)
+_CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEYS: dict[str, type] = {
     "format": int, "kind": str, "description": str, "allows_non_finite": bool, "fingerprint": str,
@@ -43,7 +51,15 @@ _KIND_WORDS = {int: "a whole number", str: "a string", bool: "true or false", di
 
 
 class BundleError(Exception):
-    """A bundle that cannot be served; the message says which file, what is wrong, and what was expected."""
+    """A bundle that cannot be served; the message says which file, what is wrong, and what was expected.
+
+    Where the machine and not the bundle is to blame (no descriptor left, a file system that is away) `passing` is true: what is
+    on disk may be good, and is worth another try as it is.
+    """
+
+    def __init__(self, message: str, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,25 +98,46 @@ class Repository:
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self._directories = list(directories)
+        self._listed: dict[Path, list[str]] = {}  # what each directory had when it was last read
 
     def scan(self) -> tuple[list[BundleRef], list[str]]:
         """What is there, by name and ascending version, and what is wrong with what is not. Loads nothing."""
         found: dict[tuple[str, str], BundleRef] = {}
         errors: list[str] = []
         for directory in self._directories:
-            if not directory.is_dir():
-                errors.append(f"{directory}: no such directory")
-                continue
-            for manifest in sorted(directory.glob("*/*/model.toml")):
-                path = manifest.parent
+            for path in self._versions(directory, errors):
                 name, version = path.parent.name, path.name
-                if path.name.startswith("."):
-                    continue  # being written
                 if not _NAME.fullmatch(name) or not _NAME.fullmatch(version):
-                    errors.append(f"{path}: name and version are letters, digits, '.', '_' and '-', at most 64")
+                    errors.append(f"{shown(path)}: name and version are letters, digits, '.', '_' and '-', at most 64")
                     continue
                 found.setdefault((name, version), BundleRef(name, version, path))
         return sorted(found.values(), key=lambda ref: (ref.name, version_key(ref.version))), errors
+
+    def _versions(self, directory: Path, errors: list[str]) -> list[Path]:
+        """Directories that have a manifest, be it one that can be read or not, and are not just being written."""
+        versions: list[Path] = []
+        for name in self._list(directory, errors, top=True):
+            # What could not be a model anyway (lost+found) may be unreadable.
+            found = self._list(directory / name, errors if _NAME.fullmatch(name) else [])
+            versions += [directory / name / version for version in found if not version.startswith(".")]
+        return [path for path in versions if os.path.lexists(path / MANIFEST)]
+
+    def _list(self, directory: Path, errors: list[str], top: bool = False) -> list[str]:
+        """The names in a directory. Where it cannot be read just now, what it had before still counts."""
+        try:
+            self._listed[directory] = sorted(os.listdir(directory))
+        except (FileNotFoundError, NotADirectoryError):
+            if top:
+                errors.append(f"{shown(directory)}: no such directory")
+            self._listed.pop(directory, None)
+        except OSError as error:
+            errors.append(f"{shown(directory)}: {error.strerror}")
+        return self._listed.get(directory, [])
+
+
+def shown(path: Path) -> str:
+    """A path as text that every log and every message can carry, whatever bytes are in it."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
@@ -138,9 +175,9 @@ def write_bundle(
     except OSError as error:
         raise BundleError(f"{target}: {error.strerror}") from error
     try:
-        save_file({**weights, **_record_check(cell)}, temporary / "weights.safetensors")
-        (temporary / "weights.safetensors").chmod(0o644)  # safetensors gives it to its writer alone
-        (temporary / "model.toml").write_text(_toml(manifest))
+        save_file({**weights, **_record_check(cell)}, temporary / WEIGHTS)
+        (temporary / WEIGHTS).chmod(0o644)  # safetensors gives it to its writer alone
+        (temporary / MANIFEST).write_text(_toml(manifest))
         temporary.chmod(0o755)
         temporary.rename(target)
     except (OSError, SafetensorError) as error:
@@ -153,9 +190,18 @@ def write_bundle(
 
 
 def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
-    """Loads and verifies a bundle. Raises BundleError."""
-    manifest = _manifest(path / "model.toml")
-    tensors = _tensors(path / "weights.safetensors")
+    """Loads and verifies a bundle. Raises BundleError, whatever is wrong with it."""
+    try:
+        return _load(path, device)
+    except BundleError:
+        raise
+    except Exception as error:  # a file may be wrong in ways that nobody has thought of
+        raise BundleError(f"{shown(path)}: {type(error).__name__}: {error}") from error
+
+
+def _load(path: Path, device: torch.device | str) -> Bundle:
+    manifest = _manifest(path / MANIFEST)
+    tensors = _tensors(path / WEIGHTS)
     cell = _cell(path, manifest, sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()))
     weights = {key: value for key, value in tensors.items() if not key.startswith("check.")}
     _load_weights(path, cell, weights)
@@ -175,11 +221,11 @@ def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = tomllib.loads(path.read_text())
+        manifest = read_toml(path)
     except OSError as error:
-        raise BundleError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{path}: not toml: {error}") from error
+        raise _unreadable(path, error) from error
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}") from error
     if unknown := set(manifest) - set(_KEYS):
         raise BundleError(f"{path}: there is no key {sorted(unknown)[0]!r}")
     if missing := set(_KEYS) - set(manifest):
@@ -195,7 +241,15 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise BundleError(
             f"{path}: config may have numbers, strings, true, false, lists and tables: {error}"
         ) from error
+    if not _finite(manifest["config"]):
+        raise BundleError(f"{path}: config has a number that is not finite")
     return manifest
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _cell(path: Path, manifest: Mapping[str, Any], nbytes: int) -> Cell:
@@ -227,11 +281,30 @@ def _check_size(kind: type[Cell], config: Mapping[str, Any], nbytes: int) -> Non
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return load(read_file(path, _memory_bytes() // _MEMORY_SHARE))
     except FileNotFoundError as error:
-        raise BundleError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
+        link = f", {shown(Path(os.readlink(path)))} that it links to" if path.is_symlink() else ""
+        raise BundleError(f"{path}: no such file{link}") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except SafetensorError as error:
         raise BundleError(f"{path}: not safetensors: {error}") from error
+
+
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    # A file that is not there, not regular or too large will not be better as long as it is the same.
+    passing = error.errno not in (errno.ENOENT, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENOTDIR)
+    return BundleError(f"{path}: {error.strerror}", passing)
+
+
+def _memory_bytes() -> int:
+    """Of the machine, or of the container."""
+    own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = _CGROUP_MEMORY.read_text().strip()
+    except OSError:
+        return own
+    return min(own, int(limit)) if limit.isdigit() else own
 
 
 def _load_weights(path: Path, cell: Cell, weights: Mapping[str, Tensor]) -> None:

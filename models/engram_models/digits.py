@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from engram_models.bundle import shipped_models_dir
+from engram_models.files import read_file
 
 _FILE = "digits-heldout.safetensors"
+_BYTES_MAX = 16 << 20
 _BRIGHTEST = 16  # the digits' pixels are 0..16
 _SPLIT_SEED = 1797
 _HELD_OUT_PER_CLASS = 36
@@ -34,7 +36,7 @@ class Digits(NamedTuple):
 
 def heldout_digits(directory: Path | None = None) -> Digits:
     """The held-out digits beside the bundles in `directory` (default: the shipped ones), in shuffled order."""
-    tensors = load_file((directory or shipped_models_dir()) / _FILE)
+    tensors = load(read_file((directory or shipped_models_dir()) / _FILE, _BYTES_MAX))
     return Digits(tensors["images"], tensors["labels"])
 
 

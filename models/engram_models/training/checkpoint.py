@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from engram_models.files import require_regular
 from engram_models.training.experiment import TrainingError
 
 
@@ -24,6 +25,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], recipe: str, dige
 def load_checkpoint(path: Path, digest: str, seed: int) -> dict[str, Tensor]:
     """The tensors. Raises TrainingError where the file is damaged or belongs to another recipe or seed."""
     try:
+        require_regular(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("digest") != digest:
@@ -34,7 +36,9 @@ def load_checkpoint(path: Path, digest: str, seed: int) -> dict[str, Tensor]:
             if metadata.get("seed") != str(seed):
                 raise TrainingError(f"{path} is a checkpoint of seed {metadata.get('seed')}, not of {seed}")
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise TrainingError(f"{path}: not a checkpoint: {error.strerror or error}") from error
+    except SafetensorError as error:
         raise TrainingError(f"{path}: not a checkpoint: {error}") from error
 
 

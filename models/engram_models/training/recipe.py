@@ -15,13 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from engram_models.files import read_toml
 from engram_models.training.experiment import TrainingError
 
 _TABLES = ("options", "model", "task", "quick", "pass", "bundle")
@@ -71,14 +71,14 @@ def load_recipe(name: str | Path, quick: bool = False) -> Recipe:
     """A recipe by its name or its file's path. Raises TrainingError."""
     path = shipped_recipes().get(str(name)) or Path(name)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        tables = read_toml(path)
     except FileNotFoundError:
         known = ", ".join(shipped_recipes())
         raise TrainingError(f"no recipe {str(name)!r} and no such file; there are: {known}") from None
     except OSError as error:
         raise TrainingError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not toml, not UTF-8, or an integer of thousands of digits
-        raise TrainingError(f"{path}: not toml: {error}") from error
+    except ValueError as error:
+        raise TrainingError(f"{path}: {error}") from error
     return _recipe(path, tables, quick)
 
 
@@ -116,7 +116,7 @@ def _recipe(path: Path, tables: dict[str, Any], quick: bool) -> Recipe:
     if tables["bundle"] and not {"name", "version"} <= set(tables["bundle"]):
         raise TrainingError(f"{path}: [bundle] needs name and version")
     if quick:
-        _make_quick(tables)
+        _make_quick(path, tables)
     return Recipe(
         name=str(tables.get("name", path.stem)), claim=str(tables.get("claim", "")), procedure=tables["procedure"],
         seeds=tuple(seeds), options=tables["options"], model=tables["model"], task=tables["task"],
@@ -124,9 +124,12 @@ def _recipe(path: Path, tables: dict[str, Any], quick: bool) -> Recipe:
     )  # fmt: skip
 
 
-def _make_quick(tables: dict[str, Any]) -> None:
+def _make_quick(path: Path, tables: dict[str, Any]) -> None:
     """Lays [quick] over the other tables; a [quick.pass] replaces [pass]."""
     quick: dict[str, Any] = dict(tables["quick"])
+    for key in ("model", "task", "pass"):
+        if not isinstance(quick.get(key, {}), dict):
+            raise TrainingError(f"{path}: {key} in [quick] must be a table, [quick.{key}]")
     for key in ("model", "task"):
         tables[key] = {**tables[key], **quick.pop(key, {})}
     tables["pass"] = quick.pop("pass", tables["pass"])
@@ -136,15 +139,19 @@ def _make_quick(tables: dict[str, Any]) -> None:
 def _bounds(path: Path, table: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     for name, bound in table.items():
         sides = bound.items() if isinstance(bound, dict) else [("", None)]
-        if any(side not in ("min", "max") or not isinstance(limit, int | float) for side, limit in sides):
+        if any(side not in ("min", "max") or not _is_finite(limit) for side, limit in sides):
             raise TrainingError(f"{path}: [pass] {name} must be {{ min = number }}, {{ max = number }} or both")
     return dict(table)
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _within(value: Any, side: str, limit: float) -> bool:
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_finite(value):
         return False
-    return value >= limit if side == "min" else value <= limit
+    return bool(value >= limit if side == "min" else value <= limit)
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from engram_models.bundle import BundleError, write_bundle
+from engram_models.files import read_file
 from engram_models.json_text import json_text
 from engram_models.training.checkpoint import load_checkpoint, save_checkpoint, write_whole
 from engram_models.training.experiment import Experiment, Outcome, TrainingError
@@ -30,6 +31,7 @@ from engram_models.training.recipe import Recipe, parsed
 
 CHECKPOINT, RESULT = "checkpoint.safetensors", "result.json"
 CHECKPOINT_S = 20.0
+_RESULT_BYTES_MAX = 64 << 20
 
 
 def run(
@@ -114,9 +116,13 @@ def _bundle(outcome: Outcome, recipe: Recipe, out: Path, result: Mapping[str, An
 
 def _finished(path: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        result = json.loads(read_file(path, _RESULT_BYTES_MAX))
+    except OSError as error:
+        raise TrainingError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise TrainingError(f"{path}: not a result file: {error}") from error
+    if not isinstance(result, dict):
+        raise TrainingError(f"{path}: not a result file")
     if (result.get("digest"), result.get("seed")) != (recipe.digest, seed):
         raise TrainingError(f"{path} is the result of another recipe or seed; choose another --out")
     return result
