@@ -9,7 +9,6 @@ run again whenever it is loaded: a bundle that computes something else on this m
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -29,7 +28,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from engram_models.cell import Cell, State
-from engram_models.files import read_file, read_toml
+from engram_models.files import is_passing, read_file, read_toml
 from engram_models.registry import cell_type
 from engram_models.spec import TensorSpec
 
@@ -292,9 +291,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _unreadable(path: Path, error: OSError) -> BundleError:
-    # A file that is not there, not regular or too large will not be better as long as it is the same.
-    passing = error.errno not in (errno.ENOENT, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENOTDIR)
-    return BundleError(f"{path}: {error.strerror}", passing)
+    return BundleError(f"{path}: {error.strerror}", is_passing(error))
 
 
 def _memory_bytes() -> int:

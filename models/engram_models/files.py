@@ -14,6 +14,16 @@ from pathlib import Path
 from typing import Any
 
 TOML_BYTES_MAX = 1 << 20
+_LASTING = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.EINVAL,
+    errno.EFBIG,
+    errno.EACCES,
+)
 _READ_BYTES = 1 << 30  # of one system call
 _KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
@@ -50,10 +60,18 @@ def read_toml(path: Path | str, bytes_max: int = TOML_BYTES_MAX) -> dict[str, An
     data = read_file(path, bytes_max)
     try:
         return tomllib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError("not toml: not UTF-8") from error
     except RecursionError:
         raise ValueError("not toml: arrays or tables are nested too deep") from None
     except ValueError as error:  # also a number of more digits than Python reads
         raise ValueError(f"not toml: {str(error).partition('; use sys.')[0]}") from error
+
+
+def is_passing(error: OSError) -> bool:
+    """Whether the machine and not the file is to blame (no descriptor left, a file system that is away): the same file may be
+    read later."""
+    return error.errno not in _LASTING
 
 
 def _checked_size(found: os.stat_result, path: Path | str, bytes_max: int) -> int:

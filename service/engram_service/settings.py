@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from engram_models.files import read_toml
 
 
 class SettingError(Exception):
@@ -103,7 +105,9 @@ class Settings:
     )
     queue_s_max: float = _setting(5.0, "the same in seconds, at the rate at which rows are done; 0: no such limit")
     sessions_max: int = _setting(1_000_000, "sessions attached to this server")
-    streams_max: int = _setting(4096, "streams of this server")
+    streams_max: int = _setting(
+        65_536, "streams of this server; fewer where the limit of open files is too low for them"
+    )
     calls_max: int = _setting(
         4096, "calls that are no streams under way at a time; one tenant of several may have half of them"
     )
@@ -120,8 +124,8 @@ class Settings:
             value = getattr(self, item.name)
             if choices and value not in choices:
                 raise SettingError(f"{item.name} = {value!r}: choose one of {', '.join(choices)}")
-            if isinstance(value, int | float) and value < 0:
-                raise SettingError(f"{item.name} = {value}: must not be negative")
+            if isinstance(value, int | float):
+                _check_number(item.name, value)
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} = {getattr(self, name)}: must be at least 1")
@@ -186,10 +190,26 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 
 
+_AT_MOST = {
+    "frame_bytes_max": 1 << 29,  # a quarter of what gRPC can be told
+}
+_SECONDS_MAX = 1e9
+_WHOLE_MAX = (1 << 31) - 1
+
 _FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens_file", "redis_tls_ca", "redis_tls_cert", "redis_tls_key")
 
 
 _PORT_DIGITS, _PORT_MAX = 5, 65535
+
+
+def _check_number(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise SettingError(f"{name} = {value}: must be a finite number")
+    if value < 0:
+        raise SettingError(f"{name} = {_short(str(value))}: must not be negative")
+    most = _AT_MOST.get(name, _WHOLE_MAX if isinstance(value, int) else _SECONDS_MAX)
+    if value > most:
+        raise SettingError(f"{name} is too large: at most {most:.0f}")
 
 
 def is_loopback(host: str) -> bool:
@@ -233,9 +253,7 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> S
         for name, value in _read_file(Path(config)).items():
             if name not in kinds:
                 raise SettingError(f"{name} in {config}: there is no such setting")
-            values[name] = _convert(
-                name, str(value).lower() if isinstance(value, bool) else str(value), kinds[name], config
-            )
+            values[name] = _convert(name, _text(name, value, config), kinds[name], config)
     for name, kind in kinds.items():
         variable = "ENGRAM_" + name.upper()
         if variable in environment:
@@ -247,11 +265,20 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> S
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return read_toml(path)
     except OSError as error:
         raise SettingError(f"config = {str(path)!r}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise SettingError(f"config = {str(path)!r}: not toml: {error}") from error
+    except ValueError as error:
+        raise SettingError(f"config = {str(path)!r}: {error}") from error
+
+
+def _text(name: str, value: Any, source: str) -> str:
+    if not isinstance(value, str | int | float):
+        raise SettingError(f"{name} (from {source}): not a string, a number, true or false")
+    try:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    except ValueError as error:  # hexadecimal numbers may have any number of digits
+        raise SettingError(f"{name} (from {source}): the number is too large") from error
 
 
 def _convert(name: str, text: str, kind: type, source: str) -> Any:
@@ -260,10 +287,14 @@ def _convert(name: str, text: str, kind: type, source: str) -> Any:
             return True
         if text.lower() in ("false", "0", "no", "off"):
             return False
-        raise SettingError(f"{name} = {text!r} (from {source}): use true or false")
+        raise SettingError(f"{name} = {_short(text)!r} (from {source}): use true or false")
     try:
         return kind(text)
     except ValueError as error:
         raise SettingError(
-            f"{name} = {text!r} (from {source}): not {'a whole number' if kind is int else 'a number'}"
+            f"{name} = {_short(text)!r} (from {source}): not {'a whole number' if kind is int else 'a number'}"
         ) from error
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:40] + "..."

@@ -28,18 +28,20 @@ import logging
 import re
 import secrets
 import time
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from engram_models.files import is_passing, read_toml
 from engram_service.errors import Unauthenticated
 from engram_service.settings import SettingError
 from engram_service.tenants import usable_tenant
 
 log = logging.getLogger(__name__)
+
+Stamp: TypeAlias = tuple[int, int, int] | None
 
 RIGHTS = {
     "read": "list and look at sessions and memories, recall",
@@ -48,6 +50,8 @@ RIGHTS = {
     "operate": "what concerns the whole server: reload models, reflection",
 }
 _POLL_MIN_S = 0.05
+_FILE_BYTES_MAX = 16 << 20
+_LIMIT_MAX = (1 << 63) - 1
 _PREFIX = "engram_"  # so that people and secret scanners see what it is
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -55,7 +59,14 @@ _KEYS = {"tenant", "rights", "sha256", "expires"}
 
 
 class TokensError(Exception):
-    """The tokens file cannot be used. The message says where and why, and quotes nothing of it that may be secret."""
+    """The tokens file cannot be used. The message says where and why, and quotes nothing of it that may be secret.
+
+    `passing`: it could not be read just now, and may be good.
+    """
+
+    def __init__(self, message: str, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +107,7 @@ class Tokens:
         self.on_change: Callable[[], None] = lambda: None
         self._path = path
         self._stamp = _stamp(path)
+        self._told: tuple[Stamp, str] = (None, "")  # why which file cannot be used, as it was logged
         try:
             self._book = Book({}, {}, Limits()) if path is None else read_book(path)
         except TokensError as error:
@@ -135,13 +147,17 @@ class Tokens:
         stamp = await asyncio.to_thread(_stamp, path)
         if path is None or stamp == self._stamp:
             return
-        self._stamp = stamp
         try:
             self._book = await asyncio.to_thread(read_book, path)
         except TokensError as error:
-            log.error("tokens_file cannot be used, those read before stay in force: %s", error)
-            _audit("failed")
+            if not error.passing:  # else it is read again at the next look
+                self._stamp = stamp
+            if (told := (stamp, str(error))) != self._told:
+                self._told = told
+                log.error("tokens_file cannot be used, those read before stay in force: %s", error)
+                _audit("failed")
         else:
+            self._stamp, self._told = stamp, (stamp, "")
             log.info("%d tokens are in force", len(self._book.callers))
             _audit("ok")
 
@@ -169,15 +185,22 @@ def digest_of(token: str) -> str:
 
 
 def read_book(path: Path) -> Book:
-    """Raises TokensError."""
+    """Raises TokensError, whatever is wrong with the file."""
     try:
-        content = tomllib.loads(path.read_text())
+        content = read_toml(path, _FILE_BYTES_MAX)
     except OSError as error:
-        raise TokensError(error.strerror or str(error)) from error
-    except UnicodeDecodeError as error:
-        raise TokensError("not UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise TokensError(f"not toml: {error}") from error
+        raise TokensError(error.strerror or str(error), is_passing(error)) from error
+    except ValueError as error:
+        raise TokensError(str(error)) from error
+    try:
+        return _book(content)
+    except TokensError:
+        raise
+    except Exception as error:  # a file may be wrong in ways that nobody has thought of; its content is not quoted
+        raise TokensError(f"it cannot be used: {type(error).__name__}") from error
+
+
+def _book(content: dict[str, Any]) -> Book:
     if unknown := set(content) - {"limits", "tenants", "tokens"}:
         raise TokensError(f"unknown {', '.join(sorted(unknown))}; there are limits, tenants and tokens")
     tables = {name: _table(content, name) for name in ("limits", "tenants", "tokens")}
@@ -225,7 +248,11 @@ def _caller(name: str, values: Any) -> Caller:
         return Caller(tenant, name, frozenset(rights), digest=digest)
     if not isinstance(expires, datetime) or expires.tzinfo is None:
         raise TokensError(f"{where}: expires is a time with its zone, such as 2027-01-01T00:00:00Z")
-    return Caller(tenant, name, frozenset(rights), expires.timestamp(), digest)
+    try:
+        until = expires.astimezone(UTC).timestamp()
+    except OverflowError as error:
+        raise TokensError(f"{where}: expires is beyond the years that there are") from error
+    return Caller(tenant, name, frozenset(rights), until, digest)
 
 
 def _limits(where: str, values: Any) -> Limits:
@@ -233,12 +260,12 @@ def _limits(where: str, values: Any) -> Limits:
     if not isinstance(values, dict) or set(values) - set(names):
         raise TokensError(f"{where}: there are {', '.join(names)}")
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LIMIT_MAX:
             raise TokensError(f"{where}: {name} is a whole number, 0 for no limit")
     return Limits(**values)
 
 
-def _stamp(path: Path | None) -> tuple[int, int, int] | None:
+def _stamp(path: Path | None) -> Stamp:
     """Changes when the file does, also when another one is put in its place; None: it is not there."""
     try:
         found = path.stat() if path is not None else None

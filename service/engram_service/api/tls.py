@@ -14,10 +14,12 @@ from typing import Any
 
 import grpc
 
+from engram_models.files import is_passing, read_file
 from engram_service.settings import SettingError, Settings
 
 log = logging.getLogger(__name__)
 
+_FILE_BYTES_MAX = 4 << 20
 Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
@@ -29,9 +31,10 @@ class Certificate:
         self._cert, self._key, self._client_ca = cert, key, client_ca
         self._lock = threading.Lock()
         self._stamp = self._look()
+        self._told: tuple[Stamp, str] = ((), "")  # why which files cannot be used, as it was logged
         try:
             self.configuration = self._read()
-        except (OSError, ssl.SSLError) as error:
+        except Exception as error:
             raise SettingError(f"tls_cert, tls_key: {_why(error)}") from error
 
     @classmethod
@@ -55,24 +58,31 @@ class Certificate:
             stamp = self._look()
             if stamp == self._stamp:
                 return None
-            self._stamp = stamp
             try:
                 self.configuration = self._read()
-            except (OSError, ssl.SSLError) as error:
-                log.error("tls_cert, tls_key: the former ones stay in force: %s", _why(error))
+            except Exception as error:  # in a thread of gRPC's, which must not see it
+                self._failed(stamp, error)
                 return None
+            self._stamp = stamp
             log.info("the certificate in %s is in force", self._cert)
             return self.configuration
 
+    def _failed(self, stamp: Stamp, error: Exception) -> None:
+        """Keeps what is in force, and says so once."""
+        if not isinstance(error, OSError) or isinstance(error, ssl.SSLError) or not is_passing(error):
+            self._stamp = stamp  # else they are read again at the next handshake
+        if (told := (stamp, _why(error))) != self._told:
+            self._told = told
+            log.error("tls_cert, tls_key: the former ones stay in force: %s", told[1])
+
     def _read(self) -> grpc.ServerCertificateConfiguration:
+        pair = (read_file(self._key, _FILE_BYTES_MAX), read_file(self._cert, _FILE_BYTES_MAX))
+        roots = None if self._client_ca is None else read_file(self._client_ca, _FILE_BYTES_MAX)
         # OpenSSL says whether key and certificate belong together; gRPC would find out at the first handshake.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self._cert, self._key)
-        roots: bytes | None = None
         if self._client_ca is not None:
             context.load_verify_locations(self._client_ca)
-            roots = self._client_ca.read_bytes()
-        pair = (self._key.read_bytes(), self._cert.read_bytes())
         return grpc.ssl_server_certificate_configuration([pair], roots)
 
     def _look(self) -> Stamp:
@@ -87,7 +97,9 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _why(error: OSError) -> str:
+def _why(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
         return f"not a PEM certificate and its key ({error.reason or error})"
-    return f"{error.filename or 'a file'}: {error.strerror or error}"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    return f"{type(error).__name__}: {error}"
