@@ -24,6 +24,7 @@ from engram_service.api.unary import UnaryHandlers
 from engram_service.api.unary_stream import UnaryStream
 from engram_service.catalog import Catalog
 from engram_service.core import Core
+from engram_service.descriptors import Descriptors
 from engram_service.engine.engine import Engine
 from engram_service.health import Health
 from engram_service.http.server import HttpServer
@@ -60,6 +61,9 @@ async def serve(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         metrics, health = Metrics(), Health()
         supervisor = Supervisor(metrics, health)
+        supervisor.watch_loop(loop)
+        files = Descriptors(metrics, health)
+        settings = files.fitted(settings)
         health.fail("server", "it is starting")
         http = HttpServer(settings, metrics, health, supervisor)
         stack.callback(http.stop)
@@ -74,7 +78,7 @@ async def serve(settings: Settings) -> None:
         catalog = Catalog(settings, device, metrics)
         core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits), supervisor)
         metrics.engine_threads.set(workers)
-        core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers)
+        core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers, supervisor)
         calls, holds = StoreCalls(core), Holds(core)
         sessions, endings = Sessions(core, store, calls, holds), Endings(core, store, calls, holds)
         stack.callback(sessions.close)
@@ -90,8 +94,7 @@ async def serve(settings: Settings) -> None:
         _expose(metrics, core, store, device)
         metrics.read_with(metrics.memory_cache_bytes, lambda: memories.cache.nbytes)
 
-        for problem in await catalog.reload():
-            log.error("model not served: %s", problem)
+        await catalog.reload()
         _start_store(store, core, health)
         core.engine.start()
         gc.collect()
@@ -99,27 +102,20 @@ async def serve(settings: Settings) -> None:
         port = await server.start()
         _announce(settings, port, http.address, device)
 
-        async with asyncio.TaskGroup() as background:
-            loop.add_signal_handler(signal.SIGHUP, lambda: background.create_task(catalog.reload()))
-            tasks = [
-                background.create_task(work)
-                for work in (
-                    core.sweep(),
-                    core.residency.beat(),
-                    catalog.watch(),
-                    unary.run(),
-                    unary.tidy(),
-                    tokens.watch(settings.tokens_poll_s),
-                )
-            ]
-            await stop.wait()
-            log.info("draining")
-            server.set_serving(False)
-            await core.drain(time.monotonic() + settings.drain_timeout_s)
-            await server.stop(_STOP_GRACE_S)
-            for task in tasks:
-                task.cancel()
-            await supervisor.cancel()
+        loop.add_signal_handler(signal.SIGHUP, lambda: supervisor.once("models reload", catalog.reload()))
+        supervisor.run("sweep", core.sweep)
+        supervisor.run("residency", core.residency.beat)
+        supervisor.run("models watch", catalog.watch)
+        supervisor.run("unary answers", unary.run)
+        supervisor.run("unary tidy", unary.tidy)
+        supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
+        supervisor.run("descriptors", lambda: files.watch(port, streams.peers))
+        await stop.wait()
+        log.info("draining")
+        server.set_serving(False)
+        await core.drain(time.monotonic() + settings.drain_timeout_s)
+        await server.stop(_STOP_GRACE_S)
+        await supervisor.cancel()
         queue.close()
         core.engine.join()
     log.info("stopped")

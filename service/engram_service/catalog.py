@@ -1,22 +1,25 @@
 """The models that are served: bundles from the repository, each with its arena, its runner and its record layout.
 
 Models keep their index for the life of the process, so that columns may hold it; a version whose directory goes away stays
-served for the sessions on it. Loading and probing happen in a thread of their own.
+served for the sessions on it. Files are looked at, loaded and probed in a thread of their own; what is wrong with one keeps that
+one from being served and disturbs no other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from engram.v1 import model_pb2
 from engram_models import Bundle, BundleError, BundleRef, Repository, TensorSpec, batch_floor, load_bundle
+from engram_models.bundle import MANIFEST, WEIGHTS
 from engram_service.engine.arena import Arena
 from engram_service.engine.cuda import CudaRunner
 from engram_service.engine.runner import TILE_ROWS, Runner, Shapes
@@ -27,11 +30,23 @@ from engram_service.metrics import Metrics
 from engram_service.settings import Settings
 from engram_service.store import OUTPUTS_MAX, RecordLayout
 
+_T = TypeVar("_T")
+Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
+
 log = logging.getLogger(__name__)
 
 _CUDA_TILE = 256  # rows: fewer take a GPU as long, and more of them are little faster as one tile than as several
 _WINDOW_BYTES = 2048  # of outputs kept for each resident session, within the limits below
 _WINDOW_MIN, _WINDOW_MAX = 8, OUTPUTS_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a bundle is not served."""
+
+    stamp: Stamp  # of its files then
+    why: str
+    passing: bool  # worth another try as it is
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +75,8 @@ class Catalog:
         self._repository = Repository(settings.model_directories())
         self._versions: dict[str, list[str]] = {}  # name -> versions on disk, ascending
         self._by_key: dict[tuple[str, str], Served] = {}
-        self._failed: dict[Path, tuple[str, str]] = {}  # bundle -> its stamp then, and the error
+        self._failed: dict[Path, _Failure] = {}
+        self._told: list[str] = []  # what was wrong with the directories at the last look
         self._lock = asyncio.Lock()
         self._pool = ThreadPoolExecutor(1, "load", lambda: torch.set_num_threads(1))
 
@@ -100,21 +116,21 @@ class Catalog:
         )
 
     async def reload(self) -> list[str]:
-        """Loads what is new in the repository; returns what could not be loaded and why."""
+        """Loads what is new in the repository; returns what could not be loaded and why, which is in the log too."""
         async with self._lock:
-            found, errors = self._repository.scan()
+            found, errors = await self._in_thread(self._repository.scan)
+            for error in errors:
+                if error not in self._told:
+                    log.error("models: %s", error)
+            self._told = errors
             for ref in found:
-                if (ref.name, ref.version) not in self._by_key and self._failed.get(ref.path, ("",))[0] != _stamp(ref):
+                if (ref.name, ref.version) not in self._by_key:
                     await self._load(ref)
+            paths = {ref.path for ref in found}
+            self._failed = {path: failure for path, failure in self._failed.items() if path in paths}
             self._versions = _versions([ref for ref in found if (ref.name, ref.version) in self._by_key])
-            return [
-                *errors,
-                *(
-                    f"{ref.name}/{ref.version}: {self._failed[ref.path][1]}"
-                    for ref in found
-                    if ref.path in self._failed
-                ),
-            ]
+            failed = [ref for ref in found if ref.path in self._failed]
+            return [*errors, *(f"{ref.name}/{ref.version}: {self._failed[ref.path].why}" for ref in failed)]
 
     async def watch(self) -> None:
         """Reloads when something in the directories changes; runs until cancelled."""
@@ -123,13 +139,19 @@ class Catalog:
             await self.reload()
 
     async def _load(self, ref: BundleRef) -> None:
-        loop = asyncio.get_running_loop()
+        """Serves a bundle, unless it failed before and is still the same."""
+        before, stamp = self._failed.get(ref.path), await self._in_thread(_stamp, ref)
+        if before is not None and before.stamp == stamp and not before.passing:
+            return
         try:
-            served = await loop.run_in_executor(self._pool, self._build, ref, len(self.models))
-        except BundleError as error:
-            self._failed[ref.path] = (_stamp(ref), str(error))
-            self._metrics.model_loads.labels("failed").inc()
-            log.error("model %s/%s does not load: %s", ref.name, ref.version, error)
+            served = await self._in_thread(self._build, ref, len(self.models))
+        except Exception as error:  # whatever it is, it is this bundle's
+            why = str(error) if isinstance(error, BundleError) else f"{type(error).__name__}: {error}"
+            passing = isinstance(error, BundleError) and error.passing
+            self._failed[ref.path] = _Failure(stamp, why, passing)
+            if before is None or (before.stamp, before.why) != (stamp, why):
+                self._metrics.model_loads.labels("failed").inc()
+                log.error("model not served: %s/%s: %s", ref.name, ref.version, why)
             return
         self._failed.pop(ref.path, None)
         self.models.append(served)
@@ -141,6 +163,9 @@ class Catalog:
             served.runner.shapes.floor,
             served.arena.capacity,
         )
+
+    async def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
     def _build(self, ref: BundleRef, index: int) -> Served:
         bundle = load_bundle(ref.path, self._device)
@@ -179,9 +204,17 @@ class Catalog:
         return batch_floor(bundle.cell, self._device, rows, [rows]) is not None
 
 
-def _stamp(ref: BundleRef) -> str:
+def _stamp(ref: BundleRef) -> Stamp:
     """Changes when the bundle's files do, so that a bundle that failed is tried again once it was mended."""
-    return "|".join(f"{p.name}:{p.stat().st_mtime_ns}" for p in sorted(ref.path.iterdir()))
+    found: list[tuple[int, int, int] | None] = []
+    for name in (MANIFEST, WEIGHTS):
+        try:
+            file = (ref.path / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((file.st_mtime_ns, file.st_size, file.st_ino))
+    return tuple(found)
 
 
 def _versions(found: Sequence[BundleRef]) -> dict[str, list[str]]:

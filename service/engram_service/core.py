@@ -69,6 +69,7 @@ class Core:
         supervisor: Supervisor,
     ) -> None:
         self.shares = shares
+        self.supervisor = supervisor
         self.table = table
         self.queue = queue
         self.catalog = catalog

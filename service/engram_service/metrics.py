@@ -65,8 +65,11 @@ class Metrics:
         self.recall_cues = histogram("recall_cues", "Cues in a recall", _ROWS)
         self.patterns = counter("patterns", "Patterns stored and forgotten", "what")
         self.memory_cache_bytes = gauge("memory_cache_bytes", "Pattern memories at hand")
+        self.connections_refused = counter(
+            "connections_refused", "Connections without a stream that were ended, for too few files were free"
+        )
         self.task_failures = counter(
-            "task_failures", "Failures of background tasks, each of which was started again", "task"
+            "task_failures", "Failures of background tasks; what runs all the time was started again", "task"
         )
         self.http_connections_dropped = counter(
             "http_connections_dropped",

@@ -202,8 +202,8 @@ _FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens_file", "redis_tls_ca",
 _PORT_DIGITS, _PORT_MAX = 5, 65535
 
 
-def _check_number(name: str, value: float) -> None:
-    if not math.isfinite(value):
+def _check_number(name: str, value: int | float) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
         raise SettingError(f"{name} = {value}: must be a finite number")
     if value < 0:
         raise SettingError(f"{name} = {_short(str(value))}: must not be negative")

@@ -43,6 +43,11 @@ class Supervisor:
                 try:
                     await work()
                     return
+                except asyncio.CancelledError as error:
+                    if _is_cancelled():
+                        raise
+                    # What it waited for was cancelled, and not the work.
+                    failed = self._failed(name, error, failed, began)
                 except Exception as error:
                     failed = self._failed(name, error, failed, began)
                 finally:
@@ -90,6 +95,15 @@ class Supervisor:
         """Logs and counts a failure that its place has dealt with otherwise."""
         self._count(name, error)
 
+    def watch_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Logs and counts what callbacks of the loop raise, and tasks that nobody awaits: asyncio itself would only log it."""
+
+        def caught(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            self._failures.labels("callback").inc()
+            log.error("%s (%s)", context["message"], _of_what(context), exc_info=context.get("exception"))
+
+        loop.set_exception_handler(caught)
+
     async def cancel(self) -> None:
         """Cancels all tasks and waits for them."""
         for task in self._tasks:
@@ -101,7 +115,7 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _failed(self, name: str, error: Exception, failed: int, began: float) -> int:
+    def _failed(self, name: str, error: BaseException, failed: int, began: float) -> int:
         """Failures in a row, this one too."""
         failed = 1 if time.monotonic() - began > _SOUND_S else failed + 1
         self._count(name, error)
@@ -112,6 +126,17 @@ class Supervisor:
     def _count(self, name: str, error: BaseException) -> None:
         self._failures.labels(name).inc()
         log.error("background task %s failed", name, exc_info=error)
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody has asked the task that runs now to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _of_what(context: dict[str, Any]) -> str:
+    """What asyncio says the error came from."""
+    return ", ".join(f"{key} {value!r}"[:200] for key, value in context.items() if key not in ("message", "exception"))
 
 
 def _named(task: str) -> str:

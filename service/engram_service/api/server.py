@@ -23,6 +23,7 @@ from engram_service.api.probes import Probes
 from engram_service.api.status import abort
 from engram_service.api.stream import StreamHandler
 from engram_service.api.tls import Certificate
+from engram_service.descriptors import connection_options
 from engram_service.errors import DeadlineExceeded, Internal, InvalidArgument, Refusal
 from engram_service.health import Health
 from engram_service.settings import Settings
@@ -66,6 +67,7 @@ class Server:
                 ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS // 2),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
                 ("grpc.keepalive_permit_without_calls", 1),
+                *connection_options(),
             ],
         )
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}

@@ -21,6 +21,7 @@ from engram_service.errors import Internal, InvalidArgument, Refusal, ResourceEx
 from engram_service.sessions.ending import Endings
 from engram_service.sessions.opening import Opened, Sessions, Wanted, new_id
 from engram_service.sessions.streams import Stream
+from engram_service.supervision import Supervisor
 from engram_service.tenants import id_of, key_of
 from engram_service.tokens import Caller
 
@@ -90,7 +91,8 @@ class StreamHandler:
 
     async def _carry(self, stream: Stream, guest: _Guest, context: Context) -> None:
         """Returns when the stream has ended, or has to."""
-        work = [asyncio.create_task(self._read(stream, guest, context)), asyncio.create_task(_write(stream, context))]
+        read = self._core.supervisor.once("stream read", self._read(stream, guest, context))
+        work = [read, asyncio.create_task(_write(stream, context))]
         waited: list[asyncio.Future[Any]] = [work[1], guest.put_out]
         try:
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -101,6 +103,10 @@ class StreamHandler:
                 task.cancel()
         if guest.put_out.done():
             await asyncio.wait(work)
+
+    def peers(self) -> list[str]:
+        """Whose connections carry a stream."""
+        return [guest.peer for guest in self._guests.values()]
 
     def tokens_changed(self) -> None:
         """Puts out those whose token has been revoked, has expired or has lost its right; the others go on."""
@@ -118,7 +124,7 @@ class StreamHandler:
 
     async def _read(self, stream: Stream, guest: _Guest, context: Context) -> None:
         """Reads until the client has no more frames; then what is under way is answered, and the stream ends."""
-        opens = _Opens()
+        opens = _Opens(self._core.supervisor)
         try:
             while True:
                 await stream.room()
@@ -221,7 +227,8 @@ class _Opens:
     Those that wait for their turn are read nevertheless: what an open asks its client may be answered behind them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
         self._turns = asyncio.Semaphore(_OPENS_MAX)
         self._tasks: dict[asyncio.Task[None], _Slow] = {}
         self._nbytes = 0
@@ -238,7 +245,7 @@ class _Opens:
             del self._tasks[task]
             self._nbytes -= nbytes
 
-        task = asyncio.create_task(in_turn())
+        task = self._supervisor.once("open or close", in_turn())
         self._tasks[task] = slow
         self._nbytes += nbytes
         task.add_done_callback(ended)

@@ -25,6 +25,7 @@ from engram_service.scheduler import FIXED_ROWS, Tick
 from engram_service.sessions.admission import FEEDBACK
 from engram_service.sessions.table import Reference, References, SessionTable
 from engram_service.store import CommitJob, MetaFields, Sent, Store, Verdict
+from engram_service.supervision import Supervisor
 from engram_service.work import Job, WorkQueue
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Engine:
     def __init__(
         self, queue: WorkQueue, table: SessionTable, catalog: Catalog, store: Store, answers: Answers, metrics: Metrics,
         meta: Callable[[Reference], MetaFields | None], workers: int,
+        supervisor: Supervisor,
     ) -> None:  # fmt: skip
         self._queue = queue
         self._table = table
@@ -111,13 +113,16 @@ class Engine:
         self._answers = answers
         self._metrics = metrics
         self._meta = meta
-        self._threads = [threading.Thread(target=self._run, name=f"engine-{n}", daemon=True) for n in range(workers)]
+        self._stopped = threading.Event()
+        self._threads = [supervisor.thread(f"engine-{n}", self._run, self._stopped) for n in range(workers)]
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
     def join(self) -> None:
+        """Until the threads have ended; the queue is closed before."""
+        self._stopped.set()  # one that failed is not started again
         for thread in self._threads:
             thread.join()
 
