@@ -67,6 +67,7 @@ class ServerProcess:
         self.log = directory / "server.log"
         self.faults = ""  # Python that runs in its process before it serves: to have a part fail on demand
         self.credentials: grpc.ChannelCredentials | None = None  # where it speaks TLS
+        self.prefix: tuple[str, ...] = ()  # the command that runs it, under limits say
         self._process: subprocess.Popen[bytes] | None = None
         self._cluster = RedisCluster(directory / "cluster") if self.on_cluster and "--redis-url" not in flags else None
 
@@ -100,7 +101,7 @@ class ServerProcess:
             flags = ("--redis-url", self._cluster.url, *flags)
         program = ["-c", self.faults + _SERVE] if self.faults else ["-m", "engram"]
         command = [
-            sys.executable, *program, "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
+            *self.prefix, sys.executable, *program, "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
             "--data-dir", str(self.directory / "data"), *flags,
         ]  # fmt: skip
         with self.log.open("ab") as log:
@@ -123,8 +124,11 @@ class ServerProcess:
 
     def terminate(self) -> None:
         """SIGTERM, without waiting."""
+        self.signal(signal.SIGTERM)
+
+    def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         """kill -9."""

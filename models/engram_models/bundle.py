@@ -282,7 +282,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load(read_file(path, _memory_bytes() // _MEMORY_SHARE))
     except FileNotFoundError as error:
-        link = f", {shown(Path(os.readlink(path)))} that it links to" if path.is_symlink() else ""
+        link = f"; it is a link to {shown(Path(os.readlink(path)))}" if path.is_symlink() else ""
         raise BundleError(f"{path}: no such file{link}") from error
     except OSError as error:
         raise _unreadable(path, error) from error

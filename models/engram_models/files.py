@@ -59,13 +59,27 @@ def read_toml(path: Path | str, bytes_max: int = TOML_BYTES_MAX) -> dict[str, An
     """Raises OSError where the file cannot be read, and ValueError, `not toml: why`, where it is something else."""
     data = read_file(path, bytes_max)
     try:
-        return tomllib.loads(data.decode("utf-8-sig"))
+        return _of_64_bits(tomllib.loads(data.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         raise ValueError("not toml: not UTF-8") from error
     except RecursionError:
         raise ValueError("not toml: arrays or tables are nested too deep") from None
     except ValueError as error:  # also a number of more digits than Python reads
         raise ValueError(f"not toml: {str(error).partition('; use sys.')[0]}") from error
+
+
+def _of_64_bits(content: dict[str, Any]) -> dict[str, Any]:
+    """As toml has it. Python reads hexadecimal numbers of any length, and then cannot print them. Raises ValueError."""
+    waiting: list[Any] = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise ValueError("a whole number has more than 64 bits")
+    return content
 
 
 def is_passing(error: OSError) -> bool:

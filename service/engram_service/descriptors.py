@@ -2,7 +2,7 @@
 
 The soft limit is raised to the hard one, and `streams_max` lowered to what fits under it. gRPC takes every connection that comes
 until no file can be opened; by then Redis, bundles and the HTTP port want for files too. So some are kept free: while there are
-fewer, connections that carry no stream are ended, the newest first of whichever address has the most. Who has a stream is left alone.
+fewer, connections that carry no stream are ended, the newest first of whichever address has the most. Streams are left alone.
 """
 
 from __future__ import annotations

@@ -275,10 +275,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _text(name: str, value: Any, source: str) -> str:
     if not isinstance(value, str | int | float):
         raise SettingError(f"{name} (from {source}): not a string, a number, true or false")
-    try:
-        return str(value).lower() if isinstance(value, bool) else str(value)
-    except ValueError as error:  # hexadecimal numbers may have any number of digits
-        raise SettingError(f"{name} (from {source}): the number is too large") from error
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _convert(name: str, text: str, kind: type, source: str) -> Any:

@@ -42,6 +42,7 @@ class Supervisor:
                 sound = asyncio.get_running_loop().call_later(_SOUND_S, self._health.clear, _named(name))
                 try:
                     await work()
+                    self._health.clear(_named(name))
                     return
                 except asyncio.CancelledError as error:
                     if _is_cancelled():
@@ -81,6 +82,7 @@ class Supervisor:
                     sound.start()
                 try:
                     work()
+                    self._health.clear(_named(name))
                     return
                 except Exception as error:
                     failed = self._failed(name, error, failed, began)

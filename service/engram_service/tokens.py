@@ -51,7 +51,6 @@ RIGHTS = {
 }
 _POLL_MIN_S = 0.05
 _FILE_BYTES_MAX = 16 << 20
-_LIMIT_MAX = (1 << 63) - 1
 _PREFIX = "engram_"  # so that people and secret scanners see what it is
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -260,7 +259,7 @@ def _limits(where: str, values: Any) -> Limits:
     if not isinstance(values, dict) or set(values) - set(names):
         raise TokensError(f"{where}: there are {', '.join(names)}")
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LIMIT_MAX:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise TokensError(f"{where}: {name} is a whole number, 0 for no limit")
     return Limits(**values)
 

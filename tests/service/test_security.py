@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import queue
 import subprocess
@@ -471,6 +472,10 @@ def test_tokens_come_and_go_while_it_runs(own_guarded: tuple[Any, TokensFile]) -
         (bad := mine.path.with_suffix(".bad")).write_text("[tokens.first]\nnonsense")
         bad.replace(mine.path)
         eventually(lambda: "stay in force" in server.log.read_text(), "a bad file is reported")
+        for put, words in bad_files(mine.path):
+            put()
+            eventually(lambda words=words: words in server.log.read_text(), f"a file is refused: {words}")
+            mine.path.rmdir() if mine.path.is_dir() else mine.path.unlink()
         assert old.step(0, 2).WhichOneof("frame") == "outputs", "and what was in force stays in force"
         mine.remove("first")
         mine.write()
@@ -483,6 +488,19 @@ def test_tokens_come_and_go_while_it_runs(own_guarded: tuple[Any, TokensFile]) -
         mine.path.unlink()
         time.sleep(0.5)
         assert allowed(new), "a file that is away revokes nobody"
+
+
+def bad_files(path: pathlib.Path) -> list[tuple[Callable[[], object], str]]:
+    """What somebody may put in the place of a file, and what is said of it."""
+    return [
+        (lambda: path.write_text("[limits]\nsessions_max = " + "9" * 5000), "value has 5000 digits"),
+        (lambda: path.write_text("[limits]\nsessions_max = 0x" + "f" * 5000), "more than 64 bits"),
+        (lambda: path.write_text("x = " + "[" * 50_000), "nested too deep"),
+        (lambda: os.mkfifo(path), "a named pipe, not a regular file"),
+        (path.mkdir, "a directory, not a regular file"),
+        (lambda: path.symlink_to("/dev/zero"), "a device, not a regular file"),
+        (lambda: (path.touch(), os.truncate(path, 1 << 30)), "at most 16777216 are read"),
+    ]
 
 
 def test_a_stream_ends_when_its_token_expires_or_loses_the_right(own_guarded: tuple[Any, TokensFile]) -> None:
@@ -527,6 +545,9 @@ def allowed(peer: Peer) -> bool:
         ('[tokens.a]\ntenant = "t"\nrights = ["read"]\nsha256 = "%s"\nexpires = 2027-01-01\n', "a time with its zone"),
         ('[tokens.a]\ntenant = "t"\nrights = ["read"]\nsha256 = "%s"\n' * 1 + '[tokens.b]\ntenant = "t"\nrights = ["read"]\nsha256 = "%s"\n', "same hash"),
         ("[tenants.t]\nsessions_max = -1\n", "whole number"),
+        ("[tenants.t]\nsessions_max = nan\n", "whole number"),
+        ("[tenants.t]\nsessions_max = 9223372036854775808\n", "more than 64 bits"),
+        ('[tokens.a]\ntenant = "t"\nrights = ["read"]\nsha256 = "%s"\nexpires = 0001-01-01T00:00:00+14:00\n', "beyond the years"),
         ("[limits]\nsteps_max = 1\n", "there are sessions_max"),
         ("= nonsense", "not toml"),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from engram_service.settings import SettingError, read_settings
+from engram_service.settings import SettingError, Settings, read_settings
 
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
@@ -35,6 +37,10 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
         ({"tick_rows_max": "many"}, {}, "--tick-rows-max"),
         ({}, {"ENGRAM_TICK_ROWS_MAX": "0"}, "at least 1"),
         ({"drain_timeout_s": "-1"}, {}, "negative"),
+        ({"sessions_max": "9" * 400}, {}, "sessions_max is too large"),
+        ({"sessions_max": "9" * 5000}, {}, "not a whole number"),
+        ({}, {"ENGRAM_STEP_TIMEOUT_S": "1e300"}, "step_timeout_s is too large"),
+        ({"frame_bytes_max": str(1 << 30)}, {}, "frame_bytes_max is too large"),
         ({"device": "gpu"}, {}, "cuda:N"),
         ({"redis_ack": "replicated"}, {}, "give a redis_url"),
         ({"models": "/does/not/exist"}, {}, "no such directory"),
@@ -54,4 +60,42 @@ def test_an_unknown_name_in_the_file_is_refused(tmp_path: Path) -> None:
         read_settings({"config": str(config)}, {})
     config.write_text("= nonsense")
     with pytest.raises(SettingError, match="not toml"):
+        read_settings({"config": str(config)}, {})
+
+
+NUMBERS = [item.name for item in fields(Settings) if type(item.default) in (int, float)]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_numbers_are_finite_from_every_source(number: str, tmp_path: Path) -> None:
+    config = tmp_path / "engram.toml"
+    for name in NUMBERS:
+        config.write_text(f"{name} = {number}\n")
+        for flags, environment in (
+            ({name: number}, {}),
+            ({}, {"ENGRAM_" + name.upper(): number}),
+            ({"config": str(config)}, {}),
+        ):
+            with pytest.raises(SettingError, match=f"^{name} = "):
+                read_settings(flags, environment)
+
+
+def test_a_file_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+    config = tmp_path / "engram.toml"
+    os.mkfifo(config)
+    with pytest.raises(SettingError, match="a named pipe, not a regular file"):
+        read_settings({"config": str(config)}, {})
+    config.unlink()
+    for text, words in (
+        ("sessions_max = " + "9" * 5000, "digits"),
+        ("sessions_max = 0x" + "f" * 5000, "more than 64 bits"),
+        ("x = " + "[" * 50_000, "nested too deep"),
+        ("listen = []", "not a string"),
+        ("#" * (2 << 20), "at most"),
+    ):
+        config.write_text(text)
+        with pytest.raises(SettingError, match=words):
+            read_settings({"config": str(config)}, {})
+    config.write_bytes(b"listen = '\xff'")
+    with pytest.raises(SettingError, match="not UTF-8"):
         read_settings({"config": str(config)}, {})

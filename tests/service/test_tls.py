@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import socket
@@ -98,6 +99,9 @@ def test_tls_and_a_certificate_that_is_renewed(
             session.step(np.ones(3, np.float32))
             cert.write_text("nonsense")
             assert served_name(server, ca) == "second", "what cannot be used changes nothing"
+            cert.unlink()
+            os.mkfifo(cert)
+            assert served_name(server, ca) == "second", "nor what would never be read to its end"
             install("third")
             assert served_name(server, ca) == "third"
             session.step(np.ones(3, np.float32))
@@ -108,6 +112,7 @@ def test_tls_and_a_certificate_that_is_renewed(
         ):
             pass
         assert "stay in force" in server.log.read_text()
+        assert "a named pipe, not a regular file" in server.log.read_text()
 
 
 def test_mtls_lets_in_whom_the_client_ca_has_signed(

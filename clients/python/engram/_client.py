@@ -35,7 +35,7 @@ from engram._errors import (
 from engram._frames import close_frame
 from engram._link import Link, StreamLost
 from engram._manage import Models, Sessions
-from engram._options import ClientOptions
+from engram._options import ClientOptions, checked_seconds
 from engram._poller import check, mark, refuse_patched_threads
 from engram._session import UNSET, Session
 from engram._table import VOID_HANDLE
@@ -295,7 +295,10 @@ class AsyncClient:
             raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
         if self._link is not None:
             self._here(self._link)
-        return self.options.timeout_s if timeout == UNSET else timeout
+        return self._seconds(timeout)
+
+    def _seconds(self, timeout: float | None) -> float | None:
+        return self.options.timeout_s if timeout == UNSET else checked_seconds("timeout", timeout)
 
     def _durability(self, name: str | None) -> int:
         if name not in _DURABILITIES:
@@ -453,7 +456,7 @@ class AsyncClient:
         if link is None or not sessions:
             return
         table = self._here(link).core.table
-        limit_s = self.options.timeout_s if timeout == UNSET else timeout
+        limit_s = self._seconds(timeout)
         deadline = None if limit_s is None else link.loop.time() + limit_s
         mine = [session for session in sessions if session._uid >= 0 and session._client is self]
         failed: dict[Session, EngramError] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeAlias, TypeVar, cast
 
 import grpc
@@ -12,11 +11,14 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from engram._errors import EngramError, InvalidInput, Unavailable
+from engram._files import read_file
 from engram._options import ClientOptions
 from engram._poller import bound
 from engram.v1 import stream_pb2
 
 SERVICE = "/engram.v1.EngramService/"
+_INT_MAX = (1 << 31) - 1  # of gRPC's options
+_PEM_BYTES_MAX = 4 << 20
 
 StreamCall: TypeAlias = "grpc.aio.StreamStreamCall[stream_pb2.StreamRequest, stream_pb2.StreamResponse]"
 _Response = TypeVar("_Response", bound=Message)
@@ -24,7 +26,7 @@ _Response = TypeVar("_Response", bound=Message)
 
 def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
     """A channel of its own connection to one server."""
-    keepalive_ms = int(options.keepalive_s * 1000)
+    keepalive_ms = min(int(options.keepalive_s * 1000), _INT_MAX)
     arguments = [
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", keepalive_ms // 2),
@@ -57,7 +59,7 @@ def _credentials(options: ClientOptions) -> grpc.ChannelCredentials:
 
 def _content(name: str, path: str | None) -> bytes | None:
     try:
-        return Path(path).read_bytes() if path else None
+        return read_file(path, _PEM_BYTES_MAX) if path else None
     except OSError as error:
         raise InvalidInput(f"{name} = {path!r}: {error.strerror}", reason="INVALID_ARGUMENT") from error
 

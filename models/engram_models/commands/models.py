@@ -102,8 +102,11 @@ def _show(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     import torch
 
+    from engram_models.bundle import BundleError
     from engram_models.probe import batch_floor
 
+    if args.batch_max < 1:
+        raise BundleError(f"--batch-max {args.batch_max}: at least 1")
     bundle = _load(args, args.device)
     floor = batch_floor(bundle.cell, args.device, args.batch_max)
     found = {

@@ -55,11 +55,14 @@ def _list(as_json: bool) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from engram_models.training.recipe import load_recipe
+    from engram_models.training.experiment import TrainingError
+    from engram_models.training.recipe import SEED_MAX, load_recipe
     from engram_models.training.run import run as train
 
     recipe = load_recipe(args.recipe, args.quick)
     seed = recipe.seeds[0] if args.seed is None else args.seed
+    if not 0 <= seed <= SEED_MAX:
+        raise TrainingError(f"--seed {seed}: from 0 to {SEED_MAX}")
     out = args.out or Path("runs") / recipe.name / f"seed-{seed}"
     result = train(recipe, seed, out, args.resume)
     print(json_text(result) if args.json else _summary(result, recipe, out))

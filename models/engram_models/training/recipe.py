@@ -26,6 +26,7 @@ from engram_models.training.experiment import TrainingError
 
 _TABLES = ("options", "model", "task", "quick", "pass", "bundle")
 _KEYS = ("name", "claim", "procedure", "seeds", *_TABLES)
+SEED_MAX = 2**31 - 1
 _BUNDLE_KEYS = ("name", "version", "description")
 
 T = TypeVar("T")
@@ -110,7 +111,11 @@ def _recipe(path: Path, tables: dict[str, Any], quick: bool) -> Recipe:
     if not isinstance(tables.get("procedure"), str):
         raise TrainingError(f"{path}: procedure must be a string that names an experiment")
     seeds = tables.get("seeds", [1])
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds):
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or not all(type(seed) is int and 0 <= seed <= SEED_MAX for seed in seeds)
+    ):
         raise TrainingError(f"{path}: seeds must be a list of whole numbers from 0, at least one")
     refuse_unknown(tables["bundle"], _BUNDLE_KEYS, f"{path}: [bundle]")
     if tables["bundle"] and not {"name", "version"} <= set(tables["bundle"]):

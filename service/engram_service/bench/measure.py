@@ -26,6 +26,7 @@ from engram_service.local import LocalServer
 TOLERANCE = 1e-5
 _CEILING_WINDOWS = 3  # before the load, and as many after it
 _SEED = 1000
+_SECONDS_MAX = 86_400
 _PROCESS_START_S = 120.0
 _PROCESS_END_S = 60.0
 _BASE_FLAGS = ("--log-level", "warning", "--log-format", "human", "--arena-slots-max", "16384")
@@ -129,8 +130,10 @@ def _device(name: str) -> str:
 
 
 def _check(options: Options) -> None:
-    if min(options.sessions, options.processes, options.groups) < 1 or options.seconds <= 0:
-        raise BenchError("sessions, processes, groups and seconds must be above 0")
+    if min(options.sessions, options.processes, options.groups) < 1 or not 0 < options.seconds <= _SECONDS_MAX:
+        raise BenchError(f"sessions, processes, groups and seconds must be above 0, seconds at most {_SECONDS_MAX}")
+    if not 0 <= options.warm_up_s <= _SECONDS_MAX or options.connections < 0:
+        raise BenchError(f"warm-up must be from 0 to {_SECONDS_MAX} seconds, connections at least 0")
     if options.connections > options.sessions:
         raise BenchError("more connections than sessions: some would have nothing to send")
 

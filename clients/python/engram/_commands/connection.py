@@ -6,13 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engram import Client
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+_TOKEN_BYTES_MAX = 64 << 10
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
@@ -58,10 +58,11 @@ def client_of(args: argparse.Namespace) -> Client:
 def _token(args: argparse.Namespace) -> str | Callable[[], str] | None:
     """A token is never an argument: arguments can be read by everybody on the machine. A file is read again for each connection."""
     from engram import InvalidInput
+    from engram._files import read_file
 
     def read() -> str:
         try:
-            return Path(args.token_file).read_text("utf-8-sig").strip()
+            return read_file(args.token_file, _TOKEN_BYTES_MAX).decode("utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise InvalidInput(f"--token-file {args.token_file}: {why}", reason="INVALID_ARGUMENT") from error

@@ -33,13 +33,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         add_address(action)
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}: from 0 on")
+    return number
+
+
 _ID: tuple[tuple[str, ...], dict[str, Any]] = (("session",), {"metavar": "SESSION"})
 _ACTIONS: dict[str, tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
     "list": (
         "all sessions",
         [
             (("--model",), {"metavar": "M", "default": "", "help": "only of this model"}),
-            (("--limit",), {"metavar": "N", "type": int, "default": 0, "help": "at most so many; 0: all"}),
+            (("--limit",), {"metavar": "N", "type": _count, "default": 0, "help": "at most so many; 0: all"}),
         ],
     ),
     "show": ("one session", [_ID]),
