@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,3 +117,54 @@ def test_command_line_is_quick_and_says_what_there_is() -> None:
     assert subprocess.run([sys.executable, "-m", "engram", "no-such"], capture_output=True, check=False).returncode == 2
     version = subprocess.run([sys.executable, "-m", "engram", "--version"], capture_output=True, text=True, check=True)
     assert version.stdout == f"engram {engram.__version__}\n"
+
+
+NO_SECONDS = [float("nan"), float("inf"), -float("inf"), -0.5, 1e12, "5"]
+
+
+@pytest.mark.parametrize("seconds", NO_SECONDS, ids=str)
+def test_options_are_finite_numbers(seconds: Any) -> None:
+    for item in fields(engram.ClientOptions):
+        if item.name.endswith("_s"):
+            options = engram.ClientOptions(**{item.name: seconds})
+            with pytest.raises(engram.InvalidInput, match=f"^{item.name} = "):
+                engram.AsyncClient("127.0.0.1:1", options)
+        elif item.name.endswith("_max"):
+            with pytest.raises(engram.InvalidInput, match=f"^{item.name} = "):
+                engram.AsyncClient("127.0.0.1:1", engram.ClientOptions(**{item.name: seconds}))
+
+
+@pytest.mark.parametrize("seconds", NO_SECONDS, ids=str)
+def test_timeouts_are_finite_numbers(seconds: Any) -> None:
+    """Refused before anything is sent: there is no server."""
+
+    async def ask(call: Callable[[engram.AsyncClient], Any]) -> None:
+        client = engram.AsyncClient("127.0.0.1:1")
+        try:
+            with pytest.raises(engram.InvalidInput, match=r"timeout = .*None for no limit"):
+                await call(client)
+        finally:
+            await client.aclose()
+
+    for call in (
+        lambda client: client.open("m", timeout=seconds),
+        lambda client: client.server(timeout=seconds),
+        lambda client: client.sessions.get("s", timeout=seconds),
+    ):
+        asyncio.run(ask(call))
+
+
+def test_files_of_a_client_are_regular(tmp_path: pathlib.Path) -> None:
+    """They are read on its event loop, again for each connection: a pipe would hold up every session."""
+    pipe = tmp_path / "ca.pem"
+    os.mkfifo(pipe)
+    with (
+        pytest.raises(engram.InvalidInput, match=r"ca_file = .*: not a regular file"),
+        engram.Client("127.0.0.1:1", ca_file=str(pipe)),
+    ):
+        pass
+    done = subprocess.run(
+        [sys.executable, "-m", "engram", "sessions", "list", "--address", "127.0.0.1:1", "--token-file", str(pipe)],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "not a regular file" in done.stderr and "Traceback" not in done.stderr
