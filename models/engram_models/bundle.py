@@ -288,6 +288,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from error
     except SafetensorError as error:
         raise BundleError(f"{path}: not safetensors: {error}") from error
+    except Exception as error:  # of the library's, for a dtype that torch has not, say
+        raise BundleError(f"{path}: not safetensors for torch: {type(error).__name__}: {error}") from error
 
 
 def _unreadable(path: Path, error: OSError) -> BundleError:

@@ -37,8 +37,8 @@ def fails(of, name, times):
         return real(*arguments, **named)
     setattr(of, name, work)
 
-fails(Core, "_expire_repeats", 3)
-fails(Residency, "dirty", 1)
+fails(Core, "sweep", 3)
+fails(Residency, "beat", 1)
 fails(UnaryStream, "run", 1)
 fails(UnaryStream, "tidy", 1)
 fails(WorkQueue, "_next_tick", 1)
