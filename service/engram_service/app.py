@@ -53,8 +53,7 @@ _REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is awa
 async def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises SettingError, StoreError or OSError if it cannot start."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
@@ -81,18 +80,16 @@ async def serve(settings: Settings) -> None:
         core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers, supervisor)
         calls, holds = StoreCalls(core), Holds(core)
         sessions, endings = Sessions(core, store, calls, holds), Endings(core, store, calls, holds)
-        stack.callback(sessions.close)
         unary = UnaryStream(core, sessions)
         memories = Memories(catalog.resolve, store, settings.memory_cache_mb << 20)
         handlers = UnaryHandlers(core, sessions, endings, calls, store, unary, memories, str(device))
         memory_handlers = MemoryHandlers(core, calls, handlers, memories)
-        stack.callback(memory_handlers.close)
-        stack.callback(handlers.close)
+        for pools in (sessions, memory_handlers, handlers):
+            stack.callback(pools.close)
         streams = StreamHandler(core, sessions, endings, access)
         tokens.on_change = streams.tokens_changed
         server = Server(settings, access, certificate, health, streams, handlers, memory_handlers)
-        _expose(metrics, core, store, device)
-        metrics.read_with(metrics.memory_cache_bytes, lambda: memories.cache.nbytes)
+        _expose(metrics, core, store, memories, device)
 
         await catalog.reload()
         _start_store(store, core, health)
@@ -111,14 +108,18 @@ async def serve(settings: Settings) -> None:
         supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
         supervisor.run("descriptors", lambda: files.watch(port, streams.peers))
         await stop.wait()
-        log.info("draining")
-        server.set_serving(False)
-        await core.drain(time.monotonic() + settings.drain_timeout_s)
-        await server.stop(_STOP_GRACE_S)
-        await supervisor.cancel()
+        await _drain(server, core, supervisor)
         queue.close()
         core.engine.join()
     log.info("stopped")
+
+
+async def _drain(server: Server, core: Core, supervisor: Supervisor) -> None:
+    log.info("draining")
+    server.set_serving(False)
+    await core.drain(time.monotonic() + core.settings.drain_timeout_s)
+    await server.stop(_STOP_GRACE_S)
+    await supervisor.cancel()
 
 
 def _announce(settings: Settings, port: int, http: str, device: torch.device) -> None:
@@ -164,9 +165,10 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _expose(metrics: Metrics, core: Core, store: Store, device: torch.device) -> None:
+def _expose(metrics: Metrics, core: Core, store: Store, memories: Memories, device: torch.device) -> None:
     """Gauges that are read when somebody scrapes."""
     table = core.table
+    metrics.read_with(metrics.memory_cache_bytes, lambda: memories.cache.nbytes)
 
     def resident() -> int:
         return int((table.slot[: table.high] != NO_SLOT).sum())

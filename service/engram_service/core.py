@@ -387,6 +387,9 @@ class Core:
     def failed(self, served: Served, tick: Tick, error: Exception) -> None:
         self._loop.call_soon_threadsafe(self._on_failed, served, tick, error)
 
+    def unpacked(self, advance: Advance, error: Exception) -> None:
+        self._loop.call_soon_threadsafe(self._on_unpacked, advance, error)
+
     def _on_committed(self, advance: Advance, job_rows: NDArray[np.intp], verdict: Verdict) -> None:
         tick = advance.tick
         last = advance.committing[job_rows]
@@ -476,13 +479,25 @@ class Core:
     def _on_failed(self, served: Served, tick: Tick, error: Exception) -> None:
         """The sessions go back to their records; their clients may send the same steps again."""
         advance = Advance(served, tick, np.empty((0, 0), np.uint8), 0.0, 0.0, unanswered=len(tick))
-        sessions = np.unique(tick.rows)
         why = Internal("INTERNAL", f"the model failed on a batch with this session: {type(error).__name__}")
-        self.residency.forget_slots(served, sessions)
+        self._go_back(advance, np.unique(tick.rows), None, why)
+
+    def _on_unpacked(self, advance: Advance, error: Exception) -> None:
+        sessions = advance.tick.rows[advance.committing]
+        why = Internal("INTERNAL", f"the server failed on the commit of this step: {type(error).__name__}")
+        index = np.flatnonzero(np.isin(advance.tick.rows, sessions))
+        self._settle(advance, index)
+        self._go_back(advance, sessions, index, why)
+
+    def _go_back(
+        self, advance: Advance, sessions: NDArray[Any], index: NDArray[np.intp] | None, why: Refusal
+    ) -> None:  # fmt: skip
+        """These sessions of a tick are as their records have them; the tick's rows in `index` (None: all) are refused."""
+        self.residency.forget_slots(advance.served, sessions)
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), why)
-        self.table.admitted[sessions] = self.table.durable[sessions]
-        self.table.applied[sessions] = self.table.durable[sessions]
-        self._refuse_index(advance, None, why)
+        for figures in (self.table.admitted, self.table.computed, self.table.applied):
+            figures[sessions] = self.table.durable[sessions]
+        self._refuse_index(advance, index, why)
         self.repeats.refuse(self.table.refer(sessions), why)
         self.queue.release(sessions)
         self.after_release()

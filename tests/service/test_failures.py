@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from engram.v1 import stream_pb2
 from engram_service.store.keys import session_tag
 
 ServerProcess = Any
@@ -27,6 +28,19 @@ def step(self, slots, inputs, feedback):
     return real(self, slots, inputs, feedback)
 
 Runner.step = step
+"""
+FAILING_PACK = """
+from engram_service.engine import engine
+
+real, calls = engine.pack_records, []
+
+def pack_records(*arguments):
+    calls.append(1)
+    if len(calls) in (2, 4):
+        raise MemoryError
+    return real(*arguments)
+
+engine.pack_records = pack_records
 """
 FAILING_LOOK = """
 from engram_service.store import Store, StoreUnavailable
@@ -74,6 +88,27 @@ def test_steps_behind_one_that_fails_in_the_model_are_refused_and_may_be_sent_ag
         assert answers(raw, 3) == dict.fromkeys((1, 2, 3), "INTERNAL no")
         assert raw.refusal() == ("INTERNAL", [3])
         assert raw.step(handles[0], 1) == first, "nothing was applied"
+        assert server.series()["engram_rows_in_flight"] == 0
+
+
+def test_a_commit_that_cannot_be_put_together_holds_nobody(
+    server_with: Callable[..., ServerProcess], connect: Connect
+) -> None:
+    server = server_with("--interval-ms", "100")
+    server.faults = FAILING_PACK
+    with server:
+        raw = connect(server)
+        steps, interval = (
+            int(np.frombuffer(raw.open(name, durability=kind).handles, np.uint32)[0])
+            for name, kind in (("step", stream_pb2.DURABILITY_STEP), ("interval", stream_pb2.DURABILITY_INTERVAL))
+        )
+        expected = raw.step(steps, 1)
+        raw.steps([steps], [2])
+        assert answers(raw, 1) == {2: "INTERNAL no"}
+        raw.step(steps, 2)
+        assert raw.step(interval, 1) == expected
+        assert np.frombuffer(raw.next("durable").durable_seqs, np.uint64).tolist() == [0], "the flush failed"
+        assert np.frombuffer(raw.next("durable").durable_seqs, np.uint64).tolist() == [1], "and was tried again"
         assert server.series()["engram_rows_in_flight"] == 0
 
 

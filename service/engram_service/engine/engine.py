@@ -30,7 +30,9 @@ from engram_service.work import Job, WorkQueue
 
 log = logging.getLogger(__name__)
 
-Commit = Callable[[], CommitJob]  # packs the records, which takes about as long as to compute them
+Commit = Callable[
+    [], CommitJob | None
+]  # packs the records, which takes about as long as to compute them; None: that failed
 
 
 @dataclass(eq=False, slots=True)
@@ -67,6 +69,9 @@ class Answers(Protocol):
     def failed(self, served: Served, tick: Tick, error: Exception) -> None:
         """The cell raised: nothing of the tick was committed."""
 
+    def unpacked(self, advance: Advance, error: Exception) -> None:
+        """The commit of a tick could not be put together: nothing of it was committed."""
+
 
 class _Line:
     """A thread's way to Redis: one commit is under way at a time, and one may stand behind the next."""
@@ -84,7 +89,8 @@ class _Line:
     def send(self, commit: Commit) -> None:
         job = commit()
         self.wait()
-        self._sent, self.rows = self._store.begin(job), len(job.tags)
+        if job is not None:
+            self._sent, self.rows = self._store.begin(job), len(job.tags)
 
     def send_behind(self) -> None:
         if self.behind is not None:
@@ -211,8 +217,15 @@ class Engine:
         def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
             self._answers.committed(advance, rows, verdict)
 
-        sessions = tick.sessions[last]
-        return lambda: self._commit_job(advance.served, sessions, tick.seqs[last], states, done)
+        def commit() -> CommitJob | None:
+            try:
+                return self._commit_job(advance.served, tick.sessions[last], tick.seqs[last], states, done)
+            except Exception as error:  # out of memory, for one; the sessions must not be held for ever
+                log.exception("a commit of %s could not be put together", advance.served.reference)
+                self._answers.unpacked(advance, error)
+                return None
+
+        return commit
 
     def flush(self, served: Served, sessions: References) -> None:
         """Commits sessions as the arena holds them (durability interval); they are pinned. A job of the queue, on the engine's
@@ -227,8 +240,15 @@ class Engine:
         def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
             self._answers.flushed(sessions[rows], seqs[rows], verdict)
 
-        states = [served.arena.packed(table.slot[sessions.rows])]
-        self._store.submit(self._commit_job(served, sessions, seqs, states, done))
+        try:
+            states = [served.arena.packed(table.slot[sessions.rows])]
+            job = self._commit_job(served, sessions, seqs, states, done)
+        except Exception:
+            self._answers.flushed(
+                sessions, table.durable[sessions.rows], Verdict.OK
+            )  # no further than before: tried again
+            raise
+        self._store.submit(job)
 
     def _commit_job(
         self, served: Served, sessions: References, seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]],
