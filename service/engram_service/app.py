@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from engram_service.sessions.opening import Sessions
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.table import NO_SLOT, SessionTable
 from engram_service.settings import SettingError, Settings
-from engram_service.store import Store, StoreSettings, TlsFiles
+from engram_service.store import UNSAFE, Store, StoreSettings, TlsFiles
 from engram_service.store.private import PrivateRedis, PrivateSettings
 from engram_service.supervision import Supervisor
 from engram_service.tokens import Tokens
@@ -70,7 +71,9 @@ async def serve(settings: Settings) -> None:
         tokens = Tokens(Path(settings.tokens_file) if settings.tokens_file else None)
         access = Access(tokens, Audit(metrics))
         certificate = Certificate.of(settings)
-        store = await _store(settings, stack)
+        health = Health()
+        supervisor = Supervisor(metrics, health)
+        store = await _store(settings, stack, supervisor, health)
         table = SessionTable()
         workers = settings.engine_threads(device.type == "cpu")
         queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max, workers)
@@ -129,19 +132,23 @@ def _announce(settings: Settings, port: int, http: str, device: torch.device) ->
         log.warning("%s", exposure)
 
 
-async def _store(settings: Settings, stack: AsyncExitStack) -> Store:
+async def _store(settings: Settings, stack: AsyncExitStack, supervisor: Supervisor, health: Health) -> Store:
     url, ack, appendfsync = settings.redis_url, settings.redis_ack, settings.redis_appendfsync
     if not url:
         if ack == "disk":  # the private Redis, be it as old as it may, then answers after it has synced
             ack, appendfsync = "memory", "always"
-        private = PrivateRedis(PrivateSettings(settings.data_directory(), appendfsync, settings.redis_maxmemory_mb))
+        private = PrivateRedis(
+            PrivateSettings(settings.data_directory(), appendfsync, settings.redis_maxmemory_mb), supervisor
+        )
         await asyncio.to_thread(private.start)
         stack.callback(private.stop)
         url = private.url
     tls = TlsFiles(settings.redis_tls_ca, settings.redis_tls_cert, settings.redis_tls_key)
-    store = Store(
-        StoreSettings(url, ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections, tls)
-    )
+    wanted = StoreSettings(
+        url, ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections, tls,
+        settings.require_safe_redis,
+    )  # fmt: skip
+    store = Store(wanted, supervisor, health)
     stack.callback(store.close)
     return store
 
@@ -179,6 +186,9 @@ def _expose(metrics: Metrics, core: Core, store: Store, memories: Memories, devi
     metrics.read_with(metrics.streams, lambda: len(core.streams) - 1)  # less the unary one
     metrics.read_with(metrics.redis_memory_bytes, lambda: store.used_memory_bytes)
     metrics.read_with(metrics.redis_expired_keys, lambda: store.expired_keys)
+    metrics.read_with(metrics.redis_losses, lambda: store.losses)
+    for reason in UNSAFE:
+        metrics.read_with(metrics.redis_unsafe, partial(store.unsafe_as_to, reason), reason)
     metrics.redis_up.set(1)
 
     def arenas() -> int:

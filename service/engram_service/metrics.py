@@ -54,6 +54,12 @@ class Metrics:
         )
         self.redis_up = gauge("redis_up", "1 while Redis takes commits")
         self.redis_memory_bytes = gauge("redis_memory_bytes", "used_memory of Redis")
+        self.redis_unsafe = gauge(
+            "redis_unsafe", "1 where Redis may lose what it is given: persistence, eviction, replica or disk", "reason"
+        )
+        self.redis_losses = gauge(
+            "redis_losses", "How often Redis was found to have lost data since this server started"
+        )
         self.redis_expired_keys = gauge(
             "redis_expired_keys", "Keys that Redis has expired since it started; a session has two or three"
         )

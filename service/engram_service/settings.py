@@ -79,6 +79,10 @@ class Settings:
     redis_replicas: int = _setting(1, "redis_ack = replicated: how many replicas must have a commit")
     redis_ack_timeout_ms: int = _setting(1000, "redis_ack = replicated or disk: how long one wait may take")
     redis_connections: int = _setting(2, "connections that commit side by side")
+    require_safe_redis: bool = _setting(
+        False,
+        "start with no Redis that may lose what it is given (no append-only file, eviction, a replica, a full disk)",
+    )
     redis_maxmemory_mb: int = _setting(0, "limit of the private Redis; 0: none")
     redis_appendfsync: str = _setting("everysec", "appendfsync of the private Redis", ("always", "everysec", "no"))
 

@@ -38,7 +38,7 @@ from engram_service.sessions.holds import Holds
 from engram_service.sessions.refusals import taken_over
 from engram_service.sessions.streams import Stream
 from engram_service.sessions.table import NO_STREAM
-from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, session_tag
+from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, damaged, session_tag
 from engram_service.tenants import id_of, tenant_of
 
 VOID_HANDLE = 0xFFFFFFFF
@@ -276,6 +276,8 @@ class Sessions:
                 raise NotFound("SESSION_NOT_FOUND", "there is no such session; it was closed or has expired")
             case ClaimStatus.TAKEN_OVER:
                 raise taken_over()
+            case ClaimStatus.DAMAGED:
+                raise damaged(claim.why)
             case ClaimStatus.OTHER_MODEL:
                 asked = wanted.model + (f"/{wanted.version}" if wanted.version else "")
                 own = f"{claim.model}/{claim.version}"

@@ -4,7 +4,8 @@ from engram_service.store.committer import Sent
 from engram_service.store.keys import session_tag
 from engram_service.store.memories import REVISION_NBYTES, MemoryLogs, revision_of
 from engram_service.store.record import OUTPUTS_MAX, TIME_MS_MAX, RecordBlock, RecordLayout, Records
-from engram_service.store.store import Store
+from engram_service.store.safety import REASONS as UNSAFE
+from engram_service.store.store import Store, damaged
 from engram_service.store.types import (
     ClaimRequest,
     ClaimResult,
@@ -25,6 +26,7 @@ __all__ = [
     "OUTPUTS_MAX",
     "REVISION_NBYTES",
     "TIME_MS_MAX",
+    "UNSAFE",
     "ClaimRequest",
     "ClaimResult",
     "ClaimStatus",
@@ -44,6 +46,7 @@ __all__ = [
     "TlsFiles",
     "Verdict",
     "Written",
+    "damaged",
     "revision_of",
     "session_tag",
 ]

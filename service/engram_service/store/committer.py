@@ -18,16 +18,18 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import redis
 from numpy.typing import NDArray
 
+from engram_service.store.generations import Generations, Mark
 from engram_service.store.nodes import Node, Nodes, redirected
-from engram_service.store.packing import commands, read_replies
+from engram_service.store.packing import commands, counting, read_replies
 from engram_service.store.types import UNACKNOWLEDGED, CommitJob, StoreSettings, Verdict
+from engram_service.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ _BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 _TIMEOUT_S = 5.0  # without a reply for so long, a connection is given up
 _INLINE_TIMEOUT_S = 1.0  # the same where an engine thread waits: the committers then go on with it
 _SEND_BUFFER = 4 << 20  # a tick's commands at once, if the kernel allows so much
+_JOINED_MAX = 64 << 10
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 _LOST: tuple[type[Exception], ...] = (redis.exceptions.RedisError, OSError)
 
@@ -51,7 +54,7 @@ class Link:
         self._connection: Any = None
         self._id = 0
 
-    def send(self, buffer: memoryview, doubtful: list[int]) -> None:
+    def send(self, buffers: list[memoryview | bytes], doubtful: list[int]) -> None:
         """Sends commands, whose replies `receive` then takes in the same order. Raises RedisError or OSError.
 
         `doubtful` has the ids of connections on which the same commands may still be buffered; they are killed first, and
@@ -60,15 +63,18 @@ class Link:
         with self._giving_up(doubtful):
             connection = self._ready()
             self._kill(doubtful)
-            connection.send_packed_command([buffer], check_health=False)
+            connection.send_packed_command(_joined(buffers), check_health=False)
 
-    def receive(self, count: int, doubtful: list[int]) -> list[bytes] | None:
-        """The replies to all the `count` commands that were sent, or None if all are OK. Raises RedisError or OSError."""
+    def receive(self, count: int, doubtful: list[int], counted: bool = False) -> tuple[list[bytes] | None, bytes]:
+        """The replies to all the `count` commands that were sent, or None if all are OK; and that to the one that counts, which
+        was the last, where there was one. Raises RedisError or OSError."""
         with self._giving_up(doubtful):
             if self._connection is None:
                 raise redis.exceptions.ConnectionError("the connection was given up")
-            replies = read_replies(self._connection._sock, count)
-            return replies if self._acknowledged(self._connection) else [b"-" + UNACKNOWLEDGED.encode()] * count
+            replies, counter = read_replies(self._connection._sock, count, counted)
+            if self._acknowledged(self._connection):
+                return replies, counter
+            return [b"-" + UNACKNOWLEDGED.encode()] * count, counter
 
     @contextmanager
     def _giving_up(self, doubtful: list[int]) -> Iterator[None]:
@@ -147,13 +153,21 @@ def _block_in_kernel(sock: socket.socket, timeout_s: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
 
+def _joined(buffers: list[memoryview | bytes]) -> list[memoryview | bytes]:
+    """Little is sent at once, for a system call costs more than to copy it."""
+    return [b"".join(buffers)] if sum(map(len, buffers)) <= _JOINED_MAX else buffers
+
+
 class Committers:
     """A few committer threads, and a way to commit in the calling thread."""
 
     def __init__(
-        self, nodes: Nodes, settings: StoreSettings, diagnose: Diagnose, trouble: Callable[[str], None]
-    ) -> None:
+        self, nodes: Nodes, settings: StoreSettings, generations: Generations, diagnose: Diagnose,
+        trouble: Callable[[str], None], supervisor: Supervisor,
+    ) -> None:  # fmt: skip
         self._nodes = nodes
+        self._generations = generations
+        self._supervisor = supervisor
         self._diagnose = diagnose
         self._trouble = trouble  # called with why commits fail, and with "" when they go through again
         self._troubled = False
@@ -161,10 +175,7 @@ class Committers:
         self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._settings = settings
         self._own = threading.local()  # the links of a thread that commits by itself
-        self._threads = [
-            threading.Thread(target=self._run, args=(Links(settings, _TIMEOUT_S),), name=f"commit-{n}", daemon=True)
-            for n in range(settings.connections)
-        ]
+        self._threads = [supervisor.thread(f"commit-{n}", self._run, self._closed) for n in range(settings.connections)]
         for thread in self._threads:
             thread.start()
 
@@ -174,7 +185,7 @@ class Committers:
     def begin(self, job: CommitJob) -> Sent:
         """Sends a commit from the calling thread, which says `finish` before its next one."""
         pending = _Pending(job)
-        return self._send(self._own_links(), pending) if not self._troubled else Sent(pending, {}, {"": "in trouble"})
+        return self._send(self._own_links(), pending) if not self._troubled else Sent(pending, {"": "in trouble"})
 
     def finish(self, sent: Sent) -> None:
         """Takes the replies; if Redis is in trouble, the committers go on with it."""
@@ -192,28 +203,47 @@ class Committers:
         for _ in self._threads:
             self._jobs.put(None)
 
-    def _run(self, links: Links) -> None:
+    def _run(self) -> None:
+        links = Links(self._settings, _TIMEOUT_S)
         while (pending := self._jobs.get()) is not None:
-            if not self._receive(links, self._send(links, pending)) and not self._closed.wait(pending.backoff_s()):
+            try:
+                settled = self._receive(links, self._send(links, pending))
+            except Exception as error:  # the job must not go with it: somebody waits for its rows
+                self._supervisor.failed("commit", error)
+                links.drop()
+                settled = False
+            if not settled and not self._closed.wait(pending.backoff_s()):
                 self._jobs.put(pending)  # behind the others: what is for other nodes need not wait for it
         links.drop()
 
     def _send(self, links: Links, pending: _Pending) -> Sent:
-        """Sends what is still to be written of a job, to each node what is its."""
-        sent = Sent(pending, {}, {})
+        """Sends what is still to be written of a job, to each node what is its, and behind it what counts (generations.py)."""
+        sent = Sent(pending, {})
+        last: dict[Node, memoryview] = {}  # by node: what is still to be sent
         with self._noting(sent, ""):
             for rows, values in pending.blocks():
                 for node, at in self._nodes.of_tags(pending.job.tags[rows]):
                     if node.name not in sent.failures:
                         share = (rows, values) if len(at) == len(rows) else (rows[at], values[at])
                         with self._noting(sent, node.name):
-                            self._send_to(links, node, sent, *share)
+                            self._send_to(links, node, sent, last, *share)
+            for node, buffer in last.items():
+                if node.name not in sent.failures:
+                    with self._noting(sent, node.name):
+                        mark = self._generations.mark(self._generations.key(self._nodes.generation_key(node)))
+                        links.to(node).send([buffer, counting(mark.key)], pending.doubtful[node.name])
+                        sent.marks[node] = mark
         return sent
 
-    def _send_to(self, links: Links, node: Node, sent: Sent, rows: NDArray[np.intp], values: NDArray[np.uint8]) -> None:
+    def _send_to(
+        self, links: Links, node: Node, sent: Sent, last: dict[Node, memoryview], rows: NDArray[np.intp],
+        values: NDArray[np.uint8],
+    ) -> None:  # fmt: skip
         job = sent.pending.job
         for part, buffer in commands(job.tags[rows], job.tokens[rows], values, job.ttl_ms[rows]):
-            links.to(node).send(buffer, sent.pending.doubtful[node.name])
+            if node in last:
+                links.to(node).send([last[node]], sent.pending.doubtful[node.name])
+            last[node] = buffer
             sent.parts.setdefault(node, []).append((rows[part], buffer))
 
     def _receive(self, links: Links, sent: Sent) -> bool:
@@ -239,7 +269,9 @@ class Committers:
                 continue
             with self._noting(sent, node.name):
                 count = sum(len(rows) for rows, _ in parts)
-                replies = links.to(node).receive(count, pending.doubtful[node.name])
+                replies, counter = links.to(node).receive(count, pending.doubtful[node.name], counted=True)
+                if counter.startswith(b":"):  # first, for who looks why a record is not there asks about losses
+                    self._generations.counted(sent.marks[node], int(counter[1:]))
                 start = 0
                 for rows, buffer in parts:
                     own = None if replies is None else replies[start : start + len(rows)]
@@ -258,8 +290,8 @@ class Committers:
                 # A connection of its own: the node's other one may have replies to rows of this job under way.
                 link = Link(node, self._settings, _TIMEOUT_S)
                 doubtful = pending.doubtful[node.name]
-                link.send(memoryview(_ASKING + bytes(buffer[n * width : (n + 1) * width])), doubtful)
-                answers = link.receive(2, doubtful)
+                link.send([_ASKING, buffer[n * width : (n + 1) * width]], doubtful)
+                answers, _ = link.receive(2, doubtful)
                 link.drop()
                 replies[n] = b"+OK" if answers is None else answers[1]
 
@@ -292,11 +324,13 @@ class Committers:
 
 @dataclass(slots=True)
 class Sent:
-    """A job on its way: rows and buffers that were sent to each node, and by node's name what failed."""
+    """A job on its way: by node's name what failed; rows and buffers that were sent to each node, and what was known of its
+    counter then."""
 
     pending: _Pending
-    parts: dict[Node, list[tuple[NDArray[np.intp], memoryview]]]
     failures: dict[str, str]
+    parts: dict[Node, list[tuple[NDArray[np.intp], memoryview]]] = field(default_factory=dict)
+    marks: dict[Node, Mark] = field(default_factory=dict)
 
 
 class _Pending:

@@ -1,12 +1,12 @@
 """The names of things in Redis.
 
     engram:{TAG}           hash    i key, m "name/version", f fingerprint, t token, h client id, e epoch, c created, l ttl (ms),
-                                   g revision of the memory, where it has one of its own
+                                   n run of Redis in which it was claimed, g revision of the memory, where it has one of its own
     engram:{TAG}:TOKEN     string  the record, under the claim's token; see record.py
     engram:{TAG}:m         list    the memory's log, where there is one; see memories.py
     engram:stored:{TENANT} zset    tags of a tenant's sessions, by when they expire; see tally.py
-    engram:generation      string  random; gone or different: this Redis has lost its data; in a cluster one on
-                                   each node, engram:generation:{N}
+    engram:generation:SERVER  string  what that server has written, counted; gone or behind: this Redis has lost data; see
+                                   generations.py. In a cluster one on each node, engram:generation:{N}:SERVER
 
 TAG is a hash of the session's key, which is its id where there are no tenants (tenants.py), so that keys of all sessions are
 equally long (a tick's commit is then one numpy array), and the braces put all keys of a session into one slot of a Redis Cluster.

@@ -19,15 +19,19 @@ from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
 from redis.retry import Retry
 
+from engram_service.store.generations import Generations
 from engram_service.store.keys import GENERATION, META_PREFIX
-from engram_service.store.types import UNACKNOWLEDGED, StoreError, TlsFiles
+from engram_service.store.types import LOST, UNACKNOWLEDGED, Damaged, StoreError, TlsFiles
 
 _CLUSTER = "+cluster"
+_DAMAGED = "DAMAGED"  # as the scripts say it
+_DAMAGES = (_DAMAGED, "WRONGTYPE")
+_OTHER_TYPE = "something of another type is under its key in Redis"
 _SLOTS = 16384
 _CRC16 = np.array([binascii.crc_hqx(bytes([byte]), 0) for byte in range(256)], np.uint16)
 
 Add = Callable[[Any, int], object]
-Greet = Callable[[Any], object]
+Greet = Callable[[Any, str], object]  # a new connection, and the node that it reaches
 Wait = tuple[str | int, ...] | None
 Split = list[tuple["Node", NDArray[np.intp]]]  # nodes, and the rows that are theirs
 
@@ -48,7 +52,7 @@ class Nodes:
         retry = Retry(NoBackoff(), 1, (redis.exceptions.ConnectionError,))
         options = _options(url, timeout_s, tls)
         if greet is not None:
-            options["redis_connect_func"] = lambda connection: (connection.on_connect(), greet(connection))
+            options["redis_connect_func"] = lambda connection: (connection.on_connect(), greet(connection, ""))
         self._node = Node("", redis.Redis.from_url(url, retry=retry, **options))
 
     def all(self) -> list[Node]:
@@ -62,9 +66,9 @@ class Nodes:
         """The same for keys."""
         return [(self._node, np.arange(len(keys)))]
 
-    def generation_keys(self) -> list[tuple[bytes, Node]]:
-        """Keys that tell whether a node still has its data, at least one on each."""
-        return [(GENERATION, self._node)]
+    def generation_key(self, node: Node) -> bytes:
+        """A name for counters that live on this node. Raises RedisError."""
+        return GENERATION
 
     def named(self, address: str) -> Node:
         """The node that an ASK names."""
@@ -81,6 +85,7 @@ class Nodes:
 class _Map:
     nodes: list[Node]
     owner: NDArray[np.int16]  # by slot: place in nodes; -1: nobody
+    places: dict[str, int]  # by node's name, those with slots
 
 
 class ClusterNodes(Nodes):
@@ -96,11 +101,15 @@ class ClusterNodes(Nodes):
         self._url = urlunsplit(parts._replace(scheme=scheme, netloc=credentials + at + first))
         self._others = [urlsplit(f"//{host}") for host in others]
         redis.Redis.from_url(self._url)  # raises ValueError
-        self._options = _options(url, timeout_s, tls) | ({"redis_connect_func": greet} if greet is not None else {})
+        self._options = _options(url, timeout_s, tls)
+        if greet is not None:
+            self._options["redis_connect_func"] = lambda connection: greet(
+                connection, f"{connection.host}:{connection.port}"
+            )
         self._cluster: RedisCluster | None = None
         self._map: _Map | None = None
         self._asked: dict[str, Node] = {}  # nodes that have no slots yet
-        self._watched: dict[int, bytes] = {}  # slots of generation keys
+        self._generation_keys: dict[str, tuple[int, bytes]] = {}  # by node's name: a slot of its, and the key
         self._lock = threading.RLock()
 
     def all(self) -> list[Node]:
@@ -112,14 +121,18 @@ class ClusterNodes(Nodes):
     def of_keys(self, keys: Sequence[bytes]) -> Split:
         return self._split(np.fromiter((slot(key) for key in keys), np.intp, len(keys)))
 
-    def generation_keys(self) -> list[tuple[bytes, Node]]:
+    def generation_key(self, node: Node) -> bytes:
         known = self._known()
-        with self._lock:
-            for place in range(len(known.nodes)):
-                if not any(known.owner[at] == place for at in self._watched):
-                    first = int(np.flatnonzero(known.owner == place)[0])
-                    self._watched[first] = _generation_key(first)
-            return [(key, known.nodes[known.owner[at]]) for at, key in self._watched.items() if known.owner[at] >= 0]
+        place = known.places.get(node.name)
+        if place is None:
+            raise redis.exceptions.ClusterDownError(f"CLUSTERDOWN {node.name} has no slots")
+        at, key = self._generation_keys.get(node.name, (-1, b""))
+        if at < 0 or known.owner[at] != place:
+            own = np.flatnonzero(known.owner == place)
+            at = int(own[len(own) // 2])  # slots mostly leave from the ends
+            key = _generation_key(at)
+            self._generation_keys[node.name] = at, key
+        return key
 
     def named(self, address: str) -> Node:
         found = next((node for node in self._known().nodes if node.name == address), self._asked.get(address))
@@ -183,24 +196,48 @@ def open_nodes(url: str, timeout_s: float, tls: TlsFiles, greet: Greet | None = 
 
 
 def pipelined(
-    nodes: Nodes, keys: Sequence[bytes], add: Add, wait: Wait = None, waited: Callable[[Any], bool] = bool
-) -> list[Any]:
-    """What `add(pipe, at)` asks for each key, of the node that has it. Raises RedisError; then some of it may have been done."""
+    nodes: Nodes, keys: Sequence[bytes], add: Add, wait: Wait = None, waited: Callable[[Any], bool] = bool,
+    generations: Generations | None = None, each: bool = False,
+) -> list[Any]:  # fmt: skip
+    """What `add(pipe, at)` asks for each key, of the node that has it. Raises RedisError; then some of it may have been done.
+
+    With `generations` it is a change, and counted. Where what is under a key is not what should be there, its answer is a Damaged
+    if `each`, else the Damaged is raised.
+    """
     results: list[Any] = [None] * len(keys)
     for node, rows in nodes.of_keys(keys) if keys else []:
         pipe: Any = node.client.pipeline(transaction=False)
         for at in rows.tolist():
             add(pipe, at)
+        mark = None if generations is None else generations.mark(generations.key(nodes.generation_key(node)))
+        if mark is not None:
+            pipe.incr(mark.key)
         if wait is not None:
             pipe.execute_command(*wait)
         replies = pipe.execute(raise_on_error=False)
         for at, reply in zip(rows.tolist(), replies, strict=False):
-            results[at] = _asked(nodes, reply, at, add) if isinstance(reply, redis.exceptions.AskError) else reply
-        if failed := next((reply for reply in [*results, *replies[len(rows) :]] if isinstance(reply, Exception)), None):
-            raise failed
+            asked = _asked(nodes, reply, at, add) if isinstance(reply, redis.exceptions.AskError) else reply
+            results[at] = damage(asked) or asked
+        count = replies[len(rows)] if mark is not None else None
+        if generations is not None and mark is not None and isinstance(count, int) and generations.counted(mark, count):
+            raise redis.exceptions.ConnectionError(LOST)
+        failed = [
+            reply for reply in results if isinstance(reply, Exception) and not (each and isinstance(reply, Damaged))
+        ]
+        failed += [reply for reply in replies[len(rows) + (mark is not None) :] if isinstance(reply, Exception)]
+        if failed:
+            raise failed[0]
         if wait is not None and not waited(replies[-1]):
             raise redis.exceptions.ConnectionError(UNACKNOWLEDGED)
     return results
+
+
+def damage(reply: Any) -> Damaged | None:
+    """What an error says of the key that was asked for, if it is about that key alone and not about Redis."""
+    if isinstance(reply, redis.exceptions.ResponseError) and any(word in str(reply) for word in _DAMAGES):
+        text = str(reply)
+        return Damaged(text[text.index(_DAMAGED) + len(_DAMAGED) :].strip() if _DAMAGED in text else _OTHER_TYPE)
+    return None
 
 
 def _asked(nodes: Nodes, error: redis.exceptions.AskError, at: int, add: Add) -> Any:
@@ -240,7 +277,7 @@ def _mapped(cluster: RedisCluster) -> _Map:
     owner = np.full(_SLOTS, -1, np.int16)
     for at, node in primaries.items():
         owner[at] = places[node.name]
-    return _Map([Node(name, cluster.get_redis_connection(found[name])) for name in places], owner)
+    return _Map([Node(name, cluster.get_redis_connection(found[name])) for name in places], owner, places)
 
 
 def _generation_key(wanted: int) -> bytes:

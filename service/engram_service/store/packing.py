@@ -14,6 +14,7 @@ from engram_service.store.keys import META_PREFIX
 
 _KEY_NBYTES = len(META_PREFIX) + 22 + 2 + 16
 _OK = b"+OK\r\n"
+_ONE = b":1\r\n"
 
 
 def commands(
@@ -49,20 +50,29 @@ def _buffer(tags: NDArray[np.uint8], tokens: NDArray[np.uint8], values: NDArray[
     return buffer.reshape(-1).data
 
 
-def read_replies(sock: socket.socket, count: int) -> list[bytes] | None:
-    """The replies to `count` commands whose replies are single lines; None if all were +OK. Raises ConnectionError, or another
-    OSError where they do not come within the socket's timeout."""
+def counting(key: bytes) -> bytes:
+    """`INCR key`."""
+    return b"*2\r\n$4\r\nINCR\r\n$%d\r\n%s\r\n" % (len(key), key)
+
+
+def read_replies(sock: socket.socket, count: int, counted: bool = False) -> tuple[list[bytes] | None, bytes]:
+    """The replies to `count` commands whose replies are single lines, None if all were +OK; and that to one more command, if one
+    more was `counted`. Raises ConnectionError, or another OSError where they do not come within the socket's timeout."""
     expected = _OK * count
+    least = len(expected) + len(_ONE) * counted  # no reply is shorter than these, so this much comes in any case
     # The kernel waits for all of it. If that gives less, the time is up or the end was there: then nothing is waited for again.
     whole, rest = (0, 0) if isinstance(sock, ssl.SSLSocket) else (socket.MSG_WAITALL, socket.MSG_DONTWAIT)
-    data = _receive(sock, len(expected), whole)
-    while len(data) < len(expected):  # no reply is shorter than +OK, so this much comes in any case
-        data += _receive(sock, len(expected) - len(data), rest)
-    if data == expected:
-        return None
-    while data.count(b"\r\n") < count or not data.endswith(b"\n"):
+    data = _receive(sock, least, whole)
+    while len(data) < least:
+        data += _receive(sock, least - len(data), rest)
+    if not counted and data == expected:
+        return None, b""
+    while data.count(b"\r\n") < count + counted or not data.endswith(b"\n"):
         data += _receive(sock, 65536, 0)
-    return data.split(b"\r\n")[:count]
+    if data.startswith(expected):
+        return None, data[len(expected) : -2]
+    lines = data.split(b"\r\n")
+    return lines[:count], lines[count] if counted else b""
 
 
 def _receive(sock: socket.socket, size: int, flags: int) -> bytes:

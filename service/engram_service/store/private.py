@@ -1,7 +1,9 @@
 """The private Redis: started in the data directory, found again after a crash of the server, stopped on a clean exit.
 
 One server owns a data directory at a time (a lock that the kernel lets go of when the server dies, however it dies). Redis
-itself runs in a session of its own, so it outlives a killed server and has every acknowledged commit when the next comes.
+itself runs in a session of its own, so it outlives a killed server and has every acknowledged commit when the next comes. There is
+never a second one on a directory: one that still reads its file, or is slow, is waited for, and one that has lost its socket is
+ended first.
 """
 
 from __future__ import annotations
@@ -11,11 +13,14 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -24,13 +29,18 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from engram_service.health import Health
+from engram_service.metrics import Metrics
 from engram_service.store.types import StoreError
+from engram_service.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
 _SOCKET_PATH_MAX = 100  # the kernel takes 107 bytes
 _START_TIMEOUT_S = 60.0
 _WATCH_S = 0.2
+_AGAIN_S = 2.0  # between starts that fail
+_AOF_DIRECTORY = "appendonlydir"  # from Redis 7 on; before, it was one file
 _REWRITE_MIN = 256 << 20  # bytes; the append-only file is rewritten when it is longer than this and
 _REWRITE_RATIO = 3  # than so many times the data
 
@@ -45,13 +55,15 @@ class PrivateSettings:
 class PrivateRedis:
     """`start` it, use `url`, `stop` it; in between it is started again whenever it dies."""
 
-    def __init__(self, settings: PrivateSettings) -> None:
+    def __init__(self, settings: PrivateSettings, supervisor: Supervisor | None = None) -> None:
         self._settings = settings
+        self._supervisor = supervisor or Supervisor(Metrics(), Health())
         self._directory = settings.data_dir.absolute()
         self._socket = _socket_path(self._directory)
         self._lock: IO[str] | None = None
         self._stopping = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="redis-watch", daemon=True)
+        self._watcher = self._supervisor.thread("redis-watch", self._watch, self._stopping)
+        self._unsynced: set[str] = set()  # files that could not be brought to the disk at the last try
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -61,7 +73,7 @@ class PrivateRedis:
     def start(self) -> None:
         """Raises StoreError if the directory cannot be used or Redis does not start."""
         self._take_directory()
-        if self._ping():
+        if self._found():
             log.info("found the private Redis of an earlier server")
         else:
             self._launch()
@@ -94,25 +106,85 @@ class PrivateRedis:
                 f"data_dir {self._directory} is in use by another server; give each its own, or a redis_url"
             ) from error
 
+    def _found(self) -> bool:
+        """Whether the Redis of an earlier server is there, once it answers. Raises StoreError where it does not."""
+        if not self._ping():
+            if self._refused():
+                self._end_unreachable()
+                return False
+            log.info("waiting for the private Redis of an earlier server, which does not answer yet")
+            return self._wait(self._refused)
+        return True
+
+    def _wait(self, gone: Callable[[], bool]) -> bool:
+        """Whether Redis answers, before it is gone. However long it reads its file, it is waited for. Raises StoreError."""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self._ping():
+            if self._loading():
+                deadline = time.monotonic() + _START_TIMEOUT_S
+            if gone():
+                return False
+            if time.monotonic() > deadline:
+                raise StoreError(
+                    f"the private Redis in {self._directory} does not answer (process {self._pid() or 'not known'}); "
+                    f"its log ends with: {self._log_tail()}"
+                )
+            time.sleep(0.02)
+        return True
+
     def _launch(self) -> None:
+        settings, binary = self._settings, redis_binary()
+        self._check_age(binary)
         self._socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        settings = self._settings
         command = [
-            redis_binary(), "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700",
+            binary, "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700",
             "--dir", str(self._directory), "--logfile", str(self._directory / "redis.log"),
             "--save", "", "--appendonly", "yes", "--appendfsync", "always" if settings.appendfsync == "always" else "no",
             "--auto-aof-rewrite-percentage", "0", "--no-appendfsync-on-rewrite", "yes",
             "--maxmemory", f"{settings.maxmemory_mb}mb", "--maxmemory-policy", "noeviction",
         ]  # fmt: skip
-        self._process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
+        self._pid_file.write_text(f"{process.pid} {_began(process.pid)}\n")
+        if not self._wait(lambda: process.poll() is not None):
+            raise StoreError(f"the private Redis did not start; its log ends with: {self._log_tail()}")
+
+    def _check_age(self, binary: str) -> None:
+        """A Redis before 7 does not see what a newer one has written, and would begin with nothing."""
+        if not (self._directory / _AOF_DIRECTORY).is_dir():
+            return
+        said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=10).stdout
+        version = re.search(r"v=(\d+)", said)
+        if version is not None and int(version[1]) < 7:
+            raise StoreError(
+                f"{self._directory} was written by Redis 7 or newer, and {binary} is a Redis {version[1]}, which cannot read it; "
+                "have redis-server or valkey-server of that age on PATH"
+            )
+
+    @property
+    def _pid_file(self) -> Path:
+        return self._directory / "redis.pid"
+
+    def _pid(self) -> int | None:
+        """The process that the last server started here, if it is still that."""
+        try:
+            pid, began = self._pid_file.read_text().split()
+            return int(pid) if began and _began(int(pid)) == began else None
+        except (OSError, ValueError):
+            return None
+
+    def _end_unreachable(self) -> None:
+        """Ends a Redis that nobody can reach any more (its socket was removed) before another takes its files."""
+        pid = self._pid()
+        if pid is None:
+            return
+        log.warning("the private Redis of an earlier server (process %d) has no socket any more; ending it", pid)
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while not self._ping():
-            if self._loading():
-                deadline = time.monotonic() + _START_TIMEOUT_S
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise StoreError(f"the private Redis did not start; its log ends with: {self._log_tail()}")
+        os.kill(pid, signal.SIGTERM)
+        while self._pid() == pid:
+            if time.monotonic() > deadline:
+                raise StoreError(f"an earlier private Redis (process {pid}) in {self._directory} does not end; end it")
             time.sleep(0.02)
 
     def _watch(self) -> None:
@@ -134,19 +206,26 @@ class PrivateRedis:
                     self._launch()
                 except StoreError as error:
                     log.error("%s", error)
+                    self._stopping.wait(_AGAIN_S)
 
     def _sync(self) -> None:
         """Brings the append-only file to the disk, once a second. Redis's own everysec would do the same, but holds back
         writes that it has already acknowledged while a sync takes long: a kill -9 of Redis would lose them."""
-        for path in (*self._directory.glob("appendonly*.aof"), *self._directory.glob("appendonlydir/*.incr.aof")):
+        failed: set[str] = set()
+        for path in (*self._directory.glob("appendonly*.aof"), *self._directory.glob(f"{_AOF_DIRECTORY}/*.incr.aof")):
             try:
                 file = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 continue  # rewritten meanwhile
             try:
                 os.fdatasync(file)
+            except OSError as error:
+                failed.add(path.name)
+                if path.name not in self._unsynced:
+                    self._supervisor.failed("redis-sync", error)
             finally:
                 os.close(file)
+        self._unsynced = failed
 
     def _shorten(self) -> None:
         """Has the append-only file rewritten when most of it is of the past. Redis's own rule goes by the length that it
@@ -195,6 +274,16 @@ class PrivateRedis:
             return " | ".join((self._directory / "redis.log").read_text(errors="replace").splitlines()[-3:])
         except OSError:
             return "(no log)"
+
+
+def _began(pid: int) -> str:
+    """When a process was started, as the kernel counts it, so that another one of this number is not taken for it; "" where that
+    cannot be told, or it is dead."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except (OSError, IndexError):
+        return ""
 
 
 def _socket_path(directory: Path) -> Path:

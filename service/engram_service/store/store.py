@@ -1,15 +1,17 @@
 """The store: claims, loads and management calls on Redis. Blocking and thread-safe; commits go through Committers.
 
-A watcher thread looks after Redis every half second: is it there, has it lost its data, how much memory does it use.
+A watcher thread looks after Redis every half second: is it there, has it lost data (generations.py), how much memory does it use;
+and every minute, is it one that keeps what it is given (safety.py).
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,25 +19,32 @@ import redis
 from numpy.typing import NDArray
 from redis.commands.core import Script
 
-from engram_service.store import scripts
+from engram_service.errors import DataLoss
+from engram_service.health import Health
+from engram_service.metrics import Metrics
+from engram_service.store import safety, scripts
 from engram_service.store.committer import Committers, Sent
+from engram_service.store.generations import KEPT_MS, Generations
 from engram_service.store.keys import META_PREFIX, memory_key, meta_key, record_key, session_tag
 from engram_service.store.memories import MemoryLogs, revision_of
 from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
-from engram_service.store.record import read_headers
+from engram_service.store.record import MAGIC, SEQ_MAX, TIME_MS_MAX, read_headers
 from engram_service.store.tally import Tally
 from engram_service.store.types import (
+    LOST,
     UNACKNOWLEDGED,
     ClaimRequest,
     ClaimResult,
     ClaimStatus,
     CommitJob,
+    Damaged,
     SessionInfo,
     StoreError,
     StoreSettings,
     StoreUnavailable,
     Verdict,
 )
+from engram_service.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -49,26 +58,31 @@ _PAGE_S = 0.5
 _DESCRIBED_AT_ONCE = 250
 _CURSORS = 2**64
 _NODES_MAX = 4096  # of a cluster; a page's cursor is a node's cursor and its place
-_LOST = "Redis has lost its data; living sessions are being written back"
+_SAFETY_S = 60.0
+_RUN = re.compile(rb"run_id:(\w+)")
 _NO_CLUSTER = "Cluster mode is not enabled"  # as redis-py says it
 _THERE_BUT_REFUSES = ("OOM", UNACKNOWLEDGED)  # trouble of commits that a Redis which answers may still have
 
 
 class Store:
     """One Redis. `on_trouble(why)` is called from other threads when it stops and when it starts (empty) taking writes,
-    `on_loss()` when it has lost its data; while `writing_back()`, nobody claims."""
+    `on_loss()` when it has lost data; while `writing_back()`, nobody claims."""
 
-    def __init__(self, settings: StoreSettings) -> None:
+    def __init__(
+        self, settings: StoreSettings, supervisor: Supervisor | None = None, health: Health | None = None
+    ) -> None:
         self.settings = settings
-        self.losses = 0  # how often Redis was found to have lost its data
         self.used_memory_bytes = 0
         self.expired_keys = 0
+        self.unsafe: dict[str, str] = {}  # by reason, why this Redis may not keep what it is given
         self.on_trouble: Callable[[str], None] = lambda why: None
         self.on_loss: Callable[[], None] = lambda: None
         self.writing_back: Callable[[], bool] = lambda: False
-        self._generations: dict[bytes, bytes] = {}  # by key
-        self._lost_at: dict[bytes, int] = {}  # by generation key: the last loss that it told, in `losses`
+        self._health = health or Health()
+        supervisor = supervisor or Supervisor(Metrics(), self._health)
+        self._generations = Generations(self._lost)
         self._trouble = {"commit": "", "watch": ""}
+        self._unchecked = ""  # what could not be told of Redis's safety, and was said
         self._lock = threading.Lock()
         self._nodes = open_nodes(settings.url, _CALL_TIMEOUT_S, settings.tls, self._greet)
         self._watched = open_nodes(settings.url, _WATCH_TIMEOUT_S, settings.tls)
@@ -86,15 +100,27 @@ class Store:
         self.tally = Tally(
             lambda text: Script(redis.Redis(), text), lambda keys, add: self._call(lambda: self._pipelined(keys, add))
         )
-        self._committers = Committers(self._nodes, settings, self._diagnose_job, lambda why: self._note("commit", why))
+        self._committers = Committers(
+            self._nodes, settings, self._generations, self._diagnose_job, lambda why: self._note("commit", why), supervisor
+        )  # fmt: skip
         self._closed = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="store-watch", daemon=True)
+        self._watcher = supervisor.thread("store-watch", self._watch, self._closed)
+
+    @property
+    def losses(self) -> int:
+        """How often Redis was found to have lost data."""
+        return self._generations.losses
+
+    def unsafe_as_to(self, reason: str) -> bool:
+        """Whether this Redis may lose what it is given, for this reason of safety.py."""
+        return reason in self.unsafe
 
     def start(self) -> None:
         """Checks that Redis can do what is asked of it, if it is there; begins to watch it. Raises StoreError."""
         try:
             for node in self._watched.all():
                 self._check_server(node.client.info("server"))
+            self._check_safety()
             self._check_generation()
         except redis.exceptions.AuthenticationError as error:
             raise StoreError(f"Redis refuses the credentials in redis_url: {error}") from error
@@ -102,6 +128,10 @@ class Store:
             if _NO_CLUSTER in str(error):
                 raise StoreError(f"redis_url cannot be used: {_NO_CLUSTER}; give a redis:// URL") from error
             self._note("watch", _why(error))
+        if self.unsafe and self.settings.require_safe:
+            raise StoreError(
+                f"this Redis does not keep what it is given: {'; '.join(self.unsafe.values())} (require_safe_redis is set)"
+            )
         self._watcher.start()
 
     def _check_server(self, info: dict[str, Any]) -> None:
@@ -139,7 +169,8 @@ class Store:
     def load(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]) -> list[bytes | None]:
         """Records under these claims; None where there is none."""
         keys = [record_key(tag.tobytes(), token.tobytes()) for tag, token in zip(tags, tokens, strict=True)]
-        return self._call(lambda: self._pipelined(keys, lambda pipe, at: pipe.get(keys[at])))
+        found = self._call(lambda: self._pipelined(keys, lambda pipe, at: pipe.get(keys[at]), each=True))
+        return [b"" if isinstance(value, Damaged) else value for value in found]  # b"": no record
 
     def diagnose(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]) -> list[Verdict]:
         """What became of sessions whose record is not under our claim: FENCED or GONE."""
@@ -159,12 +190,14 @@ class Store:
         back: dict[str, int] = {}
         for n, row in enumerate(rows.tolist()):
             meta = job.meta(row)
-            if meta is None:
+            if meta is None or isinstance(held[n], Damaged):
                 continue
-            # Our own claim without a record was evicted or half deleted; no claim at all may be a loss since we claimed.
-            if held[n] == job.tokens[row].tobytes() or (held[n] is None and meta.losses < losses[n]):
+            # Our own claim without a record was evicted or half deleted. No claim at all, or another one, may be what Redis came
+            # back with, if it has lost data since we claimed.
+            if held[n] == job.tokens[row].tobytes() or meta.losses < losses[n][1]:
+                since = ",".join(self._generations.runs_since(*losses[n]))
                 args = [job.tokens[row].tobytes(), record(row), int(job.ttl_ms[row]), meta.session_id, meta.reference,
-                        meta.fingerprint, meta.client_id, meta.epoch, meta.created_ms]  # fmt: skip
+                        meta.fingerprint, meta.client_id, meta.epoch, meta.created_ms, since]  # fmt: skip
                 restored = self._scripted(self._restore, [keys[n]], [args], self.settings.wait)[0]
                 verdicts[n] = Verdict.OK if restored else Verdict.FENCED
                 back[meta.session_id] = int(job.ttl_ms[row])
@@ -176,22 +209,26 @@ class Store:
     def holders(self, session_ids: Sequence[str]) -> list[str]:
         """The tokens of the claims that these sessions are under; "" where there is none."""
         keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
-        return [(token or b"").decode() for token in self._call(lambda: self._tokens(keys))]
+        held = self._call(lambda: self._tokens(keys))
+        return [token.decode(errors="replace") if isinstance(token, bytes) else "" for token in held]
 
     def claim(self, requests: Sequence[ClaimRequest]) -> list[ClaimResult]:
         """Takes sessions over, or creates them. Raises StoreUnavailable; then some may have been claimed: claim again."""
 
+        keys = [meta_key(session_tag(request.session_id)) for request in requests]
+
         def run() -> list[Any]:
             self._check_loss()
             now_ms = int(time.time() * 1000)
-            keys = [meta_key(session_tag(request.session_id)) for request in requests]
-            args = [
-                [request.token, request.model, request.version, request.create_version, request.fingerprint, request.client_id,
-                 request.ttl_ms, now_ms, 1 if request.attach else 0 if request.may_create else 2, request.session_id,
-                 request.initial, "*" if request.replaces is None else request.replaces]
-                for request in requests
-            ]  # fmt: skip
-            return self._scripted(self._claim, keys, args, self.settings.wait)
+
+            def args(request: ClaimRequest) -> list[Any]:
+                return [
+                    request.token, request.model, request.version, request.create_version, request.fingerprint, request.client_id,
+                    request.ttl_ms, now_ms, 1 if request.attach else 0 if request.may_create else 2, request.session_id,
+                    request.initial, "*" if request.replaces is None else request.replaces,
+                ]  # fmt: skip
+
+            return self._in_run(self._claim, keys, [args(request) for request in requests], each=True)
 
         return [_claimed(reply) for reply in self._call(run)]
 
@@ -235,7 +272,8 @@ class Store:
             at, place = divmod(cursor, _NODES_MAX)  # one node after the other
             while place < len(nodes):
                 at, keys = nodes[place].client.scan(at, match=META_PREFIX + b"*}", count=max(count, 10))
-                found.extend(self._describe([key for key in keys if isinstance(key, bytes)], False, wanted))
+                own = [key for key in keys if isinstance(key, bytes)]
+                found.extend(self._describe(own, False, wanted, self._leave_out))
                 place += at == 0
                 if len(found) * 2 >= count or time.monotonic() > enough:
                     break
@@ -260,8 +298,11 @@ class Store:
     # Each may be called again, with the same token, after StoreUnavailable: it then tells what the first call did.
 
     def exists(self, session_id: str) -> bool:
-        """Whether there is such a session."""
-        return self.describe(session_id) is not None
+        """Whether there is such a session, be it damaged."""
+        try:
+            return self.describe(session_id) is not None
+        except DataLoss:
+            return True
 
     def delete(self, session_ids: Sequence[str], tokens: Sequence[bytes] | None = None) -> None:
         """Ends sessions whoever holds them, or only under these claims."""
@@ -275,101 +316,160 @@ class Store:
         memory: Sequence[bytes] = (),
     ) -> bool:  # fmt: skip
         """A session that stands where `record` and the memory's log stand, under a new token; False if the id is in use."""
-        args: list[Any] = [token, record, ttl_ms, session_id, reference, fingerprint, int(time.time() * 1000),
-                           revision_of(memory), *memory]  # fmt: skip
-        return self._change(self._create, session_id, args)
+        args: list[Any] = [
+            token,
+            record,
+            ttl_ms,
+            session_id,
+            reference,
+            fingerprint,
+            int(time.time() * 1000),
+            revision_of(memory),
+        ]
+        return self._change(self._create, session_id, args, memory)
 
     def rewrite(self, info: SessionInfo, reference: str, fingerprint: str, record: bytes, token: str) -> bool:
         """Puts another record in place, under a new token; False if the session was claimed since `info` was read."""
         args: list[Any] = [info.token, token, record, reference, fingerprint]
         return self._change(self._rewrite, info.session_id, args)
 
-    def _change(self, script: Script, session_id: str, args: list[Any]) -> bool:
+    def _change(self, script: Script, session_id: str, args: list[Any], more: Sequence[bytes] = ()) -> bool:
         keys = [meta_key(session_tag(session_id))]
-        return bool(self._call(lambda: self._scripted(script, keys, [args], self.settings.wait))[0])
+        return bool(self._call(lambda: self._in_run(script, keys, [args], more))[0])
 
     def _describe(
-        self, keys: Sequence[bytes], with_record: bool, wanted: Wanted = lambda session_id, model: True
-    ) -> list[SessionInfo]:
-        metas = self._pipelined(keys, lambda pipe, at: pipe.hmget(keys[at], "i", "m", "f", "t", "e", "c"))
-        known = [
-            (key, meta)
-            for key, meta in zip(keys, metas, strict=True)
-            if meta[0] is not None and wanted(meta[0].decode(), _reference(meta[1])[0])
-        ]
-        names = [key + b":" + meta[3] for key, meta in known]
+        self, keys: Sequence[bytes], with_record: bool, wanted: Wanted = lambda session_id, model: True,
+        damaged: Callable[[bytes, Damaged], None] | None = None,
+    ) -> list[SessionInfo]:  # fmt: skip
+        """Sessions by their hashes. What is damaged is given to `damaged`, or raised."""
+
+        def sound(found: list[tuple[bytes, Any]]) -> Iterator[tuple[bytes, Any]]:
+            for key, value in found:
+                if not isinstance(value, Damaged):
+                    yield key, value
+                elif damaged is not None:
+                    damaged(key, value)
+                else:
+                    raise value
+
+        metas = self._pipelined(keys, lambda pipe, at: pipe.hmget(keys[at], "i", "m", "f", "t", "e", "c"), each=True)
+        read = [(key, _meta(key, meta)) for key, meta in zip(keys, metas, strict=True)]
+        known = [(key, meta) for key, meta in sound(read) if meta is not None and wanted(meta.session_id, meta.model)]
+        names = [key + b":" + meta.token.encode() for key, meta in known]
         records = self._pipelined(
-            names, lambda pipe, at: pipe.get(names[at]) if with_record else pipe.getrange(names[at], 0, 63)
+            names,
+            lambda pipe, at: pipe.get(names[at]) if with_record else pipe.getrange(names[at], 0, 63),
+            each=True,
         )
         times = self._pipelined(names, lambda pipe, at: pipe.pttl(names[at]))
-        headers = read_headers([record or b"" for record in records])
-        return [
-            _info(meta, headers[n], int(times[n]), records[n] if with_record else b"")
-            for n, (_, meta) in enumerate(known)
-            if records[n]
+        headers = read_headers([record if isinstance(record, bytes) else b"" for record in records])
+        found = [
+            (key, _info(meta, records[n], headers[n], int(times[n]), with_record))
+            for n, (key, meta) in enumerate(known)
         ]
+        return [info for _, info in sound(found) if info is not None]
+
+    def _leave_out(self, key: bytes, why: Damaged) -> None:
+        log.warning(
+            "a listing leaves out a session that is damaged (%s); close it to start over",
+            why,
+            extra={"key": key.decode()},
+        )
 
     # Watching
 
     def _watch(self) -> None:
+        look_at = time.monotonic() + _SAFETY_S
         while not self._closed.wait(_WATCH_S):
             try:
+                back = bool(self._trouble["watch"])
                 self._check_generation()
                 used = [int(node.client.info("memory")["used_memory"]) for node in self._watched.all()]
                 self.used_memory_bytes = sum(used)
                 expired = [int(node.client.info("stats")["expired_keys"]) for node in self._watched.all()]
                 self.expired_keys = sum(expired)
+                self._keep_counters()
                 self._note("watch", "")
+                if back or time.monotonic() >= look_at:
+                    look_at = time.monotonic() + _SAFETY_S
+                    self._check_safety()
             except (redis.exceptions.RedisError, OSError) as error:
                 self._note("watch", _why(error))
                 self._refresh(self._watched)
 
-    def _greet(self, connection: Any) -> None:
-        """A connection reaches one life of a Redis: what is asked on it cannot meet one that has lost its data and that nobody
+    def _check_safety(self) -> None:
+        """Says what about this Redis may lose what it is given, when that changes. Raises RedisError."""
+        found: dict[str, str] = {}
+        for node in self._watched.all():
+            unsafe, unchecked = safety.look(node.client)
+            found |= {reason: f"{why} ({node.name})" if node.name else why for reason, why in unsafe.items()}
+            if unchecked and unchecked != self._unchecked:
+                log.warning("%s", unchecked)
+                self._unchecked = unchecked
+        for reason in found.keys() - self.unsafe.keys():
+            log.warning("REDIS IS NOT SAFE (%s): %s", reason, found[reason])
+        for reason in self.unsafe.keys() - found.keys():
+            log.info("Redis is safe again as to %s", reason)
+        self.unsafe = found
+        told = "; ".join(found.values())
+        self._health.warn("redis", told)
+        if told and self.settings.require_safe:
+            self._health.fail("redis safety", told)
+        else:
+            self._health.clear("redis safety")
+
+    def _greet(self, connection: Any, node: str) -> None:
+        """A connection reaches one life of a Redis: what is asked on it cannot meet one that has lost data and that nobody
         knows of yet. A claim would begin sessions anew there, and a look at their hashes find them closed."""
-        with self._lock:
-            known = list(self._generations.items())
-        for key, generation in known:
-            connection.send_command("GET", key)
-            try:
-                found = connection.read_response()
-            except redis.exceptions.ResponseError:
-                continue  # another node of the cluster has it
-            if found != generation:
-                raise redis.exceptions.ConnectionError(_LOST)
+        marks = self._generations.marks()
+        connection.send_command("INFO", "server")
+        for mark in marks:
+            connection.send_command("GET", mark.key)
+        answers = [_answer(connection) for _ in range(1 + len(marks))]
+        run = _RUN.search(answers[0] if isinstance(answers[0], bytes) else b"")
+        self._generations.met(node, run[1].decode() if run else "")
+        for mark, found in zip(marks, answers[1:], strict=True):
+            # An error: another node of the cluster has it.
+            if not isinstance(found, redis.exceptions.ResponseError) and int(found or 0) < mark.seen:
+                raise redis.exceptions.ConnectionError(LOST)
 
     def _check_generation(self) -> bool:
-        """Whether Redis, or a node of it, was found just now to have lost its data."""
+        """Whether Redis, or a node of it, was found just now to have lost data."""
         nodes = self._watched
         with self._lock:
-            keys = [key for key, _ in nodes.generation_keys()]
-            proposed = secrets.token_hex(8).encode()
-            self._pipelined(keys, lambda pipe, at: pipe.set(keys[at], proposed, nx=True), nodes=nodes)
-            found = self._pipelined(keys, lambda pipe, at: pipe.get(keys[at]), nodes=nodes)
-            pairs = [(key, value) for key, value in zip(keys, found, strict=True) if isinstance(value, bytes)]
-            lost = [key for key, value in pairs if self._generations.get(key, value) != value]
-            self._generations.update(pairs)
-            self.losses += bool(lost)
-            self._lost_at.update(dict.fromkeys(lost, self.losses))
-            if lost:
-                log.warning("Redis has lost its data; living sessions are written back")
-                self.on_loss()  # before any other thread learns of the new generation
-        return bool(lost)
+            here = [self._generations.key(nodes.generation_key(node)) for node in nodes.all()]
+            marks = [self._generations.mark(key) for key in here]
+            marks += [mark for mark in self._generations.marks() if mark.key not in here]
+            counts = self._pipelined(
+                [mark.key for mark in marks], lambda pipe, at: pipe.incr(marks[at].key), nodes=nodes
+            )
+            lost = [self._generations.counted(mark, int(count)) for mark, count in zip(marks, counts, strict=True)]
+        return any(lost)
+
+    def _keep_counters(self) -> None:
+        keys = [mark.key for mark in self._generations.marks()]
+        self._pipelined(keys, lambda pipe, at: pipe.pexpire(keys[at], KEPT_MS), nodes=self._watched)
+
+    def _lost(self) -> None:
+        log.warning("Redis has lost data, or is an older copy of it; living sessions are written back")
+        self.on_loss()  # before any other thread can take Redis for one that has everything
 
     def _check_loss(self) -> None:
         """Whichever thread found the loss: nobody must find the store empty before it is written to. Raises RedisError."""
         if self._check_generation() or self.writing_back():
-            raise redis.exceptions.ConnectionError(_LOST)
+            raise redis.exceptions.ConnectionError(LOST)
 
-    def _losses_of(self, keys: Sequence[bytes]) -> list[int]:
-        """For each key the last loss of the node that has it."""
+    def _losses_of(self, keys: Sequence[bytes]) -> list[tuple[str, int]]:
+        """For each key its node, and the last loss of that."""
         last: dict[str, int] = {}
-        for key, node in self._watched.generation_keys():
-            last[node.name] = max(last.get(node.name, 0), self._lost_at.get(key, 0))
-        found = [0] * len(keys)
-        for node, rows in self._watched.of_keys(keys):
+        told = self._generations.lost_at()
+        counters = list(told)
+        for node, rows in self._nodes.of_keys(counters):
+            last[node.name] = max((told[counters[at]] for at in rows.tolist()), default=0)
+        found = [("", 0)] * len(keys)
+        for node, rows in self._nodes.of_keys(keys):
             for at in rows.tolist():
-                found[at] = last.get(node.name, 0)
+                found[at] = (node.name, last.get(node.name, 0))
         return found
 
     def _refresh(self, nodes: Nodes) -> None:
@@ -390,43 +490,92 @@ class Store:
         if after != before:
             self.on_trouble(after)
 
-    def _tokens(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    def _tokens(self, keys: Sequence[bytes]) -> list[bytes | Damaged | None]:
         """The tokens in sessions' hashes."""
-        return self._pipelined(keys, lambda pipe, at: pipe.hget(keys[at], "t"))
+        return self._pipelined(keys, lambda pipe, at: pipe.hget(keys[at], "t"), each=True)
+
+    def _in_run(
+        self, script: Script, keys: Sequence[bytes], args: Sequence[Sequence[Any]], more: Sequence[bytes] = (), each: bool = False
+    ) -> list[Any]:  # fmt: skip
+        """Runs a script that claims, and is told in which run of Redis it does. Raises ConnectionError where Redis was started
+        meanwhile: to be asked again."""
+
+        def runs() -> list[str]:
+            names = [""] * len(keys)
+            for node, rows in self._nodes.of_keys(keys) if keys else []:
+                for at in rows.tolist():
+                    names[at] = self._generations.run(node.name)
+            return names
+
+        for _ in range(2):  # before the first connection its run is not known
+            now = runs()
+            told = [[*some, run, *more] for some, run in zip(args, now, strict=True)]
+            answers = self._scripted(script, keys, told, self.settings.wait, each)
+            if runs() == now:
+                return answers
+        raise redis.exceptions.ConnectionError("Redis was started again meanwhile")
 
     def _scripted(
-        self, script: Script, keys: Sequence[bytes], args: Sequence[Sequence[Any]], wait: Wait = None
+        self,
+        script: Script,
+        keys: Sequence[bytes],
+        args: Sequence[Sequence[Any]],
+        wait: Wait = None,
+        each: bool = False,
     ) -> list[Any]:
         """Runs a script for each of these hashes; see scripts.py for why a cluster is told the other keys too."""
         named = [[key] for key in keys]
         if self._nodes.in_slots:
-            held = self._pipelined(keys, lambda pipe, at: pipe.hmget(keys[at], "t", "g"))
+            held = self._pipelined(keys, lambda pipe, at: pipe.hmget(keys[at], "t", "g"), each=True)
+            pairs = [(None, None) if isinstance(pair, Damaged) else pair for pair in held]
             named = [
                 [key, key + b":" + (token or b""), *([key + b":m"] if revision else [])]
-                for key, (token, revision) in zip(keys, held, strict=True)
+                for key, (token, revision) in zip(keys, pairs, strict=True)
             ]
-        return self._pipelined(keys, lambda pipe, at: script(named[at], args[at], pipe), wait)
+        return self._pipelined(keys, lambda pipe, at: script(named[at], args[at], pipe), wait, counted=True, each=each)
 
-    def _pipelined(self, keys: Sequence[bytes], add: Add, wait: Wait = None, nodes: Nodes | None = None) -> list[Any]:
+    def _pipelined(
+        self, keys: Sequence[bytes], add: Add, wait: Wait = None, nodes: Nodes | None = None, counted: bool = False,
+        each: bool = False,
+    ) -> list[Any]:  # fmt: skip
         """`add(pipe, at)` for each key, on the node that has it; with `wait`, as safe as a commit when this returns."""
         nodes = nodes or self._nodes
+        generations = self._generations if counted else None
         try:
-            return pipelined(nodes, keys, add, wait, self.settings.waited)
-        except (redis.exceptions.MovedError, redis.exceptions.ClusterDownError, redis.exceptions.ConnectionError):
-            if not nodes.in_slots:
+            return pipelined(nodes, keys, add, wait, self.settings.waited, generations, each)
+        except (
+            redis.exceptions.MovedError,
+            redis.exceptions.ClusterDownError,
+            redis.exceptions.ConnectionError,
+        ) as error:
+            if not nodes.in_slots or str(error) == LOST:
                 raise
             nodes.refresh()
-            return pipelined(nodes, keys, add, wait, self.settings.waited)  # all that we ask for may be asked twice
+            return pipelined(nodes, keys, add, wait, self.settings.waited, generations, each)  # all may be asked twice
 
     def _call(self, work: Callable[[], T]) -> T:
         try:
             return work()
+        except Damaged as error:
+            raise damaged(error) from error
         except (redis.exceptions.RedisError, OSError) as error:
             raise StoreUnavailable(_why(error)) from error
 
 
+def damaged(why: object) -> DataLoss:
+    """What is said of a session that cannot be read."""
+    return DataLoss("RECORD_CORRUPTED", f"the session cannot be used ({why}); close the session to start over")
+
+
 def _why(error: BaseException) -> str:
     return str(error) or type(error).__name__
+
+
+def _answer(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.exceptions.ResponseError as error:
+        return error
 
 
 def _reference(text: bytes) -> tuple[str, str]:
@@ -434,7 +583,9 @@ def _reference(text: bytes) -> tuple[str, str]:
     return model, version
 
 
-def _claimed(reply: Sequence[Any]) -> ClaimResult:
+def _claimed(reply: Any) -> ClaimResult:
+    if isinstance(reply, Damaged):
+        return ClaimResult(ClaimStatus.DAMAGED, why=str(reply))
     status = ClaimStatus(reply[0].decode())
     if status in (ClaimStatus.NOT_FOUND, ClaimStatus.CHANGED, ClaimStatus.TAKEN_OVER):
         return ClaimResult(status)
@@ -444,10 +595,50 @@ def _claimed(reply: Sequence[Any]) -> ClaimResult:
     return ClaimResult(status, model, version, reply[2].decode(), int(reply[3]), int(reply[4]), reply[5])
 
 
-def _info(meta: Sequence[bytes], header: Any, ttl_ms: int, record: bytes) -> SessionInfo:
-    model, version = _reference(meta[1])
+def _meta(key: bytes, fields: Any) -> _Meta | Damaged | None:
+    """A session's hash, if it is one; None: there is none."""
+    if isinstance(fields, Damaged):
+        return fields
+    if all(value is None for value in fields):
+        return None
+    if None in fields:
+        return Damaged("its hash lacks a field")
+    try:
+        (model, version), (name, _, fingerprint, token) = (
+            _reference(fields[1]),
+            (value.decode() for value in fields[:4]),
+        )
+        meta = _Meta(name, model, version, fingerprint, token, int(fields[4]), int(fields[5]))
+    except ValueError as error:  # a UnicodeDecodeError is one
+        return Damaged(f"a field of its hash cannot be read: {type(error).__name__}")
+    if key != meta_key(session_tag(meta.session_id)):
+        return Damaged("its hash has another session's id")
+    if not 0 <= meta.epoch < 2**63 or not 0 <= meta.created_ms <= TIME_MS_MAX:
+        return Damaged("a number in its hash is too great")
+    return meta
+
+
+def _info(meta: _Meta, record: Any, header: Any, ttl_ms: int, with_record: bool) -> SessionInfo | Damaged | None:
+    if not record or isinstance(record, Damaged):
+        return record or None
+    seq, acked, commit_ms = int(header["seq"]), int(header["acked"]), int(header["commit_ms"])
+    if header["magic"] != MAGIC or acked > seq or seq > SEQ_MAX or commit_ms > TIME_MS_MAX:
+        return Damaged("its record is none")
     return SessionInfo(
-        session_id=meta[0].decode(), model=model, version=version, fingerprint=meta[2].decode(), token=meta[3].decode(),
-        epoch=int(meta[4]), created_ms=int(meta[5]), seq=int(header["seq"]), acked=int(header["acked"]),
-        commit_ms=int(header["commit_ms"]), ttl_ms=ttl_ms, record=record,
+        session_id=meta.session_id, model=meta.model, version=meta.version, fingerprint=meta.fingerprint, token=meta.token,
+        epoch=meta.epoch, created_ms=meta.created_ms, seq=seq, acked=acked, commit_ms=commit_ms, ttl_ms=ttl_ms,
+        record=record if with_record else b"",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Meta:
+    """What a session's hash says."""
+
+    session_id: str
+    model: str
+    version: str
+    fingerprint: str
+    token: str
+    epoch: int
+    created_ms: int

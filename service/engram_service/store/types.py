@@ -13,10 +13,15 @@ from numpy.typing import NDArray
 from engram_service.store.record import RecordBlock
 
 UNACKNOWLEDGED = "UNACKNOWLEDGED: fewer copies than redis_ack asks for"
+LOST = "Redis has lost its data, or the last of it; living sessions are being written back"
 
 
 class StoreUnavailable(Exception):
     """Redis cannot be reached, or takes no writes just now. Nothing is known of what the call did; it may be repeated."""
+
+
+class Damaged(Exception):
+    """What Redis has under one session's key is no session. The message says why."""
 
 
 class StoreError(Exception):
@@ -42,6 +47,7 @@ class StoreSettings:
     ack_timeout_ms: int = 1000
     connections: int = 2
     tls: TlsFiles = TlsFiles()
+    require_safe: bool = False  # take no Redis that may lose what it is given
 
     @property
     def wait(self) -> tuple[str | int, ...] | None:
@@ -64,6 +70,7 @@ class ClaimStatus(enum.Enum):
     OTHER_MODEL = "OTHER_MODEL"
     CHANGED = "CHANGED"  # another claim than the one that this was to replace
     TAKEN_OVER = "TAKEN_OVER"  # an attach to a session that another client has opened
+    DAMAGED = "DAMAGED"  # what is under the session's key is no session; nothing was changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,7 @@ class ClaimResult:
     epoch: int = 0
     created_ms: int = 0
     record: bytes = b""
+    why: str = ""  # it is DAMAGED
 
 
 class Verdict(enum.Enum):
