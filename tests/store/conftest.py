@@ -62,6 +62,8 @@ class Holder:
         self.tokens = [secrets.token_hex(8) for _ in ids]
         self.claims: list[ClaimResult] = []
         self.losses = 0
+        self.epoch = 1
+        self.created_ms = 5
 
     def requests(
         self, model: str = "m", version: str = "", client_id: int = 1, attach: bool = False, replaces: str | None = None
@@ -78,6 +80,8 @@ class Holder:
     def claim(self, **fields: Any) -> Holder:
         self.claims = self.store.claim(self.requests(**fields))
         self.losses = self.store.losses
+        self.epoch = max((claim.epoch for claim in self.claims), default=1)
+        self.created_ms = max((claim.created_ms for claim in self.claims), default=5)
         return self
 
     @property
@@ -108,7 +112,7 @@ class Holder:
         )
 
     def _meta(self, row: int) -> MetaFields:
-        return MetaFields(self.ids[row], "m/1", "f" * 32, 1, 1, 5, self.losses)
+        return MetaFields(self.ids[row], "m/1", "f" * 32, 1, self.epoch, self.created_ms, self.losses)
 
     def submit(self, seq: int) -> Commit:
         commit = Commit(len(self.ids))

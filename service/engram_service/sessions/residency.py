@@ -47,6 +47,7 @@ class Residency:
             0  # times that the store lost its data: told, and begun to be written back
         )
         self._lost = np.empty(0, np.intp)  # what is being written back
+        self._touching: asyncio.Task[None] | None = None
 
     def clock(self) -> float:
         """Seconds since the server started; small enough for float32 columns."""
@@ -106,6 +107,10 @@ class Residency:
             for place in lost:
                 log.warning("a session could not be read back", extra=named(table.id_of(rows.item(place))))
             good = np.array([n for n in range(len(rows)) if n not in lost], np.intp)
+            # A store that came back with an older copy: what is at another step than its client is not what it was.
+            if (other := found.seq != table.applied[rows[good]]).any():
+                lost |= dict.fromkeys(good[other].tolist(), Verdict.FENCED)  # so it asks, and is told where it stands
+                good, found = good[~other], found.only(np.flatnonzero(~other).tolist())
             if len(good):
                 self.place(served, rows[good], slots[good], found)
         finally:
@@ -251,7 +256,7 @@ class Residency:
     # A store that has lost its data
 
     def lost_data(self) -> None:
-        """The store has lost its data; `write_back` follows on the event loop. Called from the store's threads."""
+        """The store has lost data; `write_back` follows on the event loop. Called from the store's threads."""
         self._losses += 1
 
     def write_back(self) -> None:
@@ -298,7 +303,8 @@ class Residency:
             if self.clock() >= sweep_at:
                 if not self._core.store_trouble:  # a store that is away may come back empty, and need what is here
                     self._sweep(self.clock() - settings.resident_idle_s)
-                await self._touch()
+                if self._touching is None or self._touching.done():
+                    self._touching = self._core.supervisor.once("touch", self._touch())  # commits do not wait for it
                 sweep_at = self.clock() + 1.0
 
     async def _touch(self) -> None:
