@@ -28,7 +28,7 @@ from engram_service.store.generations import KEPT_MS, Generations
 from engram_service.store.keys import META_PREFIX, memory_key, meta_key, record_key, session_tag
 from engram_service.store.memories import MemoryLogs, revision_of
 from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
-from engram_service.store.record import MAGIC, SEQ_MAX, TIME_MS_MAX, read_headers
+from engram_service.store.record import HEADER, MAGIC, SEQ_MAX, TIME_MS_MAX, read_headers
 from engram_service.store.tally import Tally
 from engram_service.store.types import (
     LOST,
@@ -98,7 +98,8 @@ class Store:
             lambda keys, add: self._call(lambda: self._pipelined(keys, add)),
         )
         self.tally = Tally(
-            lambda text: Script(redis.Redis(), text), lambda keys, add: self._call(lambda: self._pipelined(keys, add))
+            lambda text: Script(redis.Redis(), text),
+            lambda keys, add: self._call(lambda: self._pipelined(keys, add, each=True)),
         )
         self._committers = Committers(
             self._nodes, settings, self._generations, self._diagnose_job, lambda why: self._note("commit", why), supervisor
@@ -373,7 +374,7 @@ class Store:
         log.warning(
             "a listing leaves out a session that is damaged (%s); close it to start over",
             why,
-            extra={"key": key.decode()},
+            extra={"key": key.decode(errors="replace")},
         )
 
     # Watching
@@ -603,6 +604,8 @@ def _meta(key: bytes, fields: Any) -> _Meta | Damaged | None:
         return None
     if None in fields:
         return Damaged("its hash lacks a field")
+    if b"/" not in fields[1]:
+        return Damaged("the field m of its hash names no model")
     try:
         (model, version), (name, _, fingerprint, token) = (
             _reference(fields[1]),
@@ -622,7 +625,13 @@ def _info(meta: _Meta, record: Any, header: Any, ttl_ms: int, with_record: bool)
     if not record or isinstance(record, Damaged):
         return record or None
     seq, acked, commit_ms = int(header["seq"]), int(header["acked"]), int(header["commit_ms"])
-    if header["magic"] != MAGIC or acked > seq or seq > SEQ_MAX or commit_ms > TIME_MS_MAX:
+    if (
+        len(record) < HEADER.itemsize
+        or header["magic"] != MAGIC
+        or acked > seq
+        or seq > SEQ_MAX
+        or commit_ms > TIME_MS_MAX
+    ):
         return Damaged("its record is none")
     return SessionInfo(
         session_id=meta.session_id, model=meta.model, version=meta.version, fingerprint=meta.fingerprint, token=meta.token,
