@@ -228,6 +228,7 @@ class Scene:
             "EngramServerDown": lambda: self._killed(1),
             "EngramNoServer": lambda: self._killed(0, 1),
             "EngramStoreDown": self._store_paused,
+            "EngramRedisUnsafe": self._evicting,
             "EngramModelRefused": self._bad_bundle,
             "EngramDenied": lambda: self._repeated(self._denied),
             "EngramSaturated": lambda: self._repeated(self._heavy),
@@ -250,6 +251,12 @@ class Scene:
         self.redis.pause()
         yield
         self.redis.go_on()
+
+    @contextlib.asynccontextmanager
+    async def _evicting(self) -> AsyncIterator[None]:
+        self.redis.client.config_set("maxmemory-policy", "volatile-lru")
+        yield
+        self.redis.client.config_set("maxmemory-policy", "noeviction")
 
     @contextlib.asynccontextmanager
     async def _bad_bundle(self) -> AsyncIterator[None]:
