@@ -344,13 +344,19 @@ def test_a_memory_outlives_a_lost_redis_and_a_killed_server(
         assert redis_process.client.llen(key) == 1
         redis_process.client.delete(key)
         assert session.recall(stored[3]).label == "p3", "evicted"
+        meta, late = meta_key(session_tag("kept")), patterns(3, seed=9)
+        copy, revision = redis_process.client.dump(key), redis_process.client.hget(meta, "g")
+        session.store(late, ["late 0", "late 1", "late 2"])
+        redis_process.client.restore(key, 0, copy, replace=True)
+        redis_process.client.hset(meta, "g", revision)
+        assert session.recall(late[1]).label == "late 1", "an older copy is written over"
         server.kill()
         with ThreadPoolExecutor(2) as pool:
             hits = pool.submit(client.sessions.recall, "kept", stored)
             more = pool.submit(client.sessions.store, "kept", -stored, [f"minus {row}" for row in range(30)])
             server.start()
             assert [hit.label for hit in hits.result(60)] == [f"p{row}" for row in range(30)]
-            assert more.result(60).count == 60
+            assert more.result(60).count == 63
         assert session.recall(-stored[4]).label == "minus 4"
         redis_process.client.delete(key)
         server.restart()

@@ -165,3 +165,16 @@ def test_numbers_that_have_run_out_are_said_and_not_written() -> None:
         held.stored(Operation(b"i" * 16, NUMBERS_MAX, 1, STORE), bits(1, 2), ["p"], NUMBERS_MAX + 1)
     assert caught.value.reason == "MEMORY_FULL"
     assert held.follow(held.stored(Operation(b"i" * 16, 0, 1, STORE), bits(1, 2), ["own"], NUMBERS_MAX))
+
+
+def test_a_log_that_stands_where_it_stood_before_is_known() -> None:
+    held, revisions = Held(CELL), [b""]
+    for label in ("a", "b", "c"):
+        chunks = store(held, label)
+        if not held.revision:
+            held.restart(chunks)
+        else:
+            held.follow(chunks)
+        revisions.append(held.revision)
+    assert [held.outgrew(revision) for revision in revisions] == [False, True, True, False]
+    assert not held.outgrew(b"r" * 16), "somebody else's is newer"

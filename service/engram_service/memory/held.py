@@ -27,6 +27,7 @@ _OPERATIONS_MAX = 256  # that are known again; a call is repeated soon or never
 _CHUNK_BYTES = 8 << 20  # of a memory that is written as a whole
 _CHUNKS_FREE = 512  # a log may have so many, and one more for every so many patterns ...
 _PATTERNS_A_CHUNK = 64
+_PAST_MAX = 4096  # revisions that are known again
 _FORGOTTEN_FREE = 1024  # ... and so many forgotten rows, and as many as there are patterns
 
 
@@ -53,6 +54,7 @@ class Held:
         self.numbers = 0
         self.losses = 0
         self.operations: OrderedDict[bytes, Operation] = OrderedDict()
+        self._past: OrderedDict[bytes, None] = OrderedDict()  # revisions that the log had before
         self._size = self.memory.size
         self._forgotten = 0
 
@@ -63,7 +65,7 @@ class Held:
             if chunk.before != (self.revision or b"\0" * REVISION_NBYTES):
                 return False
             self._apply(chunk)
-            self.revision = data[-REVISION_NBYTES:]
+            self._at(data[-REVISION_NBYTES:])
             self.length += 1
         return True
 
@@ -75,7 +77,19 @@ class Held:
 
     def replaced(self, chunks: Sequence[bytes]) -> None:
         """The log was replaced by these chunks, which say what it said before."""
-        self.revision, self.length, self._forgotten = revision_of(chunks), len(chunks), 0
+        self._at(revision_of(chunks))
+        self.length, self._forgotten = len(chunks), 0
+
+    def outgrew(self, revision: bytes) -> bool:
+        """Whether the log stood there before what is at hand was added: a log that stands there again is an older copy."""
+        return revision in self._past and revision != self.revision
+
+    def _at(self, revision: bytes) -> None:
+        if self.revision:
+            self._past[self.revision] = None
+        while len(self._past) > _PAST_MAX:
+            self._past.popitem(last=False)
+        self.revision = revision
 
     def _apply(self, chunk: Chunk) -> None:
         if chunk.size != self._size:

@@ -162,7 +162,8 @@ class Memories:
         """What the log says, at least as far as `head` tells; None: the session has no patterns but its model's."""
         held, losses = slot.held, self._store.losses
         same = (slot.fingerprint, slot.created_ms) == (head.fingerprint, head.created_ms)
-        if held is not None and same and not head.length and (head.revision or losses > held.losses):
+        gone = not head.length and (head.revision or (held is not None and losses > held.losses))
+        if held is not None and same and (gone or held.outgrew(head.revision)):
             self._write_back(session_id, held, head)
         elif not head.revision:
             held = None
@@ -191,7 +192,7 @@ class Memories:
             raise DataLoss("RECORD_CORRUPTED", message) from error
 
     def _write_back(self, session_id: str, held: Held, head: MemoryHead) -> None:
-        """Redis has lost the log, and this server has what it said."""
+        """Redis has lost the log, or the end of it, and this server has what it said."""
         chunks = held.whole()
         if self._logs.write(session_id, head, chunks, replace=True) is not Written.DONE:
             raise Unavailable("STORE_UNAVAILABLE", "the memory is being written back; try again", retry_after_ms=50)
