@@ -71,8 +71,6 @@ async def serve(settings: Settings) -> None:
         tokens = Tokens(Path(settings.tokens_file) if settings.tokens_file else None)
         access = Access(tokens, Audit(metrics))
         certificate = Certificate.of(settings)
-        health = Health()
-        supervisor = Supervisor(metrics, health)
         store = await _store(settings, stack, supervisor, health)
         table = SessionTable()
         workers = settings.engine_threads(device.type == "cpu")
