@@ -385,3 +385,38 @@ def test_the_private_redis_keeps_its_file_short(tmp_path: Any, eventually: Calla
             write_much(redis.Redis.from_url(private.url))
         finally:
             private.stop()
+
+
+def test_a_look_at_a_missing_record_that_fails_is_tried_again(
+    store: Store, holder: MakeHolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner = holder(store, "a", "b").claim()
+    holder(store, "a").claim()
+    real, calls = store.diagnose, []
+
+    def diagnose(*columns: Any) -> list[Verdict]:
+        calls.append(columns)
+        if len(calls) < 3:
+            raise StoreUnavailable("Redis went away just now")
+        return real(*columns)
+
+    monkeypatch.setattr(store, "diagnose", diagnose)
+    assert owner.commit(1) == [FENCED, OK] and len(calls) == 3
+    assert "not foreseen" not in caplog.text
+
+
+def test_a_committer_outlives_what_is_raised_where_it_tells_what_became_of_a_commit(
+    store: Store, holder: MakeHolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engram_service.store.committer import Committers
+
+    owner, real, failures = holder(store, "a").claim(), Committers._take, []
+
+    def take(self: Committers, *rest: Any) -> None:
+        if len(failures) < 4:  # more often than there are committers
+            failures.append(rest)
+            raise RuntimeError("not foreseen")
+        real(self, *rest)
+
+    monkeypatch.setattr(Committers, "_take", take)
+    assert owner.commit(1) == [OK] and owner.commit(2) == [OK] and len(failures) == 4

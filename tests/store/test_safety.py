@@ -27,7 +27,6 @@ SAFE = {
         ((), []),
         (("--maxmemory", "1gb", "--maxmemory-policy", "noeviction"), []),
         (("--appendonly", "no"), ["persistence"]),
-        (("--appendonly", "no", "--save", "900 1"), ["persistence"]),
         (("--maxmemory-policy", "allkeys-lru"), ["eviction"]),
         (("--maxmemory-policy", "volatile-ttl", "--appendonly", "no"), ["eviction", "persistence"]),
         (("--replicaof", "127.0.0.1", "1"), ["replica"]),
@@ -70,6 +69,25 @@ def test_one_that_becomes_unsafe_is_noticed_and_one_that_is_safe_again_too(
         assert health.warnings() == [] and not store.unsafe
     finally:
         store.close()
+
+
+def test_a_disk_that_is_full_is_told_while_writes_are_refused(
+    start_redis: Any, open_store: OpenStore, eventually: Any
+) -> None:
+    """Its snapshots cannot be written, for what should be a file is a directory; Redis then refuses writes."""
+    process = start_redis("--appendonly", "no")
+    process.client.config_set("save", "3600 1")
+    store = open_store(process.url)
+    assert not store.unsafe_as_to("disk") and "last snapshot" in store.unsafe["persistence"]
+    (process.directory / "dump.rdb").mkdir()
+    with process.client as client:
+        client.execute_command("BGSAVE")
+        eventually(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+    eventually(lambda: store.unsafe_as_to("disk"))
+    (process.directory / "dump.rdb").rmdir()
+    with process.client as client:
+        eventually(lambda: client.execute_command("BGSAVE"))
+    eventually(lambda: not store.unsafe_as_to("disk"))
 
 
 def test_a_user_without_the_right_to_look_is_served_and_told_what_could_not_be_checked(

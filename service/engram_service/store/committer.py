@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from engram_service.store.generations import Generations, Mark
 from engram_service.store.nodes import Node, Nodes, redirected
 from engram_service.store.packing import commands, counting, read_replies
-from engram_service.store.types import UNACKNOWLEDGED, CommitJob, StoreSettings, Verdict
+from engram_service.store.types import UNACKNOWLEDGED, CommitJob, StoreSettings, StoreUnavailable, Verdict
 from engram_service.supervision import Supervisor
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _INLINE_TIMEOUT_S = 1.0  # the same where an engine thread waits: the committers
 _SEND_BUFFER = 4 << 20  # a tick's commands at once, if the kernel allows so much
 _JOINED_MAX = 64 << 10
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
-_LOST: tuple[type[Exception], ...] = (redis.exceptions.RedisError, OSError)
+_LOST: tuple[type[Exception], ...] = (redis.exceptions.RedisError, OSError, StoreUnavailable)
 
 Diagnose = Callable[[CommitJob, NDArray[np.intp], Callable[[int], bytes]], Sequence[Verdict]]
 

@@ -199,8 +199,8 @@ class Store:
                 since = ",".join(self._generations.runs_since(*losses[n]))
                 args = [job.tokens[row].tobytes(), record(row), int(job.ttl_ms[row]), meta.session_id, meta.reference,
                         meta.fingerprint, meta.client_id, meta.epoch, meta.created_ms, since]  # fmt: skip
-                restored = self._scripted(self._restore, [keys[n]], [args], self.settings.wait)[0]
-                verdicts[n] = Verdict.OK if restored else Verdict.FENCED
+                restored = self._scripted(self._restore, [keys[n]], [args], self.settings.wait, each=True)[0]
+                verdicts[n] = Verdict.OK if restored == 1 else Verdict.FENCED
                 back[meta.session_id] = int(job.ttl_ms[row])
         self.tally.keep(list(back), list(back.values()))
         return verdicts
@@ -380,10 +380,13 @@ class Store:
     # Watching
 
     def _watch(self) -> None:
-        look_at = time.monotonic() + _SAFETY_S
+        look_at, known = time.monotonic() + _SAFETY_S, self._trouble["watch"]
         while not self._closed.wait(_WATCH_S):
             try:
-                back = bool(self._trouble["watch"])
+                if time.monotonic() >= look_at or self._trouble["watch"] != known:
+                    known = self._trouble["watch"]  # one that refuses writes, or is there again, may be another one
+                    self._check_safety()
+                    look_at = time.monotonic() + _SAFETY_S
                 self._check_generation()
                 used = [int(node.client.info("memory")["used_memory"]) for node in self._watched.all()]
                 self.used_memory_bytes = sum(used)
@@ -391,9 +394,6 @@ class Store:
                 self.expired_keys = sum(expired)
                 self._keep_counters()
                 self._note("watch", "")
-                if back or time.monotonic() >= look_at:
-                    look_at = time.monotonic() + _SAFETY_S
-                    self._check_safety()
             except (redis.exceptions.RedisError, OSError) as error:
                 self._note("watch", _why(error))
                 self._refresh(self._watched)
