@@ -108,24 +108,24 @@ def test_whatever_is_raised_in_the_watch_it_begins_again(
 def test_one_that_still_reads_its_file_is_waited_for(directory: pathlib.Path, eventually: Eventually) -> None:
     one = left_behind(directory)
     client = one._client()
-    for at in range(0, 3000, 1000):
+    for at in range(0, 12_000, 1000):
         with client.pipeline(transaction=False) as pipe:
             for number in range(at, at + 1000):
-                pipe.set(f"key-{number}", "x" * 4096)  # events are seen to every 2 MB
+                pipe.set(f"key-{number}", "x")
             pipe.execute()
     assert one._process is not None
     one._process.kill()
     one._process.wait()
     slow = subprocess.Popen(
         [redis_binary(), "--port", "0", "--unixsocket", str(directory / "redis.sock"), "--dir", str(directory), "--save", "",
-         "--appendonly", "yes", "--key-load-delay", "600", "--logfile", str(directory / "redis.log")], stdout=subprocess.DEVNULL,
+         "--appendonly", "yes", "--key-load-delay", "200", "--logfile", str(directory / "redis.log")], stdout=subprocess.DEVNULL,
     )  # fmt: skip
     two = PrivateRedis(PrivateSettings(directory))
     eventually(two._loading)
     two.start()
     try:
         assert [process.pid for process in running(directory)] == [slow.pid]
-        assert two._client().dbsize() == 3000
+        assert two._client().dbsize() == 12_000
     finally:
         two.stop()
         slow.wait(10)

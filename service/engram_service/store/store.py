@@ -59,7 +59,7 @@ _DESCRIBED_AT_ONCE = 250
 _CURSORS = 2**64
 _NODES_MAX = 4096  # of a cluster; a page's cursor is a node's cursor and its place
 _SAFETY_S = 60.0
-_RUN = re.compile(rb"run_id:(\w+)")
+_RUN = re.compile(rb"run_id:(\w{1,12})")  # enough to tell runs apart; it stands in each session's hash
 _NO_CLUSTER = "Cluster mode is not enabled"  # as redis-py says it
 _THERE_BUT_REFUSES = ("OOM", UNACKNOWLEDGED)  # trouble of commits that a Redis which answers may still have
 
