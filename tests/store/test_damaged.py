@@ -166,6 +166,7 @@ def test_a_memory_of_another_type(store: Store, redis_process: Any, owner: Any) 
 def test_a_tally_of_another_type_is_begun_anew(store: Store, redis_process: Any) -> None:
     redis_process.client.set(tally_key("acme"), "no sorted set")
     mine = [key_of("acme", name) for name in ("a", "b", "c")]
+    assert store.page_of("acme", 0, 10) == (0, [])
     store.tally.give_back(mine)
     assert len(store.tally.take(mine, 60_000, 2)) == 1
 
@@ -176,3 +177,16 @@ def test_keys_that_are_nobodys(store: Store, redis_process: Any, owner: Any) -> 
     client.rpush(b"engram:{\xff\xfe}", "x")
     client.hset("engram:{AAAAAAAAAAAAAAAAAAAAAA}", mapping={"i": "x", "m": "y"})
     assert listed(store) == sorted(NAMES)
+
+
+def test_a_tenants_listing_has_the_others_too(store: Store, redis_process: Any, holder: MakeHolder) -> None:
+    names = [key_of("acme", name) for name in ("a", "b", "c")]
+    store.tally.take(names, 60_000, 0)
+    holder(store, *names).claim()
+    client = redis_process.client
+    client.delete(meta_key(session_tag(names[1])))
+    client.set(meta_key(session_tag(names[1])), "not a hash")
+    client.hset(meta_key(session_tag(names[2])), "l", "long")
+    assert sorted(info.session_id for info in store.page_of("acme", 0, 10)[1]) == [names[0], names[2]]
+    for name in names:
+        store.tally.renew(name)

@@ -292,7 +292,7 @@ class Store:
             cursor, tags = self.tally.tags(tenant, cursor % _CURSORS, max(count, 10))
             for at in range(0, len(tags), _DESCRIBED_AT_ONCE):
                 some = [meta_key(tag) for tag in tags[at : at + _DESCRIBED_AT_ONCE]]
-                found += self._call(lambda some=some: self._describe(some, False, wanted))  # type: ignore[misc]
+                found += self._call(lambda some=some: self._describe(some, False, wanted, self._leave_out))  # type: ignore[misc]
             if not cursor or len(found) * 2 >= count or time.monotonic() > enough:
                 return cursor, found
 

@@ -17,6 +17,7 @@ from redis.commands.core import Script
 
 from engram_service.store import scripts
 from engram_service.store.keys import meta_key, session_tag, tally_key
+from engram_service.store.types import Damaged
 from engram_service.tenants import tenant_of
 
 _LATE = 1.25  # of the session's time
@@ -54,16 +55,18 @@ class Tally:
     def tags(self, tenant: str, cursor: int, count: int) -> tuple[int, list[bytes]]:
         """About `count` of the tags that have a place, and the cursor of those that follow (0: none)."""
         key = tally_key(tenant)
-        after, places = self._pipelined([key], lambda pipe, at: pipe.zscan(key, cursor, count=count))[0]
-        return int(after), [tag for tag, _ in places]
+        found = self._pipelined([key], lambda pipe, at: pipe.zscan(key, cursor, count=count))[0]
+        if isinstance(found, Damaged):  # the next session that is opened or held begins it anew
+            return 0, []
+        return int(found[0]), [tag for tag, _ in found[1]]
 
     def renew(self, session_id: str) -> None:
         """The same for a session that is looked at and held by nobody, as long as its hash says that it lives."""
         if not tenant_of(session_id) or time.monotonic() < self._renewed.get(session_id, 0.0):
             return
         key = meta_key(session_tag(session_id))
-        ttl_ms = int(self._pipelined([key], lambda pipe, at: pipe.hget(key, "l"))[0] or 0)
-        if ttl_ms:
+        kept = self._pipelined([key], lambda pipe, at: pipe.hget(key, "l"))[0]
+        if isinstance(kept, bytes) and kept.isdigit() and (ttl_ms := int(kept)):  # else it is damaged, or gone
             self.keep([session_id], [ttl_ms])
             while len(self._renewed) >= _RENEWED_MAX:
                 self._renewed.pop(next(iter(self._renewed)), None)
