@@ -35,7 +35,17 @@ from engram_service.scheduler import Batch, Tick
 from engram_service.sessions.admission import FEEDBACK, QUIET, StepColumns, classify, column, read_columns
 from engram_service.sessions.backlog import Backlog
 from engram_service.sessions.handles import CLOSED, TAKEN_OVER, UNKNOWN
-from engram_service.sessions.refusals import Refused, bad_handles, closed, errors_frame, fates, gaps, lost, taken_over
+from engram_service.sessions.refusals import (
+    Refused,
+    bad_handles,
+    closed,
+    errors_frame,
+    fates,
+    gaps,
+    lost,
+    taken_over,
+    uncommitted,
+)
 from engram_service.sessions.repeats import Repeats, acknowledged
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.shares import Shares
@@ -407,7 +417,7 @@ class Core:
             self._settle(advance, index)
             self.queue.release(sessions)
             self.lose(sessions, verdict)
-            self._refuse_index(advance, index, lost(verdict))
+            self._refuse_index(advance, index, uncommitted(verdict))
 
     def _answer_volatile(self, advance: Advance, rows: NDArray[np.intp]) -> None:
         tick, table = advance.tick, self.table

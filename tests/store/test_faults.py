@@ -40,13 +40,13 @@ def test_a_commit_whose_answer_is_lost_is_settled_once(
 def test_a_commit_that_was_written_but_never_answered_and_then_fenced(
     open_store: OpenStore, store: Store, wire: Any, holder: MakeHolder
 ) -> None:
-    """The verdict says that the session was lost; the taker has what was written."""
+    """The verdict says that the session was lost, and that the commit may have been written; the taker has it."""
     owner = holder(open_store(wire.url), "a").claim()
     taker = holder(store, "a")
     done = threading.Event()
     owner.store.on_trouble = lambda why: None if done.is_set() else (taker.claim(), done.set())
     wire.lose_answer_to(b"\r\nXX\r\n")
-    assert owner.commit(1) == [FENCED]
+    assert owner.commit(1) == [Verdict.FENCED_LATE]
     records = taker.layout.unpack([taker.claims[0].record])
     assert records.seq.tolist() == [1] and taker.commit(2) == [OK]
 

@@ -82,9 +82,10 @@ class UnaryStream:
                 async with asyncio.timeout(asked.timeout_s):
                     with self._core.shares.of(tenant_of(asked.session_id)).unary(asked.rows + asked.generate):
                         return await self._step(asked)
-            except Aborted:
-                # Another server had taken the session over since the last call: nothing was applied, so claim it again.
-                if attempt == _TRIES - 1:
+            except Aborted as error:
+                # Another server had taken the session over since the last call. Where nothing was applied, or the step has a
+                # number by which it is known again, it is claimed again.
+                if attempt == _TRIES - 1 or (asked.seq == 0 and error.metadata.get("applied") == "unknown"):
                     raise
             except TimeoutError:
                 raise self._core.late() from None

@@ -41,6 +41,13 @@ def lost(verdict: Verdict) -> Refusal:
     return taken_over() if verdict.fenced else closed()
 
 
+def uncommitted(verdict: Verdict) -> Refusal:
+    """For steps whose commit was refused."""
+    refusal = lost(verdict)
+    refusal.metadata["applied"] = "no" if verdict in (Verdict.FENCED, Verdict.GONE) else "unknown"
+    return refusal
+
+
 def void(why: int) -> Refusal:
     """What a handle is told that names no session any more."""
     unknown = NotFound("INVALID_HANDLE", "no session of this stream has this handle; open it first")
@@ -84,7 +91,8 @@ def errors_frame(
     errors = []
     for kind in kinds.tolist():
         detail = refused[kind // len(_FATES)][1].detail()
-        detail.metadata["applied"] = _FATES[kind % len(_FATES)]
+        if "applied" not in detail.metadata:
+            detail.metadata["applied"] = _FATES[kind % len(_FATES)]
         errors.append(detail)
     return stream_pb2.StreamResponse(
         errors=stream_pb2.ErrorsFrame(

@@ -317,7 +317,7 @@ class Committers:
         if (missing := rows[kinds == b"0"]).size:
             verdicts = np.array(self._diagnose(pending.job, missing, pending.record), dtype=object)
             for verdict in set(verdicts):
-                pending.done(missing[verdicts == verdict], verdict)
+                pending.done(missing[verdicts == verdict], verdict.late if pending.repeated else verdict)
         failed = next((reply for reply in replies if reply.startswith(b"-")), b"")
         return failed[1:].decode(errors="replace")
 
@@ -343,6 +343,11 @@ class _Pending:
         self._attempts = 0
         self._open = np.ones(len(job.tags), np.bool_)
         self._packed: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []
+
+    @property
+    def repeated(self) -> bool:
+        """Whether an attempt was made before this one, of which it is not known what it wrote."""
+        return self._attempts > 0
 
     def backoff_s(self) -> float:
         """How long to wait after one more attempt has failed."""

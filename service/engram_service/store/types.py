@@ -105,8 +105,10 @@ class Verdict(enum.Enum):
     """The store's word on one commit."""
 
     OK = "ok"
-    FENCED = "fenced"  # somebody else has claimed the session
-    GONE = "gone"  # closed by somebody else, or expired
+    FENCED = "fenced"  # somebody else has claimed the session, and nothing was written
+    GONE = "gone"  # closed by somebody else, or expired, and nothing was written
+    FENCED_LATE = "fenced late"  # the same after an earlier attempt, which may have been written before that
+    GONE_LATE = "gone late"
 
     @property
     def ok(self) -> bool:
@@ -114,7 +116,12 @@ class Verdict(enum.Enum):
 
     @property
     def fenced(self) -> bool:
-        return self is Verdict.FENCED
+        return self in (Verdict.FENCED, Verdict.FENCED_LATE)
+
+    @property
+    def late(self) -> Verdict:
+        """The same word on a commit that was tried before."""
+        return {Verdict.FENCED: Verdict.FENCED_LATE, Verdict.GONE: Verdict.GONE_LATE}.get(self, self)
 
 
 @dataclass(frozen=True, slots=True)
