@@ -48,13 +48,16 @@ def test_processes_do_not_share_them() -> None:
 
 
 def test_a_fork_has_its_own() -> None:
-    ours, (reading, writing) = free_port(), os.pipe()
+    ours, (reading, writing) = (
+        {free_port() for _ in range(MANY)},
+        os.pipe(),
+    )  # what a child had is free again after its end
     if (child := os.fork()) == 0:
         os.write(writing, json.dumps([free_port() for _ in range(MANY)]).encode())
         os._exit(0)
     os.waitpid(child, 0)
     theirs = json.loads(os.read(reading, 1 << 16))
-    assert not {ours, *(free_port() for _ in range(MANY))} & set(theirs)
+    assert not ours & set(theirs)
 
 
 def test_one_in_use_is_not_given() -> None:

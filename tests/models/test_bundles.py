@@ -115,7 +115,7 @@ SPOILS: dict[str, tuple[Callable[[Path], None], str]] = {
     "check state of another type": (change("check.before.c0", lambda w: w.long()), "the check vector fails: c0 is"),
     "weights larger than the file": (edit("hidden_size = 4", "hidden_size = 40000"), "bytes of weights"),
     "weights beyond any machine": (edit("hidden_size = 4", "hidden_size = 4294967296"), "config does not fit"),
-    "number beyond 64 bits": (edit("hidden_size = 4", f"hidden_size = {2**64}"), "config does not fit"),
+    "number beyond 64 bits": (edit("hidden_size = 4", f"hidden_size = {2**64}"), "more than 64 bits"),
     "layers without end": (edit("layers = 1", "layers = 1000000000"), "at most 256"),
     "a date": (edit("layers = 1", "layers = 1979-05-27"), "config may have"),
     "nested without end": (edit("layers = 1", "layers = " + "[" * 5000), "not toml"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import pathlib
 import random
@@ -82,11 +83,11 @@ class Wire:
 
 
 @asynccontextmanager
-async def playing() -> AsyncIterator[tuple[FakePeer, Wire, engram.AsyncClient]]:
+async def playing(options: engram.ClientOptions = OPTIONS) -> AsyncIterator[tuple[FakePeer, Wire, engram.AsyncClient]]:
     peer = FakePeer()
     wire = Wire(await peer.start())
     try:
-        async with engram.AsyncClient(f"127.0.0.1:{await wire.start()}", OPTIONS) as client:
+        async with engram.AsyncClient(f"127.0.0.1:{await wire.start()}", options) as client:
             yield peer, wire, client
     finally:
         await wire.stop()
@@ -96,12 +97,12 @@ async def playing() -> AsyncIterator[tuple[FakePeer, Wire, engram.AsyncClient]]:
 Body = Callable[[FakePeer, Wire, engram.AsyncClient], Awaitable[None]]
 
 
-def play(body: Body) -> None:
+def play(body: Body, options: engram.ClientOptions = OPTIONS) -> None:
     async def main() -> None:
-        async with playing() as parts:
+        async with playing(options) as parts:
             await body(*parts)
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def play_each(body: Callable[..., Awaitable[None]], cases: Iterable[tuple[Any, ...]]) -> None:
@@ -625,7 +626,7 @@ def replay_calls(steps: int, waves_in_runs: bool) -> int:
         sys.setprofile(None)
         assert peer.records["a"].inputs == [*X[:, 0].tolist(), 0]
 
-    play(body)
+    play(body, dataclasses.replace(OPTIONS, reconnect_timeout_s=30.0))  # under a profile everything takes long
     return counted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -90,7 +91,8 @@ def test_a_token_that_is_replaced_is_not_noticed(guarded: tuple[Any, pathlib.Pat
                 await step_for_ever(session)
             assert denied.value.reason == "TOKEN_UNKNOWN"
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    with contextlib.suppress(engram.CloseIncomplete):  # where the last step was under way, its fate stays open
+        asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_a_client_that_is_not_let_in_is_told_at_once(guarded: tuple[Any, pathlib.Path, pathlib.Path, str]) -> None:

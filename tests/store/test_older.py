@@ -15,7 +15,8 @@ from engram_service.store.keys import GENERATION
 
 MakeHolder = Callable[..., Any]
 OpenStore = Callable[..., Store]
-OK, FENCED, GONE = Verdict.OK, Verdict.FENCED, Verdict.GONE
+OK, GONE = Verdict.OK, Verdict.GONE
+FENCED = (Verdict.FENCED, Verdict.FENCED_LATE)  # what had been sent to the Redis that ended may have been written
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_claim_that_is_lost_is_enough(
     owner = holder(quiet, "a").claim()
     copies.put_back(redis_process, tmp_path / "copy")
     assert owner.commit(2) == [OK], "the claim in the copy is an older one"
-    assert first.commit(2) == [FENCED] and owner.stored() == [2]
+    assert first.commit(2)[0] in FENCED and owner.stored() == [2]
     info = quiet.describe("a")
     assert info is not None and info.token == owner.tokens[0]
     assert len(list(redis_process.client.scan_iter("engram:{*"))) == 2, "the record in the copy is not left behind"
@@ -110,7 +111,8 @@ def test_what_others_claimed_since_is_theirs(
     copies.put_back(redis_process, tmp_path / "copy")
     taker = holder(open_store(redis_process.url), "a").claim()
     assert taker.layout.unpack([taker.claims[0].record]).seq.tolist() == [1], "nobody has written it back yet"
-    assert one.commit(6) == [FENCED, OK], "b was claimed by nobody since"
+    verdicts = one.commit(6)
+    assert verdicts[0] in FENCED and verdicts[1] is OK, "b was claimed by nobody since"
     assert taker.commit(2) == [OK] and taker.stored() == [2] and one.stored() == [2, 6]
 
 
@@ -133,7 +135,7 @@ def test_the_newest_claim_wins_whoever_writes_back_first(
                 store.claim([])
     assert second.commit(9) == [OK], "it does not know that it was replaced, and neither does the copy"
     assert third.commit(3) == [OK] and third.stored() == [3]
-    assert second.commit(10) == [FENCED] and third.stored() == [3]
+    assert second.commit(10)[0] in FENCED and third.stored() == [3]
 
 
 def test_a_session_made_anew_since_the_copy_is_written_back_over_the_one_that_was_closed(

@@ -11,6 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from engram_service.http.guard import Doing, Guard
 
+_LINGER_BYTES_MAX = 1 << 20
 _READ_BYTES = 16 << 10  # taken from the socket at once; asyncio's own 256 KiB would be kept for each connection
 
 
@@ -21,6 +22,7 @@ class GuardedProtocol(H11Protocol):
         super().__init__(*args, **named)
         self._guard = guard
         self.doing = Doing.SENDING
+        self._thrown_away = 0
         self.since = self.loop.time()
 
     # What asyncio calls
@@ -37,6 +39,9 @@ class GuardedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.doing is Doing.LINGERING:
+            self._thrown_away += len(data)
+            if self._thrown_away > _LINGER_BYTES_MAX:
+                self.drop()
             return
         if self.doing is Doing.IDLE:
             self._now(Doing.SENDING)
@@ -93,8 +98,8 @@ class GuardedProtocol(H11Protocol):
         self._linger()
 
     def _linger(self) -> None:
-        """Our side is closed, and theirs is read and thrown away for a moment: a socket that is closed with bytes unread resets the
-        connection, and the answer may be lost on the way."""
+        """Our side is closed, and theirs is read and thrown away for a moment, a megabyte at most: a socket that is closed with
+        bytes unread resets the connection, and the answer may be lost on the way."""
         self._now(Doing.LINGERING)
         self._unset_keepalive_if_required()
         self.flow.resume_reading()

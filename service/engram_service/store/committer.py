@@ -39,6 +39,7 @@ _INLINE_TIMEOUT_S = 1.0  # the same where an engine thread waits: the committers
 _SEND_BUFFER = 4 << 20  # a tick's commands at once, if the kernel allows so much
 _JOINED_MAX = 64 << 10
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
+_UNACKNOWLEDGED = UNACKNOWLEDGED.encode()
 _LOST: tuple[type[Exception], ...] = (redis.exceptions.RedisError, OSError, StoreUnavailable)
 
 Diagnose = Callable[[CommitJob, NDArray[np.intp], Callable[[int], bytes]], Sequence[Verdict]]
@@ -74,7 +75,7 @@ class Link:
             replies, counter = read_replies(self._connection._sock, count, counted)
             if self._acknowledged(self._connection):
                 return replies, counter
-            return [b"-" + UNACKNOWLEDGED.encode()] * count, counter
+            return [b"-" + _UNACKNOWLEDGED] * count, counter
 
     @contextmanager
     def _giving_up(self, doubtful: list[int]) -> Iterator[None]:
@@ -218,6 +219,7 @@ class Committers:
 
     def _send(self, links: Links, pending: _Pending) -> Sent:
         """Sends what is still to be written of a job, to each node what is its, and behind it what counts (generations.py)."""
+        pending.begin()
         sent = Sent(pending, {})
         last: dict[Node, memoryview] = {}  # by node: what is still to be sent
         with self._noting(sent, ""):
@@ -240,6 +242,7 @@ class Committers:
         values: NDArray[np.uint8],
     ) -> None:  # fmt: skip
         job = sent.pending.job
+        sent.pending.unknown[rows] = True
         for part, buffer in commands(job.tags[rows], job.tokens[rows], values, job.ttl_ms[rows]):
             if node in last:
                 links.to(node).send([last[node]], sent.pending.doubtful[node.name])
@@ -311,13 +314,17 @@ class Committers:
         if replies is None:
             pending.done(rows, Verdict.OK)
             return ""
+        pending.unknown[rows] = [reply.endswith(_UNACKNOWLEDGED) for reply in replies]
         kinds = np.array([b"+" if reply == b"+OK" else b"-" if reply.startswith(b"-") else b"0" for reply in replies])
         if (written := rows[kinds == b"+"]).size:
             pending.done(written, Verdict.OK)
         if (missing := rows[kinds == b"0"]).size:
             verdicts = np.array(self._diagnose(pending.job, missing, pending.record), dtype=object)
             for verdict in set(verdicts):
-                pending.done(missing[verdicts == verdict], verdict.late if pending.repeated else verdict)
+                own = missing[verdicts == verdict]
+                late = pending.doubted[own]
+                pending.done(own[~late], verdict)
+                pending.done(own[late], verdict.late)
         failed = next((reply for reply in replies if reply.startswith(b"-")), b"")
         return failed[1:].decode(errors="replace")
 
@@ -341,13 +348,17 @@ class _Pending:
         # By node: ids of connections, whoever held them, that may still have commands of this job buffered.
         self.doubtful: defaultdict[str, list[int]] = defaultdict(list)
         self._attempts = 0
+        self.unknown = np.zeros(
+            len(job.tags), np.bool_
+        )  # rows that were sent, and of which Redis has not said what became
+        self.doubted = np.zeros(len(job.tags), np.bool_)  # the same of earlier attempts
         self._open = np.ones(len(job.tags), np.bool_)
         self._packed: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []
 
-    @property
-    def repeated(self) -> bool:
-        """Whether an attempt was made before this one, of which it is not known what it wrote."""
-        return self._attempts > 0
+    def begin(self) -> None:
+        """Another attempt: what was sent before without a word on it may have been written."""
+        self.doubted |= self.unknown
+        self.unknown[:] = False
 
     def backoff_s(self) -> float:
         """How long to wait after one more attempt has failed."""
