@@ -630,6 +630,7 @@ class Core:
         self.residency.give_up(sessions)
         with self.queue.lock:
             self.table.remove(sessions)
+        self.changed.set()  # whoever waits for one of them looks again
 
     def hand_over(self, sessions: NDArray[np.int32]) -> None:
         """Before an open, move or close: waiting steps of these sessions are dropped; their clients send them again, or

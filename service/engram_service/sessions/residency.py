@@ -181,6 +181,7 @@ class Residency:
             if found := [row for row in waiting if row in asked]:
                 self._wanting[model] = deque(row for row in waiting if row not in asked)
                 self._core.queue.release(np.array(found, np.int32))
+                self._core.changed.set()
 
     def forget_slots(self, served: Served, rows: NDArray[Any]) -> None:
         """Frees the slots; the records have what is needed."""
