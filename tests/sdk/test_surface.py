@@ -11,13 +11,15 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import grpc
+import grpc.aio
 import numpy as np
 import pytest
 
 import engram
 from engram import _errors
 from engram._arrays import RowCodec
-from engram._status import read_details
+from engram._status import of_rpc_error, read_details
 from engram._types import TensorSpec
 
 NAMES = {
@@ -104,6 +106,12 @@ def test_status_details() -> None:
     for cut in range(len(status)):
         read_details(status[:cut])
     assert read_details(b"\xff" * 20).reason == ""
+
+
+def test_a_call_that_nobody_here_has_cancelled_was_lost_on_its_way() -> None:
+    nothing = grpc.aio.Metadata()
+    error = of_rpc_error(grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, nothing, nothing, "CANCELLED"))
+    assert isinstance(error, engram.Unavailable) and error.reason == "CONNECTION_LOST"
 
 
 def test_command_line_is_quick_and_says_what_there_is() -> None:

@@ -36,6 +36,9 @@ def of_rpc_error(error: grpc.aio.AioRpcError) -> EngramError:
     for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
         if key == _STATUS_KEY and isinstance(value, bytes):
             details = read_details(value)
+    if code is grpc.StatusCode.CANCELLED and not details.reason:
+        # Nobody here has cancelled it, for that would be a CancelledError: a server that stopped, or something on the way.
+        code, message = grpc.StatusCode.UNAVAILABLE, f"the call was cancelled on its way ({message})"
     if code is grpc.StatusCode.UNAVAILABLE and not details.reason:
         details.reason = "CONNECTION_LOST"
     return make_error(int(code.value[0]), message, details.reason, details.retry_after, details.metadata)
