@@ -415,8 +415,7 @@ class Core:
             self._answer(advance, sessions, tick.seqs[last], index)
         else:
             self._settle(advance, index)
-            self.queue.release(sessions)
-            self.lose(sessions, verdict)
+            self.lose(sessions, verdict, pinned=True)
             self._refuse_index(advance, index, uncommitted(verdict))
 
     def _answer_volatile(self, advance: Advance, rows: NDArray[np.intp]) -> None:
@@ -503,6 +502,9 @@ class Core:
         self, advance: Advance, sessions: NDArray[Any], index: NDArray[np.intp] | None, why: Refusal
     ) -> None:  # fmt: skip
         """These sessions of a tick are as their records have them; the tick's rows in `index` (None: all) are refused."""
+        if self.table.flushing[sessions].any():  # which says first how far their records are
+            self._loop.call_later(0.005, self._go_back, advance, sessions, index, why)
+            return
         self.residency.forget_slots(advance.served, sessions)
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), why)
         for figures in (self.table.admitted, self.table.computed, self.table.applied):
@@ -590,13 +592,13 @@ class Core:
 
     # Sessions that this server has no longer
 
-    def lose(self, sessions: NDArray[np.int32], verdict: Verdict) -> None:
-        """The store has given these sessions to somebody else, or they are gone."""
+    def lose(self, sessions: NDArray[np.int32], verdict: Verdict, pinned: bool = False) -> None:
+        """The store has given these sessions to somebody else, or they are gone. `pinned`: their pins are the caller's."""
         if verdict.fenced:
             self.metrics.sessions_fenced.inc(len(sessions))
         else:
             self.metrics.sessions_expired.inc(len(sessions))
-        self.dismiss(sessions, TAKEN_OVER if verdict.fenced else CLOSED)
+        self.dismiss(sessions, TAKEN_OVER if verdict.fenced else CLOSED, pinned)
 
     def lose_when_free(self, sessions: References, verdict: Verdict) -> None:
         """The same for interval sessions, which may be in a tick: their rows are forgotten after it."""
@@ -620,15 +622,18 @@ class Core:
                 )
                 stream.send(stream_pb2.StreamResponse(durable=durable))
 
-    def dismiss(self, sessions: NDArray[Any], why: int = CLOSED) -> None:
+    def dismiss(self, sessions: NDArray[Any], why: int = CLOSED, pinned: bool = False) -> None:
         """Forgets sessions that this server holds no longer: whoever waits for something of theirs is refused, the streams that
-        hold them are told, their handles are void. The one way by which rows are freed; none may be pinned."""
+        hold them are told, their handles are void. The one way by which rows are freed. None may be pinned, unless the pins are the
+        caller's: then they stay until nothing waits for the sessions that an engine thread could take."""
         refusal = taken_over() if why == TAKEN_OVER else closed()
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), refusal)
         self.repeats.refuse(self.table.refer(sessions), refusal)
         self.detach(sessions, why)
         self.residency.give_up(sessions)
         with self.queue.lock:
+            if pinned:
+                self.table.busy[sessions] = False
             self.table.remove(sessions)
         self.changed.set()  # whoever waits for one of them looks again
 

@@ -213,4 +213,4 @@ def test_a_refused_row_says_what_became_of_the_step(
     raw.steps([handle], [2])
     assert raw.next("outputs").outputs, "its fate is known when it is asked for again"
     raw.steps([77], [1])
-    assert applied() == ["no"], "no session has this handle"
+    assert applied() == ["unknown"], "no session has this handle, and it is not known whose it was"

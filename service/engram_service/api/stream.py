@@ -18,7 +18,7 @@ from engram_service.api.access import Access
 from engram_service.api.status import abort
 from engram_service.core import Core
 from engram_service.errors import Internal, InvalidArgument, Refusal, ResourceExhausted, Unauthenticated
-from engram_service.sessions.ending import Endings
+from engram_service.sessions.ending import Asked, Endings
 from engram_service.sessions.opening import Opened, Sessions, Wanted, new_id
 from engram_service.sessions.streams import Stream
 from engram_service.supervision import Supervisor
@@ -158,7 +158,7 @@ class StreamHandler:
                 case "attach":
                     return _Slow(partial(self._open, stream, request.attach, attach=True))
                 case "close":
-                    return _Slow(partial(self._close, stream, request.close, self._guests[stream]), finished=True)
+                    return self._closing(stream, request.close)
                 case "confirm":
                     stream.confirmed(request.confirm.number)
                 case _:
@@ -204,21 +204,24 @@ class StreamHandler:
         )
         stream.tell(stream_pb2.StreamResponse(opened=response))
 
-    async def _close(self, stream: Stream, frame: stream_pb2.CloseFrame, guest: _Guest) -> None:
-        keys: list[str] = []
+    def _closing(self, stream: Stream, frame: stream_pb2.CloseFrame) -> _Slow | None:
+        """What a CloseFrame is about is settled as it is read; it is finished though the stream be gone by its turn."""
+        try:
+            asked = self._endings.asked(stream, frame)
+        except Refusal as refusal:
+            _tell_closed(stream, frame.request_id, [(row, refusal) for row in range(len(frame.handles) // 4)])
+            return None
+        return _Slow(partial(self._close, stream, frame.request_id, asked, self._guests[stream]), finished=True)
+
+    async def _close(self, stream: Stream, request_id: int, asked: Asked, guest: _Guest) -> None:
         outcome = "CANCELLED"
         try:
-            keys = self._endings.keys_of(stream, frame)
-            errors = await self._endings.close(stream, frame)
+            errors = await self._endings.close(stream, asked)
             outcome = errors[0][1].reason if errors else "ok"
-        except Refusal as refusal:
-            errors = [(row, refusal) for row in range(len(frame.handles) // 4)]
-            outcome = refusal.reason
         finally:
-            if keys and not frame.detach:
-                self._access.audit.closed(guest.caller, guest.peer, [id_of(key) for key in keys], outcome)
-        rows = [stream_pb2.RowError(row=row, error=refusal.detail()) for row, refusal in errors]
-        stream.tell(stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=frame.request_id, errors=rows)))
+            if asked.keys and not asked.detach:
+                self._access.audit.closed(guest.caller, guest.peer, [id_of(key) for key in asked.keys], outcome)
+        _tell_closed(stream, request_id, errors)
 
 
 class _Opens:
@@ -265,6 +268,11 @@ class _Opens:
 async def _write(stream: Stream, context: Context) -> None:
     while (response := await stream.next()) is not None:
         await context.write(response)
+
+
+def _tell_closed(stream: Stream, request_id: int, errors: list[tuple[int, Refusal]]) -> None:
+    rows = [stream_pb2.RowError(row=row, error=refusal.detail()) for row, refusal in errors]
+    stream.tell(stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=request_id, errors=rows)))
 
 
 def _say(stream: Stream, refusal: Refusal) -> None:

@@ -33,10 +33,11 @@ class _Call:
     outputs: NDArray[np.uint8]
     first: int
     left: int
+    quiet: bool  # its outputs are not wanted
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def answered(self, seq: int, output: NDArray[np.uint8] | None) -> None:
-        """One of its rows; without an output where none was wanted."""
+        """One of its rows; without an output where this call, or one that asked for the same step, wanted none."""
         if self.done.done():
             return
         if output is not None and len(output) != self.outputs.shape[1]:
@@ -124,9 +125,10 @@ class UnaryStream:
         served = core.catalog.models[int(table.model[row])]
         first = asked.seq or int(table.admitted[row]) + 1
         total = asked.rows + asked.generate
-        call = _Call(np.zeros((total, served.arena.output_nbytes), np.uint8), first, total)
+        call = _Call(np.zeros((total, served.arena.output_nbytes), np.uint8), first, total, asked.quiet)
         keys = [(handle, first + i) for i in range(total)]
-        under_way = all(key in self._calls for key in keys)
+        # What answers another call answers this one too, unless that one wants no outputs.
+        under_way = all(any(asked.quiet or not one.quiet for one in self._calls.get(key, ())) for key in keys)
         for key in keys:
             self._calls.setdefault(key, []).append(call)
         try:
@@ -181,8 +183,12 @@ class UnaryStream:
         handles, seqs = np.frombuffer(frame.handles, np.uint32), np.frombuffer(frame.seqs, np.uint64)
         outputs = np.frombuffer(frame.outputs, np.uint8).reshape(len(handles), -1)
         for i, key in enumerate(zip(handles.tolist(), seqs.tolist(), strict=True)):
-            for call in self._calls.pop(key, ()):
-                call.answered(key[1], outputs[i] if frame.outputs else None)
+            waiting = self._calls.pop(key, [])
+            if left := [] if frame.outputs else [call for call in waiting if not call.quiet]:
+                self._calls[key] = left  # their own rows bring the outputs
+            for call in waiting:
+                if call not in left:
+                    call.answered(key[1], outputs[i] if frame.outputs else None)
 
     def _refuse(self, frame: stream_pb2.ErrorsFrame) -> None:
         handles, seqs = np.frombuffer(frame.handles, np.uint32), np.frombuffer(frame.seqs, np.uint64)

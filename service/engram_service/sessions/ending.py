@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from engram_service.sessions.handles import ENDED
 from engram_service.sessions.holds import Holds
 from engram_service.sessions.refusals import taken_over, void
 from engram_service.sessions.streams import Stream
-from engram_service.sessions.table import NO_STREAM, References
+from engram_service.sessions.table import NO_STREAM, Reference, References
 from engram_service.store import Store
 
 _SLICE = 128  # sessions that are ended between two batches
@@ -33,32 +35,48 @@ _GOES_ON = "its end was begun and goes on; ask again to learn when it is done"
 End = asyncio.Task[set[str]]  # the keys of sessions that had been lost to somebody else before
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a CloseFrame is about, as it was when the frame was read: the stream may be gone when its turn comes."""
+
+    rows: NDArray[np.int32]  # of the frame: negative where there is nothing to end
+    sessions: References  # those to be ended
+    keys: list[str]
+    tokens: list[bytes]  # the claims that they are under
+    key_of: dict[int, str]  # by row of the frame
+    detach: bool
+
+
 class Endings:
-    """Ends under way, by key."""
+    """Ends under way, by session."""
 
     def __init__(self, core: Core, store: Store, calls: StoreCalls, holds: Holds) -> None:
         self._core = core
         self._store = store
         self._calls = calls
         self._holds = holds
-        self._under_way: dict[str, tuple[End, bool]] = {}  # with whether the records are deleted
+        self._under_way: dict[Reference, tuple[End, bool]] = {}  # with whether the records are deleted
+        self._deletes: dict[str, asyncio.Task[bool]] = {}  # of whoever holds the session, by key
 
-    def keys_of(self, stream: Stream, frame: stream_pb2.CloseFrame) -> list[str]:
-        """The sessions that a CloseFrame is about."""
+    def asked(self, stream: Stream, frame: stream_pb2.CloseFrame) -> Asked:
+        """Raises InvalidArgument."""
+        table = self._core.table
         rows = self._core.rows_of(stream, column(frame.handles, np.uint32, "handles"))
-        return [self._core.table.id_of(row) for row in np.unique(rows[rows >= 0]).tolist()]
+        known = np.unique(rows[rows >= 0])
+        return Asked(
+            rows, table.refer(known), [table.id_of(row) for row in known.tolist()],
+            [table.token[row].tobytes() for row in known.tolist()],
+            {n: table.id_of(rows.item(n)) for n in np.flatnonzero(rows >= 0).tolist()}, frame.detach,
+        )  # fmt: skip
 
-    async def close(self, stream: Stream, frame: stream_pb2.CloseFrame) -> list[tuple[int, Refusal]]:
+    async def close(self, stream: Stream, asked: Asked) -> list[tuple[int, Refusal]]:
         """Deletes the records of a stream's sessions, or only lets go of them; returns what was refused, by row of the frame."""
-        handles = column(frame.handles, np.uint32, "handles")
-        rows = self._core.rows_of(stream, handles)
+        rows = asked.rows
         # To end what this stream has ended is done already.
         errors = [(n, void(int(rows[n]))) for n in np.flatnonzero((rows < 0) & (rows != ENDED)).tolist()]
-        keys = {n: self._core.table.id_of(rows.item(n)) for n in np.flatnonzero(rows >= 0).tolist()}
-        known = np.unique(rows[rows >= 0])
         tasks: list[End] = []
-        for start in range(0, len(known), _SLICE):
-            tasks += self._ends(stream, known[start : start + _SLICE], frame.detach)
+        for start in range(0, len(asked.keys), _SLICE):
+            tasks += self._ends(stream, asked, slice(start, start + _SLICE))
         _, open_ = await asyncio.wait(tasks, timeout=self._core.settings.step_timeout_s) if tasks else ((), ())
         if open_:
             late = Unavailable("STORE_UNAVAILABLE", f"the session is not ended yet: {_GOES_ON}", retry_after_ms=500)
@@ -68,45 +86,48 @@ class Endings:
             fault = Internal("INTERNAL", f"the server failed on this end ({why}); ask again")
             return [*errors, *((n, fault) for n in np.flatnonzero(rows >= 0).tolist())]
         lost = set[str]().union(*(task.result() for task in tasks))
-        return [*errors, *((n, taken_over()) for n, key in keys.items() if key in lost)]
+        return [*errors, *((n, taken_over()) for n, key in asked.key_of.items() if key in lost)]
 
     async def delete(self, key: str) -> None:
         """Closes a session whoever holds it. Raises NotFound."""
-        existed = self._core.supervisor.once("close", self._delete(key))
+        deleting = self._deletes.get(key)
+        if deleting is None:
+            deadline = time.monotonic() + self._core.settings.step_timeout_s
+            deleting = self._deletes[key] = self._core.supervisor.once("close", self._delete(key, deadline))
+            deleting.add_done_callback(lambda task: self._deletes.pop(key, None))
         try:
             async with asyncio.timeout(self._core.settings.step_timeout_s):
-                found = await asyncio.shield(existed)
+                existed = await asyncio.shield(deleting)
         except TimeoutError:
-            raise Unavailable(
-                "STORE_UNAVAILABLE", f"the session is not closed yet: {_GOES_ON}", retry_after_ms=500
-            ) from None
-        if not found:
+            message = f"the session is not closed yet: {_GOES_ON}"
+            raise Unavailable("STORE_UNAVAILABLE", message, retry_after_ms=500) from None
+        if not existed:
             raise no_session(key)
 
-    def _ends(self, stream: Stream, rows: NDArray[np.int32], detach: bool) -> list[End]:
-        """The ends of these sessions: those under way that do as much, and one new one for the others."""
-        table = self._core.table
-        keys = [table.id_of(row) for row in rows.tolist()]
-        joined = {key for key in keys if (found := self._under_way.get(key)) and (detach or found[1])}
-        tasks = [self._under_way[key][0] for key in joined]
-        new = np.array([row for key, row in zip(keys, rows.tolist(), strict=True) if key not in joined], np.int32)
-        if len(new):
-            left = [key for key in keys if key not in joined]
-            tokens = [table.token[row].tobytes() for row in new.tolist()]
-            tasks.append(self._begin(left, self._end(stream, table.refer(new), left, tokens, detach), not detach))
+    def _ends(self, stream: Stream, asked: Asked, piece: slice) -> list[End]:
+        """The ends of some of the sessions: those under way that do as much, and one new one for the others."""
+        under_way = [self._under_way.get(session) for session in asked.sessions[piece].each()]
+        joined = [one is not None and (asked.detach or one[1]) for one in under_way]
+        tasks = [one[0] for one, joins in zip(under_way, joined, strict=True) if one is not None and joins]
+        new = [n for n, joins in enumerate(joined) if not joins]
+        if new:
+            sessions = asked.sessions[piece][new]
+            keys, tokens = ([column[piece][n] for n in new] for column in (asked.keys, asked.tokens))
+            work = self._end(stream, sessions, keys, tokens, asked.detach)  # type: ignore[arg-type]
+            tasks.append(self._begin(sessions, work, not asked.detach))
         return list(dict.fromkeys(tasks))
 
-    def _begin(self, keys: Sequence[str], work: Coroutine[Any, Any, set[str]], deletes: bool) -> End:
-        core = self._core
+    def _begin(self, sessions: References, work: Coroutine[Any, Any, set[str]], deletes: bool) -> End:
+        core, each = self._core, sessions.each()
         task: End = core.supervisor.once("end", work)
         core.ends += 1
-        self._under_way.update(dict.fromkeys(keys, (task, deletes)))
+        self._under_way.update(dict.fromkeys(each, (task, deletes)))
 
         def ended(task: End) -> None:
             core.ends -= 1
-            for key in keys:
-                if self._under_way.get(key, (None,))[0] is task:
-                    del self._under_way[key]
+            for session in each:
+                if self._under_way.get(session, (None,))[0] is task:
+                    del self._under_way[session]
 
         task.add_done_callback(ended)
         return task
@@ -140,16 +161,31 @@ class Endings:
             await core.quiesce(sessions, math.inf)
             await asyncio.sleep(_FLUSH_POLL_S)
 
-    async def _delete(self, key: str) -> bool:
-        core = self._core
+    async def _delete(self, key: str, deadline: float) -> bool:
+        """Whether there was such a session. Until its claim is known nothing is begun, and that is given up at the deadline: later
+        the id may be that of another session. The claim is then ended whatever comes."""
+        core, existed = self._core, False
         core.ends += 1
         try:
-            async with self._holds.hold([key], math.inf):
-                existed: bool = await self._calls.call(math.inf, self._store.exists, key)
-                await self._calls.call(math.inf, self._store.delete, [key])
-                await self._holds.dismiss([key], math.inf)
-                if existed:
-                    core.metrics.sessions_closed.inc()
+            while True:
+                existed = bool(await self._calls.call(deadline, self._store.exists, key)) or existed
+                (token,) = await self._calls.call(deadline, self._store.holders, [key])
+                async with self._holds.hold([key], math.inf if token else deadline):
+                    # What has no claim, for it is damaged, is deleted as it is.
+                    tokens = [token.encode()] if token else None
+                    await self._calls.call(math.inf if token else deadline, self._store.delete, [key], tokens)
+                    (left,) = await self._calls.call(math.inf if token else deadline, self._store.holders, [key])
+                    row = core.table.find(key)
+                    if row is not None and core.table.token[row].tobytes() != left.encode():
+                        await self._holds.dismiss([key], math.inf)
+                if not left or left == token:
+                    break
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        "STORE_UNAVAILABLE", "the session was opened meanwhile; try again", retry_after_ms=50
+                    )
         finally:
             core.ends -= 1
+        if existed:
+            core.metrics.sessions_closed.inc()
         return existed

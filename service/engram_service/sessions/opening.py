@@ -9,11 +9,12 @@ is let go of at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import secrets
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -101,6 +102,7 @@ class Sessions:
         # mostly wait for Redis, and large ones go one after the other.
         self._pool = ThreadPoolExecutor(_OPENING_THREADS, "open")
         self._large = ThreadPoolExecutor(1, "open-large")
+        self._opening = 0  # sessions that are being opened, and are not in the table yet
 
     def close(self) -> None:
         for pool in (self._pool, self._large):
@@ -118,11 +120,11 @@ class Sessions:
             )
         if wanted.ttl_ms > _TTL_MS_MAX:
             raise InvalidArgument("INVALID_ARGUMENT", f"ttl_ms is {wanted.ttl_ms}; give at most {_TTL_MS_MAX}")
-        more = sum(core.table.find(key) is None for key in wanted.ids)
-        if len(core.table) + more > core.settings.sessions_max:
+        new = {key for key in wanted.ids if core.table.find(key) is None}
+        if len(core.table) + self._opening + len(new) > core.settings.sessions_max:
             message = f"this server has {core.settings.sessions_max} sessions, its limit"
             raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
-        if len(stream.handles) + len(wanted.ids) > PLACES_MAX:
+        if len(stream.handles) + stream.opening + len(wanted.ids) > PLACES_MAX:
             message = f"this stream has {len(stream.handles)} sessions open, and may have {PLACES_MAX}; use another one"
             raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
         served = core.catalog.resolve(wanted.model, wanted.version)
@@ -130,15 +132,29 @@ class Sessions:
         result = Opened.refused(len(ids), ids, None)
         result.errors = {i: refusal for i, refusal in enumerate(check_ids(ids)) if refusal is not None}
         good = [i for i in range(len(ids)) if i not in result.errors]
-        with core.shares.of(wanted.tenant).sessions(core.table.count_of(wanted.tenant), more) as entered:
+        share = core.shares.of(wanted.tenant)
+        with share.sessions(core.table.count_of(wanted.tenant), len(new)) as entered, self._room(stream, len(ids), new):
             seen = await self._seen(stream, wanted, [ids[i] for i in good], deadline)
             for start in range(0, len(good), _SLICE):
                 piece = slice(start, start + _SLICE)
                 work = self._open(stream, wanted, served, good[piece], (seen[0], seen[1][piece]), deadline, result)
-                before = core.table.count_of(wanted.tenant)
                 await asyncio.shield(core.supervisor.once("open", work))
-                entered(max(0, core.table.count_of(wanted.tenant) - before))
+                there = {ids[place] for place in good[piece] if core.table.find(ids[place]) is not None} & new
+                entered(len(there))
+                new -= there  # which are counted in the table from now on
+                self._opening -= len(there)
         return result
+
+    @contextlib.contextmanager
+    def _room(self, stream: Stream, handles: int, new: set[str]) -> Iterator[None]:
+        """What is being opened counts as if it were there; `new` is what is not yet."""
+        stream.opening += handles
+        self._opening += len(new)
+        try:
+            yield
+        finally:
+            stream.opening -= handles
+            self._opening -= len(new)
 
     async def _open(
         self, stream: Stream, wanted: Wanted, served: Served, places: Sequence[int], seen: tuple[int, list[str]],

@@ -76,7 +76,7 @@ def fates(table: SessionTable, rows: NDArray[np.int32], seqs: NDArray[np.uint64]
     safe = np.where(known, rows, 0)
     under_way = seqs <= table.admitted[safe]
     found = np.where(seqs <= table.applied[safe], _YES, np.where(under_way, _OPEN, _NO))
-    return np.where(known, found, np.where(rows == UNKNOWN, _NO, _OPEN)).astype(np.int8)
+    return np.where(seqs == 0, _NO, np.where(known, found, _OPEN)).astype(np.int8)
 
 
 def errors_frame(

@@ -114,9 +114,9 @@ class Residency:
             if len(good):
                 self.place(served, rows[good], slots[good], found)
         finally:
-            core.queue.release(rows)
+            core.queue.release(rows[[n for n in range(len(rows)) if n not in lost]])
             for verdict in set(lost.values()):
-                core.lose(rows[[n for n, own in lost.items() if own is verdict]], verdict)
+                core.lose(rows[[n for n, own in lost.items() if own is verdict]], verdict, pinned=True)
             core.after_release()
 
     async def _read(

@@ -26,6 +26,7 @@ class Stream:
         self.tenant = tenant  # whose sessions it may open
         self.in_flight = 0  # rows accepted whose answer is not on its way
         self.ended = False
+        self.opening = 0  # handles that opens under way may take
         self.handles = Handles()
         self._rows_in_flight_max = rows_in_flight_max
         self._outbox: deque[tuple[stream_pb2.StreamResponse, int]] = deque()
