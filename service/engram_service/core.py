@@ -62,6 +62,7 @@ _HANDLE_NBYTES, _SEQ_NBYTES = 4, 8
 _NO_FLAGS = np.zeros(1, np.uint8)
 _RETRY_MS = 50
 _SWEEP_S = 0.02
+_FLUSH_POLL_S = 0.005
 
 
 class Core:
@@ -502,15 +503,31 @@ class Core:
         self, advance: Advance, sessions: NDArray[Any], index: NDArray[np.intp] | None, why: Refusal
     ) -> None:  # fmt: skip
         """These sessions of a tick are as their records have them; the tick's rows in `index` (None: all) are refused."""
-        if self.table.flushing[sessions].any():  # which says first how far their records are
-            self._loop.call_later(0.005, self._go_back, advance, sessions, index, why)
+        kept, flushing = self.table.refer(sessions), bool(self.table.flushing[sessions].any())
+        if not flushing:
+            self._rewind(advance.served, sessions, why)
+        self._refuse_index(advance, index, why)
+        self.repeats.refuse(kept, why)
+        if flushing:  # how far the records are is not known before that has ended
+            self._loop.call_later(_FLUSH_POLL_S, self._rewind_when_flushed, advance.served, kept, why)
+        else:
+            self._let_on(sessions)
+
+    def _rewind_when_flushed(self, served: Served, sessions: References, why: Refusal) -> None:
+        if self.table.flushing[sessions.rows].any():
+            self._loop.call_later(_FLUSH_POLL_S, self._rewind_when_flushed, served, sessions, why)
             return
-        self.residency.forget_slots(advance.served, sessions)
+        self._rewind(served, sessions.rows, why)
+        self._let_on(sessions.rows)
+
+    def _rewind(self, served: Served, sessions: NDArray[Any], why: Refusal) -> None:
+        """The sessions are pinned."""
+        self.residency.forget_slots(served, sessions)
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), why)
         for figures in (self.table.admitted, self.table.computed, self.table.applied):
             figures[sessions] = self.table.durable[sessions]
-        self._refuse_index(advance, index, why)
-        self.repeats.refuse(self.table.refer(sessions), why)
+
+    def _let_on(self, sessions: NDArray[Any]) -> None:
         self.queue.release(sessions)
         self.after_release()
 
@@ -609,7 +626,7 @@ class Core:
         if free.any():
             self.lose(rows[free], verdict)
         if not free.all():
-            self._loop.call_later(0.005, self.lose_when_free, sessions[~free], verdict)
+            self._loop.call_later(_FLUSH_POLL_S, self.lose_when_free, sessions[~free], verdict)
 
     def tell_durable(self, sessions: NDArray[Any]) -> None:
         """Interval durability: says to the streams what is safe now."""
