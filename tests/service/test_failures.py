@@ -29,6 +29,18 @@ def step(self, slots, inputs, feedback):
 
 Runner.step = step
 """
+SLOW_LOSS = """
+import time
+from engram_service.core import Core
+
+real = Core.lose
+
+def lose(self, *arguments, **named):
+    time.sleep(0.05)  # an engine thread would take whatever is free meanwhile
+    return real(self, *arguments, **named)
+
+Core.lose = lose
+"""
 FAILING_PACK = """
 from engram_service.engine import engine
 
@@ -132,3 +144,26 @@ def test_a_session_whose_record_is_gone_is_not_held_for_ever_when_the_look_why_f
             (handle,) = np.frombuffer(raw.open(session_id).handles, np.uint32).tolist()
             assert raw.step(handle, 1), "it can be begun anew"
         assert server.series()['engram_task_failures_total{task="load"}'] == 1
+
+
+def test_what_waits_of_a_session_that_is_lost_is_not_computed_in_anothers_slot(
+    server_with: Callable[..., ServerProcess], redis_process: Any, connect: Connect
+) -> None:
+    server = server_with("--redis-url", redis_process.url, "--resident-idle-s", "0.3", "--arena-slots-max", "2")
+    server.faults = SLOW_LOSS
+    with server:
+        raw, interval = connect(server), stream_pb2.DURABILITY_INTERVAL
+        (other,) = np.frombuffer(raw.open("other").handles, np.uint32).tolist()
+        (handle,) = np.frombuffer(raw.open("lost", durability=interval).handles, np.uint32).tolist()
+        raw.step(other, 1, np.full(8, 3, np.float32))
+        raw.step(handle, 1)
+        while server.series()['engram_sessions{residency="device"}']:
+            time.sleep(0.1)
+        tag = session_tag("lost")
+        for key in redis_process.client.scan_iter(b"engram:{" + tag + b"}:*"):
+            redis_process.client.delete(key)
+        for seq in (2, 3, 4):
+            raw.steps([handle], [seq])
+        assert {said.split()[0] for said in answers(raw, 3).values()} == {"SESSION_CLOSED"}
+        assert server.series()["engram_rows_in_flight"] == 0
+        assert "was to be forgotten" not in server.log.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -214,3 +215,51 @@ def test_a_refused_row_says_what_became_of_the_step(
     assert raw.next("outputs").outputs, "its fate is known when it is asked for again"
     raw.steps([77], [1])
     assert applied() == ["unknown"], "no session has this handle, and it is not known whose it was"
+
+
+def test_closes_that_wait_their_turn_are_finished_though_their_stream_is_gone(
+    server: ServerProcess, redis_process: Any, connect: Connect
+) -> None:
+    raw = connect(server, TOKEN)
+    handles = handles_of(raw.open(*(f"s{n}" for n in range(COUNT))))
+    redis_process.pause()
+    for handle in handles[:1] * 64 + handles:  # more than one stream may have under way
+        close(raw, [handle])
+    time.sleep(0.3)
+    raw.call.cancel()
+    redis_process.go_on()
+    until(server, "engram_sessions")
+    request, response = session_pb2.ListSessionsRequest(page_size=1000), session_pb2.ListSessionsResponse
+    assert not connect(server, TOKEN).unary("ListSessions", request, response).sessions
+
+
+def test_of_two_that_ask_for_one_step_the_loud_one_gets_its_output(server: ServerProcess, connect: Connect) -> None:
+    raw = connect(server, TOKEN)
+    inputs = np.full(8, 0.5, np.float32).tobytes()
+
+    def step(seq: int, quiet: bool) -> Any:
+        request = session_pb2.StepRequest(
+            session_id="twins", model="digits-reader", raw_inputs=inputs, seq=seq, quiet=quiet, raw=True
+        )
+        return raw.unary("Step", request, session_pb2.StepResponse)
+
+    step(1, True)
+    with ThreadPoolExecutor(2) as pool:
+        for seq in range(2, 12):
+            quiet, loud = pool.submit(step, seq, True), pool.submit(step, seq, False)
+            assert quiet.result().seq == seq and np.frombuffer(loud.result().raw_outputs, np.float32).any()
+
+
+def test_limits_hold_for_opens_side_by_side(server: ServerProcess, connect: Connect) -> None:
+    raw = connect(server, TOKEN)
+    for number in range(6):
+        frame = stream_pb2.OpenFrame(
+            request_id=number,
+            model="digits-reader",
+            session_ids=[f"s{number}-{n}" for n in range(COUNT // 4)],
+            client_id=5,
+        )
+        raw.send(open=frame)
+    opened = [raw.next("opened") for _ in range(6)]
+    assert sum(len(one.handles) // 4 - len(one.errors) for one in opened) == COUNT
+    assert {error.error.reason for one in opened for error in one.errors} == {"TENANT_LIMIT"}
