@@ -34,7 +34,7 @@ from engram.v1 import session_pb2 as pb
 from engram.v1 import stream_pb2 as st
 from engram_models import GRU, load_bundle, shipped_models_dir, write_bundle
 
-SECONDS = float(os.environ.get("ENGRAM_ISOLATION_S", "12"))
+SECONDS = float(os.environ.get("ENGRAM_ISOLATION_S", "8"))
 SEED = int(os.environ.get("ENGRAM_ISOLATION_SEED") or secrets.randbits(32))
 TENANTS = ("a", "b", "c")
 TOKENS = {tenant: "engram_" + hashlib.sha256(f"isolation {tenant}".encode()).hexdigest() for tenant in TENANTS}
