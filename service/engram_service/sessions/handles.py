@@ -20,6 +20,7 @@ ENDED = -4  # closed or detached by this stream
 
 PLACE_BITS = 20
 PLACES_MAX = (1 << PLACE_BITS) - 1  # less one, for 0xFFFFFFFF is no handle
+REMEMBERED = 1024  # places that were freed last, and are not used yet: of their handles it is known why they are void
 _PLACE = np.uint32((1 << PLACE_BITS) - 1)
 _USES = 1 << (32 - PLACE_BITS)
 
@@ -39,7 +40,7 @@ class Handles:
 
     def name(self, row: int) -> int:
         """A new handle for a session-table row."""
-        if self._free:
+        if len(self._free) > REMEMBERED:
             place = self._free.popleft()
             use = ((int(self._names[place]) >> PLACE_BITS) + 1) % _USES
         else:
