@@ -80,7 +80,6 @@ class Core:
         supervisor: Supervisor,
     ) -> None:
         self.shares = shares
-        self.supervisor = supervisor
         self.table = table
         self.queue = queue
         self.catalog = catalog
