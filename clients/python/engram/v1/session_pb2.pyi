@@ -47,7 +47,7 @@ class Session(_message.Message):
     def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., seq: _Optional[int] = ..., acknowledged_seq: _Optional[int] = ..., epoch: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., commit_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., residency: _Optional[_Union[Session.Residency, str]] = ...) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("session_id", "model", "version", "inputs", "raw_inputs", "seq", "quiet", "generate", "raw")
+    __slots__ = ("session_id", "model", "version", "inputs", "raw_inputs", "seq", "quiet", "generate", "raw", "constants")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class StepRequest(_message.Message):
     QUIET_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     RAW_FIELD_NUMBER: _ClassVar[int]
+    CONSTANTS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     version: str
@@ -66,7 +67,8 @@ class StepRequest(_message.Message):
     quiet: bool
     generate: int
     raw: bool
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., inputs: _Optional[_Iterable[float]] = ..., raw_inputs: _Optional[bytes] = ..., seq: _Optional[int] = ..., quiet: _Optional[bool] = ..., generate: _Optional[int] = ..., raw: _Optional[bool] = ...) -> None: ...
+    constants: _containers.RepeatedCompositeFieldContainer[_model_pb2.Constant]
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., inputs: _Optional[_Iterable[float]] = ..., raw_inputs: _Optional[bytes] = ..., seq: _Optional[int] = ..., quiet: _Optional[bool] = ..., generate: _Optional[int] = ..., raw: _Optional[bool] = ..., constants: _Optional[_Iterable[_Union[_model_pb2.Constant, _Mapping]]] = ...) -> None: ...
 
 class StepResponse(_message.Message):
     __slots__ = ("seq", "outputs", "raw_outputs", "shape")

@@ -26,45 +26,45 @@ from engram.v1 import error_pb2 as engram_dot_v1_dot_error__pb2
 from engram.v1 import model_pb2 as engram_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65ngram/v1/stream.proto\x12\tengram.v1\x1a\x15\x65ngram/v1/error.proto\x1a\x15\x65ngram/v1/model.proto\"\x98\x02\n\rStreamRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.engram.v1.OpenFrameH\x00\x12(\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x16.engram.v1.AttachFrameH\x00\x12&\n\x05steps\x18\x03 \x01(\x0b\x32\x15.engram.v1.StepsFrameH\x00\x12\x32\n\x0b\x61\x63knowledge\x18\x04 \x01(\x0b\x32\x1b.engram.v1.AcknowledgeFrameH\x00\x12&\n\x05\x63lose\x18\x05 \x01(\x0b\x32\x15.engram.v1.CloseFrameH\x00\x12*\n\x07\x63onfirm\x18\x06 \x01(\x0b\x32\x17.engram.v1.ConfirmFrameH\x00\x42\x07\n\x05\x66rame\"\xc3\x02\n\x0eStreamResponse\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.engram.v1.OpenedFrameH\x00\x12*\n\x07outputs\x18\x02 \x01(\x0b\x32\x17.engram.v1.OutputsFrameH\x00\x12(\n\x06\x65rrors\x18\x03 \x01(\x0b\x32\x16.engram.v1.ErrorsFrameH\x00\x12*\n\x07\x64urable\x18\x04 \x01(\x0b\x32\x17.engram.v1.DurableFrameH\x00\x12(\n\x06\x63losed\x18\x05 \x01(\x0b\x32\x16.engram.v1.ClosedFrameH\x00\x12&\n\x05\x65vent\x18\x06 \x01(\x0b\x32\x15.engram.v1.EventFrameH\x00\x12*\n\x07\x63onfirm\x18\x07 \x01(\x0b\x32\x17.engram.v1.ConfirmFrameH\x00\x42\x07\n\x05\x66rame\"\xb4\x01\n\tOpenFrame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0bsession_ids\x18\x04 \x03(\t\x12)\n\ndurability\x18\x05 \x01(\x0e\x32\x15.engram.v1.Durability\x12\x11\n\tclient_id\x18\x06 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x07 \x01(\x04\x12\x10\n\x08\x63onfirms\x18\x08 \x01(\x08\"\x1e\n\x0c\x43onfirmFrame\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\xa4\x01\n\x0b\x41ttachFrame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0bsession_ids\x18\x04 \x03(\t\x12)\n\ndurability\x18\x05 \x01(\x0e\x32\x15.engram.v1.Durability\x12\x11\n\tclient_id\x18\x06 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x07 \x01(\x04\"\xe9\x01\n\x0bOpenedFrame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07handles\x18\x02 \x01(\x0c\x12\x0c\n\x04seqs\x18\x03 \x01(\x0c\x12\x19\n\x11\x61\x63knowledged_seqs\x18\x04 \x01(\x0c\x12\x0f\n\x07\x63reated\x18\x05 \x01(\x0c\x12\x13\n\x0bsession_ids\x18\x06 \x03(\t\x12\x1f\n\x05model\x18\x07 \x01(\x0b\x32\x10.engram.v1.Model\x12\x0e\n\x06window\x18\x08 \x01(\r\x12\x10\n\x08rows_max\x18\t \x01(\r\x12#\n\x06\x65rrors\x18\n \x03(\x0b\x32\x13.engram.v1.RowError\">\n\x08RowError\x12\x0b\n\x03row\x18\x01 \x01(\r\x12%\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x16.engram.v1.ErrorDetail\"\x99\x01\n\nStepsFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x0c\n\x04seqs\x18\x02 \x01(\x0c\x12\x0e\n\x06inputs\x18\x03 \x01(\x0c\x12\r\n\x05\x66lags\x18\x04 \x01(\x0c\x12\x0f\n\x07repeats\x18\x05 \x01(\x0c\x12\x19\n\x11\x61\x63knowledged_seqs\x18\x06 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\r\n\x05\x64type\x18\x08 \x01(\t\">\n\x10\x41\x63knowledgeFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x19\n\x11\x61\x63knowledged_seqs\x18\x02 \x01(\x0c\"A\n\nCloseFrame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07handles\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64\x65tach\x18\x03 \x01(\x08\"F\n\x0b\x43losedFrame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12#\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x13.engram.v1.RowError\"T\n\x0cOutputsFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x0c\n\x04seqs\x18\x02 \x01(\x0c\x12\x0f\n\x07outputs\x18\x03 \x01(\x0c\x12\x14\n\x0c\x64urable_seqs\x18\x04 \x01(\x0c\"k\n\x0b\x45rrorsFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x0c\n\x04seqs\x18\x02 \x01(\x0c\x12\x15\n\rerror_indexes\x18\x03 \x01(\x0c\x12&\n\x06\x65rrors\x18\x04 \x03(\x0b\x32\x16.engram.v1.ErrorDetail\"5\n\x0c\x44urableFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x14\n\x0c\x64urable_seqs\x18\x02 \x01(\x0c\"\xaf\x01\n\nEventFrame\x12(\n\x04type\x18\x01 \x01(\x0e\x32\x1a.engram.v1.EventFrame.Type\x12\x0f\n\x07handles\x18\x02 \x01(\x0c\"f\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0fTYPE_TAKEN_OVER\x10\x01\x12\x0f\n\x0bTYPE_CLOSED\x10\x02\x12\x11\n\rTYPE_DRAINING\x10\x03\"\x04\x08\x04\x10\x04*\tTYPE_LOST*V\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_STEP\x10\x01\x12\x17\n\x13\x44URABILITY_INTERVAL\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65ngram/v1/stream.proto\x12\tengram.v1\x1a\x15\x65ngram/v1/error.proto\x1a\x15\x65ngram/v1/model.proto\"\x98\x02\n\rStreamRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.engram.v1.OpenFrameH\x00\x12(\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x16.engram.v1.AttachFrameH\x00\x12&\n\x05steps\x18\x03 \x01(\x0b\x32\x15.engram.v1.StepsFrameH\x00\x12\x32\n\x0b\x61\x63knowledge\x18\x04 \x01(\x0b\x32\x1b.engram.v1.AcknowledgeFrameH\x00\x12&\n\x05\x63lose\x18\x05 \x01(\x0b\x32\x15.engram.v1.CloseFrameH\x00\x12*\n\x07\x63onfirm\x18\x06 \x01(\x0b\x32\x17.engram.v1.ConfirmFrameH\x00\x42\x07\n\x05\x66rame\"\xc3\x02\n\x0eStreamResponse\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.engram.v1.OpenedFrameH\x00\x12*\n\x07outputs\x18\x02 \x01(\x0b\x32\x17.engram.v1.OutputsFrameH\x00\x12(\n\x06\x65rrors\x18\x03 \x01(\x0b\x32\x16.engram.v1.ErrorsFrameH\x00\x12*\n\x07\x64urable\x18\x04 \x01(\x0b\x32\x17.engram.v1.DurableFrameH\x00\x12(\n\x06\x63losed\x18\x05 \x01(\x0b\x32\x16.engram.v1.ClosedFrameH\x00\x12&\n\x05\x65vent\x18\x06 \x01(\x0b\x32\x15.engram.v1.EventFrameH\x00\x12*\n\x07\x63onfirm\x18\x07 \x01(\x0b\x32\x17.engram.v1.ConfirmFrameH\x00\x42\x07\n\x05\x66rame\"\xdc\x01\n\tOpenFrame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0bsession_ids\x18\x04 \x03(\t\x12)\n\ndurability\x18\x05 \x01(\x0e\x32\x15.engram.v1.Durability\x12\x11\n\tclient_id\x18\x06 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x07 \x01(\x04\x12\x10\n\x08\x63onfirms\x18\x08 \x01(\x08\x12&\n\tconstants\x18\t \x03(\x0b\x32\x13.engram.v1.Constant\"\x1e\n\x0c\x43onfirmFrame\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\xa4\x01\n\x0b\x41ttachFrame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0bsession_ids\x18\x04 \x03(\t\x12)\n\ndurability\x18\x05 \x01(\x0e\x32\x15.engram.v1.Durability\x12\x11\n\tclient_id\x18\x06 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x07 \x01(\x04\"\xe9\x01\n\x0bOpenedFrame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07handles\x18\x02 \x01(\x0c\x12\x0c\n\x04seqs\x18\x03 \x01(\x0c\x12\x19\n\x11\x61\x63knowledged_seqs\x18\x04 \x01(\x0c\x12\x0f\n\x07\x63reated\x18\x05 \x01(\x0c\x12\x13\n\x0bsession_ids\x18\x06 \x03(\t\x12\x1f\n\x05model\x18\x07 \x01(\x0b\x32\x10.engram.v1.Model\x12\x0e\n\x06window\x18\x08 \x01(\r\x12\x10\n\x08rows_max\x18\t \x01(\r\x12#\n\x06\x65rrors\x18\n \x03(\x0b\x32\x13.engram.v1.RowError\">\n\x08RowError\x12\x0b\n\x03row\x18\x01 \x01(\r\x12%\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x16.engram.v1.ErrorDetail\"\x99\x01\n\nStepsFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x0c\n\x04seqs\x18\x02 \x01(\x0c\x12\x0e\n\x06inputs\x18\x03 \x01(\x0c\x12\r\n\x05\x66lags\x18\x04 \x01(\x0c\x12\x0f\n\x07repeats\x18\x05 \x01(\x0c\x12\x19\n\x11\x61\x63knowledged_seqs\x18\x06 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\r\n\x05\x64type\x18\x08 \x01(\t\">\n\x10\x41\x63knowledgeFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x19\n\x11\x61\x63knowledged_seqs\x18\x02 \x01(\x0c\"A\n\nCloseFrame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07handles\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64\x65tach\x18\x03 \x01(\x08\"F\n\x0b\x43losedFrame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12#\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x13.engram.v1.RowError\"T\n\x0cOutputsFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x0c\n\x04seqs\x18\x02 \x01(\x0c\x12\x0f\n\x07outputs\x18\x03 \x01(\x0c\x12\x14\n\x0c\x64urable_seqs\x18\x04 \x01(\x0c\"k\n\x0b\x45rrorsFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x0c\n\x04seqs\x18\x02 \x01(\x0c\x12\x15\n\rerror_indexes\x18\x03 \x01(\x0c\x12&\n\x06\x65rrors\x18\x04 \x03(\x0b\x32\x16.engram.v1.ErrorDetail\"5\n\x0c\x44urableFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x14\n\x0c\x64urable_seqs\x18\x02 \x01(\x0c\"\xaf\x01\n\nEventFrame\x12(\n\x04type\x18\x01 \x01(\x0e\x32\x1a.engram.v1.EventFrame.Type\x12\x0f\n\x07handles\x18\x02 \x01(\x0c\"f\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0fTYPE_TAKEN_OVER\x10\x01\x12\x0f\n\x0bTYPE_CLOSED\x10\x02\x12\x11\n\rTYPE_DRAINING\x10\x03\"\x04\x08\x04\x10\x04*\tTYPE_LOST*V\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_STEP\x10\x01\x12\x17\n\x13\x44URABILITY_INTERVAL\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'engram.v1.stream_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DURABILITY']._serialized_start=2161
-  _globals['_DURABILITY']._serialized_end=2247
+  _globals['_DURABILITY']._serialized_start=2201
+  _globals['_DURABILITY']._serialized_end=2287
   _globals['_STREAMREQUEST']._serialized_start=84
   _globals['_STREAMREQUEST']._serialized_end=364
   _globals['_STREAMRESPONSE']._serialized_start=367
   _globals['_STREAMRESPONSE']._serialized_end=690
   _globals['_OPENFRAME']._serialized_start=693
-  _globals['_OPENFRAME']._serialized_end=873
-  _globals['_CONFIRMFRAME']._serialized_start=875
-  _globals['_CONFIRMFRAME']._serialized_end=905
-  _globals['_ATTACHFRAME']._serialized_start=908
-  _globals['_ATTACHFRAME']._serialized_end=1072
-  _globals['_OPENEDFRAME']._serialized_start=1075
-  _globals['_OPENEDFRAME']._serialized_end=1308
-  _globals['_ROWERROR']._serialized_start=1310
-  _globals['_ROWERROR']._serialized_end=1372
-  _globals['_STEPSFRAME']._serialized_start=1375
-  _globals['_STEPSFRAME']._serialized_end=1528
-  _globals['_ACKNOWLEDGEFRAME']._serialized_start=1530
-  _globals['_ACKNOWLEDGEFRAME']._serialized_end=1592
-  _globals['_CLOSEFRAME']._serialized_start=1594
-  _globals['_CLOSEFRAME']._serialized_end=1659
-  _globals['_CLOSEDFRAME']._serialized_start=1661
-  _globals['_CLOSEDFRAME']._serialized_end=1731
-  _globals['_OUTPUTSFRAME']._serialized_start=1733
-  _globals['_OUTPUTSFRAME']._serialized_end=1817
-  _globals['_ERRORSFRAME']._serialized_start=1819
-  _globals['_ERRORSFRAME']._serialized_end=1926
-  _globals['_DURABLEFRAME']._serialized_start=1928
-  _globals['_DURABLEFRAME']._serialized_end=1981
-  _globals['_EVENTFRAME']._serialized_start=1984
-  _globals['_EVENTFRAME']._serialized_end=2159
-  _globals['_EVENTFRAME_TYPE']._serialized_start=2057
-  _globals['_EVENTFRAME_TYPE']._serialized_end=2159
+  _globals['_OPENFRAME']._serialized_end=913
+  _globals['_CONFIRMFRAME']._serialized_start=915
+  _globals['_CONFIRMFRAME']._serialized_end=945
+  _globals['_ATTACHFRAME']._serialized_start=948
+  _globals['_ATTACHFRAME']._serialized_end=1112
+  _globals['_OPENEDFRAME']._serialized_start=1115
+  _globals['_OPENEDFRAME']._serialized_end=1348
+  _globals['_ROWERROR']._serialized_start=1350
+  _globals['_ROWERROR']._serialized_end=1412
+  _globals['_STEPSFRAME']._serialized_start=1415
+  _globals['_STEPSFRAME']._serialized_end=1568
+  _globals['_ACKNOWLEDGEFRAME']._serialized_start=1570
+  _globals['_ACKNOWLEDGEFRAME']._serialized_end=1632
+  _globals['_CLOSEFRAME']._serialized_start=1634
+  _globals['_CLOSEFRAME']._serialized_end=1699
+  _globals['_CLOSEDFRAME']._serialized_start=1701
+  _globals['_CLOSEDFRAME']._serialized_end=1771
+  _globals['_OUTPUTSFRAME']._serialized_start=1773
+  _globals['_OUTPUTSFRAME']._serialized_end=1857
+  _globals['_ERRORSFRAME']._serialized_start=1859
+  _globals['_ERRORSFRAME']._serialized_end=1966
+  _globals['_DURABLEFRAME']._serialized_start=1968
+  _globals['_DURABLEFRAME']._serialized_end=2021
+  _globals['_EVENTFRAME']._serialized_start=2024
+  _globals['_EVENTFRAME']._serialized_end=2199
+  _globals['_EVENTFRAME_TYPE']._serialized_start=2097
+  _globals['_EVENTFRAME_TYPE']._serialized_end=2199
 # @@protoc_insertion_point(module_scope)

@@ -53,7 +53,7 @@ class StreamResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[OpenedFrame, _Mapping]] = ..., outputs: _Optional[_Union[OutputsFrame, _Mapping]] = ..., errors: _Optional[_Union[ErrorsFrame, _Mapping]] = ..., durable: _Optional[_Union[DurableFrame, _Mapping]] = ..., closed: _Optional[_Union[ClosedFrame, _Mapping]] = ..., event: _Optional[_Union[EventFrame, _Mapping]] = ..., confirm: _Optional[_Union[ConfirmFrame, _Mapping]] = ...) -> None: ...
 
 class OpenFrame(_message.Message):
-    __slots__ = ("request_id", "model", "version", "session_ids", "durability", "client_id", "ttl_ms", "confirms")
+    __slots__ = ("request_id", "model", "version", "session_ids", "durability", "client_id", "ttl_ms", "confirms", "constants")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,7 @@ class OpenFrame(_message.Message):
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     CONFIRMS_FIELD_NUMBER: _ClassVar[int]
+    CONSTANTS_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     model: str
     version: str
@@ -70,7 +71,8 @@ class OpenFrame(_message.Message):
     client_id: int
     ttl_ms: int
     confirms: bool
-    def __init__(self, request_id: _Optional[int] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., session_ids: _Optional[_Iterable[str]] = ..., durability: _Optional[_Union[Durability, str]] = ..., client_id: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., confirms: _Optional[bool] = ...) -> None: ...
+    constants: _containers.RepeatedCompositeFieldContainer[_model_pb2.Constant]
+    def __init__(self, request_id: _Optional[int] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., session_ids: _Optional[_Iterable[str]] = ..., durability: _Optional[_Union[Durability, str]] = ..., client_id: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., confirms: _Optional[bool] = ..., constants: _Optional[_Iterable[_Union[_model_pb2.Constant, _Mapping]]] = ...) -> None: ...
 
 class ConfirmFrame(_message.Message):
     __slots__ = ("number",)
