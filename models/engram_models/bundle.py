@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from engram_models.cell import Cell, State
+from engram_models.cell import Cell, State, torch_dtype
 from engram_models.files import is_passing, read_file, read_toml
 from engram_models.registry import cell_type
 from engram_models.spec import TensorSpec
@@ -213,7 +213,7 @@ def _load(path: Path, device: torch.device | str) -> Bundle:
     _verify_check(path, cell, tensors)
     return Bundle(
         name=path.parent.name, version=path.name, kind=cell.kind, fingerprint=fingerprint, cell=cell, input=cell.input,
-        output=cell.output, state=cell.state_schema, generates=cell.generates, allows_non_finite=manifest["allows_non_finite"],
+        output=cell.output, state=cell.state_schema, generates=cell.schema.generates, allows_non_finite=manifest["allows_non_finite"],
         description=manifest["description"], path=path,
     )  # fmt: skip
 
@@ -368,8 +368,8 @@ def _verify_check(path: Path, cell: Cell, tensors: Mapping[str, Tensor]) -> None
 
 def _check_fits(path: Path, tensor: Tensor, spec: TensorSpec, *rows: int) -> None:
     """A tensor of no bytes may have any number of rows: a check that runs over it might never end."""
-    if tensor.dtype != spec.torch_dtype or tuple(tensor.shape) != (*rows, *spec.shape):
-        found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{spec.torch_dtype} {(*rows, *spec.shape)}"
+    if tensor.dtype != torch_dtype(spec) or tuple(tensor.shape) != (*rows, *spec.shape):
+        found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{torch_dtype(spec)} {(*rows, *spec.shape)}"
         raise BundleError(f"{path}: the check vector fails: {spec.name} is {found}, expected {wanted}")
 
 
@@ -388,9 +388,9 @@ def _run(cell: Cell, inputs: Tensor, before: Iterable[Tensor]) -> tuple[Tensor, 
 
 def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
     shape = (CHECK_ROWS, *spec.shape)
-    if spec.torch_dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(spec.torch_dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(spec.torch_dtype)
+    if spec.is_float:
+        return torch.randn(shape, generator=generator).to(torch_dtype(spec))
+    return torch.randint(0, 2, shape, generator=generator).to(torch_dtype(spec))
 
 
 def _fingerprint(cell: Cell, weights: Mapping[str, Tensor]) -> str:

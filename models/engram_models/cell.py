@@ -9,8 +9,20 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from engram_models.spec import TensorSpec
+from engram_models.spec import Schema, TensorSpec
 
+TORCH_DTYPES = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
 State = tuple[Tensor, ...]
 """A named tuple of batch-first tensors, in the order of the schema; `Cell.state_type` makes one."""
 
@@ -42,9 +54,8 @@ class Cell(nn.Module):
         return cls(**config)
 
     @property
-    def generates(self) -> bool:
-        """Whether outputs can be fed back as inputs."""
-        return (self.input.dtype, self.input.shape) == (self.output.dtype, self.output.shape)
+    def schema(self) -> Schema:
+        return Schema((self.input,), (self.output,), self.state_schema)
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -53,7 +64,7 @@ class Cell(nn.Module):
         tensors = (
             torch.full(
                 (batch, *spec.shape), spec.initial, device=device,
-                dtype=dtype if dtype is not None and spec.torch_dtype is torch.float32 else spec.torch_dtype,
+                dtype=dtype if dtype is not None and spec.dtype == "float32" else torch_dtype(spec),
             )
             for spec in self.state_schema
         )  # fmt: skip
@@ -79,6 +90,10 @@ class Cell(nn.Module):
             y, state = self(x, state)
             outputs.append(y)
         return torch.stack(outputs, 1), state
+
+
+def torch_dtype(spec: TensorSpec) -> torch.dtype:
+    return TORCH_DTYPES[spec.dtype]
 
 
 def _state_type(names: Sequence[str]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_models.cell import Cell, State
+from engram_models.cell import Cell, State, torch_dtype
 
 
 def _root(x: Tensor) -> Tensor:
@@ -52,14 +52,14 @@ class Normalised(Cell):
         super().__init__()
         if transform not in TRANSFORMS:
             raise ValueError(f"transform {transform!r} is not one of {', '.join(TRANSFORMS)}")
-        if inner.kind == self.kind or not inner.input.torch_dtype.is_floating_point:
+        if inner.kind == self.kind or not inner.input.is_float:
             raise ValueError(f"a cell of kind {inner.kind} with inputs {inner.input.dtype} cannot be normalised")
         self.inner, self.outputs_too = inner, outputs_too
         self._forth, self._back = TRANSFORMS[transform]
         for name, spec in (("input", inner.input), ("output", inner.output)):
             if name == "input" or outputs_too:
-                self.register_buffer(f"{name}_mean", torch.zeros(spec.shape, dtype=spec.torch_dtype))
-                self.register_buffer(f"{name}_scale", torch.ones(spec.shape, dtype=spec.torch_dtype))
+                self.register_buffer(f"{name}_mean", torch.zeros(spec.shape, dtype=torch_dtype(spec)))
+                self.register_buffer(f"{name}_scale", torch.ones(spec.shape, dtype=torch_dtype(spec)))
         config = {
             "kind": inner.kind, "config": dict(inner.config), "transform": transform, "outputs_too": outputs_too,
             "inputs": list(inputs), "outputs": list(outputs),

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from engram_models.cell import Cell, State
+from engram_models.cell import Cell, State, torch_dtype
 
 FLOORS = (1, 2, 4, 8, 16, 32)
 _STEPS = 3
@@ -64,10 +64,10 @@ class _Pool:
         self._cell, self._rows = cell, rows
         self._generator = torch.Generator().manual_seed(11)
         self._device = torch.device(device)
-        noise = [self._random(cell.input.shape, cell.input.torch_dtype) for _ in range(_STEPS)]
+        noise = [self._random(cell.input.shape, torch_dtype(cell.input)) for _ in range(_STEPS)]
         # Numbers that saturate a cell would hide what rounds otherwise.
         self._inputs = [cell.inputs_like(one) for one in noise]
-        self._before = [self._random(spec.shape, spec.torch_dtype) for spec in cell.state_schema]
+        self._before = [self._random(spec.shape, torch_dtype(spec)) for spec in cell.state_schema]
         self._expected = self._run(torch.arange(rows, device=self._device))
 
     def alike(self, size: int) -> bool:

@@ -45,7 +45,7 @@ def run(cell: Cell, xs: Tensor, state: State) -> list[Tensor]:
 
 
 def random_tensor(rows: int, spec: TensorSpec) -> Tensor:
-    if spec.torch_dtype.is_floating_point:
+    if spec.is_float:
         return torch.randn(rows, *spec.shape)
     return torch.randint(0, 2, (rows, *spec.shape))
 

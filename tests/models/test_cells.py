@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engram_models import GRU, LSTM, Cell, GRUResetAfter, PeepholeLSTM, State, VanillaRNN, bundle_from_torch
+from engram_models.cell import torch_dtype
 
 Array = NDArray[np.float64]
 
@@ -94,8 +95,8 @@ def random_state(cell: Cell, batch: int, dtype: torch.dtype = torch.float32) -> 
     return cell.state_type(
         *(
             torch.randn(batch, *spec.shape, dtype=dtype)
-            if spec.torch_dtype.is_floating_point
-            else torch.randint(0, 2, (batch, *spec.shape), dtype=spec.torch_dtype)
+            if spec.is_float
+            else torch.randint(0, 2, (batch, *spec.shape), dtype=torch_dtype(spec))
             for spec in cell.state_schema
         )
     )
@@ -179,7 +180,7 @@ def test_the_schema_tells_what_a_step_gives(any_cell: Cell) -> None:
     with torch.inference_mode():
         y, state = any_cell(torch.randn(3, *any_cell.input.shape), any_cell.initial_state(3))
     assert y.shape == (3, *any_cell.output.shape)
-    assert y.dtype == any_cell.output.torch_dtype
+    assert y.dtype == torch_dtype(any_cell.output)
     assert [tuple(t.shape[1:]) for t in state] == [spec.shape for spec in any_cell.state_schema]
     assert state._fields == tuple(spec.name for spec in any_cell.state_schema)  # type: ignore[attr-defined]
 

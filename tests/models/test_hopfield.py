@@ -460,7 +460,7 @@ def test_a_step_is_a_synchronous_sweep(rule: str, tmp_path: Path) -> None:
     made = Hopfield.of(patterns, names(6), rule)
     cell = load_bundle(write_bundle(tmp_path, "some", "1", made)).cell
     assert isinstance(cell, Hopfield)
-    assert cell.generates
+    assert cell.schema.generates
     memory, cues = cell.memory(), random_cues(patterns, 0.2, 0.2)
     assert list(memory.labels) == names(6)
     assert np.array_equal(memory.bits, memory.pack(patterns, 50))

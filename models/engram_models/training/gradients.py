@@ -52,7 +52,7 @@ def step_jacobians(cell: Cell, xs: Tensor, state: State | None = None) -> Tensor
 
     Raises TrainingError where a state is not of real numbers, as the counter of a bidirectional cell.
     """
-    if not all(spec.torch_dtype.is_floating_point for spec in cell.state_schema):
+    if not all(spec.is_float for spec in cell.state_schema):
         raise TrainingError(f"kind {cell.kind} has states that are no real numbers; measure its forward net alone")
     cell, xs = copy.deepcopy(cell).double(), xs.double()
     sizes = [spec.size for spec in cell.state_schema]

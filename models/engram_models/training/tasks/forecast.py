@@ -126,7 +126,7 @@ class Forecast:
         wanted = truth[:, self._targets]
         made = self._forecasts(cell, True)[0][start - 1 : end - 1]
         drawn = {"forecast": lambda: pictures.forecast(times, wanted, made, self._target_names)}
-        if cell.generates:
+        if cell.schema.generates:
             free = _free_run(cell, self._table.values[0][:start], end - start)
             drawn["free-run"] = lambda: pictures.free_run(times, truth, free, self._table.names)
         return drawn
