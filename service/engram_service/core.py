@@ -32,6 +32,7 @@ from engram_service.errors import (
 from engram_service.logs import named
 from engram_service.metrics import Metrics
 from engram_service.rows import Rows, rows_of
+from engram_service.runtimes.base import RuntimeStopped
 from engram_service.scheduler import Batch, Tick
 from engram_service.sessions.admission import FEEDBACK, QUIET, StepColumns, classify, column, read_columns
 from engram_service.sessions.backlog import Backlog
@@ -492,7 +493,9 @@ class Core:
     def _on_failed(self, served: Served, tick: Tick, error: Exception) -> None:
         """The sessions go back to their records; their clients may send the same steps again."""
         advance = Advance(served, tick, np.empty((0, 0), np.uint8), 0.0, 0.0, unanswered=len(tick))
-        why = Internal("INTERNAL", f"the model failed on a batch with this session: {type(error).__name__}")
+        failed = f"model {served.reference} failed on a batch with this session: {type(error).__name__}"
+        what = str(error) if isinstance(error, RuntimeStopped) else failed
+        why = Internal("INTERNAL", f"{what}; nothing was applied", model=served.bundle.name)
         self._go_back(advance, np.unique(tick.rows), None, why)
 
     def _on_unpacked(self, advance: Advance, error: Exception) -> None:

@@ -162,7 +162,9 @@ def _cast(values: NDArray[np.float32], spec: TensorSpec) -> NDArray[Any]:
         nearest = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
         return np.where(np.isnan(values), _BFLOAT16_NAN, nearest).astype(np.uint16)
     if spec.is_float:
-        with np.errstate(over="ignore", invalid="ignore"):  # then it is infinity, which is refused where it is not allowed
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # then it is infinity, which is refused where it is not allowed
             return values.astype(spec.np_dtype)
     low, high = (0.0, 2.0) if spec.dtype == "bool" else _bounds(spec)
     good = (values >= low) & (values < high) & (np.trunc(values) == values)

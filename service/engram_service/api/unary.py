@@ -265,7 +265,7 @@ class UnaryHandlers:
         served = self._core.catalog.resolve(info.model, info.version)
         records = self._unpacked(served, info)
         if records.initial[0]:
-            return served, served.bundle.initial_row()
+            return served, served.bundle.initial_row
         return served, records.states[0]
 
     async def committed(self, session_id: str, left_s: float, min_seq: int = 0) -> SessionInfo:

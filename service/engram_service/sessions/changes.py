@@ -11,7 +11,8 @@ import numpy as np
 
 from engram_service.catalog import Served
 from engram_service.metrics import Metrics
-from engram_service.store import RUNTIMES, Records
+from engram_service.runtimes.base import NAMES
+from engram_service.store import Records
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class RuntimeChanges:
             return
         codes, counts = np.unique(records.runtime[other], return_counts=True)
         for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
-            change = (served.reference, RUNTIMES.get(code, "unknown"), RUNTIMES.get(own, "unknown"))
+            change = (served.reference, NAMES.get(code, "unknown"), NAMES.get(own, "unknown"))
             self._metrics.runtime_changes.labels(served.bundle.name, *change[1:]).inc(count)
             if change not in self._told:
                 self._told.add(change)

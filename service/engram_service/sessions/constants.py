@@ -46,7 +46,7 @@ def starting_state(served: Served, given: Sequence[model_pb2.Constant]) -> NDArr
             wrong = "NaN or infinity" if reason == "NON_FINITE_INPUT" else "a byte that is no bool"
             raise _invalid(served, f"{one.name} has {wrong}")
         found[one.name] = one.data
-    initial: NDArray[np.uint8] = served.bundle.initial_row()
+    initial: NDArray[np.uint8] = served.bundle.initial_row
     state = initial.copy()
     for name, data in found.items():
         state[there[name][0]] = np.frombuffer(data, np.uint8)
@@ -95,7 +95,7 @@ class Starts:
         if not places:
             return np.empty(0, np.intp), np.empty((0, served.layout.state_nbytes), np.uint8)
         values = np.frombuffer(b"".join(self._kept[rows.item(n)] for n in places), np.uint8).reshape(len(places), -1)
-        states = np.tile(served.bundle.initial_row(), (len(places), 1))
+        states = np.tile(served.bundle.initial_row, (len(places), 1))
         start = 0
         for at, spec in _constants(served):
             states[:, at] = values[:, start : start + spec.nbytes]

@@ -3,7 +3,7 @@
 from engram_service.store.committer import Sent
 from engram_service.store.keys import session_tag
 from engram_service.store.memories import REVISION_NBYTES, MemoryLogs, revision_of
-from engram_service.store.record import OUTPUTS_MAX, RUNTIMES, TIME_MS_MAX, RecordBlock, RecordLayout, Records
+from engram_service.store.record import OUTPUTS_MAX, TIME_MS_MAX, RecordBlock, RecordLayout, Records
 from engram_service.store.safety import REASONS as UNSAFE
 from engram_service.store.store import Store, damaged
 from engram_service.store.types import (
@@ -25,7 +25,6 @@ from engram_service.store.types import (
 __all__ = [
     "OUTPUTS_MAX",
     "REVISION_NBYTES",
-    "RUNTIMES",
     "TIME_MS_MAX",
     "UNSAFE",
     "ClaimRequest",

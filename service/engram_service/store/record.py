@@ -22,14 +22,13 @@ INITIAL = 1  # flag: the session is new, its state is the schema's initial one a
 OUTPUTS_MAX = 32  # that a record keeps: no arena's window is longer
 SEQ_MAX = 2**63  # beyond it, what is counted on from a seq would begin at 0 again
 TIME_MS_MAX = 253_402_300_799_999  # the last millisecond of the year 9999, and of protobuf's timestamps
-RUNTIMES = {0: "unknown", 1: "onnx_graphs on cpu", 2: "torch_cells on cpu", 3: "torch_cells on cuda"}
 
 HEADER = np.dtype(
     [
         ("magic", "<u4"),
         ("schema", "<u2"),
         ("flags", "u1"),
-        ("runtime", "u1"),  # what computed the state: a key of RUNTIMES
+        ("runtime", "u1"),  # that computed the state (Runtime.code); 0: unknown, or none yet
         ("fingerprint", "<u8"),  # first 8 bytes of the bundle's fingerprint
         ("seq", "<u8"),
         ("acked", "<u8"),
