@@ -15,12 +15,15 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_models import PatternError, PatternMemory, Recalled
+from engram_models.bundle import BundleError
+from engram_models.pattern_bits import PatternError
+from engram_models.patterns import PatternMemory, Recalled, own_memory
 from engram_service.catalog import Served
 from engram_service.errors import (
     AlreadyExists,
     DataLoss,
     FailedPrecondition,
+    Internal,
     InvalidArgument,
     NotFound,
     Refusal,
@@ -29,9 +32,10 @@ from engram_service.errors import (
 )
 from engram_service.memory.cache import Cache, Slot
 from engram_service.memory.chunks import FORGET, STORE, ChunkError, Operation, begins_log
-from engram_service.memory.held import Held, Keeper, unfold
+from engram_service.memory.held import Held, unfold
 from engram_service.store import MemoryHead, Store, Written
 
+_KEEPER = "hopfield"  # the kind whose sessions keep patterns
 _TRIES = 50  # of a change, while others change the same memory
 
 T = TypeVar("T")
@@ -119,10 +123,9 @@ class Memories:
 
     def check_log(self, served: Served, chunks: Sequence[bytes]) -> None:
         """Raises ChunkError where this log is none for the model."""
-        cell = served.bundle.cell
-        if not isinstance(cell, Keeper):
+        if served.bundle.kind != _KEEPER:
             raise ChunkError(f"{served.reference} keeps no patterns")
-        unfold(cell, chunks)
+        unfold(self._own_of(served), chunks)
 
     # Reading
 
@@ -152,7 +155,7 @@ class Memories:
             raise no_session(session_id)
         self._store.tally.renew(session_id)  # as the look has renewed the session's own time
         served = self._resolve(head.model, head.version)
-        _keeper(served)
+        _check_keeper(served)
         if served.bundle.fingerprint != head.fingerprint:
             message = f"the session was written by other weights of {served.reference}; serve those or move the session"
             raise FailedPrecondition("FINGERPRINT_MISMATCH", message)
@@ -177,7 +180,7 @@ class Memories:
         return held
 
     def _read_log(self, session_id: str, served: Served, held: Held | None) -> Held:
-        cell = _keeper(served)
+        own = self._own_of(served)
         try:
             if held is not None:
                 new = self._logs.chunks(session_id, held.length)
@@ -186,7 +189,7 @@ class Memories:
             chunks = self._logs.chunks(session_id)
             if not chunks:
                 raise ChunkError("Redis has lost it")
-            return unfold(cell, chunks)
+            return unfold(own, chunks)
         except ChunkError as error:
             message = f"the session's memory cannot be used ({error}); close the session to start over"
             raise DataLoss("RECORD_CORRUPTED", message) from error
@@ -202,7 +205,7 @@ class Memories:
         with self._lock:
             fingerprint = served.bundle.fingerprint
             if fingerprint not in self._own:
-                self._own[fingerprint] = _keeper(served).memory()
+                self._own[fingerprint] = _own(served)
             return self._own[fingerprint]
 
     # Changing
@@ -226,7 +229,7 @@ class Memories:
         change: Callable[[Held], tuple[list[bytes], str]],
     ) -> Change | None:  # fmt: skip
         """None: the memory was changed by others just now."""
-        held = self._caught_up(session_id, slot, served, head) or Held(_keeper(served))
+        held = self._caught_up(session_id, slot, served, head) or Held(self._own_of(served))
         done = held.operations.get(operation)
         if done is not None:
             return Change(done.rows, done.first, "", _summary(held.memory))
@@ -261,14 +264,22 @@ class Memories:
                 held.replaced(chunks)
 
 
-def _keeper(served: Served) -> Keeper:
-    cell = served.bundle.cell
-    if not isinstance(cell, Keeper):
+def _check_keeper(served: Served) -> None:
+    if served.bundle.kind != _KEEPER:
         message = (
             f"{served.reference} is of kind {served.bundle.kind}, which keeps no patterns; a hopfield network does"
         )
         raise FailedPrecondition("UNSUPPORTED_OPERATION", message, model=served.bundle.name)
-    return cell
+
+
+def _own(served: Served) -> PatternMemory:
+    """The patterns that a model brings along."""
+    try:
+        weights = served.bundle.read_weights()
+        return own_memory(served.bundle.config, {name: tensor.values for name, tensor in weights.items()})
+    except (BundleError, ValueError, TypeError) as error:
+        message = f"the patterns of {served.reference} cannot be read any more: {error}"
+        raise Internal("INTERNAL", message, model=served.bundle.name) from error
 
 
 def _summary(memory: PatternMemory) -> Summary:
