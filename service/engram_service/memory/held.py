@@ -34,7 +34,7 @@ _FORGOTTEN_FREE = 1024  # ... and so many forgotten rows, and as many as there a
 class Held:
     """Patterns and their place in the log. Not thread-safe: memories.py locks.
 
-    memory: the patterns, first of all the model's own. revision, length: of the log that they are the sum of; none: the model's own patterns.
+    memory: the patterns. revision, length: of the log that they are the sum of; none: the model's own patterns alone.
     numbers: labels that servers made so far. losses: the store's count when the log was last found as it is here.
     """
 
