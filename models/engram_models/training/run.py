@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from engram_models.bundle import BundleError, write_bundle
+from engram_models.bundle import BundleError
+from engram_models.cell_bundles import write_bundle
 from engram_models.files import read_file
 from engram_models.json_text import json_text
 from engram_models.training.checkpoint import load_checkpoint, save_checkpoint
