@@ -27,6 +27,7 @@ from engram_service.engine.step import step_of
 from engram_service.engine.traced import traced
 from engram_service.errors import NotFound
 from engram_service.metrics import Metrics
+from engram_service.queries import Queries
 from engram_service.settings import Settings
 from engram_service.store import OUTPUTS_MAX, RecordLayout
 
@@ -58,6 +59,7 @@ class Served:
     arena: Arena
     runner: Runner
     layout: RecordLayout
+    queries: Queries
 
     @property
     def reference(self) -> str:
@@ -183,7 +185,12 @@ class Catalog:
         except torch.OutOfMemoryError as error:
             raise BundleError(f"{self._device} has no room for its arena of {capacity} slots: {error}") from error
         return Served(
-            index, bundle, arena, runner, RecordLayout(bundle.fingerprint, state_nbytes, bundle.output.nbytes)
+            index,
+            bundle,
+            arena,
+            runner,
+            RecordLayout(bundle.fingerprint, state_nbytes, bundle.output.nbytes),
+            Queries(bundle),
         )
 
     def _shapes(self, bundle: Bundle) -> Shapes:
