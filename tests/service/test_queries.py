@@ -78,22 +78,24 @@ def test_unknown_units_are_recreated_and_known_ones_kept(unknown: bool, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("cell", "config", "message"),
+    ("cell", "config", "size", "message"),
     [
-        (RBM(6, 4), {"visible": 6, "hidden": 5}, "the weights and the config do not fit: weight is float32"),
-        (Hopfield(6, labels=["a"]), {"size": 6}, "0 labels name"),
-        (Hopfield(6), {"size": 7}, r"the inputs are \[\[6\]\], its weights take \[7\]"),
-        (Hopfield(6), {"size": 6, "beta": "high"}, "the weights and the config do not fit"),
-        (Hopfield(6), {"size": 6, "colour": 1}, "colour"),
+        (RBM(6, 4), {"visible": 6, "hidden": 5}, 6, "the weights and the config do not fit: weight is float32"),
+        (RBM(6, 4), {"visible": 6, "hidden": 4}, 7, r"the inputs are \[\[7\]\], its weights take \[6\]"),
+        (Hopfield(6, labels=["a"]), {"size": 6}, 6, "0 labels name"),
+        (Hopfield(6), {"size": 6, "beta": "high"}, 6, "the weights and the config do not fit"),
+        (Hopfield(6), {"size": 6, "colour": 1}, 6, "colour"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(cell: Cell, config: dict[str, Any], message: str, tmp_path: Path) -> None:
-    """A bundle with weights of one config under the name of another, its fingerprint right."""
-    bundle = load_bundle(write_bundle(tmp_path, "whole", "1", cell.eval()))
-    tensors = {f"weight.{name}": value for name, value in bundle.read_weights().items()}
+def test_weights_that_do_not_fit_are_refused(
+    cell: Cell, config: dict[str, Any], size: int, message: str, tmp_path: Path
+) -> None:
+    """A bundle of one model's weights, another one's config, and a third one's inputs, its fingerprint right."""
+    weights = load_bundle(write_bundle(tmp_path, "one", "1", cell.eval())).read_weights()
+    bundle = load_bundle(write_bundle(tmp_path, "other", "1", RBM(size, 2).eval()))
+    tensors = {f"weight.{name}": value for name, value in weights.items()} | bundle.check.tensors(bundle.schema)
     path = write(
-        tmp_path, "other", "1", bundle.kind, config, bundle.schema, bundle.read_graph(),
-        {**tensors, **bundle.check.tensors(bundle.schema)},
-    )  # fmt: skip
+        tmp_path, "wrong", "1", cell.kind, config, bundle.schema, b"", tensors, description="", allows_non_finite=False
+    )
     with pytest.raises(BundleError, match=message):
         Queries(load_bundle(path))
