@@ -1,5 +1,5 @@
 """Which dimension of each tensor is the batch, and what sizes the others have. By flags, by the names of dimensions, and by running the
-graph (trial.py) wherever the file does not say it or says that the batch is 1. Called by the import, after roles.py.
+graph (axis_trial.py) wherever the file does not say it or says that the batch is 1. Called by the import, after roles.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from engram_models.importing import sandbox, trial
+from engram_models.importing import axis_trial, sandbox
 from engram_models.importing.errors import ImportRefused, shown
 from engram_models.importing.flags import Flags
 from engram_models.importing.interface import Dim, dim_words, unnamed
@@ -60,7 +60,7 @@ def settle(
     bare = bare or next((line for line in lines if choices[line.tensor] == [None] and line.role == "window"), None)
     if bare is None:
         found = _search(model, [plan for _, plan in plans], lines, values, _several(lines, choices), progress)
-        good = [n for n, one in enumerate(found) if one["found"] == trial.FREE and not _unbatched(one, lines, plans[n][0], proposal)]
+        good = [n for n, one in enumerate(found) if one["found"] == axis_trial.FREE and not _unbatched(one, lines, plans[n][0], proposal)]
         if good and not _rivals(proposal, [plans[n][0] for n in good], lines):
             axes, plan = plans[good[0]]
             _fill(proposal, lines, axes, plan, found[good[0]], choices, batch)
@@ -68,7 +68,7 @@ def settle(
             return
         if good:
             return
-        leaking = next((n for n, one in enumerate(found) if one["found"] == trial.LEAKS and not _unbatched(one, lines, plans[n][0], proposal)), None)
+        leaking = next((n for n, one in enumerate(found) if one["found"] == axis_trial.LEAKS and not _unbatched(one, lines, plans[n][0], proposal)), None)
         if leaking is not None and all(_said(line, plans[leaking][0], batch, flags) for line in lines):
             axes, plan = plans[leaking]
             proposal.batch, proposal.why = "one-by-one", f"outputs may depend on the batch: {found[leaking]['why']}"
@@ -164,6 +164,10 @@ def _full(line: Line, axis: int | None, flags: Flags, sizes: Mapping[str, int]) 
     full, open_dims = [], []
     for place, dim in enumerate(dims):
         size = dim if isinstance(dim, int) else sizes.get(dim)
+        if line.role == "window" and place == len(dims) - 1:
+            if isinstance(dim, int) and dim != line.context:
+                raise ImportRefused(f"--context {line.tensor}={line.output}:{line.context}: its last dimension is {dim}")
+            size = line.context
         if place == axis:
             full.append(-1)
             continue
@@ -226,18 +230,20 @@ def _search(
     with tempfile.TemporaryDirectory(prefix="engram-import-") as name:
         folder = Path(name)
         (folder / "model.onnx").write_bytes(data)
-        np.savez(folder / "values.npz", **{key: value for key, value in values.items()})
+        valued = sorted(values)
+        # Under names of our own: those of a stranger may be paths.
+        np.savez(folder / "values.npz", **{f"a{place}": values[key] for place, key in enumerate(valued)})  # type: ignore[arg-type]
         dtypes = {line.tensor: line.dtype for line in lines}
-        arguments = {"plans": list(plans), "dtypes": dtypes, "all_of_them": every}
+        arguments = {"plans": list(plans), "dtypes": dtypes, "valued": valued, "all_of_them": every}
         found: list[dict[str, Any]] = sandbox.run(
-            "engram_models.importing.trial:search", folder, arguments, sandbox.memory_limit(len(data)), SECONDS, progress
+            "engram_models.importing.axis_trial:search", folder, arguments, sandbox.memory_limit(len(data)), SECONDS, progress
         )
     return found
 
 
 def _unbatched(one: Mapping[str, Any], lines: Sequence[Line], axes: Axes, proposal: Proposal) -> str:
     """Why rows cannot share a call though the graph runs with several, or nothing."""
-    if one["found"] not in (trial.FREE, trial.LEAKS):
+    if one["found"] not in (axis_trial.FREE, axis_trial.LEAKS):
         return ""
     for line in proposal.of_role("output"):
         if one["axes"].get(line.tensor) is None:
@@ -301,6 +307,7 @@ def _how_axis(line: Line, choices: list[int | None], batch: str) -> str:
 
 def _fill_outputs(proposal: Proposal, shapes: Mapping[str, Sequence[int]], axes: Mapping[str, int | None]) -> None:
     by_name = {line.tensor: line for line in proposal.lines if line.role != "output"}
+    proposal.taken = {name: (axes.get(name), tuple(shape)) for name, shape in shapes.items()}
     for line in proposal.of_role("output"):
         axis = axes.get(line.tensor)
         _set(line, axis, [-1 if place == axis else size for place, size in enumerate(shapes[line.tensor])])
@@ -334,7 +341,7 @@ def _alone(
     sizes: Mapping[str, int], batch: str, values: Mapping[str, Array], progress: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
     """One row at a time, with the batch of 1 that the file has, or with none."""
-    proposal.batch = "one-by-one"
+    proposal.batch, proposal.static = "one-by-one", True
     axes: Axes = {}
     plan: Plan = {}
     for line in lines:
@@ -349,7 +356,7 @@ def _alone(
             return
     static = {name: [1 if size == -1 else size for size in full] for name, full in plan.items()}
     found = _search(model, [static], lines, values, False, progress)[0]
-    if found["found"] != trial.STATIC:
+    if found["found"] != axis_trial.STATIC:
         raise ImportRefused(f"it does not run with zeros and small numbers: {found['why']}")
     some = any(axis is not None for axis in axes.values())
     out_axes = {line.tensor: _out_axis(line, found["shapes"][line.tensor], batch, some, flags) for line in proposal.of_role("output")}
@@ -360,8 +367,6 @@ def _alone(
         if line.output and line.axis is not None and line.role != "window":
             out_axes[line.output] = line.axis
     _fill_outputs(proposal, found["shapes"], out_axes)
-    for line in proposal.of_role("output"):
-        line.full = tuple(found["shapes"][line.tensor])
 
 
 def _out_axis(line: Line, shape: Sequence[int], batch: str, some: bool, flags: Flags) -> int | None:

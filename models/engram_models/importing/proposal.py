@@ -48,9 +48,11 @@ class Line:
 @dataclass(slots=True)
 class Proposal:
     lines: list[Line]
-    batch: str = "any"  # or one-by-one, or none: it has no batch axis
+    batch: str = "any"  # or one-by-one
     why: str = ""
+    static: bool = False  # the graph has a batch of 1 or none: the normal form adds it by Reshape
     relabelled: bool = False
+    taken: dict[str, tuple[int | None, tuple[int, ...]]] = field(default_factory=dict)  # of the graph's outputs: batch axis, dimensions
     doubts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

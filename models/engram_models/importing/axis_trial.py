@@ -28,7 +28,7 @@ FREE = "free"
 
 
 def search(
-    folder: Path, plans: Sequence[Mapping[str, Sequence[int]]], dtypes: Mapping[str, str], all_of_them: bool
+    folder: Path, plans: Sequence[Mapping[str, Sequence[int]]], dtypes: Mapping[str, str], valued: Sequence[str], all_of_them: bool
 ) -> list[dict[str, Any]]:
     """What each plan gave, up to the first that is good. A plan has dimensions for every input, -1 where the batch would be.
 
@@ -37,7 +37,7 @@ def search(
     found: list[dict[str, Any]] = []
     data = (folder / "model.onnx").read_bytes()
     with np.load(folder / "values.npz") as file:
-        values = dict(file)
+        values = {name: file[f"a{place}"] for place, name in enumerate(valued)}
     for number, plan in enumerate(plans):
         sandbox.report(f"tries batch axes {number + 1} of {len(plans)}")
         found.append(_try(data, plan, dtypes, values))
@@ -95,10 +95,9 @@ def _feed(name: str, dims: Sequence[int], dtype: str, values: Mapping[str, Array
     shape = [ROWS if dim == -1 else dim for dim in dims]
     if name in values:
         value = values[name]
-        if value.size == np.prod(shape):
-            return np.ascontiguousarray(value.reshape(shape))
-        if -1 in dims and value.ndim:
-            value = np.expand_dims(value, list(dims).index(-1))
+        row = [dim for dim in dims if dim != -1]
+        if value.size == np.prod(row):
+            value = value.reshape([1 if dim == -1 else dim for dim in dims])
         return np.ascontiguousarray(np.broadcast_to(value, shape))
     if dtype == "bfloat16":
         raise ValueError("bfloat16 inputs cannot be tried on a CPU; export the model in float32")
