@@ -1,5 +1,6 @@
-"""Which dimension of each tensor is the batch, and what sizes the others have. By flags, by the names of dimensions, and by running the
-graph (axis_trial.py) wherever the file does not say it or says that the batch is 1. Called by the import, after roles.py.
+"""Which dimension of each tensor is the batch, and what sizes the others have. Called by the import, after roles.py.
+
+By flags, by the names of dimensions, and by running the graph (axis_trial.py), which also shows whether what they say is so.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def settle(
     lines = [line for line in proposal.lines if line.in_graph]
     for line in lines:
         if line.dims is None:
-            raise ImportRefused(f"the file does not say how many dimensions {shown(line.tensor)} has; export it with shapes")
+            raise ImportRefused(
+                f"the file does not say how many dimensions {shown(line.tensor)} has; export it with shapes"
+            )
     batch = _batch_symbol(lines, flags)
     sizes = _sizes(proposal, flags, batch, model)
     choices = {line.tensor: _choices(line, batch, flags) for line in lines}
@@ -56,11 +59,17 @@ def settle(
     if not plans and missing is not None:
         proposal.doubts.append(_ask_size(missing))
         return
-    bare = next((line for line in lines if choices[line.tensor] == [None] and line.role in ("input", "recurrent")), None)
+    bare = next(
+        (line for line in lines if choices[line.tensor] == [None] and line.role in ("input", "recurrent")), None
+    )
     bare = bare or next((line for line in lines if choices[line.tensor] == [None] and line.role == "window"), None)
     if bare is None:
         found = _search(model, [plan for _, plan in plans], lines, values, _several(lines, choices), progress)
-        good = [n for n, one in enumerate(found) if one["found"] == axis_trial.FREE and not _unbatched(one, lines, plans[n][0], proposal)]
+        good = [
+            n
+            for n, one in enumerate(found)
+            if one["found"] == axis_trial.FREE and not _unbatched(one, lines, plans[n][0], proposal)
+        ]
         if good and not _rivals(proposal, [plans[n][0] for n in good], lines):
             axes, plan = plans[good[0]]
             _fill(proposal, lines, axes, plan, found[good[0]], choices, batch)
@@ -68,14 +77,24 @@ def settle(
             return
         if good:
             return
-        leaking = next((n for n, one in enumerate(found) if one["found"] == axis_trial.LEAKS and not _unbatched(one, lines, plans[n][0], proposal)), None)
+        leaking = next(
+            (
+                n
+                for n, one in enumerate(found)
+                if one["found"] == axis_trial.LEAKS and not _unbatched(one, lines, plans[n][0], proposal)
+            ),
+            None,
+        )
         if leaking is not None and all(_said(line, plans[leaking][0], batch, flags) for line in lines):
             axes, plan = plans[leaking]
             proposal.batch, proposal.why = "one-by-one", f"outputs may depend on the batch: {found[leaking]['why']}"
             _fill(proposal, lines, axes, plan, found[leaking], choices, batch)
             return
         first = found[0]
-        proposal.why = _unbatched(first, lines, plans[0][0], proposal) or f"it does not run with more than one row: {first.get('why', '')}"
+        proposal.why = (
+            _unbatched(first, lines, plans[0][0], proposal)
+            or f"it does not run with more than one row: {first.get('why', '')}"
+        )
     else:
         whole = all(choices[line.tensor] == [None] for line in lines)
         proposal.why = "it has no batch axis" if whole else f"{shown(bare.tensor)} has no batch axis"
@@ -85,12 +104,24 @@ def settle(
 def _batch_symbol(lines: Sequence[Line], flags: Flags) -> str:
     """The name of the batch dimension: one that is named so, or the only one that all tensors of more than one number share."""
     large = [line for line in lines if line.dims]
-    flagged = {line.dims[axis] for line in large if line.dims and (axis := flags.axes.get(line.tensor)) is not None and axis < len(line.dims)}
-    names = {dim for line in large for dim in line.dims or () if isinstance(dim, str) and not unnamed(dim)} - set(flags.sizes)
+    flagged = {
+        line.dims[axis]
+        for line in large
+        if line.dims and (axis := flags.axes.get(line.tensor)) is not None and axis < len(line.dims)
+    }
+    names = {dim for line in large for dim in line.dims or () if isinstance(dim, str) and not unnamed(dim)} - set(
+        flags.sizes
+    )
     by_flag = sorted(dim for dim in flagged if isinstance(dim, str) and dim in names)
     if by_flag:
         return by_flag[0]
-    counts = {name: (sum(name in (line.dims or ()) for line in large if line.is_state), sum(name in (line.dims or ()) for line in large)) for name in names}
+    counts = {
+        name: (
+            sum(name in (line.dims or ()) for line in large if line.is_state),
+            sum(name in (line.dims or ()) for line in large),
+        )
+        for name in names
+    }
     named = sorted((name for name in names if is_batch_dim(name)), key=lambda name: (counts[name], name))
     if named:
         return named[-1]
@@ -105,15 +136,21 @@ def _choices(line: Line, batch: str, flags: Flags) -> list[int | None]:
     if line.tensor in flags.axes:
         axis = flags.axes[line.tensor]
         if axis is not None and axis >= len(dims):
-            raise ImportRefused(f"--batch-axis {line.tensor}={axis}: it has {len(dims)} dimensions, and the first one is 0")
+            raise ImportRefused(
+                f"--batch-axis {line.tensor}={axis}: it has {len(dims)} dimensions, and the first one is 0"
+            )
         if axis is not None and isinstance(dims[axis], int) and dims[axis] != 1:
-            raise ImportRefused(f"--batch-axis {line.tensor}={axis}: that dimension is {dims[axis]} in the file, and not 1 or dynamic")
+            raise ImportRefused(
+                f"--batch-axis {line.tensor}={axis}: that dimension is {dims[axis]} in the file, and not 1 or dynamic"
+            )
         return [axis]
     if batch and batch in dims:
         return [dims.index(batch)]
     told = flags.shapes.get(line.tensor, ())
     whole = len(told) == len(dims)
-    dynamic = [n for n, dim in enumerate(dims) if isinstance(dim, str) and dim not in flags.sizes and not is_time_dim(dim)]
+    dynamic = [
+        n for n, dim in enumerate(dims) if isinstance(dim, str) and dim not in flags.sizes and not is_time_dim(dim)
+    ]
     ones = [n for n, dim in enumerate(dims) if dim == 1]
     if line.is_state and len(dims) == 3 and ones[:2] == [0, 1]:
         ones[:2] = [1, 0]  # layers, batch, width
@@ -130,14 +167,24 @@ def _plans(
     kinds: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
         ones = tuple(n for n, dim in enumerate(line.dims or ()) if dim == 1)
-        key = (line.is_state, stem(line.tensor) if line.is_state else line.tensor, len(line.dims or ()), ones, tuple(choices[line.tensor]))
+        key = (
+            line.is_state,
+            stem(line.tensor) if line.is_state else line.tensor,
+            len(line.dims or ()),
+            ones,
+            tuple(choices[line.tensor]),
+        )
         kinds.setdefault(key, []).append(line)
     groups = list(kinds.values())
     options = [choices[group[0].tensor] for group in groups]
     ordered = sorted(islice(product(*(range(len(one)) for one in options)), 4096), key=sum)[:PLANS_MAX]
     plans, missing = [], None
     for picks in ordered:
-        axes = {line.tensor: option[pick] for group, option, pick in zip(groups, options, picks, strict=True) for line in group}
+        axes = {
+            line.tensor: option[pick]
+            for group, option, pick in zip(groups, options, picks, strict=True)
+            for line in group
+        }
         try:
             plans.append((axes, {line.tensor: _full(line, axes[line.tensor], flags, sizes) for line in lines}))
         except Missing as error:
@@ -166,14 +213,18 @@ def _full(line: Line, axis: int | None, flags: Flags, sizes: Mapping[str, int]) 
         size = dim if isinstance(dim, int) else sizes.get(dim)
         if line.role == "window" and place == len(dims) - 1:
             if isinstance(dim, int) and dim != line.context:
-                raise ImportRefused(f"--context {line.tensor}={line.output}:{line.context}: its last dimension is {dim}")
+                raise ImportRefused(
+                    f"--context {line.tensor}={line.output}:{line.context}: its last dimension is {dim}"
+                )
             size = line.context
         if place == axis:
             full.append(-1)
             continue
         if told[place] is not None:
             if isinstance(dim, int) and dim != told[place]:
-                raise ImportRefused(f"--shape: dimension {place} of {shown(line.tensor)} is {dim} in the file, and not {told[place]}")
+                raise ImportRefused(
+                    f"--shape: dimension {place} of {shown(line.tensor)} is {dim} in the file, and not {told[place]}"
+                )
             size = told[place]
         if size is None:
             open_dims.append(place)
@@ -198,7 +249,11 @@ def _sizes(proposal: Proposal, flags: Flags, batch: str, model: onnx.ModelProto)
         told = flags.shapes.get(line.tensor, ())
         if line.dims is None or len(told) < len(line.dims) - 1:
             continue
-        known = [dim for dim in line.dims if dim != batch] if len(told) == len(line.dims) - 1 and batch in line.dims else line.dims
+        known = (
+            [dim for dim in line.dims if dim != batch]
+            if len(told) == len(line.dims) - 1 and batch in line.dims
+            else line.dims
+        )
         if len(known) == len(told):
             for place, (dim, size) in enumerate(zip(known, told, strict=True)):
                 if isinstance(dim, str) and not unnamed(dim) and dim != batch:
@@ -208,18 +263,31 @@ def _sizes(proposal: Proposal, flags: Flags, batch: str, model: onnx.ModelProto)
 
 def _ask_size(missing: Missing) -> str:
     line, dims = missing.line, missing.line.dims or ()
-    names = ", ".join(f"{place} ({dims[place]!r})" if not unnamed(dims[place]) else str(place) for place in missing.dims)
+    names = ", ".join(
+        f"{place} ({dims[place]!r})" if not unnamed(dims[place]) else str(place) for place in missing.dims
+    )
     named = [dim for place in missing.dims if not unnamed(dim := dims[place])]
-    example = "x".join(str(dim) if isinstance(dim, int) else "SIZE" for place, dim in enumerate(dims) if place in missing.dims or isinstance(dim, int) and dim != 1)
-    flag = f"--shape {line.tensor}={example or 'SIZE'} (what one step has, without the batch" + (" and without the context)" if line.context else ")")
+    example = "x".join(
+        str(dim) if isinstance(dim, int) else "SIZE"
+        for place, dim in enumerate(dims)
+        if place in missing.dims or isinstance(dim, int) and dim != 1
+    )
+    flag = f"--shape {line.tensor}={example or 'SIZE'} (what one step has, without the batch" + (
+        " and without the context)" if line.context else ")"
+    )
     if named:
         flag += f", or --shape {named[0]}=SIZE"
-    return f"{shown(line.tensor)} ({line.dtype} {'x'.join(map(dim_words, dims))}) has no size in dimension {names}: {flag}"
+    return (
+        f"{shown(line.tensor)} ({line.dtype} {'x'.join(map(dim_words, dims))}) has no size in dimension {names}: {flag}"
+    )
 
 
 def _several(lines: Sequence[Line], choices: Mapping[str, list[int | None]]) -> bool:
     """Whether two dynamic dimensions of one tensor may both be the batch: then all plans are tried, for two that work are a doubt."""
-    return any(sum(axis is not None and isinstance((line.dims or ())[axis], str) for axis in choices[line.tensor]) > 1 for line in lines)
+    return any(
+        sum(axis is not None and isinstance((line.dims or ())[axis], str) for axis in choices[line.tensor]) > 1
+        for line in lines
+    )
 
 
 def _search(
@@ -234,11 +302,21 @@ def _search(
         # Under names of our own: those of a stranger may be paths.
         np.savez(folder / "values.npz", **{f"a{place}": values[key] for place, key in enumerate(valued)})  # type: ignore[arg-type]
         dtypes = {line.tensor: line.dtype for line in lines}
-        arguments = {"plans": list(plans), "dtypes": dtypes, "valued": valued, "all_of_them": every}
+        dynamic = {line.tensor: dynamic_places(line) for line in lines}
+        arguments = {"plans": list(plans), "dtypes": dtypes, "dynamic": dynamic, "valued": valued, "all_of_them": every}
         found: list[dict[str, Any]] = sandbox.run(
-            "engram_models.importing.axis_trial:search", folder, arguments, sandbox.memory_limit(len(data)), SECONDS, progress
+            "engram_models.importing.axis_trial:search",
+            folder,
+            arguments,
+            sandbox.memory_limit(len(data)),
+            SECONDS,
+            progress,
         )
     return found
+
+
+def dynamic_places(line: Line) -> list[int]:
+    return [place for place, dim in enumerate(line.dims or ()) if isinstance(dim, str)]
 
 
 def _unbatched(one: Mapping[str, Any], lines: Sequence[Line], axes: Axes, proposal: Proposal) -> str:
@@ -249,7 +327,9 @@ def _unbatched(one: Mapping[str, Any], lines: Sequence[Line], axes: Axes, propos
         if one["axes"].get(line.tensor) is None:
             return f"the output {shown(line.tensor)} has no batch axis"
     for line in lines:
-        if line.role in ("recurrent", "counter") and (one["axes"].get(line.output) is None) != (axes[line.tensor] is None):
+        if line.role in ("recurrent", "counter") and (one["axes"].get(line.output) is None) != (
+            axes[line.tensor] is None
+        ):
             return f"the state {shown(line.tensor)} has a batch axis on one side only"
         if line.role == "window" and line.output and one["axes"].get(line.output) is None:
             return f"the output {shown(line.output)} has no batch axis"
@@ -287,6 +367,7 @@ def _fill(
     for line in lines:
         _set(line, axes[line.tensor], plan[line.tensor])
         line.how.append(_how_axis(line, choices[line.tensor], batch))
+    proposal.open = one["open"]
     _fill_outputs(proposal, one["shapes"], one["axes"])
 
 
@@ -357,9 +438,13 @@ def _alone(
     static = {name: [1 if size == -1 else size for size in full] for name, full in plan.items()}
     found = _search(model, [static], lines, values, False, progress)[0]
     if found["found"] != axis_trial.STATIC:
-        raise ImportRefused(f"it does not run with zeros and small numbers: {found['why']}")
+        raise ImportRefused(f"it does not run: {found['why']}")
+    proposal.open = found["open"]
     some = any(axis is not None for axis in axes.values())
-    out_axes = {line.tensor: _out_axis(line, found["shapes"][line.tensor], batch, some, flags) for line in proposal.of_role("output")}
+    out_axes = {
+        line.tensor: _out_axis(line, found["shapes"][line.tensor], batch, some, flags)
+        for line in proposal.of_role("output")
+    }
     for line in lines:
         _set(line, axes[line.tensor], static[line.tensor])
         line.full = tuple(static[line.tensor])

@@ -28,11 +28,12 @@ FREE = "free"
 
 
 def search(
-    folder: Path, plans: Sequence[Mapping[str, Sequence[int]]], dtypes: Mapping[str, str], valued: Sequence[str], all_of_them: bool
-) -> list[dict[str, Any]]:
+    folder: Path, plans: Sequence[Mapping[str, Sequence[int]]], dtypes: Mapping[str, str],
+    dynamic: Mapping[str, Sequence[int]], valued: Sequence[str], all_of_them: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
     """What each plan gave, up to the first that is good. A plan has dimensions for every input, -1 where the batch would be.
 
-    folder: model.onnx, and values.npz with one row (or the whole) of those inputs that are not to be random.
+    dynamic: which dimensions have no size in the file. folder: model.onnx, and values.npz with one row (or the whole) of those inputs that are not to be random.
     """
     found: list[dict[str, Any]] = []
     data = (folder / "model.onnx").read_bytes()
@@ -40,27 +41,61 @@ def search(
         values = {name: file[f"a{place}"] for place, name in enumerate(valued)}
     for number, plan in enumerate(plans):
         sandbox.report(f"tries batch axes {number + 1} of {len(plans)}")
-        found.append(_try(data, plan, dtypes, values))
+        found.append(_try(data, plan, dtypes, dynamic, values))
         if found[-1]["found"] == FREE and not all_of_them:
             break
     return found
 
 
 def _try(
-    data: bytes, plan: Mapping[str, Sequence[int]], dtypes: Mapping[str, str], values: Mapping[str, Array]
+    data: bytes,
+    plan: Mapping[str, Sequence[int]],
+    dtypes: Mapping[str, str],
+    dynamic: Mapping[str, Sequence[int]],
+    values: Mapping[str, Array],
 ) -> dict[str, Any]:
+    known = {name: [BATCH if dim == -1 else dim for dim in dims] for name, dims in plan.items()}
+    session, is_open, why = None, False, ""
+    for is_open in (False, True):
+        try:
+            session = _load(data, opened(known, dynamic) if is_open else known)
+            break
+        except Exception as error:  # ONNX Runtime's errors have no common root
+            why = why or _words(error)
+            if not any(dynamic.values()):
+                break
+    if session is None:
+        return {"found": FAILS, "why": why}
+    return {**_run_all(session, plan, dtypes, values), "open": is_open}
+
+
+def opened(
+    known: Mapping[str, Sequence[int | str]], dynamic: Mapping[str, Sequence[int]]
+) -> dict[str, list[int | str]]:
+    """Sizes that only we know are left out: a branch for another sample rate may not even load with them."""
+    return {
+        name: [
+            f"{name}_{place}" if place in dynamic.get(name, ()) and dim != BATCH else dim
+            for place, dim in enumerate(dims)
+        ]
+        for name, dims in known.items()
+    }
+
+
+def _load(data: bytes, dims: Mapping[str, Sequence[int | str]]) -> Any:
     from onnxruntime import InferenceSession, SessionOptions
 
     options = SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     model = onnx.ModelProto.FromString(data)
-    relabel(model, {name: [BATCH if dim == -1 else dim for dim in dims] for name, dims in plan.items()})
-    try:
-        session = InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors have no common root
-        return {"found": FAILS, "why": _words(error)}
-    del model
+    relabel(model, dims)
+    return InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _run_all(
+    session: Any, plan: Mapping[str, Sequence[int]], dtypes: Mapping[str, str], values: Mapping[str, Array]
+) -> dict[str, Any]:
     names = [output.name for output in session.get_outputs()]
     random = np.random.default_rng(7)
     feeds = {name: _feed(name, dims, dtypes[name], values, random) for name, dims in plan.items()}
@@ -87,11 +122,17 @@ def _try(
             continue
         for row in range(ROWS):
             if not _near(np.take(together[place], [row], axis), alone[row][place]):
-                return {**result, "found": LEAKS, "why": f"{shown(name)} of a row depends on the other rows of its batch"}
+                return {
+                    **result,
+                    "found": LEAKS,
+                    "why": f"{shown(name)} of a row depends on the other rows of its batch",
+                }
     return {**result, "found": FREE}
 
 
-def _feed(name: str, dims: Sequence[int], dtype: str, values: Mapping[str, Array], random: np.random.Generator) -> Array:
+def _feed(
+    name: str, dims: Sequence[int], dtype: str, values: Mapping[str, Array], random: np.random.Generator
+) -> Array:
     shape = [ROWS if dim == -1 else dim for dim in dims]
     if name in values:
         value = values[name]

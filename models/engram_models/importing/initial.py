@@ -57,7 +57,11 @@ def fill(proposal: Proposal, found: Mapping[str, Array]) -> None:
             continue
         array = found[line.tensor]
         shape, full = line.shape, tuple(1 if size == -1 else size for size in line.full)
-        if array.shape not in (shape, full) and array.size != 1 and not (array.ndim == 1 and array.size == np.prod(shape)):
+        if (
+            array.shape not in (shape, full)
+            and array.size != 1
+            and not (array.ndim == 1 and array.size == np.prod(shape))
+        ):
             raise ImportRefused(
                 f"the initial value of {shown(line.tensor)} ({line.initial_words}) has the shape {'x'.join(map(str, array.shape)) or 'of one number'}; "
                 f"a session's state has {'x'.join(map(str, shape)) or 'one number'}"
@@ -70,7 +74,12 @@ def fill(proposal: Proposal, found: Mapping[str, Array]) -> None:
 
 def _uniform(value: Array, line: Line) -> float | Array:
     """One number, where that is the same."""
-    if value.size and line.dtype != "bfloat16" and (value == value.flat[0]).all() and float(value.flat[0]) == value.flat[0]:
+    if (
+        value.size
+        and line.dtype != "bfloat16"
+        and (value == value.flat[0]).all()
+        and float(value.flat[0]) == value.flat[0]
+    ):
         number = float(value.flat[0])
         if abs(number) < 1 << 53 and not (number == 0 and np.signbit(value).any()):
             return number

@@ -55,7 +55,9 @@ class Interface:
         inputs = tuple(_tensor(value, "input", value.name in initializers) for value in model.graph.input)
         outputs = tuple(_tensor(value, "output", False) for value in model.graph.output)
         if len(inputs) - len(initializers) > TENSORS_MAX or len(outputs) > TENSORS_MAX:
-            raise ImportRefused(f"it has {len(inputs)} inputs and {len(outputs)} outputs; at most {TENSORS_MAX} can be served")
+            raise ImportRefused(
+                f"it has {len(inputs)} inputs and {len(outputs)} outputs; at most {TENSORS_MAX} can be served"
+            )
         return Interface(inputs, outputs)
 
 
@@ -87,7 +89,9 @@ def _tensor(value: onnx.ValueInfoProto, kind: str, default: bool) -> GraphTensor
     if not tensor.HasField("shape"):
         return GraphTensor(name, dtype, None, default)
     if len(tensor.shape.dim) > RANK_MAX:
-        raise ImportRefused(f"the {kind} {shown(name)} has {len(tensor.shape.dim)} dimensions; at most {RANK_MAX} are served")
+        raise ImportRefused(
+            f"the {kind} {shown(name)} has {len(tensor.shape.dim)} dimensions; at most {RANK_MAX} are served"
+        )
     dims = tuple(_dim(dim, name, place) for place, dim in enumerate(tensor.shape.dim))
     return GraphTensor(name, dtype, dims, default)
 

@@ -12,8 +12,12 @@ from collections.abc import Iterable
 Words = tuple[str, ...]
 
 _IN = set("in input inputs inp prev previous past old last initial init cur current before pre begin from".split())
-_OUT = set("out output outputs outp new next nxt present updated update upd after final post end to cur current".split())
-STRONG = set("prev previous past old next nxt new present updated update".split())  # these mean time, and not a direction
+_OUT = set(
+    "out output outputs outp new next nxt present updated update upd after final post end to cur current".split()
+)
+STRONG = set(
+    "prev previous past old next nxt new present updated update".split()
+)  # these mean time, and not a direction
 _IN_TAILS: tuple[Words, ...] = ((), ("0",), ("t", "1"), ("tm", "1"), ("t",), ("t", "0"))
 _OUT_TAILS: tuple[Words, ...] = ((), ("n",), ("t",), ("1",), ("t", "1"), ("tp", "1"), ("t", "n"))
 _AFFIXES = (  # of one word: (before the input's, after it, before the output's, after it)
@@ -33,7 +37,9 @@ _STATE = set(
     "h c s state states hidden hiddens cell cells cache caches cached mem memory memories buf buffer buffers carry rnn lstm gru ctx "
     "context ssm hx cx hn cn h0 c0 kv key val keys history hist counter count recurrent past present hid st hs cs".split()
 )
-_TIME = set("t time times timestep timesteps seq sequence seqlen len length lens frame frames step steps chunk samples tokens".split())
+_TIME = set(
+    "t time times timestep timesteps seq sequence seqlen len length lens frame frames step steps chunk samples tokens".split()
+)
 _BATCH = set("n b bs bz bsz batch batches batchsize nbatch streams stream sessions envs".split())
 _LENGTH = set("len lens length lengths seqlen".split())
 _RATE = set("sr rate fs samplerate hz".split())

@@ -45,13 +45,15 @@ def write(model: onnx.ModelProto, proposal: Proposal) -> NormalForm:
     )
     relabel(model, {line.tensor: line.full for line in proposal.lines if line.in_graph})
     model.ir_version = max(model.ir_version, _IR_MIN)
-    writer = _Writer(model, proposal, {id(line): name for line, name in zip(proposal.lines, _graph_names(model, proposal, names), strict=True)})
+    writer = _Writer(
+        model,
+        proposal,
+        {id(line): name for line, name in zip(proposal.lines, _graph_names(model, proposal, names), strict=True)},
+    )
     writer.write()
     del model.metadata_props[:]
     model.doc_string = ""
-    initials = {
-        names[id(line)]: line.initial for line in proposal.states if isinstance(line.initial, np.ndarray)
-    }
+    initials = {names[id(line)]: line.initial for line in proposal.states if isinstance(line.initial, np.ndarray)}
     try:
         onnx.checker.check_model(model)
         graph = model.SerializeToString()
@@ -176,7 +178,9 @@ class _Writer:
             return lambda one, to: self._reshape(one, to, line.full)
         if line.axis in (0, None):
             return None
-        order = [0 if place == line.axis else place + 1 if place < line.axis else place for place in range(len(line.full))]
+        order = [
+            0 if place == line.axis else place + 1 if place < line.axis else place for place in range(len(line.full))
+        ]
         return lambda one, to: helper.make_node("Transpose", [one], [to], perm=order)
 
     def _targets(self) -> dict[str, list[tuple[str, object]]]:
@@ -243,7 +247,10 @@ class _Writer:
         if self.opset < 10:
             node = helper.make_node("Slice", [source], [target], starts=[-size], ends=[_END], axes=[axis])
         else:
-            numbers = [self._constant(f"{target}.{word}", [value]) for word, value in (("start", -size), ("end", _END), ("axis", axis))]
+            numbers = [
+                self._constant(f"{target}.{word}", [value])
+                for word, value in (("start", -size), ("end", _END), ("axis", axis))
+            ]
             node = helper.make_node("Slice", [source, *numbers], [target])
         self.after.append(node)
 
@@ -278,5 +285,20 @@ class _Writer:
                 graph.output.append(self._value(self._next(line), line, first))
 
     def _value(self, name: str, line: Line, first: int | str) -> onnx.ValueInfoProto:
-        shape = list(line.shape) if _shared(line, self.proposal) else [first, *line.shape]
+        shape: list[int | str] = [*line.shape] if _shared(line, self.proposal) else [first, *line.shape]
+        if self.proposal.open:
+            shape = self._opened(name, line, shape)
         return helper.make_tensor_value_info(name, _TYPES.get(line.dtype, TensorProto.FLOAT), shape)
+
+    def _opened(self, name: str, line: Line, shape: list[int | str]) -> list[int | str]:
+        """Without the sizes that the file does not say either."""
+        dims = [dim for place, dim in enumerate(line.dims or ()) if place != line.axis]
+        if line.of:
+            return shape
+        if line.role == "output":
+            return [*shape[:1], *(f"{name}_{place}" for place in range(1, len(shape)))] if shape else []
+        start = len(shape) - len(dims)
+        return [
+            f"{name}_{place}" if place >= start and isinstance(dims[place - start], str) else size
+            for place, size in enumerate(shape)
+        ]

@@ -173,4 +173,3 @@ def _scalar(tensor: GraphTensor) -> bool:
 
 def _type(tensor: GraphTensor) -> str:
     return f"{tensor.dtype} {tensor.shape_words}"
-

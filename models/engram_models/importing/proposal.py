@@ -51,8 +51,11 @@ class Proposal:
     batch: str = "any"  # or one-by-one
     why: str = ""
     static: bool = False  # the graph has a batch of 1 or none: the normal form adds it by Reshape
+    open: bool = False  # the graph loads only if its dynamic dimensions have no sizes
     relabelled: bool = False
-    taken: dict[str, tuple[int | None, tuple[int, ...]]] = field(default_factory=dict)  # of the graph's outputs: batch axis, dimensions
+    taken: dict[str, tuple[int | None, tuple[int, ...]]] = field(
+        default_factory=dict
+    )  # of the graph's outputs: batch axis, dimensions
     doubts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

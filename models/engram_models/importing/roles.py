@@ -67,9 +67,7 @@ def _doubt(tensor: GraphTensor, proposal: Proposal) -> str:
     if tensor.whole and few and is_rate(name):
         return f"{said} is the same for a whole session: --constant {name}=16000, or what rate it is"
     if tensor.whole and few and is_length(name):
-        return (
-            f"{said} is the length of what a step takes: --constant {name}=LENGTH where steps have one length, else --input {name}"
-        )
+        return f"{said} is the length of what a step takes: --constant {name}=LENGTH where steps have one length, else --input {name}"
     single = tensor.one_element and len(tensor.dims or ()) <= 1
     if single and not is_data(name):
         return f"{said} is one number: --constant {name}=VALUE where it is the same for a session, --input {name} where each step gives it"
@@ -88,7 +86,9 @@ def _outputs(interface: Interface, flags: Flags, pairs: Pairs, proposal: Proposa
     states = set(pairs.outputs.values())
     answers = [t for t in interface.outputs if t.name not in states or t.name in flags.outputs | pairs.answers]
     if not answers and len(states) == 1:
-        answers = [t for t in interface.outputs if t.name in states]  # the state is all that it gives: it is the answer, too
+        answers = [
+            t for t in interface.outputs if t.name in states
+        ]  # the state is all that it gives: it is the answer, too
     if not answers and states and not proposal.doubts:
         raise ImportRefused(
             f"all outputs are states; name the one that answers a step as well: --output {interface.outputs[0].name}"
