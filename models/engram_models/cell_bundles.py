@@ -72,10 +72,13 @@ def _stored(tensor: Tensor) -> StoredTensor:
 
 
 def _graph(cell: Cell) -> bytes:
-    from engram_models.graphs import has_graph, step_graph
+    """None of bytes: a plug-in's cell, which torch computes."""
+    from engram_models.graphs import step_graph
 
-    graph: bytes = step_graph(cell).SerializeToString() if has_graph(cell) else b""
-    return graph
+    try:
+        return bytes(step_graph(cell).SerializeToString())
+    except TypeError:
+        return b""
 
 
 def _record_check(cell: Cell) -> CheckVector:

@@ -1,36 +1,49 @@
-"""Looks at bundles in a process of its own: are they whole, do they compute what they recorded, and how may they be batched?
+"""Looks at a bundle in a process of its own: does it compute what it recorded, and how may its rows be batched?
 
-`python -m engram_models.examination ROWS_MAX PATH...` prints a line of JSON for each, as it goes. A graph from a stranger may take all
-memory, never end, or end its process; so it runs here first, and whoever serves it reads what was found (Examination).
+A graph from a stranger may take all memory, never end, or end its process; so it runs there first. For the service's catalog and
+`engram models check`.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from engram_models.bundle import Bundle, BundleError, load_bundle
+from engram_models.bundle import GRAPH, WEIGHTS, Bundle, BundleError, load_bundle
 from engram_models.check import CheckError
 from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
+from engram_models.importing import sandbox
+from engram_models.importing.errors import ImportRefused
 from engram_models.probe import batch_floor
 
 TILE_ROWS = 32
+_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """Of one bundle on ONNX Runtime: how its rows may be batched, or the error."""
+    """How the rows of one bundle may be batched on ONNX Runtime, on this machine."""
 
-    path: str
-    floor: int | None = None
-    tile: int = 1
-    error: str = ""
+    floor: int | None
+    tile: int
 
     @property
     def batching(self) -> Batching:
         return Batching(self.floor, self.tile)
+
+
+def examine(bundle: Bundle, rows_max: int) -> Examination:
+    """Raises BundleError where it computes something else, or does what no bundle may do to the process that runs it."""
+    size = sum((bundle.path / name).stat().st_size for name in (GRAPH, WEIGHTS))
+    arguments = {"path": str(bundle.path.absolute()), "rows_max": rows_max}
+    with tempfile.TemporaryDirectory(prefix="engram-") as folder:
+        try:
+            found = sandbox.run(f"{__name__}:examined", Path(folder), arguments, sandbox.memory_limit(size), _SECONDS)
+        except ImportRefused as error:
+            raise BundleError(f"{bundle.path}: {error}") from error
+    return Examination(**found)
 
 
 def checked_step(bundle: Bundle, batching: Batching) -> GraphStep:
@@ -43,43 +56,25 @@ def checked_step(bundle: Bundle, batching: Batching) -> GraphStep:
     return step
 
 
-def examine(path: Path, rows_max: int) -> Examination:
-    """Raises BundleError."""
-    bundle = load_bundle(path)
-    if not bundle.graph:
-        raise BundleError(f"{path}: it has no graph: it is a plug-in cell's, which torch computes")
-    _check_graph(bundle)
+def examined(_: Path, path: str, rows_max: int) -> dict[str, Any]:
+    """What `examine` has done in the process of its own. Raises ImportRefused, without the path."""
+    from engram_models.importing.reading import check_graph, parse_model  # which has onnx
+
+    try:
+        bundle = load_bundle(Path(path))
+        check_graph(parse_model(bundle.read_graph()))
+        return asdict(_batching(bundle, rows_max))
+    except BundleError as error:
+        raise ImportRefused(str(error).removeprefix(f"{path}: ")) from error
+
+
+def _batching(bundle: Bundle, rows_max: int) -> Examination:
     if bundle.one_by_one:
         checked_step(bundle, ALONE)
-        return Examination(str(path), None, 1)
+        return Examination(None, 1)
     step = checked_step(bundle, Batching())
     floor = batch_floor(step, bundle.schema, bundle.check, rows_max)
     if floor is not None:
-        return Examination(str(path), floor)
+        return Examination(floor, 1)
     alike = batch_floor(step, bundle.schema, bundle.check, TILE_ROWS, [TILE_ROWS]) is not None
-    return Examination(str(path), None, TILE_ROWS if alike else 1)
-
-
-def _check_graph(bundle: Bundle) -> None:
-    """Refuses what no bundle's graph may have: external data, operators of strangers, functions."""
-    from engram_models.importing.errors import ImportRefused
-    from engram_models.importing.reading import check_graph, parsed
-
-    try:
-        check_graph(parsed(bundle.read_graph()))
-    except ImportRefused as error:
-        raise BundleError(f"{bundle.path}: {error}") from error
-
-
-def main(arguments: list[str]) -> None:
-    rows_max, *paths = arguments
-    for path in paths:
-        try:
-            found = examine(Path(path), int(rows_max))
-        except BundleError as error:
-            found = Examination(path, error=str(error))
-        print(json.dumps(asdict(found)), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return Examination(None, TILE_ROWS if alike else 1)

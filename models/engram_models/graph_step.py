@@ -44,8 +44,14 @@ class Batching:
         if self.floor == 1:
             return "any number of rows at once: a row has the same bits in each"
         if self.floor is not None:
-            return f"any number of rows at once, filled up to a multiple of {self.floor}: a row has the same bits in each"
-        return "one by one" if self.tile == 1 else f"always {self.tile} rows at once, filled up: a row has the same bits in each"
+            return (
+                f"any number of rows at once, filled up to a multiple of {self.floor}: a row has the same bits in each"
+            )
+        return (
+            "one by one"
+            if self.tile == 1
+            else f"always {self.tile} rows at once, filled up: a row has the same bits in each"
+        )
 
 
 ALONE = Batching(None, 1)
@@ -77,7 +83,9 @@ class GraphStep:
         self._raw = any(spec.dtype == "bfloat16" for spec in [*self._given, *self._outcomes])
         self._whole = not schema.shared and batching.floor is not None
 
-    def __call__(self, inputs: Arrays, states: Arrays, options: Any = None) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    def __call__(
+        self, inputs: Arrays, states: Arrays, options: Any = None
+    ) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
         """inputs and states [n, *shape] each, contiguous, in schema order -> outputs, states alike; constants are those given.
 
         `options`: ONNX Runtime's RunOptions, through which another thread may stop the run. Raises what ONNX Runtime raises.
