@@ -11,12 +11,51 @@ from collections.abc import Iterable
 
 Words = tuple[str, ...]
 
-_IN = set("in input inputs inp prev previous past old last initial init cur current before pre begin from".split())
+_IN = set(
+    [
+        "in",
+        "input",
+        "inputs",
+        "inp",
+        "prev",
+        "previous",
+        "past",
+        "old",
+        "last",
+        "initial",
+        "init",
+        "cur",
+        "current",
+        "before",
+        "pre",
+        "begin",
+        "from",
+    ]
+)
 _OUT = set(
-    "out output outputs outp new next nxt present updated update upd after final post end to cur current".split()
+    [
+        "out",
+        "output",
+        "outputs",
+        "outp",
+        "new",
+        "next",
+        "nxt",
+        "present",
+        "updated",
+        "update",
+        "upd",
+        "after",
+        "final",
+        "post",
+        "end",
+        "to",
+        "cur",
+        "current",
+    ]
 )
 STRONG = set(
-    "prev previous past old next nxt new present updated update".split()
+    ["prev", "previous", "past", "old", "next", "nxt", "new", "present", "updated", "update"]
 )  # these mean time, and not a direction
 _IN_TAILS: tuple[Words, ...] = ((), ("0",), ("t", "1"), ("tm", "1"), ("t",), ("t", "0"))
 _OUT_TAILS: tuple[Words, ...] = ((), ("n",), ("t",), ("1",), ("t", "1"), ("tp", "1"), ("t", "n"))
@@ -27,22 +66,178 @@ _AFFIXES = (  # of one word: (before the input's, after it, before the output's,
     ("prev", "", "", ""), ("past", "", "present", ""),
 )  # fmt: skip
 _DATA = set(
-    "x u y audio frame frames signal wav wave waveform pcm mag magnitude phase spec spectrum spectra feat feats feature features "
-    "obs observation observations data sample samples token tokens ids id image img pixels chunk speech mel fbank mfcc noisy "
-    "enhanced denoised clean logits action actions prob probs probability sequence seq text mix mixture stft real imag input inputs "
-    "output outputs values value series query target label labels score scores result goal command reward sensor sensors "
-    "price prices price measurement measurements dt delta gap forecast prediction pred estimate gain gains mask vad".split()
+    [
+        "x",
+        "u",
+        "y",
+        "audio",
+        "frame",
+        "frames",
+        "signal",
+        "wav",
+        "wave",
+        "waveform",
+        "pcm",
+        "mag",
+        "magnitude",
+        "phase",
+        "spec",
+        "spectrum",
+        "spectra",
+        "feat",
+        "feats",
+        "feature",
+        "features",
+        "obs",
+        "observation",
+        "observations",
+        "data",
+        "sample",
+        "samples",
+        "token",
+        "tokens",
+        "ids",
+        "id",
+        "image",
+        "img",
+        "pixels",
+        "chunk",
+        "speech",
+        "mel",
+        "fbank",
+        "mfcc",
+        "noisy",
+        "enhanced",
+        "denoised",
+        "clean",
+        "logits",
+        "action",
+        "actions",
+        "prob",
+        "probs",
+        "probability",
+        "sequence",
+        "seq",
+        "text",
+        "mix",
+        "mixture",
+        "stft",
+        "real",
+        "imag",
+        "input",
+        "inputs",
+        "output",
+        "outputs",
+        "values",
+        "value",
+        "series",
+        "query",
+        "target",
+        "label",
+        "labels",
+        "score",
+        "scores",
+        "result",
+        "goal",
+        "command",
+        "reward",
+        "sensor",
+        "sensors",
+        "price",
+        "prices",
+        "price",
+        "measurement",
+        "measurements",
+        "dt",
+        "delta",
+        "gap",
+        "forecast",
+        "prediction",
+        "pred",
+        "estimate",
+        "gain",
+        "gains",
+        "mask",
+        "vad",
+    ]
 )
 _STATE = set(
-    "h c s state states hidden hiddens cell cells cache caches cached mem memory memories buf buffer buffers carry rnn lstm gru ctx "
-    "context ssm hx cx hn cn h0 c0 kv key val keys history hist counter count recurrent past present hid st hs cs".split()
+    [
+        "h",
+        "c",
+        "s",
+        "state",
+        "states",
+        "hidden",
+        "hiddens",
+        "cell",
+        "cells",
+        "cache",
+        "caches",
+        "cached",
+        "mem",
+        "memory",
+        "memories",
+        "buf",
+        "buffer",
+        "buffers",
+        "carry",
+        "rnn",
+        "lstm",
+        "gru",
+        "ctx",
+        "context",
+        "ssm",
+        "hx",
+        "cx",
+        "hn",
+        "cn",
+        "h0",
+        "c0",
+        "kv",
+        "key",
+        "val",
+        "keys",
+        "history",
+        "hist",
+        "counter",
+        "count",
+        "recurrent",
+        "past",
+        "present",
+        "hid",
+        "st",
+        "hs",
+        "cs",
+    ]
 )
 _TIME = set(
-    "t time times timestep timesteps seq sequence seqlen len length lens frame frames step steps chunk samples tokens".split()
+    [
+        "t",
+        "time",
+        "times",
+        "timestep",
+        "timesteps",
+        "seq",
+        "sequence",
+        "seqlen",
+        "len",
+        "length",
+        "lens",
+        "frame",
+        "frames",
+        "step",
+        "steps",
+        "chunk",
+        "samples",
+        "tokens",
+    ]
 )
-_BATCH = set("n b bs bz bsz batch batches batchsize nbatch streams stream sessions envs".split())
-_LENGTH = set("len lens length lengths seqlen".split())
-_RATE = set("sr rate fs samplerate hz".split())
+_BATCH = set(
+    ["n", "b", "bs", "bz", "bsz", "batch", "batches", "batchsize", "nbatch", "streams", "stream", "sessions", "envs"]
+)
+_LENGTH = set(["len", "lens", "length", "lengths", "seqlen"])
+_RATE = set(["sr", "rate", "fs", "samplerate", "hz"])
 
 
 def words(name: str) -> Words:
