@@ -66,7 +66,10 @@ class Graph:
         return numpy_helper.from_array(np.zeros(1, self.dtype))
 
     def scan(
-        self, step: Callable[[str, Sequence[str]], Sequence[str]], xs: tuple[str, int], states: Sequence[tuple[str, int]]
+        self,
+        step: Callable[[str, Sequence[str]], Sequence[str]],
+        xs: tuple[str, int],
+        states: Sequence[tuple[str, int]],
     ) -> list[str]:
         """A loop over xs [time, batch, width]; the names stand with their widths.
 
