@@ -12,7 +12,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from engram_models.importing.errors import ImportRefused
 
-FIELDS_MAX = 2_000_000
+FIELDS_MAX = 1_000_000
 DEPTH_MAX = 60  # messages in messages: three for each graph in a graph
 VARINT_BYTES_MAX = 1 << 26  # of packed numbers, which may take eight times as much memory
 
