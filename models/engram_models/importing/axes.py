@@ -270,7 +270,7 @@ def _ask_size(missing: Missing) -> str:
     example = "x".join(
         str(dim) if isinstance(dim, int) else "SIZE"
         for place, dim in enumerate(dims)
-        if place in missing.dims or isinstance(dim, int) and dim != 1
+        if place in missing.dims or (isinstance(dim, int) and dim != 1)
     )
     flag = f"--shape {line.tensor}={example or 'SIZE'} (what one step has, without the batch" + (
         " and without the context)" if line.context else ")"
