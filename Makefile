@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO := .venv-demo
+DEMO_STAMP := $(DEMO)/.installed
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 PROTOS := $(shell cd proto && find . -name '*.proto' | sed 's|^\./||' | sort)
 GENERATED := clients/python
 SECONDS_A_TARGET ?= 120
@@ -13,11 +16,11 @@ SECONDS ?= 1800
 OPENS ?= 100000
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
-	@echo "make demo      stream real digits through a server that is killed half way"
+	@echo "make demo      stream real digits through a server that is killed half way; installs the server alone, in $(DEMO)"
 	@echo "make test      the quick suite, some nine minutes on two cores"
 	@echo "make check     ruff, format, mypy --strict, proto lint, generated code"
 	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
@@ -29,6 +32,7 @@ help:
 	@echo "make simulate        a load on servers and shards, with failures, calibrated by make bench: docs/scaling.md"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
 	@echo "make bench-opens  thousands of sessions opened at once beside others that step"
+	@echo "make bench-start  from 'engram serve' to the first answer, and the server's memory; AGAINST=DIR, an older checkout, beside it"
 	@echo "make observe   dashboard and alerts under a real Prometheus, with real faults; docs/results/observability.json"
 	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
 	@echo "make churn     100,000 (OPENS) sessions opened and let go of, most of them rudely: is anything left? docs/results/churn.json"
@@ -43,10 +47,10 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP) $(DEMO_STAMP): %/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Engram needs Python 3.11 or newer; set PYTHON=")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev]'
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python $(PIP_INSTALL) '.[$(if $(filter $@,$(DEMO_STAMP)),server,dev)]'
 	@touch $@
 
 proto: $(STAMP)
@@ -101,8 +105,10 @@ chaos: $(STAMP)
 chaos-quick: $(STAMP)
 	ENGRAM_TEST_REDIS=$(REDIS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow" tests/chaos
 
-demo: $(STAMP)
-	$(BIN)/engram demo
+# As `pip install 'engram[server]'` leaves a machine: nothing of what the other targets have is there to lean on.
+demo: $(DEMO_STAMP)
+	@echo "make demo: in $(DEMO), the server alone; left out: torch (GPUs, training), faiss and the tools, which 'make install' has"
+	$(DEMO)/bin/engram demo
 
 bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py
@@ -121,6 +127,9 @@ bench-overload: $(STAMP)
 
 bench-opens: $(STAMP)
 	$(BIN)/python tools/benchmark_opens.py
+
+bench-start: $(STAMP)
+	$(BIN)/python tools/benchmark_start.py $(if $(AGAINST),--against $(AGAINST))
 
 observe: $(STAMP)
 	$(BIN)/python tools/observe.py
@@ -142,7 +151,7 @@ churn: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -c 'import atheris' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev,fuzz]' || \
+		$(BIN)/python $(PIP_INSTALL) '.[dev,fuzz]' || \
 		echo "make fuzz: atheris cannot be had here; valid inputs are mutated without its guidance"
 	$(BIN)/python tools/fuzz.py --seconds $(SECONDS_A_TARGET)
 
@@ -153,4 +162,4 @@ gpu: $(STAMP)
 	$(BIN)/python tools/benchmark.py --device cuda:0
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache

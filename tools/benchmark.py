@@ -77,8 +77,9 @@ def page(results: list[Result], described: dict[str, str], seconds: float) -> st
         *(f"- {key}: {value}" for key, value in described.items()),
         "",
         "W: one LSTM, input 64, hidden 256, linear head to 16, float32. Closed loop: a session sends its next input after its",
-        f"output; windows of {seconds:g} s after a warm-up. *ceiling*: the same cell in plain torch, the same batch size, no",
-        "serving, measured in the same run with the best number of threads. *plain*: the server of `tests/yardstick`, measured in",
+        f"output; windows of {seconds:g} s after a warm-up. *ONNX Runtime*, *torch*: the same cell in these libraries, the same",
+        "batch size, no serving, measured in the same run with the best number of threads; *of ceiling* is to the one that the",
+        "server uses, ONNX Runtime on a CPU. *plain*: the server of `tests/yardstick`, measured in",
         "the same run. With durability *step* each answer left after Redis had its state; with *interval* Redis has it within",
         "200 ms or 256 steps.",
         "",
@@ -91,7 +92,7 @@ def page(results: list[Result], described: dict[str, str], seconds: float) -> st
 
 
 def write_readme(results: list[Result], described: dict[str, str]) -> None:
-    machine_in_words = f"{described['cores']} cores, {described['processor']}, torch {described['torch']}"
+    machine_in_words = f"{described['cores']} cores, {described['processor']}, ONNX Runtime {described['onnxruntime']}"
     text = f"{machine_in_words}. {verdict(results)}\n\n{table(results, short=True)}\n"
     readme = ROOT / "README.md"
     readme.write_text(FIGURES.sub(lambda found: found[1] + text + found[2], readme.read_text()))

@@ -19,7 +19,7 @@ from typing import Any
 
 from engram._json import json_text
 from engram_models.bundle import shipped_models_dir
-from engram_models.training.checkpoint import write_whole
+from engram_models.training.output import write_whole
 from engram_models.training.pictures import curves, png
 from engram_models.training.recipe import Recipe, load_recipe, shipped_recipes
 

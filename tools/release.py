@@ -1,9 +1,9 @@
 """`make dist`: wheel and sdist into dist/. `make release-check`: both, as users get them, in clean environments.
 
-The wheel alone must stream against a server, and the wheel with its `server` extra must serve: two servers on a Redis of their
-own, restarted one after the other while a client steps all the time, without one error and without a bit that differs from a
-run that nobody disturbed. The sdist must build the same wheel. What was installed is what is used: nothing of the checkout is
-on a path.
+The wheel alone must stream against a server, and the wheel with its `server` extra, which has no torch, must serve: two
+servers on a Redis of their own, restarted one after the other while a client steps all the time, without one error and without
+a bit that differs from a run that nobody disturbed. The sdist must build the same wheel. What was installed is what is used:
+nothing of the checkout is on a path.
 """
 
 from __future__ import annotations
@@ -63,6 +63,14 @@ print(json.dumps({"steps": 200 * steps, "errors": errors, "longest_s": longest, 
 """
 
 
+# What the server's extra must not bring, however indirectly.
+NO_TORCH = """
+import importlib.util
+brought = [name for name in ("torch", "faiss", "matplotlib", "sklearn") if importlib.util.find_spec(name)]
+assert not brought, brought
+"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="install what was built, and use it")
@@ -99,6 +107,7 @@ def check(wheel: Path, sdist: Path, scratch: Path) -> None:
     (rebuilt,) = again.glob("*.whl")
     assert set(zipfile.ZipFile(rebuilt).namelist()) == inside, "the sdist builds another wheel"
     server = environment(scratch / "server", wheel, "server")
+    run(server, "-c", NO_TORCH)
     found = roll(sdk, server, scratch)
     say(json_text(found))
     assert run(server, "-m", "engram", "--version").split()[1] == found["version"] == wheel.name.split("-")[1]
@@ -122,8 +131,13 @@ def environment(directory: Path, wheel: Path, extra: str = "") -> Path:
         str(CONSTRAINTS),
         wanted,
     )
-    say(f"installed {wheel.name}{f' with {extra}' if extra else ''} in {time.monotonic() - begun:.0f} s")
+    took = time.monotonic() - begun
+    say(f"installed {wheel.name}{f' with {extra}' if extra else ''} in {took:.0f} s, {size_mb(directory):.0f} MB")
     return python
+
+
+def size_mb(directory: Path) -> float:
+    return sum(path.lstat().st_size for path in directory.rglob("*") if not path.is_dir()) / 1e6
 
 
 def run(python: Path, *arguments: str) -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The steps of the Dockerfile without a container engine: two bare Debian roots (debootstrap), one that builds and one that runs, read-only
 # and without rights; then a session is stepped in it. As root, on Linux:  deploy/images/try.sh [DIRECTORY]
-# PIP_* and INDEX are passed on; SHARE names directories of this machine that pip reads from. What it cannot show: the base image
+# It is the CPU image, without torch. PIP_* are passed on; SHARE names directories of this machine that pip reads from. What it cannot show: the base image
 # itself, its health check, and the CUDA image on a GPU.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -22,10 +22,10 @@ mkdir -p "$build/src"
 (cd "$here" && git ls-files pyproject.toml README.md LICENSE constraints.txt clients/python service models | tar -c -T - | tar -x -C "$build/src")
 unshare --mount bash -eu <<MOUNTS
 for share in ${SHARE:-}; do mkdir -p "$build\$share"; mount --bind "\$share" "$build\$share"; done
-chroot "$build" env PIP_EXTRA_INDEX_URL="${INDEX:-${PIP_EXTRA_INDEX_URL:-}}" sh -euc '
+chroot "$build" env PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL:-}" sh -euc '
     cd /src
     python3 -m venv --without-pip /opt/engram
-    pip --python /opt/engram/bin/python install --quiet --no-cache-dir --constraint constraints.txt ".[server]"'
+    pip --python /opt/engram/bin/python install --quiet --no-cache-dir --constraint constraints.txt ".[server,faiss]"'
 MOUNTS
 
 echo "stage run"

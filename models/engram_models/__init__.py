@@ -18,10 +18,13 @@ if TYPE_CHECKING:
         load_bundle,
         shipped_models_dir,
         version_key,
-        write_bundle,
     )
+    from engram_models.bundle_writing import write_graph_bundle
     from engram_models.cell import Cell, State
+    from engram_models.cell_bundles import CellStep, cell_floor, load_cell, write_bundle
+    from engram_models.check import CheckVector
     from engram_models.digits import Digits, heldout_digits
+    from engram_models.graph_step import GraphError, GraphStep
     from engram_models.hopfield import Hopfield
     from engram_models.importers import bundle_from_torch
     from engram_models.normalised import Normalised
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from engram_models.patterns import LABEL_BYTES_MAX, PatternMemory, Recalled
     from engram_models.probe import batch_floor
     from engram_models.recurrent import GRU, LSTM, GRUResetAfter, PeepholeLSTM, VanillaRNN
-    from engram_models.spec import TensorSpec
+    from engram_models.spec import Schema, TensorSpec
 
 __all__ = [
     "DBN",
@@ -46,8 +49,12 @@ __all__ = [
     "BundleError",
     "BundleRef",
     "Cell",
+    "CellStep",
+    "CheckVector",
     "Digits",
     "GRUResetAfter",
+    "GraphError",
+    "GraphStep",
     "Hopfield",
     "Normalised",
     "PatternError",
@@ -55,27 +62,35 @@ __all__ = [
     "PeepholeLSTM",
     "Recalled",
     "Repository",
+    "Schema",
     "State",
     "TensorSpec",
     "VanillaRNN",
     "batch_floor",
     "bundle_from_torch",
+    "cell_floor",
     "content_addressing",
     "feed_forward",
     "heldout_digits",
     "initialise",
     "load_bundle",
+    "load_cell",
     "shipped_models_dir",
     "version_key",
     "write_bundle",
+    "write_graph_bundle",
 ]
 
 _HOMES = {  # module: the names that it has
     "bidirectional": "Bidirectional",
     "boltzmann": "DBN RBM feed_forward initialise",
-    "bundle": "Bundle BundleError BundleRef Repository load_bundle shipped_models_dir version_key write_bundle",
+    "bundle": "Bundle BundleError BundleRef Repository load_bundle shipped_models_dir version_key",
+    "bundle_writing": "write_graph_bundle",
     "cell": "Cell State",
+    "cell_bundles": "CellStep cell_floor load_cell write_bundle",
+    "check": "CheckVector",
     "digits": "Digits heldout_digits",
+    "graph_step": "GraphError GraphStep",
     "hopfield": "Hopfield",
     "importers": "bundle_from_torch",
     "normalised": "Normalised",
@@ -85,7 +100,7 @@ _HOMES = {  # module: the names that it has
     "patterns": "LABEL_BYTES_MAX PatternMemory Recalled",
     "probe": "batch_floor",
     "recurrent": "GRU LSTM GRUResetAfter PeepholeLSTM VanillaRNN",
-    "spec": "TensorSpec",
+    "spec": "Schema TensorSpec",
 }
 
 

@@ -1,10 +1,13 @@
-"""Bundles: a served model on disk. `model.toml` says what it is, `weights.safetensors` holds its numbers; nothing executes.
+"""Bundles: a served model on disk, read and verified without torch. Nothing in one executes.
 
-    <directory>/<name>/<version>/model.toml           kind, config, tensors, fingerprint
-    <directory>/<name>/<version>/weights.safetensors  weight.*: parameters; check.*: the recorded check vector
+    <directory>/<name>/<version>/model.toml           kind, config, tensors, fingerprint; how the step may be called
+    <directory>/<name>/<version>/step.onnx            the step as an ONNX graph, weights within; a plug-in cell's bundle has none
+    <directory>/<name>/<version>/weights.safetensors  weight.*: a cell's parameters; initial.*: initial values that are arrays;
+                                                      check.*: the recorded check vector (check.py)
 
-The check vector is a short run (inputs and a random state, then outputs and states) recorded when the bundle was written and
-run again whenever it is loaded: a bundle that computes something else on this machine is refused.
+The step's graph is in the normal form: its inputs are the schema's inputs and then all state tensors, its outputs the schema's
+outputs and then the new values of the state tensors that are not constant, in schema order and bound by place, each
+[batch, *shape], and a shared one [*shape]. bundle_writing.py writes bundles, cell_bundles.py makes cells of them.
 """
 
 from __future__ import annotations
@@ -14,39 +17,42 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
-from torch import Tensor
 
-from engram_models.cell import Cell, State, torch_dtype
+from engram_models.check import CheckError, CheckVector
 from engram_models.files import is_passing, read_file, read_toml
-from engram_models.registry import cell_type
-from engram_models.spec import TensorSpec
+from engram_models.spec import Schema, TensorSpec
+from engram_models.tensor_file import StoredTensor, Tensors, read_tensors
 
-FORMAT = 1
-CHECK_ROWS = 4
-CHECK_STEPS = 3
-CHECK_TOLERANCE = 1e-5
-MANIFEST, WEIGHTS = "model.toml", "weights.safetensors"
-_MEMORY_SHARE = (
-    4  # weights may have that part (1/n) of the machine's memory: they are there twice while they are loaded
-)
+_T = TypeVar("_T")
+
+FORMAT = 2
+IMPORTED = "onnx"  # the kind of models that are their graph, and no cell of ours
+ONE_BY_ONE, ANY = "one-by-one", "any"
+MANIFEST, WEIGHTS, GRAPH = "model.toml", "weights.safetensors", "step.onnx"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_RULE = "name and version are letters, digits, '.', '_' and '-', at most 64"
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./:-]{0,127}")
+SIZE_MAX = 1 << 40  # numbers of a tensor, so that no size overflows; what memory is there for, the service says
+TENSORS_MAX = 4096
+_MEMORY_SHARE = 4  # files may have that part (1/n) of the machine's memory: they are there twice while they are loaded
 _CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEYS: dict[str, type] = {
     "format": int, "kind": str, "description": str, "allows_non_finite": bool, "fingerprint": str,
-    "config": dict, "input": dict, "output": dict, "state": list,
+    "config": dict, "step": dict, "input": list, "output": list, "state": list,
 }  # fmt: skip
-_KIND_WORDS = {int: "a whole number", str: "a string", bool: "true or false", dict: "a table", list: "tables"}
+_STEP_KEYS: dict[str, type] = {"graph": str, "batch": str, "why": str, "tolerance": float}
+_KIND_WORDS = {
+    int: "a whole number", str: "a string", bool: "true or false", dict: "a table", list: "tables", float: "a number",
+}  # fmt: skip
 
 
 class BundleError(Exception):
@@ -61,26 +67,62 @@ class BundleError(Exception):
         self.passing = passing
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Bundle:
-    """A loaded model version. `cell` is in evaluation mode, on the device it was loaded for."""
+    """A model version: what its files say, verified against each other. Weights and graph stay on disk until they are asked for."""
 
     name: str
     version: str
     kind: str
     fingerprint: str  # 32 hex digits: equal fingerprints mean equal weights, sizes and schema
-    cell: Cell
-    input: TensorSpec
-    output: TensorSpec
-    state: tuple[TensorSpec, ...]
-    generates: bool
+    schema: Schema
+    config: Mapping[str, Any]
+    graph: str  # digest of step.onnx, 32 hex digits; "": there is none
+    batch: str  # ANY or ONE_BY_ONE
+    why: str  # one by one
+    tolerance: float  # the largest difference between a row alone and among others that an import measured; 0: none
     allows_non_finite: bool
     description: str
     path: Path
+    check: CheckVector
+    initials: Mapping[str, NDArray[Any]]  # of state tensors whose initial value is an array, [*shape]
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}/{self.version}"
 
     @property
     def state_nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.state)
+        return self.schema.state_nbytes
+
+    @property
+    def one_by_one(self) -> bool:
+        return self.batch == ONE_BY_ONE
+
+    def initial(self, spec: TensorSpec) -> NDArray[Any]:
+        """A state tensor's initial value, [*shape]."""
+        return self.initials.get(spec.name, initial_value(spec))
+
+    @cached_property
+    def initial_row(self) -> NDArray[np.uint8]:
+        """The initial state as a row of bytes, uint8 [state_nbytes]."""
+        values = [np.ascontiguousarray(self.initial(spec)).reshape(-1).view(np.uint8) for spec in self.schema.state]
+        return np.concatenate([np.empty(0, np.uint8), *values])
+
+    def initial_states(self, rows: int) -> list[NDArray[Any]]:
+        """[rows, *shape] of each state tensor."""
+        return [np.repeat(self.initial(spec)[None], rows, 0) for spec in self.schema.state]
+
+    def read_graph(self) -> bytes:
+        """Raises BundleError where it is not the one that the manifest names."""
+        return _read_graph(self.path, self.graph)
+
+    def read_weights(self) -> dict[str, StoredTensor]:
+        """A cell's parameters by their names in the cell. Raises BundleError."""
+        tensors = _tensors(self.path / WEIGHTS)
+        if fingerprint(self.kind, self.config, self.schema, self.graph, tensors) != self.fingerprint:
+            raise BundleError(f"{self.path}: the weights are not those that the bundle had when it was loaded")
+        return {key.removeprefix("weight."): value for key, value in tensors.items() if key.startswith("weight.")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +148,8 @@ class Repository:
         for directory in self._directories:
             for path in self._versions(directory, errors):
                 name, version = path.parent.name, path.name
-                if not _NAME.fullmatch(name) or not _NAME.fullmatch(version):
-                    errors.append(f"{shown(path)}: name and version are letters, digits, '.', '_' and '-', at most 64")
+                if not NAME.fullmatch(name) or not NAME.fullmatch(version):
+                    errors.append(f"{shown(path)}: {NAME_RULE}")
                     continue
                 found.setdefault((name, version), BundleRef(name, version, path))
         return sorted(found.values(), key=lambda ref: (ref.name, version_key(ref.version))), errors
@@ -117,7 +159,7 @@ class Repository:
         versions: list[Path] = []
         for name in self._list(directory, errors, top=True):
             # What could not be a model anyway (lost+found) may be unreadable.
-            found = self._list(directory / name, errors if _NAME.fullmatch(name) else [])
+            found = self._list(directory / name, errors if NAME.fullmatch(name) else [])
             versions += [directory / name / version for version in found if not version.startswith(".")]
         return [path for path in versions if os.path.lexists(path / MANIFEST)]
 
@@ -151,70 +193,73 @@ def shipped_models_dir() -> Path:
     return Path(__file__).parent / "bundles"
 
 
-def write_bundle(
-    directory: Path, name: str, version: str, cell: Cell, description: str = "", allows_non_finite: bool = False
-) -> Path:
-    """Writes <directory>/<name>/<version>, whole or not at all. Raises BundleError if it is there already or cannot be."""
-    if not _NAME.fullmatch(name) or not _NAME.fullmatch(version):
-        raise BundleError(f"{name}/{version}: name and version are letters, digits, '.', '_' and '-', at most 64")
-    target = directory / name / version
-    if target.exists():
-        raise BundleError(f"{target} exists; versions are never overwritten, choose another")
-    weights = {f"weight.{key}": value.detach().cpu().contiguous() for key, value in cell.state_dict().items()}
-    if bad := [key for key, value in weights.items() if not torch.isfinite(value).all()]:
-        raise BundleError(f"{name}/{version}: {bad[0]} has NaN or infinity")
-    manifest: dict[str, Any] = {
-        "format": FORMAT, "kind": cell.kind, "description": description, "allows_non_finite": allows_non_finite,
-        "fingerprint": _fingerprint(cell, weights), "config": dict(cell.config), "input": _spec_table(cell.input),
-        "output": _spec_table(cell.output), "state": [_spec_table(spec) for spec in cell.state_schema],
-    }  # fmt: skip
+def load_bundle(path: Path) -> Bundle:
+    """Reads a bundle and verifies its files against each other; runs nothing. Raises BundleError, whatever is wrong with it."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
-    except OSError as error:
-        raise BundleError(f"{target}: {error.strerror}") from error
-    try:
-        save_file({**weights, **_record_check(cell)}, temporary / WEIGHTS)
-        (temporary / WEIGHTS).chmod(0o644)  # safetensors gives it to its writer alone
-        (temporary / MANIFEST).write_text(_toml(manifest))
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise BundleError(f"{target}: {getattr(error, 'strerror', None) or error}") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return target
-
-
-def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
-    """Loads and verifies a bundle. Raises BundleError, whatever is wrong with it."""
-    try:
-        return _load(path, device)
+        return _load(path)
     except BundleError:
         raise
     except Exception as error:  # a file may be wrong in ways that nobody has thought of
         raise BundleError(f"{shown(path)}: {type(error).__name__}: {error}") from error
 
 
-def _load(path: Path, device: torch.device | str) -> Bundle:
+def initial_value(spec: TensorSpec) -> NDArray[Any]:
+    """Where it is one number everywhere, [*shape]."""
+    if spec.dtype == "bfloat16":
+        return np.full(spec.shape, np.float32(spec.initial).view(np.uint32) >> 16, np.uint16)
+    return np.full(spec.shape, spec.initial, spec.np_dtype)
+
+
+def fingerprint(kind: str, config: Mapping[str, Any], schema: Schema, graph: str, tensors: Tensors) -> str:
+    """BLAKE2b over schema, equations and numbers, 32 hex digits.
+
+    A cell's equations are its kind and config; a model that is its graph has them there. What computes it does not matter.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    tables = [[spec_table(spec) for spec in specs] for specs in (schema.inputs, schema.outputs, schema.state)]
+    equations: list[Any] = [kind, graph] if kind == IMPORTED else [kind, dict(config)]
+    digest.update(json.dumps([*equations, tables], sort_keys=True).encode())
+    for key in sorted(key for key in tensors if not key.startswith("check.")):
+        digest.update(f"{key} {tensors[key].text}".encode())
+        digest.update(np.ascontiguousarray(tensors[key].values).tobytes())
+    return digest.hexdigest()
+
+
+def graph_digest(graph: bytes) -> str:
+    return hashlib.blake2b(graph, digest_size=16).hexdigest()
+
+
+def spec_table(spec: TensorSpec) -> dict[str, Any]:
+    table: dict[str, Any] = {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+    if spec.role:
+        table |= {"role": spec.role, "initial": spec.initial}
+    return {**table, "shared": True} if spec.shared else table
+
+
+def _load(path: Path) -> Bundle:
     manifest = _manifest(path / MANIFEST)
+    step = _step_table(path / MANIFEST, manifest["step"])
+    schema = _schema(path / MANIFEST, manifest)
     tensors = _tensors(path / WEIGHTS)
-    cell = _cell(path, manifest, sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()))
-    weights = {key: value for key, value in tensors.items() if not key.startswith("check.")}
-    _load_weights(path, cell, weights)
-    fingerprint = _fingerprint(cell, weights)
-    if manifest["fingerprint"] != fingerprint:
-        raise BundleError(
-            f"{path}: fingerprint {manifest['fingerprint']} is recorded, {fingerprint} is what the files give"
-        )
-    cell.to(device).eval().requires_grad_(False)
-    _verify_check(path, cell, tensors)
+    for key, tensor in tensors.items():
+        if not key.startswith("check.") and not tensor.finite:
+            raise BundleError(f"{path}: {key} has NaN or infinity")
+    found = fingerprint(manifest["kind"], manifest["config"], schema, step["graph"], tensors)
+    if manifest["fingerprint"] != found:
+        raise BundleError(f"{path}: fingerprint {manifest['fingerprint']} is recorded, {found} is what the files give")
+    if step["graph"]:
+        _read_graph(path, step["graph"])
+    elif manifest["kind"] == IMPORTED:
+        raise BundleError(f"{path}: a bundle of kind {IMPORTED} must name its graph")
+    try:
+        check = CheckVector.read(schema, tensors)
+    except CheckError as error:
+        raise BundleError(f"{path}: {error}") from error
     return Bundle(
-        name=path.parent.name, version=path.name, kind=cell.kind, fingerprint=fingerprint, cell=cell, input=cell.input,
-        output=cell.output, state=cell.state_schema, generates=cell.schema.generates, allows_non_finite=manifest["allows_non_finite"],
-        description=manifest["description"], path=path,
+        name=path.parent.name, version=path.name, kind=manifest["kind"], fingerprint=found, schema=schema,
+        config=manifest["config"], graph=step["graph"], batch=step["batch"], why=step["why"], tolerance=step["tolerance"],
+        allows_non_finite=manifest["allows_non_finite"], description=manifest["description"], path=path, check=check,
+        initials=_initials(path, schema, tensors),
     )  # fmt: skip
 
 
@@ -225,15 +270,9 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from error
     except ValueError as error:
         raise BundleError(f"{path}: {error}") from error
-    if unknown := set(manifest) - set(_KEYS):
-        raise BundleError(f"{path}: there is no key {sorted(unknown)[0]!r}")
-    if missing := set(_KEYS) - set(manifest):
-        raise BundleError(f"{path}: the key {sorted(missing)[0]!r} is missing")
-    for key, kind in _KEYS.items():
-        if not isinstance(manifest[key], kind) or (kind is int and isinstance(manifest[key], bool)):
-            raise BundleError(f"{path}: {key} must be {_KIND_WORDS[kind]}")
-    if manifest["format"] != FORMAT:
+    if manifest.get("format", FORMAT) != FORMAT:
         raise BundleError(f"{path}: format {manifest['format']}; this version reads {FORMAT}")
+    _check_keys(path, "", manifest, _KEYS)
     try:
         json.dumps(manifest["config"])
     except TypeError as error:
@@ -245,51 +284,112 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _check_keys(path: Path, place: str, table: Mapping[str, Any], keys: Mapping[str, type]) -> None:
+    if unknown := set(table) - set(keys):
+        raise BundleError(f"{path}: there is no key {place + sorted(unknown)[0]!r}")
+    if missing := set(keys) - set(table):
+        raise BundleError(f"{path}: the key {place + sorted(missing)[0]!r} is missing")
+    for key, kind in keys.items():
+        if not isinstance(table[key], kind) or (kind is int and isinstance(table[key], bool)):
+            raise BundleError(f"{path}: {place}{key} must be {_KIND_WORDS[kind]}")
+
+
 def _finite(value: Any) -> bool:
     if isinstance(value, dict | list):
         return all(map(_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _cell(path: Path, manifest: Mapping[str, Any], nbytes: int) -> Cell:
-    """The untrained cell that the manifest describes, with the schema that it records. The bundle has `nbytes` of tensors."""
-    kind = cell_type(str(manifest["kind"]))
-    if kind is None:
-        raise BundleError(f"{path}: kind {manifest['kind']!r} is not one that this version serves")
+def _step_table(path: Path, step: dict[str, Any]) -> dict[str, Any]:
+    _check_keys(path, "step.", step, _STEP_KEYS)
+    if step["batch"] not in (ANY, ONE_BY_ONE):
+        raise BundleError(f"{path}: step.batch is {step['batch']!r}; it is {ANY!r} or {ONE_BY_ONE!r}")
+    if not 0 <= step["tolerance"] < math.inf:
+        raise BundleError(f"{path}: step.tolerance {step['tolerance']} must be a number that is at least 0")
+    if step["graph"] and not re.fullmatch(r"[0-9a-f]{32}", step["graph"]):
+        raise BundleError(f"{path}: step.graph must be 32 hex digits")
+    return step
+
+
+def _schema(path: Path, manifest: Mapping[str, Any]) -> Schema:
+    inputs, outputs, state = (
+        tuple(_spec(path, f"{kind} {number}", table, kind == "state") for number, table in enumerate(manifest[kind]))
+        for kind in ("input", "output", "state")
+    )
+    if not inputs or not outputs:
+        raise BundleError(f"{path}: a model has an input and an output at least")
+    if len(inputs) + len(outputs) + len(state) > TENSORS_MAX:
+        raise BundleError(f"{path}: more than {TENSORS_MAX} tensors")
+    for specs in ([*inputs, *state], outputs):
+        names = [spec.name for spec in specs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise BundleError(f"{path}: there are two tensors called {twice!r}")
+    return Schema(inputs, outputs, state)
+
+
+def _spec(path: Path, place: str, table: object, is_state: bool) -> TensorSpec:
+    if not isinstance(table, dict):
+        raise BundleError(f"{path}: {place} must be a table")
+    keys: dict[str, type] = {"name": str, "dtype": str, "shape": list}
+    if is_state:
+        keys |= {"role": str, "initial": float}
+        if "shared" in table:
+            keys |= {"shared": bool}
+    _check_keys(path, f"{place}: ", table, keys)
+    name, shape = table["name"], table["shape"]
+    if not TENSOR_NAME.fullmatch(name):
+        raise BundleError(f"{path}: {place}: {name!r} is no name: letters, digits and _ . / : -, at most 128")
+    if not all(type(size) is int and 0 <= size <= SIZE_MAX for size in shape) or math.prod(shape) > SIZE_MAX:
+        raise BundleError(
+            f"{path}: {place}: {name} has the shape {shape}; sizes are whole numbers, {SIZE_MAX} together at most"
+        )
     try:
-        _check_size(kind, manifest["config"], nbytes)
-        cell = kind.from_config(manifest["config"])
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise BundleError(f"{path}: config does not fit kind {manifest['kind']}: {error}") from error
-    for key, table in (("input", _spec_table(cell.input)), ("output", _spec_table(cell.output))):
-        if manifest[key] != table:
-            raise BundleError(f"{path}: {key} is recorded as {manifest[key]}, its config gives {table}")
-    schema = [_spec_table(spec) for spec in cell.state_schema]
-    if manifest["state"] != schema:
-        raise BundleError(f"{path}: the recorded state schema is not the one that its config gives")
-    return cell
+        spec = TensorSpec(
+            name, table["dtype"], tuple(shape), *(table[k] for k in keys if k not in ("name", "dtype", "shape"))
+        )
+        initial_value(TensorSpec(name, spec.dtype, (), initial=spec.initial))
+    except (ValueError, OverflowError) as error:
+        raise BundleError(f"{path}: {place}: {error}") from error
+    if not math.isfinite(spec.initial):
+        raise BundleError(f"{path}: {place}: the initial value {spec.initial} is not finite")
+    return spec
 
 
-def _check_size(kind: type[Cell], config: Mapping[str, Any], nbytes: int) -> None:
-    """A config of a few bytes must not have us make more weights than its bundle brings along. Raises ValueError."""
-    with torch.device("meta"):  # shapes alone
-        wanted = sum(tensor.numel() * tensor.itemsize for tensor in kind.from_config(config).state_dict().values())
-    if wanted > nbytes:
-        raise ValueError(f"it asks for {wanted} bytes of weights, weights.safetensors has {nbytes} bytes of tensors")
+def _initials(path: Path, schema: Schema, tensors: Tensors) -> dict[str, NDArray[Any]]:
+    specs = {f"initial.{spec.name}": spec for spec in schema.state}
+    initials: dict[str, NDArray[Any]] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith("initial."):
+            continue
+        if (spec := specs.get(key)) is None:
+            raise BundleError(f"{path}: {key}: there is no such state tensor")
+        if tensor.text != (wanted := f"{spec.dtype} {spec.shape}"):
+            raise BundleError(f"{path}: {key} is {tensor.text}, expected {wanted}")
+        initials[spec.name] = tensor.values
+    return initials
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _tensors(path: Path) -> dict[str, StoredTensor]:
+    return _read(path, lambda bytes_max: read_tensors(path, bytes_max))
+
+
+def _read_graph(path: Path, digest: str) -> bytes:
+    graph = _read(path / GRAPH, lambda bytes_max: read_file(path / GRAPH, bytes_max))
+    if graph_digest(graph) != digest:
+        raise BundleError(f"{path / GRAPH}: it is not the graph that {MANIFEST} names")
+    return graph
+
+
+def _read(path: Path, read: Callable[[int], _T]) -> _T:
     try:
-        return load(read_file(path, _memory_bytes() // _MEMORY_SHARE))
+        return read(_memory_bytes() // _MEMORY_SHARE)
     except FileNotFoundError as error:
         link = f"; it is a link to {shown(Path(os.readlink(path)))}" if path.is_symlink() else ""
         raise BundleError(f"{path}: no such file{link}") from error
     except OSError as error:
         raise _unreadable(path, error) from error
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise BundleError(f"{path}: not safetensors: {error}") from error
-    except Exception as error:  # of the library's, for a dtype that torch has not, say
-        raise BundleError(f"{path}: not safetensors for torch: {type(error).__name__}: {error}") from error
 
 
 def _unreadable(path: Path, error: OSError) -> BundleError:
@@ -304,128 +404,3 @@ def _memory_bytes() -> int:
     except OSError:
         return own
     return min(own, int(limit)) if limit.isdigit() else own
-
-
-def _load_weights(path: Path, cell: Cell, weights: Mapping[str, Tensor]) -> None:
-    wanted = {f"weight.{key}": value for key, value in cell.state_dict().items()}
-    if missing := sorted(set(wanted) - set(weights)):
-        raise BundleError(f"{path}: {missing[0]} is missing from the weights")
-    if unexpected := sorted(set(weights) - set(wanted)):
-        raise BundleError(f"{path}: {unexpected[0]} is not a weight of kind {cell.kind} with this config")
-    for key, value in weights.items():
-        if value.shape != wanted[key].shape or value.dtype != wanted[key].dtype:
-            expected = f"{wanted[key].dtype} {tuple(wanted[key].shape)}"
-            raise BundleError(f"{path}: {key} is {value.dtype} {tuple(value.shape)}, expected {expected}")
-        if not torch.isfinite(value).all():
-            raise BundleError(f"{path}: {key} has NaN or infinity")
-    cell.load_state_dict({key.removeprefix("weight."): value for key, value in weights.items()})
-
-
-def _record_check(cell: Cell) -> dict[str, Tensor]:
-    """A seeded run of CHECK_STEPS steps over CHECK_ROWS rows, from a random state."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        inputs = torch.stack([cell.inputs_like(_random(cell.input, generator)) for _ in range(CHECK_STEPS)])
-    before = [_random(spec, generator) for spec in cell.state_schema]
-    outputs, after = _run(cell, inputs, before)
-    record = {"check.inputs": inputs, "check.outputs": outputs}
-    for spec, first, last in zip(cell.state_schema, before, after, strict=True):
-        record[f"check.before.{spec.name}"], record[f"check.after.{spec.name}"] = first, last.cpu().contiguous()
-    return record
-
-
-def _verify_check(path: Path, cell: Cell, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        inputs, expected = tensors["check.inputs"], tensors["check.outputs"]
-        before = [tensors[f"check.before.{spec.name}"] for spec in cell.state_schema]
-        after = [tensors[f"check.after.{spec.name}"] for spec in cell.state_schema]
-    except KeyError as error:
-        raise BundleError(f"{path}: the check vector lacks {error.args[0]}") from error
-    for tensor, spec in ((inputs, cell.input), (expected, cell.output)):
-        _check_fits(path, tensor, spec, CHECK_STEPS, CHECK_ROWS)
-    for tensor, spec in zip([*before, *after], [*cell.state_schema, *cell.state_schema], strict=True):
-        _check_fits(path, tensor, spec, CHECK_ROWS)
-    device = next(chain(cell.parameters(), cell.buffers()), torch.empty(0)).device
-    try:
-        outputs, states = _run(cell, inputs.to(device), [tensor.to(device) for tensor in before])
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise BundleError(f"{path}: the check vector does not run: {error}") from error
-    for what, got, want in [
-        ("outputs", outputs, expected),
-        *zip([s.name for s in cell.state_schema], states, after, strict=True),
-    ]:
-        difference = (got.cpu().double() - want.double()).abs().max().item() if want.numel() else 0.0
-        # Relative where numbers are large: a normalised cell answers in the units of its data.
-        allowed = CHECK_TOLERANCE * max(
-            1.0, want.double().nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 0.0
-        )
-        if not difference <= allowed:
-            raise BundleError(
-                f"{path}: the check vector fails: {what} differ by {difference:.2g}, at most {allowed:.2g} is allowed; "
-                "the weights are not those that were recorded, or this machine computes something else"
-            )
-
-
-def _check_fits(path: Path, tensor: Tensor, spec: TensorSpec, *rows: int) -> None:
-    """A tensor of no bytes may have any number of rows: a check that runs over it might never end."""
-    if tensor.dtype != torch_dtype(spec) or tuple(tensor.shape) != (*rows, *spec.shape):
-        found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{torch_dtype(spec)} {(*rows, *spec.shape)}"
-        raise BundleError(f"{path}: the check vector fails: {spec.name} is {found}, expected {wanted}")
-
-
-def _run(cell: Cell, inputs: Tensor, before: Iterable[Tensor]) -> tuple[Tensor, State]:
-    was_training = cell.training
-    cell.eval()
-    with torch.no_grad():
-        state: State = cell.state_type(*before)
-        outputs = []
-        for x in inputs:
-            y, state = cell(x, state)
-            outputs.append(y)
-    cell.train(was_training)
-    return torch.stack(outputs).cpu(), state
-
-
-def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
-    shape = (CHECK_ROWS, *spec.shape)
-    if spec.is_float:
-        return torch.randn(shape, generator=generator).to(torch_dtype(spec))
-    return torch.randint(0, 2, shape, generator=generator).to(torch_dtype(spec))
-
-
-def _fingerprint(cell: Cell, weights: Mapping[str, Tensor]) -> str:
-    """BLAKE2b over kind, config, schema and weights: 32 hex digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    schema = [_spec_table(spec) for spec in (cell.input, cell.output, *cell.state_schema)]
-    digest.update(json.dumps([cell.kind, dict(cell.config), schema], sort_keys=True).encode())
-    for key in sorted(weights):
-        value = weights[key].contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()
-
-
-def _spec_table(spec: TensorSpec) -> dict[str, Any]:
-    table: dict[str, Any] = {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
-    return {**table, "role": spec.role, "initial": spec.initial} if spec.role else table
-
-
-def _toml(manifest: Mapping[str, Any]) -> str:
-    """The manifest as toml: plain values first, then its tables."""
-    plain = [
-        f"{key} = {_value(value)}" for key, value in manifest.items() if not value or not isinstance(value, dict | list)
-    ]
-    lines = [*plain, ""]
-    for key, value in manifest.items():
-        for table in value if isinstance(value, list) else [value] if isinstance(value, dict) else []:
-            lines.append(f"[[{key}]]" if isinstance(value, list) else f"[{key}]")
-            lines.extend(f"{name} = {_value(item)}" for name, item in table.items())
-            lines.append("")
-    return "\n".join(lines)
-
-
-def _value(value: Any) -> str:
-    """A toml value: JSON writes strings, numbers, booleans and flat arrays the same way. A table in a table stands in line."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{name} = {_value(item)}" for name, item in value.items()) + " }"
-    return json.dumps(value, ensure_ascii=False)

@@ -1,8 +1,8 @@
 """The Hopfield network as a cell: patterns that a model comes with, and a state that sweeps towards them.
 
 Source: Hopfield 1982 and the deck's "Hopfield Networks"; the rules are those of pattern_rules.py, the dense one that of Ramsauer
-et al. 2020. What a session stores beyond the model's own patterns is kept in a PatternMemory by the service, which begins with
-`Hopfield.memory`; steps know the model's own alone.
+et al. 2020. What a session stores beyond the model's own patterns is kept in a PatternMemory by the service, which begins as
+`Hopfield.memory` does; steps know the model's own alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engram_models.cell import Cell, State
 from engram_models.pattern_rules import exactly_summed, learn
-from engram_models.patterns import BETA, LABEL_BYTES_MAX, PATTERNS_MAX, PatternMemory
+from engram_models.patterns import BETA, PATTERNS_MAX, PatternMemory, check_labels, own_memory
 from engram_models.spec import TensorSpec
 
 
@@ -48,12 +48,7 @@ class Hopfield(Cell):
         super().__init__()
         PatternMemory(size, rule, beta, patterns_max)  # its refusals are ours
         self.labels = list(labels)
-        if any(type(label) is not str or not 0 < len(label.encode()) <= LABEL_BYTES_MAX for label in self.labels):
-            raise ValueError(f"labels must be strings of 1 to {LABEL_BYTES_MAX} bytes")
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels must be distinct")
-        if len(self.labels) > patterns_max:
-            raise ValueError(f"{len(self.labels)} labels are more than patterns_max, which is {patterns_max}")
+        check_labels(self.labels, patterns_max)
         self.size, self.rule, self.beta, self.patterns_max = size, rule, float(beta), patterns_max
         self.register_buffer("patterns", torch.zeros(len(self.labels), size, dtype=torch.bool))
         self.register_buffer("weights", torch.zeros(0, dtype=torch.float64), persistent=False)
@@ -79,9 +74,7 @@ class Hopfield(Cell):
 
     def memory(self) -> PatternMemory:
         """The model's own patterns, for a session to add to."""
-        memory = PatternMemory(self.size, self.rule, self.beta, self.patterns_max)
-        memory.add(PatternMemory.pack(self.patterns.cpu().numpy(), self.size), self.labels)
-        return memory
+        return own_memory(self.config, {"patterns": self.patterns.cpu().numpy()})
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         units = torch.where(x != 0, torch.sign(x), torch.sign(state[0]))

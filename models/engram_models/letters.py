@@ -6,12 +6,13 @@ The deck shows a 'T', half of it replaced by noise, and the 'T' that a Hopfield 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_models.hopfield import Hopfield
+if TYPE_CHECKING:
+    from engram_models.hopfield import Hopfield
 
 SIDE = 16
 RULE = "dense"
@@ -41,6 +42,8 @@ def letters() -> tuple[list[str], NDArray[np.int8]]:
 
 def letters_cell() -> Hopfield:
     """The network of the bundle letters-hopfield."""
+    from engram_models.hopfield import Hopfield  # with torch, which the demo does without
+
     labels, patterns = letters()
     return Hopfield.of(patterns, labels, RULE)
 

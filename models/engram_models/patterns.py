@@ -1,12 +1,12 @@
 """The content-addressable memory of a Hopfield network: patterns with labels, and recall from a damaged cue.
 
-One PatternMemory is the content of one store. The service keeps one for each session whose memory is in use; hopfield.py
-makes the one that a model comes with. No torch: numpy, and faiss for the search.
+One PatternMemory is the content of one store. The service keeps one for each session whose memory is in use, which begins as
+a copy of the one that the model comes with, `own_memory`. No torch: numpy, and faiss for the search where it is installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from threading import Lock
@@ -96,6 +96,12 @@ class PatternMemory:
     def bits(self) -> NDArray[np.uint8]:
         """All patterns, packed, [count, bytes]."""
         return self._search.bits
+
+    def copy(self) -> PatternMemory:
+        """Another one of the same patterns."""
+        other = PatternMemory(self.size, self.rule, self.beta, self.patterns_max)
+        other.add(self.bits, self._labels)
+        return other
 
     def contains(self, label: str) -> bool:
         return label in self._places
@@ -198,3 +204,29 @@ class PatternMemory:
                 where = "is given twice" if label in seen else "is stored already; forget it first, or choose another"
                 raise PatternError("DUPLICATE_LABEL", f"pattern {row}: the label {label!r} {where}")
             seen.add(label)
+
+
+def check_labels(labels: Sequence[Any], patterns_max: int) -> None:
+    """Raises ValueError where these cannot name the patterns that a model comes with."""
+    if any(type(label) is not str or not 0 < len(label.encode()) <= LABEL_BYTES_MAX for label in labels):
+        raise ValueError(f"labels must be strings of 1 to {LABEL_BYTES_MAX} bytes")
+    if len(set(labels)) != len(labels):
+        raise ValueError("labels must be distinct")
+    if len(labels) > patterns_max:
+        raise ValueError(f"{len(labels)} labels are more than patterns_max, which is {patterns_max}")
+
+
+def own_memory(config: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> PatternMemory:
+    """The patterns that a Hopfield network comes with, from its bundle: the cell's config, and `patterns` bool [n, size].
+
+    Raises ValueError or TypeError where they do not fit.
+    """
+    labels = config.get("labels", ())
+    memory = PatternMemory(**{name: value for name, value in config.items() if name != "labels"})
+    check_labels(labels, memory.patterns_max)
+    patterns = weights.get("patterns", np.zeros((0, memory.size), np.bool_))
+    if patterns.dtype != np.bool_ or patterns.shape != (len(labels), memory.size):
+        found, expected = f"{patterns.dtype} {list(patterns.shape)}", f"bool {[len(labels), memory.size]}"
+        raise ValueError(f"patterns are {found}; {len(labels)} labels name {expected}")
+    memory.add(PatternMemory.pack(patterns, memory.size), labels)
+    return memory

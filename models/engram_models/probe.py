@@ -1,4 +1,4 @@
-"""Finds out in which batches a cell gives a row the same bits, whoever shares the batch.
+"""Finds out in which batches a step gives a row the same bits, whoever shares the batch.
 
 Matrix libraries choose their kernels by the batch size, and kernels round differently: a row alone may come out in other
 bits than among a thousand, and a library that splits a batch between threads may round an odd share differently. Batches of
@@ -9,11 +9,13 @@ see.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from engram_models.cell import Cell, State, torch_dtype
+from engram_models.check import CheckVector, Step
+from engram_models.spec import Schema, TensorSpec
 
 FLOORS = (1, 2, 4, 8, 16, 32)
 _STEPS = 3
@@ -21,30 +23,29 @@ _ROWS_MIN = 32  # rows that are looked at for a size: a contracting cell rounds 
 
 
 def batch_floor(
-    cell: Cell, device: torch.device | str, batch_max: int, sizes: Iterable[int] | None = None
+    step: Step, schema: Schema, check: CheckVector, batch_max: int, sizes: Iterable[int] | None = None
 ) -> int | None:
     """The least floor F such that every tried batch of a multiple of F rows gives every row equal bits; None if none does.
 
-    Whoever runs the cell pads its batches to a multiple of F. Tries sizes up to `batch_max` (or `sizes`: the only ones that
-    will be used) over a few steps, each with other rows in other places, with the calling thread's number of torch threads.
+    Whoever runs it pads its batches to a multiple of F. Tries sizes up to `batch_max` (or `sizes`: the only ones that will be
+    used) over a few steps, each with other rows in other places. `check` says what numbers are usual.
     """
     most = max(batch_max, FLOORS[-1])
     tried = sorted({size for size in (_sizes(batch_max) if sizes is None else sizes) if 0 < size <= most})
     if not tried:
         return None
-    with torch.inference_mode():
-        pool = _Pool(cell, device, tried[-1] if sizes else -(-most // FLOORS[-1]) * FLOORS[-1])
-        alike: dict[int, bool] = {}
-        for floor in FLOORS:
-            multiples = [size for size in tried if size % floor == 0]
-            for size in multiples:
-                if size not in alike:
-                    alike[size] = pool.alike(size)
-                if not alike[size]:
-                    break
-            else:
-                if multiples and floor <= batch_max:
-                    return floor
+    pool = _Pool(step, schema, check, tried[-1] if sizes else -(-most // FLOORS[-1]) * FLOORS[-1])
+    alike: dict[int, bool] = {}
+    for floor in FLOORS:
+        multiples = [size for size in tried if size % floor == 0]
+        for size in multiples:
+            if size not in alike:
+                alike[size] = pool.alike(size)
+            if not alike[size]:
+                break
+        else:
+            if multiples and floor <= batch_max:
+                return floor
     return None
 
 
@@ -60,43 +61,50 @@ def _sizes(batch_max: int) -> list[int]:
 class _Pool:
     """Random rows with the outputs and states that they have in one large batch; others are held against these."""
 
-    def __init__(self, cell: Cell, device: torch.device | str, rows: int) -> None:
-        self._cell, self._rows = cell, rows
-        self._generator = torch.Generator().manual_seed(11)
-        self._device = torch.device(device)
-        noise = [self._random(cell.input.shape, torch_dtype(cell.input)) for _ in range(_STEPS)]
-        # Numbers that saturate a cell would hide what rounds otherwise.
-        self._inputs = [cell.inputs_like(one) for one in noise]
-        self._before = [self._random(spec.shape, torch_dtype(spec)) for spec in cell.state_schema]
-        self._expected = self._run(torch.arange(rows, device=self._device))
+    def __init__(self, step: Step, schema: Schema, check: CheckVector, rows: int) -> None:
+        self._step, self._rows = step, rows
+        self._random = np.random.default_rng(11)
+        inputs = [
+            self._like(values.reshape(-1, *spec.shape), spec)
+            for values, spec in zip(check.inputs, schema.inputs, strict=True)
+        ]
+        self._inputs = [[values, *(self._random.permutation(values) for _ in range(_STEPS - 1))] for values in inputs]
+        self._before = [self._like(values, spec) for values, spec in zip(check.before, schema.state, strict=True)]
+        self._expected = self._run(np.arange(rows))
 
     def alike(self, size: int) -> bool:
         """Whether `size` rows in random order have the bits that they had in the large batch; small sizes several times."""
         return all(self._drawn_alike(size) for _ in range(-(-_ROWS_MIN // size)))
 
     def _drawn_alike(self, size: int) -> bool:
-        rows = torch.randperm(self._rows, generator=self._generator)[:size].to(self._device)
+        rows = self._random.permutation(self._rows)[:size]
         return all(
-            torch.equal(_bits(got), _bits(expected[rows]))
+            np.array_equal(_bits(got), _bits(expected[rows]))
             for got, expected in zip(self._run(rows), self._expected, strict=True)
         )
 
-    def _run(self, rows: Tensor) -> list[Tensor]:
+    def _run(self, rows: NDArray[np.intp]) -> list[NDArray[Any]]:
         """Outputs and states of these rows after every step."""
-        state: State = self._cell.state_type(*(tensor[rows] for tensor in self._before))
-        seen: list[Tensor] = []
-        for x in self._inputs:
-            y, state = self._cell(x[rows], state)
-            seen.extend((y, *state))
+        states = [values[rows] for values in self._before]
+        seen: list[NDArray[Any]] = []
+        for number in range(_STEPS):
+            outputs, after = self._step([several[number][rows] for several in self._inputs], states)
+            states = list(after)
+            seen.extend((*outputs, *after))
         return seen
 
-    def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        full = (self._rows, *shape)
-        if dtype.is_floating_point:
-            return torch.randn(full, generator=self._generator).to(dtype).to(self._device)
-        return torch.randint(0, 2, full, generator=self._generator).to(dtype).to(self._device)
+    def _like(self, known: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
+        """Rows like those of the check vector: larger numbers could saturate a model, which hides what rounds otherwise."""
+        rows = known[self._random.integers(0, len(known), self._rows)]
+        if spec.shared:
+            return np.repeat(known[:1], self._rows, 0)  # rows that may be in one call
+        if not spec.is_float or spec.dtype == "bfloat16" or spec.role == "constant":
+            return rows
+        spread = known.astype(np.float64).std(0)
+        noise = self._random.standard_normal(rows.shape) * np.where(np.isfinite(spread), spread, 0)
+        return (rows + noise).astype(spec.np_dtype)
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     """As bytes: NaN equals itself, and 0 is not -0."""
-    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)

@@ -1,4 +1,4 @@
-"""What a model takes, gives and keeps: names, types and shapes of its tensors. No torch: the server for CPUs knows models through this."""
+"""What a model takes, gives and keeps: names, types and shapes of its tensors. Without torch."""
 
 from __future__ import annotations
 

@@ -12,8 +12,6 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from engram import __version__
 from engram_service.api.access import Access
 from engram_service.api.audit import Audit
@@ -31,13 +29,15 @@ from engram_service.health import Health
 from engram_service.http.server import HttpServer
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
+from engram_service.runtimes.devices import Device, device_of
+from engram_service.runtimes.loader import Loader
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.ending import Endings
 from engram_service.sessions.holds import Holds
 from engram_service.sessions.opening import Sessions
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.table import NO_SLOT, SessionTable
-from engram_service.settings import SettingError, Settings
+from engram_service.settings import Settings
 from engram_service.store import UNSAFE, Store, StoreSettings, TlsFiles
 from engram_service.store.private import PrivateRedis, PrivateSettings
 from engram_service.supervision import Supervisor
@@ -67,15 +67,16 @@ async def serve(settings: Settings) -> None:
         health.fail("server", "it is starting")
         http = HttpServer(settings, metrics, health, supervisor)
         stack.callback(http.stop)
-        device = _device(settings.device)
+        device = device_of(settings.device)
         tokens = Tokens(Path(settings.tokens_file) if settings.tokens_file else None)
         access = Access(tokens, Audit(metrics))
         certificate = Certificate.of(settings)
         store = await _store(settings, stack, supervisor, health)
         table = SessionTable()
-        workers = settings.engine_threads(device.type == "cpu")
+        workers = settings.engine_threads(device.is_cpu)
         queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max, workers)
-        catalog = Catalog(settings, device, metrics)
+        loader = Loader(settings, device)
+        catalog = Catalog(settings, loader, metrics)
         core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits), supervisor)
         metrics.engine_threads.set(workers)
         core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers, supervisor)
@@ -83,7 +84,7 @@ async def serve(settings: Settings) -> None:
         sessions, endings = Sessions(core, store, calls, holds), Endings(core, store, calls, holds)
         unary = UnaryStream(core, sessions)
         memories = Memories(catalog.resolve, store, settings.memory_cache_mb << 20)
-        handlers = UnaryHandlers(core, sessions, endings, calls, store, unary, memories, str(device))
+        handlers = UnaryHandlers(core, sessions, endings, calls, store, unary, memories, device.name)
         memory_handlers = MemoryHandlers(core, calls, handlers, memories)
         for pools in (sessions, memory_handlers, handlers):
             stack.callback(pools.close)
@@ -96,11 +97,14 @@ async def serve(settings: Settings) -> None:
         _start_store(store, core, health)
         core.engine.start()
         gc.collect()
-        gc.freeze()  # torch's objects stay: to look through them for garbage would stop everybody for some 80 ms
+        gc.freeze()  # what is there stays: to look through it for garbage would stop everybody, and torch's objects for 80 ms
         port = await server.start()
         _announce(settings, port, http.address, device)
 
         loop.add_signal_handler(signal.SIGHUP, lambda: supervisor.once("models reload", catalog.reload()))
+        watchdog = supervisor.thread("graphs watch", loader.watchdog.look, loader.watchdog.stopped)
+        watchdog.start()
+        stack.callback(loader.watchdog.stop)
         supervisor.run("sweep", core.sweep)
         supervisor.run("residency", core.residency.beat)
         supervisor.run("models watch", catalog.watch)
@@ -123,8 +127,8 @@ async def _drain(server: Server, core: Core, supervisor: Supervisor) -> None:
     await supervisor.cancel()
 
 
-def _announce(settings: Settings, port: int, http: str, device: torch.device) -> None:
-    where = (settings.listen, port, http, device)
+def _announce(settings: Settings, port: int, http: str, device: Device) -> None:
+    where = (settings.listen, port, http, device.name)
     log.info("engram %s serves on %s (port %d), metrics on %s, device %s", __version__, *where)
     for exposure in settings.exposures():
         log.warning("%s", exposure)
@@ -161,16 +165,7 @@ def _start_store(store: Store, core: Core, health: Health) -> None:
     store.start()
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise SettingError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _expose(metrics: Metrics, core: Core, store: Store, memories: Memories, device: torch.device) -> None:
+def _expose(metrics: Metrics, core: Core, store: Store, memories: Memories, device: Device) -> None:
     """Gauges that are read when somebody scrapes."""
     table = core.table
     metrics.read_with(metrics.memory_cache_bytes, lambda: memories.cache.nbytes)
@@ -195,7 +190,7 @@ def _expose(metrics: Metrics, core: Core, store: Store, memories: Memories, devi
             for served in core.catalog.models
         )
 
-    if device.type == "cuda":
-        metrics.read_with(metrics.device_memory_bytes, lambda: torch.cuda.memory_allocated(device), str(device))
+    if not device.is_cpu:
+        metrics.read_with(metrics.device_memory_bytes, device.memory_allocated, device.name)
     else:
         metrics.read_with(metrics.device_memory_bytes, arenas, str(device))

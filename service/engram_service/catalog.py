@@ -1,4 +1,4 @@
-"""The models that are served: bundles from the repository, each with its arena, its runner and its record layout.
+"""The models that are served: bundles from the repository, each with its runtime and its record layout.
 
 Models keep their index for the life of the process, so that columns may hold it; a version whose directory goes away stays
 served for the sessions on it. Files are looked at, loaded and probed in a thread of their own; what is wrong with one keeps that
@@ -15,29 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-import torch
-
 from engram.v1 import model_pb2
-from engram_models import Bundle, BundleError, BundleRef, Repository, TensorSpec, batch_floor, load_bundle
-from engram_models.bundle import MANIFEST, WEIGHTS
-from engram_service.engine.arena import Arena
-from engram_service.engine.cuda import CudaRunner
-from engram_service.engine.runner import TILE_ROWS, Runner, Shapes
-from engram_service.engine.step import step_of
-from engram_service.engine.traced import traced
+from engram_models.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, BundleError, BundleRef, Repository
+from engram_models.spec import TensorSpec
 from engram_service.errors import NotFound
 from engram_service.metrics import Metrics
+from engram_service.queries import Queries
+from engram_service.runtimes.arena import Arena
+from engram_service.runtimes.base import Runtime
+from engram_service.runtimes.loader import Loader
 from engram_service.settings import Settings
-from engram_service.store import OUTPUTS_MAX, RecordLayout
+from engram_service.store import RecordLayout
 
 _T = TypeVar("_T")
 Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
 log = logging.getLogger(__name__)
-
-_CUDA_TILE = 256  # rows: fewer take a GPU as long, and more of them are little faster as one tile than as several
-_WINDOW_BYTES = 2048  # of outputs kept for each resident session, within the limits below
-_WINDOW_MIN, _WINDOW_MAX = 8, OUTPUTS_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +48,13 @@ class Served:
 
     index: int
     bundle: Bundle
-    arena: Arena
-    runner: Runner
+    runtime: Runtime
     layout: RecordLayout
+    queries: Queries
+
+    @property
+    def arena(self) -> Arena:
+        return self.runtime.arena
 
     @property
     def reference(self) -> str:
@@ -67,10 +64,10 @@ class Served:
 class Catalog:
     """Models by name and version. Read by the event loop; the engine reads `models` by index."""
 
-    def __init__(self, settings: Settings, device: torch.device, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, loader: Loader, metrics: Metrics) -> None:
         self.models: list[Served] = []
         self._settings = settings
-        self._device = device
+        self._loader = loader
         self._metrics = metrics
         self._repository = Repository(settings.model_directories())
         self._versions: dict[str, list[str]] = {}  # name -> versions on disk, ascending
@@ -78,7 +75,7 @@ class Catalog:
         self._failed: dict[Path, _Failure] = {}
         self._told: list[str] = []  # what was wrong with the directories at the last look
         self._lock = asyncio.Lock()
-        self._pool = ThreadPoolExecutor(1, "load", lambda: torch.set_num_threads(1))
+        self._pool = ThreadPoolExecutor(1, "load")
 
     def resolve(self, name: str, version: str = "") -> Served:
         """The named version, or the latest. Raises NotFound."""
@@ -106,13 +103,14 @@ class Catalog:
             version=bundle.version,
             kind=bundle.kind,
             fingerprint=bundle.fingerprint,
-            input=_spec(bundle.input),
-            output=_spec(bundle.output),
-            state=[_spec(spec) for spec in bundle.state],
-            generates=bundle.generates,
+            inputs=[_spec(spec) for spec in bundle.schema.inputs],
+            outputs=[_spec(spec) for spec in bundle.schema.outputs],
+            state=[_spec(spec) for spec in bundle.schema.state],
+            generates=bundle.schema.generates,
             allows_non_finite=bundle.allows_non_finite,
             latest=self._versions.get(bundle.name, [""])[-1] == bundle.version,
             description=bundle.description,
+            batching=served.runtime.batching,
         )
 
     async def reload(self) -> list[str]:
@@ -157,57 +155,29 @@ class Catalog:
         self.models.append(served)
         self._by_key[ref.name, ref.version] = served
         self._metrics.model_loads.labels("loaded").inc()
+        runtime = served.runtime
         log.info(
-            "model %s loaded, floor %s, arena of %d slots",
+            "model %s loaded: %s, arena of %d slots, %s",
             served.reference,
-            served.runner.shapes.floor,
-            served.arena.capacity,
+            runtime.name,
+            runtime.arena.capacity,
+            runtime.batching,
         )
 
     async def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
     def _build(self, ref: BundleRef, index: int) -> Served:
-        bundle = load_bundle(ref.path, self._device)
-        window = max(_WINDOW_MIN, min(_WINDOW_MAX, _WINDOW_BYTES // bundle.output.nbytes))
-        state_nbytes = sum(spec.nbytes for spec in bundle.state)
-        slot_nbytes = state_nbytes + (window + 1) * bundle.output.nbytes
-        # However large a slot is, a whole tick fits; the number that the operator sets holds in any case.
-        fitting = max(self._settings.tick_rows_max, (self._settings.arena_mb << 20) // slot_nbytes)
-        capacity = min(self._settings.arena_slots_max, fitting)
-        try:
-            arena = Arena(bundle, capacity, window, self._device)
-            shapes, step = self._shapes(bundle), step_of(arena)
-            cuda = self._device.type == "cuda"
-            runner = CudaRunner(arena, shapes, step) if cuda else Runner(arena, shapes, traced(step, arena))
-        except torch.OutOfMemoryError as error:
-            raise BundleError(f"{self._device} has no room for its arena of {capacity} slots: {error}") from error
-        return Served(
-            index, bundle, arena, runner, RecordLayout(bundle.fingerprint, state_nbytes, bundle.output.nbytes)
-        )
-
-    def _shapes(self, bundle: Bundle) -> Shapes:
-        rows_max = self._settings.tick_rows_max
-        if self._device.type == "cuda":  # whose libraries have other kernels for nearly every batch
-            if self._alike(bundle, _CUDA_TILE):
-                return Shapes.of_tiles(_CUDA_TILE, rows_max)
-        elif (floor := batch_floor(bundle.cell, self._device, rows_max)) is not None:
-            return Shapes(floor)
-        elif self._alike(bundle, TILE_ROWS):
-            log.warning("model %s/%s: no batch floor found; batches are of %d", bundle.name, bundle.version, TILE_ROWS)
-            return Shapes.of_tiles(TILE_ROWS)
-        log.warning("model %s/%s: a row's bits depend on its place; each is a batch", bundle.name, bundle.version)
-        return Shapes.of_tiles(1)
-
-    def _alike(self, bundle: Bundle, rows: int) -> bool:
-        """Whether it matters nothing where among so many a row stands."""
-        return batch_floor(bundle.cell, self._device, rows, [rows]) is not None
+        runtime = self._loader.load(ref.path)
+        bundle = runtime.arena.bundle
+        layout = RecordLayout(bundle.fingerprint, bundle.schema.state_nbytes, bundle.schema.output_nbytes, runtime.code)
+        return Served(index, bundle, runtime, layout, Queries(bundle))
 
 
 def _stamp(ref: BundleRef) -> Stamp:
     """Changes when the bundle's files do, so that a bundle that failed is tried again once it was mended."""
     found: list[tuple[int, int, int] | None] = []
-    for name in (MANIFEST, WEIGHTS):
+    for name in (MANIFEST, WEIGHTS, GRAPH):
         try:
             file = (ref.path / name).stat()
         except OSError:

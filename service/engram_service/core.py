@@ -31,6 +31,8 @@ from engram_service.errors import (
 )
 from engram_service.logs import named
 from engram_service.metrics import Metrics
+from engram_service.rows import Rows, rows_of
+from engram_service.runtimes.base import RuntimeStopped
 from engram_service.scheduler import Batch, Tick
 from engram_service.sessions.admission import FEEDBACK, QUIET, StepColumns, classify, column, read_columns
 from engram_service.sessions.backlog import Backlog
@@ -98,6 +100,7 @@ class Core:
         self._advances: set[Advance] = set()
         self._streams_made = 0
         self._backlog = Backlog()
+        self._inputs_of: dict[int, Rows] = {}  # by model
         self._answered = 0  # rows, ever
         self._counted = 0  # rows in flight at the last count, and those that came since: no fewer than there are
 
@@ -199,22 +202,28 @@ class Core:
 
     def _inputs(self, served: Served, frame: stream_pb2.StepsFrame, columns: StepColumns) -> NDArray[np.uint8]:
         """Input rows as bytes, uint8 [n, input_nbytes]."""
-        spec = served.bundle.input
-        if frame.dtype and frame.dtype != spec.dtype:
-            raise InvalidArgument(
-                "INVALID_INPUT_DTYPE", f"model {served.reference} takes {spec.dtype}, not {frame.dtype}"
-            )
+        takes = self._takes(served)
+        if frame.dtype and len(takes.specs) == 1 and frame.dtype != takes.specs[0].dtype:
+            message = f"model {served.reference} takes {takes.specs[0].dtype}, not {frame.dtype}"
+            raise InvalidArgument("INVALID_INPUT_DTYPE", message)
         rows = len(frame.handles) // 4
         if not frame.inputs and bool((columns.flags & FEEDBACK).all()):
-            return np.zeros((len(columns), spec.nbytes), np.uint8)
-        if len(frame.inputs) != rows * spec.nbytes:
-            expected = f"{rows} rows of {spec.dtype}{list(spec.shape)} are {rows * spec.nbytes} bytes"
+            return np.zeros((len(columns), takes.nbytes), np.uint8)
+        if len(frame.inputs) != rows * takes.nbytes:
+            expected = f"{rows} rows of {takes} are {rows * takes.nbytes} bytes"
             raise InvalidArgument(
                 "INVALID_INPUT_WIDTH",
                 f"column inputs has {len(frame.inputs)} bytes; for model {served.reference}, {expected}",
             )
-        inputs = np.frombuffer(frame.inputs, np.uint8).reshape(rows, spec.nbytes)
+        inputs = np.frombuffer(frame.inputs, np.uint8).reshape(rows, takes.nbytes)
         return inputs if columns.source is None else inputs[columns.source]
+
+    def _takes(self, served: Served) -> Rows:
+        """What input rows of a model are made of."""
+        found = self._inputs_of.get(served.index)
+        if found is None:
+            found = self._inputs_of[served.index] = Rows(served.bundle.schema.inputs)
+        return found
 
     def _check_room(self, stream: Stream, rows: int, timeout_ms: int) -> None:
         """Room for the rows of a frame. Raises Unavailable or ResourceExhausted."""
@@ -257,17 +266,17 @@ class Core:
             return False
         table, seq = self.table, int.from_bytes(frame.seqs, "little")
         served = self.catalog.models[table.model.item(row)]
-        spec = served.bundle.input
+        takes = self._takes(served)
         if frame.acknowledged_seqs:
             if len(frame.acknowledged_seqs) != _SEQ_NBYTES:
                 return False
             acked = min(int.from_bytes(frame.acknowledged_seqs, "little"), table.applied.item(row))
             table.acked[row] = max(acked, table.acked.item(row))
         fresh = seq == table.admitted.item(row) + 1 and seq <= table.acked.item(row) + served.arena.window
-        if not fresh or table.opening.item(row) or table.slot.item(row) == NO_SLOT or len(frame.inputs) != spec.nbytes:
+        if not fresh or table.opening.item(row) or table.slot.item(row) == NO_SLOT or len(frame.inputs) != takes.nbytes:
             return False
-        inputs = np.frombuffer(frame.inputs, np.uint8).reshape(1, spec.nbytes)
-        if not served.bundle.allows_non_finite and _not_finite(inputs, spec.dtype) is not None:
+        inputs = np.frombuffer(frame.inputs, np.uint8).reshape(1, takes.nbytes)
+        if takes.faults(inputs, served.bundle.allows_non_finite):
             return False
         if not self.shares.of(stream.tenant).take_one():
             return False
@@ -328,19 +337,15 @@ class Core:
         table = self.table
         if not columns.seqs.all():
             refused.append((columns.seqs == 0, InvalidArgument("INVALID_SEQ", "seq counts from 1; 0 is not a step")))
-        spec = served.bundle.input
+        takes, gives = self._takes(served), served.bundle.schema.outputs
         fed = (columns.flags & FEEDBACK).astype(np.bool_)
-        if fed.any() and not served.bundle.generates:
-            sizes = f"gives {list(served.bundle.output.shape)} and takes {list(spec.shape)}"
+        if fed.any() and not served.bundle.schema.generates:
+            sizes = f"gives {rows_of(gives)} and takes {takes}"
             message = f"model {served.reference} {sizes}: it cannot run on its own output"
             refused.append((fed, FailedPrecondition("CANNOT_GENERATE", message)))
-        if (
-            not served.bundle.allows_non_finite
-            and (bad := _not_finite(inputs, spec.dtype)) is not None
-            and (bad & ~fed).any()
-        ):
-            message = "the input has NaN or infinity, which this model does not allow; nothing was applied"
-            refused.append((bad & ~fed, InvalidArgument("NON_FINITE_INPUT", message)))
+        for bad, reason, what in takes.faults(inputs, served.bundle.allows_non_finite):
+            if (bad & ~fed).any():
+                refused.append((bad & ~fed, InvalidArgument(reason, f"{what}; nothing was applied")))
         safe = np.where(rows >= 0, rows, 0)
         window = served.arena.window
         full = (
@@ -488,7 +493,9 @@ class Core:
     def _on_failed(self, served: Served, tick: Tick, error: Exception) -> None:
         """The sessions go back to their records; their clients may send the same steps again."""
         advance = Advance(served, tick, np.empty((0, 0), np.uint8), 0.0, 0.0, unanswered=len(tick))
-        why = Internal("INTERNAL", f"the model failed on a batch with this session: {type(error).__name__}")
+        failed = f"model {served.reference} failed on a batch with this session: {type(error).__name__}"
+        what = str(error) if isinstance(error, RuntimeStopped) else failed
+        why = Internal("INTERNAL", f"{what}; nothing was applied", model=served.bundle.name)
         self._go_back(advance, np.unique(tick.rows), None, why)
 
     def _on_unpacked(self, advance: Advance, error: Exception) -> None:
@@ -765,15 +772,3 @@ class Core:
         await self.residency.flush_all(deadline)
         for stream in list(self.streams.values()):
             stream.end()
-
-
-def _not_finite(inputs: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_] | None:
-    """Rows with NaN or infinity; None where there are none."""
-    if dtype == "bfloat16":
-        # Exponent bits all set.
-        bad = (inputs.view(np.uint16) & 0x7F80) == 0x7F80
-    elif dtype in ("float32", "float16"):
-        bad = ~np.isfinite(np.ascontiguousarray(inputs).view(dtype))
-    else:
-        return None
-    return bad.any(axis=1) if bad.any() else None

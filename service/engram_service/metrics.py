@@ -46,6 +46,10 @@ class Metrics:
         self.records_loaded = counter(
             "records_loaded", "Records read from Redis into an arena, of sessions that had left it", "model"
         )
+        self.runtime_changes = counter(
+            "runtime_changes", "Sessions that go on in another runtime than the one that wrote their record",
+            "model", "from", "to",
+        )  # fmt: skip
         self.rows_in_flight = gauge("rows_in_flight", "Rows accepted whose answer has not left")
         self.rows_refused = counter("rows_refused", "Rows refused, by reason", "reason")
         self.streams = gauge("streams", "Open client streams")

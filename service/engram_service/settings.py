@@ -49,6 +49,9 @@ class Settings:
         "redis://, rediss://, unix://, redis+cluster:// or rediss+cluster:// URL; none: a private Redis in the data directory",
     )
     data_dir: str = _setting("", "directory of the private Redis; none: engram in the user's data home")
+    cache_dir: str = _setting(
+        "", "what was found out about models on this machine; none: engram in the user's cache home"
+    )
     device: str = _setting("auto", "auto, cpu or cuda:N")
     shipped_models: bool = _setting(True, "serve the bundles that come with the package too")
     models_poll_s: float = _setting(2.0, "seconds between looks at the models directory")
@@ -174,10 +177,14 @@ class Settings:
 
     def model_directories(self) -> list[Path]:
         """Where bundles are looked for; earlier directories win."""
-        from engram_models import shipped_models_dir
+        from engram_models.bundle import shipped_models_dir
 
         own = [Path(self.models)] if self.models else []
         return own + ([shipped_models_dir()] if self.shipped_models or not own else [])
+
+    def cache_directory(self) -> Path:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Path(self.cache_dir) if self.cache_dir else home / "engram"
 
     def data_directory(self) -> Path:
         return Path(self.data_dir or _data_home())

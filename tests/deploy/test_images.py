@@ -30,7 +30,7 @@ def test_hadolint_finds_nothing() -> None:
 
 def test_bases_are_pinned_and_the_result_runs_without_rights() -> None:
     bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)
-    assert {base for base in bases if base not in ("runtime",)} == {"python:3.11.14-slim-bookworm"}
+    assert {base for base in bases if base not in ("source", "runtime")} == {"python:3.11.14-slim-bookworm"}
     runtime = DOCKERFILE[DOCKERFILE.index(" AS runtime") :]
     assert "USER 10001:10001" in runtime and "apt-get" not in DOCKERFILE
     copied = [
@@ -60,3 +60,10 @@ def test_compose_is_pinned_mounts_what_is_there_and_stays_on_this_machine() -> N
             assert not source.startswith(".") or (DEPLOY / source).exists(), f"{name}: {source} is not there"
         if name.startswith("engram"):
             assert service["read_only"] and service["cap_drop"] == ["ALL"] and service["stop_grace_period"] == "30s"
+
+
+def test_only_the_cuda_image_has_torch() -> None:
+    extras = dict(re.findall(r"^FROM source AS build-(\w+)\n.*'\.\[(.*)\]'$", DOCKERFILE, re.M))
+    assert {name: "torch" in wanted.split(",") for name, wanted in extras.items()} == {"cpu": False, "cuda": True}
+    for name in extras:
+        assert f"FROM runtime AS {name}\nCOPY --from=build-{name} " in DOCKERFILE

@@ -33,7 +33,14 @@ def packed(draw: st.DrawFn):
     outputs = draw(arrays.arrays(np.uint8, (rows, capacity, output)))
     for row, count in enumerate(counts):
         outputs[row, count:] = 0
-    return RecordLayout(FINGERPRINT, state, output), fields, states, counts, outputs, draw(st.integers(0, TIME_MS_MAX))
+    return (
+        RecordLayout(FINGERPRINT, state, output, draw(st.integers(0, 255))),
+        fields,
+        states,
+        counts,
+        outputs,
+        draw(st.integers(0, TIME_MS_MAX)),
+    )
 
 
 def pack(case):
@@ -54,6 +61,7 @@ def test_what_is_packed_is_read_back(case) -> None:
     for name, column in fields.items():
         assert getattr(records, name).tolist() == column.tolist()
     assert records.commit_ms.tolist() == [now_ms] * len(counts)
+    assert records.runtime.tolist() == [layout.runtime] * len(counts)
     assert records.states.tolist() == states.tolist()
     assert records.counts.tolist() == counts.tolist()
     most = int(counts.max())
@@ -115,6 +123,33 @@ def test_the_record_of_a_new_session_is_its_header() -> None:
     records = layout.unpack([layout.initial(3, 99)])
     assert not records.errors and records.initial.tolist() == [True]
     assert (records.seq[0], records.epoch[0], records.commit_ms[0], records.counts[0]) == (0, 3, 99, 0)
+
+
+def test_the_record_of_a_new_session_may_have_a_state_of_its_own() -> None:
+    layout = RecordLayout(FINGERPRINT, 40, 12, runtime=1)
+    state = np.arange(40, dtype=np.uint8)
+    record = layout.initial(3, 99, state)
+    assert len(record) == layout.record_nbytes(0)
+    records = layout.unpack([record, layout.initial(3, 99)])
+    assert not records.errors and records.initial.tolist() == [False, True]
+    assert (records.seq[0], records.epoch[0], records.commit_ms[0], records.counts[0]) == (0, 3, 99, 0)
+    assert records.states.tolist() == [state.tolist(), [0] * 40]
+    assert records.runtime.tolist() == [0, 0], "no runtime has computed it"
+
+
+def test_a_record_tells_the_runtime_that_wrote_it_wherever_it_goes() -> None:
+    ours, theirs = RecordLayout(FINGERPRINT, 8, 4, runtime=1), RecordLayout("f" * 32, 8, 4, runtime=3)
+    column = np.ones(1, np.uint64)
+    record = theirs.pack(
+        column, column, column, [np.zeros((1, 8), np.uint8)], np.zeros(1, np.uint32), np.zeros((1, 0, 4), np.uint8), 1
+    )[0].tobytes()
+    moved = ours.unpack([ours.refingerprinted(record)])
+    assert not moved.errors and moved.only([0]).runtime.tolist() == [3]
+
+
+def test_records_of_before_runtimes_were_named_are_of_an_unknown_one() -> None:
+    """The flags were two bytes, of which the second was always 0."""
+    assert [HEADER.fields[name][1] for name in ("flags", "runtime", "fingerprint")] == [6, 7, 8]  # type: ignore[index]
 
 
 def test_a_record_of_another_model_or_size_is_refused_until_it_is_moved() -> None:

@@ -42,12 +42,23 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(SEED)
-        self.lstm = nn.LSTM(INPUT, HIDDEN)  # for its initial weights, which are those of Engram's W
+        generator, bound = np.random.default_rng(SEED), HIDDEN**-0.5
+        shapes = {
+            "weight_ih": (4 * HIDDEN, INPUT),
+            "weight_hh": (4 * HIDDEN, HIDDEN),
+            "bias_ih": (4 * HIDDEN,),
+            "bias_hh": (4 * HIDDEN,),
+        }
+        shapes |= {"weight": (OUTPUT, HIDDEN), "bias": (OUTPUT,)}
+        made = {
+            name: torch.from_numpy(generator.uniform(-bound, bound, s).astype(np.float32)) for name, s in shapes.items()
+        }
+        self.lstm = nn.LSTM(INPUT, HIDDEN)  # for who checks whole sequences
         self.cell = nn.LSTMCell(INPUT, HIDDEN)
         self.head = nn.Linear(HIDDEN, OUTPUT)
-        weights = self.lstm.state_dict()
-        self.cell.load_state_dict({name: weights[f"{name}_l0"] for name in self.cell.state_dict()})
+        self.head.load_state_dict({name: made.pop(name) for name in ("weight", "bias")})
+        self.cell.load_state_dict(made)
+        self.lstm.load_state_dict({f"{name}_l0": values for name, values in made.items()})
 
     def step(self, x: np.ndarray, state: bytes | None) -> tuple[bytes, bytes]:
         """x float32[64] and the stored state (None: a new session) to the output and the new state, as bytes."""

@@ -1,4 +1,4 @@
-"""`engram models list|show|check`: what bundles there are, what one is, and whether one can be served here."""
+"""`engram models list|show|check|import`: what bundles there are, what one is, and whether one can be served here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engram_models.commands import import_model
 from engram_models.json_text import json_text
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     listing = actions.add_parser("list", help="every version of every model")
     show = actions.add_parser("show", help="everything about one version")
     check = actions.add_parser("check", help="load one version, verify it, and find how it may be batched here")
+    import_model.configure(actions.add_parser("import", help=import_model.HELP))
     for action in (show, check):
         action.add_argument(
             "model", metavar="MODEL", help="NAME (the latest version), NAME/VERSION, or the path of a bundle"
@@ -41,6 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from engram_models.bundle import BundleError
 
+    if args.action == "import":
+        return import_model.run(args)
     action = {"list": _list, "show": _show, "check": _check}[args.action]
     try:
         return action(args)
@@ -75,7 +79,7 @@ def _row(ref: BundleRef, latest: dict[str, str], errors: list[str]) -> dict[str,
         errors.append(str(error))
         return row
     described = _described(bundle)
-    return row | {key: described[key] for key in ("kind", "input", "output", "state_bytes", "fingerprint")}
+    return row | {key: described[key] for key in ("kind", "inputs", "outputs", "state_bytes", "fingerprint")}
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -85,11 +89,11 @@ def _show(args: argparse.Namespace) -> int:
         print(json_text(described, indent=2))
         return 0
     config = ", ".join(f"{key} {value}" for key, value in described["config"].items())
-    state = [_spec_line(spec) for spec in bundle.state]
+    inputs, outputs, state = ([_spec_line(spec) for spec in specs] for specs in _specs(bundle))
     lines = {
         **described,
-        "input": _spec_line(bundle.input),
-        "output": _spec_line(bundle.output),
+        "inputs": inputs,
+        "outputs": outputs,
         "config": config,
         "state": state,
     }
@@ -100,32 +104,39 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    import torch
-
     from engram_models.bundle import BundleError
-    from engram_models.probe import batch_floor
 
     if args.batch_max < 1:
         raise BundleError(f"--batch-max {args.batch_max}: at least 1")
-    bundle = _load(args, args.device)
-    floor = batch_floor(bundle.cell, args.device, args.batch_max)
+    bundle = _load(args)
+    on_torch = args.device != "cpu" or not bundle.graph
+    batches = _examined_on_torch(bundle, args) if on_torch else _examined(bundle, args.batch_max)
     found = {
-        "ok": True, "model": f"{bundle.name}/{bundle.version}", "fingerprint": bundle.fingerprint, "check_vector": "passed",
-        "batch_floor": floor, "batch_max": args.batch_max, "device": args.device, "threads": torch.get_num_threads(),
+        "ok": True, "model": bundle.reference, "fingerprint": bundle.fingerprint, "check_vector": "passed", **batches,
+        "batch_max": args.batch_max, "device": args.device, "runtime": "torch" if on_torch else "ONNX Runtime",
     }  # fmt: skip
     if args.json:
         print(json_text(found, indent=2))
         return 0
-    batches = (
-        "no floor: rows run in tiles of one shape"
-        if floor is None
-        else f"same bits in any batch of a multiple of {floor} rows"
-    )
-    print(f"{found['model']}  fingerprint {bundle.fingerprint}")
-    print(
-        f"check vector  passed\nbatches       {batches} (tried up to {args.batch_max}, {args.device}, {found['threads']} threads)"
-    )
+    print(f"{found['model']}  fingerprint {bundle.fingerprint}\ncheck vector  passed")
+    print(f"batches       {found['batches']} (tried up to {args.batch_max}, {args.device}, {found['runtime']})")
     return 0
+
+
+def _examined(bundle: Bundle, batch_max: int) -> dict[str, Any]:
+    from engram_models.examination import examine
+
+    found = examine(bundle, batch_max)
+    return {"batch_floor": found.floor, "batches": found.batching.text}
+
+
+def _examined_on_torch(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
+    from engram_models.cell_bundles import CellStep, load_cell
+    from engram_models.graph_step import Batching
+    from engram_models.probe import batch_floor
+
+    floor = batch_floor(CellStep(load_cell(bundle, args.device)), bundle.schema, bundle.check, args.batch_max)
+    return {"batch_floor": floor, "batches": Batching(floor, 1).text}
 
 
 def _scan(directory: Path | None) -> tuple[list[BundleRef], list[str]]:
@@ -134,10 +145,10 @@ def _scan(directory: Path | None) -> tuple[list[BundleRef], list[str]]:
     return Repository([directory or shipped_models_dir()]).scan()
 
 
-def _load(args: argparse.Namespace, device: str = "cpu") -> Bundle:
+def _load(args: argparse.Namespace) -> Bundle:
     from engram_models.bundle import load_bundle
 
-    return load_bundle(_find(args.model, args.models), device)
+    return load_bundle(_find(args.model, args.models))
 
 
 def _find(model: str, directory: Path | None) -> Path:
@@ -155,14 +166,21 @@ def _find(model: str, directory: Path | None) -> Path:
 
 
 def _described(bundle: Bundle) -> dict[str, Any]:
+    inputs, outputs, state = _specs(bundle)
+    weights = bundle.read_weights().values()
     return {
         "name": bundle.name, "version": bundle.version, "kind": bundle.kind, "description": bundle.description,
-        "fingerprint": bundle.fingerprint, "input": _shape(bundle.input), "output": _shape(bundle.output),
-        "state": [{"name": s.name, **_shape(s), "role": s.role, "initial": s.initial} for s in bundle.state],
-        "state_bytes": bundle.state_nbytes, "generates": bundle.generates, "allows_non_finite": bundle.allows_non_finite,
-        "parameters": sum(parameter.numel() for parameter in bundle.cell.parameters()),
-        "config": dict(bundle.cell.config), "path": str(bundle.path),
+        "fingerprint": bundle.fingerprint, "inputs": [{"name": s.name, **_shape(s)} for s in inputs],
+        "outputs": [{"name": s.name, **_shape(s)} for s in outputs],
+        "state": [{"name": s.name, **_shape(s), "role": s.role, "initial": s.initial, "shared": s.shared} for s in state],
+        "state_bytes": bundle.state_nbytes, "generates": bundle.schema.generates,
+        "allows_non_finite": bundle.allows_non_finite, "batch": f"{bundle.batch}: {bundle.why}" if bundle.why else bundle.batch,
+        "parameters": sum(tensor.values.size for tensor in weights), "config": dict(bundle.config), "path": str(bundle.path),
     }  # fmt: skip
+
+
+def _specs(bundle: Bundle) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec], Sequence[TensorSpec]]:
+    return bundle.schema.inputs, bundle.schema.outputs, bundle.schema.state
 
 
 def _shape(spec: TensorSpec) -> dict[str, Any]:
@@ -178,10 +196,14 @@ def _table(rows: Sequence[dict[str, Any]]) -> None:
     header = ("NAME", "VERSION", "KIND", "INPUT", "OUTPUT", "STATE BYTES", "FINGERPRINT")
     cells: list[tuple[str, ...]] = [header]
     for row in rows:
-        sizes = ["x".join(map(str, row[key]["shape"])) if key in row else "-" for key in ("input", "output")]
+        sizes = [_sizes(row[key]) if key in row else "-" for key in ("inputs", "outputs")]
         version = f"{row['version']} (latest)" if row["latest"] else str(row["version"])
         rest = (str(row.get("state_bytes", "-")), str(row.get("fingerprint", "does not load")))
         cells.append((str(row["name"]), version, str(row.get("kind", "-")), *sizes, *rest))
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     for line in cells:
         print("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _sizes(specs: Sequence[dict[str, Any]]) -> str:
+    return " + ".join("x".join(map(str, spec["shape"])) or "1" for spec in specs)

@@ -26,6 +26,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        import torch  # noqa: F401 - whether it is there is all that is asked
+    except ImportError:
+        print(
+            "engram train: torch is not installed, and training needs it: pip install 'engram[train]'", file=sys.stderr
+        )
+        return 1
     from engram_models.training.experiment import TrainingError
 
     if not args.list and not args.recipe:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from engram_models.files import require_regular
 from engram_models.training.experiment import TrainingError
+from engram_models.training.output import write_whole
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], recipe: str, digest: str, seed: int) -> None:
@@ -64,19 +63,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those whose names begin with the prefix, named without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file's new content, whole or not at all. Raises TrainingError."""
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        with suppress(OSError):  # there may be no folder to remove it from
-            beside.unlink(missing_ok=True)
-        raise TrainingError(f"{path}: {error.strerror or error}; nothing was written") from error

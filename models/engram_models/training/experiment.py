@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import Tensor
-
-from engram_models.cell import Cell
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
+    from engram_models.cell import Cell
     from engram_models.training.recipe import Recipe
 
 

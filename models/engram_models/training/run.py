@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 
-from engram_models.bundle import BundleError, write_bundle
+from engram_models.bundle import BundleError
+from engram_models.cell_bundles import write_bundle
 from engram_models.files import read_file
 from engram_models.json_text import json_text
-from engram_models.training.checkpoint import load_checkpoint, save_checkpoint, write_whole
+from engram_models.training.checkpoint import load_checkpoint, save_checkpoint
 from engram_models.training.experiment import Experiment, Outcome, TrainingError
+from engram_models.training.output import write_whole
 from engram_models.training.procedures import procedure
 from engram_models.training.progress import Progress
 from engram_models.training.recipe import Recipe, parsed

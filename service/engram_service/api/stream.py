@@ -177,10 +177,9 @@ class StreamHandler:
         keys = [key_of(tenant, given or new_id()) for given in frame.session_ids]
         default = self._core.settings.durability == "interval"
         interval = default if frame.durability == 0 else frame.durability == stream_pb2.DURABILITY_INTERVAL
-        confirms = isinstance(frame, stream_pb2.OpenFrame) and frame.confirms
-        wanted = Wanted(
-            frame.model, frame.version, tenant, keys, interval, frame.client_id, frame.ttl_ms, attach, confirms
-        )
+        wanted = Wanted(frame.model, frame.version, tenant, keys, interval, frame.client_id, frame.ttl_ms, attach)
+        if isinstance(frame, stream_pb2.OpenFrame):
+            wanted.confirms, wanted.constants = frame.confirms, frame.constants
         try:
             opened = await self._sessions.open(stream, wanted)
         except Refusal as refusal:

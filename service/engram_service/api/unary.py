@@ -21,7 +21,6 @@ from engram_service.api.turns import Turns
 from engram_service.api.unary_stream import Asked, UnaryStream
 from engram_service.catalog import Served
 from engram_service.core import Core
-from engram_service.engine.arena import cast_to_bytes, cast_to_floats
 from engram_service.errors import (
     AlreadyExists,
     DataLoss,
@@ -33,7 +32,9 @@ from engram_service.errors import (
 )
 from engram_service.memory.chunks import ChunkError
 from engram_service.memory.memories import Memories
+from engram_service.rows import rows_of
 from engram_service.sessions.calls import StoreCalls
+from engram_service.sessions.constants import starting_state
 from engram_service.sessions.ending import Endings
 from engram_service.sessions.opening import Sessions, check_ids, new_id
 from engram_service.sessions.table import NO_SLOT
@@ -81,6 +82,7 @@ class UnaryHandlers:
             info = await self.info(request.session_id)
             model, version = info.model, info.version
         served = self._core.catalog.resolve(model, version)
+        starting_state(served, request.constants)  # refused alike, whether or not the session is there
         inputs, rows = _inputs(request, served)
         if not rows and not request.generate:
             raise InvalidArgument("INVALID_INPUT_WIDTH", "no input rows and nothing to generate")
@@ -99,16 +101,17 @@ class UnaryHandlers:
             request.quiet,
             request.generate,
             call.left_s,
+            request.constants,
         )
         seq, outputs = await self._unary.step(asked)
-        spec = served.bundle.output
+        gives = rows_of(served.bundle.schema.outputs)
         response = session_pb2.StepResponse(seq=seq)
         if not request.quiet:
-            response.shape.extend((len(outputs), *spec.shape))
+            response.shape.extend(gives.shape(len(outputs)))
             if request.raw:
                 response.raw_outputs = outputs.tobytes()
             else:
-                response.outputs.extend(cast_to_floats(outputs, spec))
+                response.outputs.extend(gives.as_floats(outputs).ravel().tolist())
         return response
 
     async def get_session(self, request: session_pb2.GetSessionRequest, call: Call) -> session_pb2.GetSessionResponse:
@@ -158,7 +161,7 @@ class UnaryHandlers:
             self._core.catalog.resolve(info.model, info.version),
             self._core.catalog.resolve(info.model, request.version),
         )
-        if (old.bundle.state, old.bundle.output) != (new.bundle.state, new.bundle.output):
+        if _kept_by(old) != _kept_by(new):
             message = f"{old.reference} and {new.reference} have different state schemas or outputs"
             raise FailedPrecondition("INCOMPATIBLE_VERSION", message)
         self._unpacked(old, info)
@@ -208,7 +211,7 @@ class UnaryHandlers:
         specs = self._core.catalog.describe(served).state
         response = session_pb2.GetSessionStateResponse(seq=info.seq)
         start = 0
-        for spec, own in zip(specs, served.bundle.state, strict=True):
+        for spec, own in zip(specs, served.bundle.schema.state, strict=True):
             response.tensors.append(model_pb2.Tensor(spec=spec, data=state[start : start + own.nbytes].tobytes()))
             start += own.nbytes
         return response
@@ -262,7 +265,7 @@ class UnaryHandlers:
         served = self._core.catalog.resolve(info.model, info.version)
         records = self._unpacked(served, info)
         if records.initial[0]:
-            return served, served.arena.pack(list(served.bundle.cell.initial_state(1)), 1)[0]
+            return served, served.bundle.initial_row
         return served, records.states[0]
 
     async def committed(self, session_id: str, left_s: float, min_seq: int = 0) -> SessionInfo:
@@ -334,16 +337,26 @@ def check_id(session_id: str) -> None:
         raise refusal
 
 
+def _kept_by(served: Served) -> tuple[Any, ...]:
+    """What records of a model are made of."""
+    return served.bundle.schema.state, served.bundle.schema.outputs
+
+
 def _inputs(request: session_pb2.StepRequest, served: Served) -> tuple[bytes, int]:
-    """The request's input rows as bytes of the model's dtype, and how many they are."""
-    spec = served.bundle.input
+    """The request's input rows as bytes of the model's dtypes, and how many they are."""
+    takes = rows_of(served.bundle.schema.inputs)
+    given, whole, unit = (
+        (len(request.raw_inputs), takes.nbytes, "bytes")
+        if request.raw_inputs
+        else (len(request.inputs), takes.size, "values")
+    )
+    rows = given // whole if whole else 0
+    if rows * whole != given:
+        message = f"model {served.reference} takes {takes} a step: {given} {unit} are not whole rows of {whole}"
+        raise InvalidArgument("INVALID_INPUT_WIDTH", message)
     if request.raw_inputs:
-        data = request.raw_inputs
-    else:
-        data = cast_to_bytes(np.array(request.inputs, np.float32), spec)
-    if len(data) % spec.nbytes:
-        sizes = f"{len(data) // spec.torch_dtype.itemsize} values are not whole rows of {spec.size}"
-        raise InvalidArgument(
-            "INVALID_INPUT_WIDTH", f"model {served.reference} takes {list(spec.shape)} values a step: {sizes}"
-        )
-    return data, len(data) // spec.nbytes
+        return request.raw_inputs, rows
+    try:
+        return takes.of_floats(np.array(request.inputs, np.float32).reshape(rows, whole)).tobytes(), rows
+    except ValueError as error:
+        raise InvalidArgument("INVALID_INPUT_DTYPE", f"model {served.reference}: {error}") from error

@@ -6,12 +6,13 @@ A call is found again by handle and seq. A handle names one session only, also w
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engram.v1 import stream_pb2
+from engram.v1 import model_pb2, stream_pb2
 from engram_service.core import Core
 from engram_service.errors import Aborted, Internal, of_detail
 from engram_service.sessions.admission import FEEDBACK, QUIET
@@ -65,6 +66,7 @@ class Asked:
     quiet: bool
     generate: int
     timeout_s: float
+    constants: Sequence[model_pb2.Constant] = ()  # of the session, if this makes it
 
 
 class UnaryStream:
@@ -133,7 +135,7 @@ class UnaryStream:
             self._calls.setdefault(key, []).append(call)
         try:
             if not under_way:
-                core.steps(self._stream, self._frame(asked, handle, first, served.bundle.input.nbytes))
+                core.steps(self._stream, self._frame(asked, handle, first, served.bundle.schema.input_nbytes))
             await call.done
         finally:
             for key in keys:
@@ -156,8 +158,9 @@ class UnaryStream:
 
     async def _open(self, asked: Asked) -> None:
         wanted = Wanted(
-            asked.model, asked.version, tenant_of(asked.session_id), [asked.session_id], False, CLIENT_ID, 0, False
-        )
+            asked.model, asked.version, tenant_of(asked.session_id), [asked.session_id], False, CLIENT_ID, 0, False,
+            constants=asked.constants,
+        )  # fmt: skip
         opened = await self._sessions.open(self._stream, wanted, asked.timeout_s)
         if opened.errors:
             raise opened.errors[0]

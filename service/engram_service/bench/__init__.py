@@ -1,1 +1,1 @@
-"""`engram bench`: what a server does under closed-loop load, beside plain torch and beside a plain server, in one run."""
+"""`engram bench`: what a server does under closed-loop load, beside plain ONNX Runtime, torch and a plain server, in one run."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import engram
 
-CHECKED_STEPS = 16  # of every session, from its first: kept, to be compared with plain torch
+CHECKED_STEPS = 16  # of every session, from its first: kept, to be compared with plain libraries
 _POOL = 16
 
 

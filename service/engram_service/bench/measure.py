@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,7 +18,7 @@ from engram_service.bench.ceiling import Ceiling
 from engram_service.bench.load import LoadSpec
 from engram_service.bench.plain import PlainResult, measure_plain
 from engram_service.bench.types import Progress
-from engram_service.bench.workload import W, Workload, reference, workload_of, workload_w, write_w
+from engram_service.bench.workload import W, Workload, device_of, has_torch, reference, workload_of, workload_w, write_w
 from engram_service.http.get import get
 from engram_service.local import LocalServer
 
@@ -58,7 +57,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table. A figure that was not measured is None."""
+    """One line of the table. A figure that was not measured is None.
+
+    ceilings: steps/s of each plain library; ceiling_steps_per_s: of the one that the server uses too, which ratio is to.
+    """
 
     model: str
     sessions: int
@@ -67,6 +69,7 @@ class Result:
     steps_per_s: float
     p50_ms: float
     p99_ms: float
+    ceilings: dict[str, float]
     ceiling_steps_per_s: float
     ratio: float
     plain_steps_per_s: float | None
@@ -80,6 +83,7 @@ class Result:
     steps: int
     seconds: float
     checked_steps: int
+    compared_with: tuple[str, ...]
     difference_max: float
 
     @property
@@ -87,7 +91,7 @@ class Result:
         return self.difference_max <= TOLERANCE
 
     def as_dict(self) -> dict[str, object]:
-        return {**asdict(self), "outputs_equal_plain_torch": self.outputs_equal, "tolerance": TOLERANCE}
+        return {**asdict(self), "outputs_equal": self.outputs_equal, "tolerance": TOLERANCE}
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def measure(options: Options, progress: Progress, plain: PlainResult | None = No
     """Measures once. `plain`: what the plain server did at this many sessions, if it is known. Raises BenchError."""
     _check(options)
     try:
-        device = _device(options.device)
+        device = device_of(options.device)
         work = workload_w(device) if options.model == W else workload_of(options.model, options.models, device)
     except ValueError as error:
         raise BenchError(str(error)) from error
@@ -122,11 +126,6 @@ def measure(options: Options, progress: Progress, plain: PlainResult | None = No
         progress("starting a private server")
         with LocalServer(directory / "server", models, flags) as server:
             return _measured(options, work, server.address, server.http, directory, progress, plain)
-
-
-def _device(name: str) -> str:
-    """What `auto` means to the server too."""
-    return ("cuda:0" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _check(options: Options) -> None:
@@ -148,14 +147,12 @@ def _measured(
     plain: PlainResult | None,
 ) -> Result:
     specs = _specs(options, work, address, directory)
-    window_s = min(1.0, options.seconds / 4)
-    progress(f"ceiling: plain torch, batches of {options.sessions}")
-    ceiling = Ceiling(work, options.sessions, window_s)
-    ceiling.measure(_CEILING_WINDOWS)
+    ceilings = _ceilings(options, work, progress)
     load = asyncio.run(_drive(options, specs, http, progress))
-    ceiling.measure(_CEILING_WINDOWS)
-    top = ceiling.steps_per_s
-    progress("checking outputs against plain torch")
+    for one in ceilings:
+        one.measure(_CEILING_WINDOWS)
+    top = ceilings[0].steps_per_s
+    progress(f"checking outputs against {_names(work)}")
     checked, difference = _compare(work, specs, directory)
     if plain is None and options.plain and options.model == W:
         plain = measure_plain(options.sessions, options.seconds, options.processes, directory, progress)
@@ -163,12 +160,30 @@ def _measured(
     return Result(
         model=options.model, sessions=options.sessions, connections=sum(spec.connections for spec in specs),
         durability=options.durability, steps_per_s=rate, p50_ms=load.p50_ms, p99_ms=load.p99_ms,
-        ceiling_steps_per_s=top, ratio=rate / top,
+        ceilings={one.name: one.steps_per_s for one in ceilings}, ceiling_steps_per_s=top, ratio=rate / top,
         plain_steps_per_s=plain.steps_per_s if plain else None, plain_p50_ms=plain.p50_ms if plain else None,
         plain_ratio=rate / plain.steps_per_s if plain else None,
-        steps=load.steps, seconds=load.seconds, checked_steps=checked, difference_max=difference,
+        steps=load.steps, seconds=load.seconds, checked_steps=checked,
+        compared_with=tuple(plain.name for plain in work.plains), difference_max=difference,
         **_server_figures(load),
     )  # fmt: skip
+
+
+def _ceilings(options: Options, work: Workload, progress: Progress) -> list[Ceiling]:
+    """Begun before the load; of every plain library that is here."""
+    if not has_torch():
+        progress("torch is not installed: plain torch is left out (pip install 'engram[torch]' brings it)")
+    ceilings = []
+    for plain in work.plains:
+        progress(f"ceiling: plain {plain.name}, batches of {options.sessions}")
+        window_s, threads = min(1.0, options.seconds / 4), 0 if work.on_cpu else 1
+        ceilings.append(Ceiling(plain, work.input_shape, options.sessions, window_s, threads))
+        ceilings[-1].measure(_CEILING_WINDOWS)
+    return ceilings
+
+
+def _names(work: Workload) -> str:
+    return " and ".join(f"plain {plain.name}" for plain in work.plains)
 
 
 def _specs(options: Options, work: Workload, address: str, directory: Path) -> list[LoadSpec]:
@@ -294,11 +309,12 @@ def _server_figures(load: _Load) -> dict[str, Any]:
 
 
 def _compare(work: Workload, specs: list[LoadSpec], directory: Path) -> tuple[int, float]:
-    """How many steps were compared with plain torch, and the largest difference."""
+    """How many steps were compared with every plain library, and the largest difference."""
     steps, difference = 0, 0.0
     for spec in specs:
         outputs = np.load(directory / f"outputs-{spec.seed}.npy")
-        expected = reference(work, spec.seed, spec.sessions, len(outputs))
         steps += outputs.shape[0] * outputs.shape[1]
-        difference = max(difference, float(np.abs(outputs - expected).max()))
+        for plain in work.plains:
+            expected = reference(plain, work.input_shape, spec.seed, spec.sessions, len(outputs))
+            difference = max(difference, float(np.abs(outputs - expected).max()))
     return steps, difference

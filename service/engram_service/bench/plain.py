@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engram_service.bench.types import Progress
+from engram_service.bench.workload import has_torch
 from engram_service.store.private import PrivateRedis, PrivateSettings
 
 STYLES = ("threads", "asyncio")
@@ -45,6 +46,9 @@ def measure_plain(
     directory = yardstick()
     if directory is None:
         progress("the plain server is not here (it is in the repository's tests/yardstick): no ratio to it")
+        return None
+    if not has_torch():
+        progress("the plain server computes with torch, which is not installed: no ratio to it")
         return None
     store = PrivateRedis(PrivateSettings(scratch / "plain-redis"))
     store.start()

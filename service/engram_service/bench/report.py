@@ -10,13 +10,12 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from engram_service.bench.measure import TOLERANCE, Result
+from engram_service.bench.workload import gpu
 from engram_service.store import StoreError
 from engram_service.store.private import redis_binary
 
-_PACKAGES = ("engram", "torch", "grpcio", "numpy", "redis")
+_PACKAGES = ("engram", "onnxruntime", "torch", "grpcio", "numpy", "redis")
 _COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
     ("sessions", lambda one: f"{one.sessions:,}"),
     ("connections", lambda one: f"{one.connections}"),
@@ -24,7 +23,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
     ("steps/s", lambda one: f"{one.steps_per_s:,.0f}"),
     ("p50 ms", lambda one: f"{one.p50_ms:.2f}"),
     ("p99 ms", lambda one: f"{one.p99_ms:.2f}"),
-    ("ceiling steps/s", lambda one: f"{one.ceiling_steps_per_s:,.0f}"),
+    ("ONNX Runtime steps/s", lambda one: _number(one.ceilings.get("ONNX Runtime"), ",.0f")),
+    ("torch steps/s", lambda one: _number(one.ceilings.get("torch"), ",.0f")),
     ("of ceiling", lambda one: f"{one.ratio:.2f}"),
     ("plain steps/s", lambda one: _number(one.plain_steps_per_s, ",.0f")),
     ("plain p50 ms", lambda one: _number(one.plain_p50_ms, ".2f")),
@@ -55,7 +55,8 @@ def verdict(results: Sequence[Result]) -> str:
     """What the comparison of outputs gave, in a sentence."""
     steps = sum(one.checked_steps for one in results)
     worst = max(one.difference_max for one in results)
-    held = "equal plain torch" if all(one.outputs_equal for one in results) else "DIFFER from plain torch"
+    plain = " and ".join(f"plain {name}" for name in results[0].compared_with)
+    held = f"equal {plain}" if all(one.outputs_equal for one in results) else f"DIFFER from {plain}"
     return f"Outputs {held} within {TOLERANCE:g}: {steps:,} steps compared, largest difference {worst:.1e}."
 
 
@@ -68,8 +69,8 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
     }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+    if name := gpu():
+        found["gpu"] = name
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

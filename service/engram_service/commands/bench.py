@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engram._json import json_text
 
-HELP = "measure a server beside plain torch and a plain server"
+HELP = "measure a server beside plain ONNX Runtime, plain torch and a plain server"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -110,7 +110,7 @@ def _screen(as_json: bool) -> Screen:
 
 def _write(told: Told, out: Path) -> list[Path]:
     """The story's pictures in `out`, each whole or not at all. Raises TrainingError."""
-    from engram_models.training.checkpoint import write_whole
+    from engram_models.training.output import write_whole
     from engram_models.training.pictures import png
 
     paths = []

@@ -1,8 +1,8 @@
 """The engine's threads: take what is ready, advance it, keep the outputs, and hand the commit to the store.
 
 The only threads that run cells and write arenas. What they find is told to the event loop through `Answers`. A GPU has one.
-A CPU has several, each with single-threaded torch on a tick of its own: threads that share one tick wait for each other at
-every operation, and when Redis and clients want the cores too, for whoever the kernel has put to sleep.
+A CPU has several, each on a tick of its own: threads that share one tick wait for each other at every operation, and when Redis
+and clients want the cores too, for whoever the kernel has put to sleep.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from engram_service.catalog import Catalog, Served
@@ -134,7 +133,6 @@ class Engine:
 
     def _run(self) -> None:
         """Computes a tick while Redis writes the one before, and waits for Redis only where there is nothing to compute."""
-        torch.set_num_threads(1)
         line = _Line(self._store)
         while (work := self._queue.take(wait=line.empty, turns=line.behind is None)) is not None or not line.empty:
             if callable(work):
@@ -181,16 +179,16 @@ class Engine:
         started = time.monotonic()
         slots = self._table.slot[tick.rows]
         inputs = _inputs(tick)
-        feedback = (tick.flags & FEEDBACK).astype(np.bool_) if served.bundle.generates else None
+        feedback = (tick.flags & FEEDBACK).astype(np.bool_) if served.bundle.schema.generates else None
         if feedback is not None and not feedback.any():
             feedback = None
         if tick.last is None:
-            result = served.runner.step(slots, inputs, feedback)
+            result = served.runtime.step(slots, inputs, feedback)
             outputs, states = result.outputs, result.states
         else:
             outputs = np.empty((len(tick), served.arena.output_nbytes), np.uint8)
             for wave in tick.waves:
-                result = served.runner.step(slots[wave], inputs[wave], None if feedback is None else feedback[wave])
+                result = served.runtime.step(slots[wave], inputs[wave], None if feedback is None else feedback[wave])
                 outputs[wave] = result.outputs
             states = [served.arena.packed(slots[tick.last])]
         served.arena.keep(slots, tick.seqs, outputs)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engram.v1 import model_pb2
 from engram_service.catalog import Served
 from engram_service.core import Core
 from engram_service.errors import (
@@ -34,6 +35,7 @@ from engram_service.errors import (
     Unavailable,
 )
 from engram_service.sessions.calls import StoreCalls
+from engram_service.sessions.constants import starting_state
 from engram_service.sessions.handles import PLACES_MAX, TAKEN_OVER
 from engram_service.sessions.holds import Holds
 from engram_service.sessions.refusals import taken_over
@@ -65,6 +67,8 @@ class Wanted:
     ttl_ms: int
     attach: bool
     confirms: bool = False  # the client can be asked whether it is still there
+    constants: Sequence[model_pb2.Constant] = ()  # of the sessions that this makes
+    start: NDArray[np.uint8] | None = None  # the state that they begin with; None: the model's initial one
 
 
 @dataclass(slots=True)
@@ -128,6 +132,7 @@ class Sessions:
             message = f"this stream has {len(stream.handles)} sessions open, and may have {PLACES_MAX}; use another one"
             raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
         served = core.catalog.resolve(wanted.model, wanted.version)
+        wanted = replace(wanted, start=starting_state(served, wanted.constants))
         ids = list(wanted.ids)
         result = Opened.refused(len(ids), ids, None)
         result.errors = {i: refusal for i, refusal in enumerate(check_ids(ids)) if refusal is not None}
@@ -241,7 +246,7 @@ class Sessions:
 
     def _requests(self, served: Served, wanted: Wanted, ids: Sequence[str]) -> list[ClaimRequest]:
         ttl_ms = wanted.ttl_ms or self._core.settings.session_ttl_s * 1000
-        initial = served.layout.initial(1, int(time.time() * 1000))
+        initial = served.layout.initial(1, int(time.time() * 1000), wanted.start)
         tokens = secrets.token_hex(_TOKEN_NBYTES * len(ids))
         width = 2 * _TOKEN_NBYTES
         return [
@@ -343,6 +348,8 @@ class Sessions:
         table.acked[rows] = kept.acked
         table.used[rows] = table.touched[rows] = core.residency.clock()
         result.seqs[at], result.acked[at] = kept.seq, kept.acked
+        begun = np.flatnonzero(~kept.initial & (kept.seq == 0))
+        core.residency.starts.enter(served, rows[begun], kept.states[begun])
         advanced = np.flatnonzero(kept.seq > 0)
         if len(advanced):
             core.residency.place_if_room(served, rows[advanced], kept.only(advanced.tolist()))

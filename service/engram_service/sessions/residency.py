@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from engram_service.catalog import Served
 from engram_service.logs import named
+from engram_service.sessions.changes import RuntimeChanges
+from engram_service.sessions.constants import Starts
 from engram_service.sessions.eviction import GRACE_S, leaving
 from engram_service.sessions.table import NO_SLOT, NO_STREAM, References
 from engram_service.store import Records, Store, StoreUnavailable, Verdict
@@ -38,6 +40,8 @@ class Residency:
     def __init__(self, core: Core, store: Store) -> None:
         self._core = core
         self._store = store
+        self.starts = Starts(core.table)
+        self._changes = RuntimeChanges(core.metrics)
         self._started = time.monotonic()
         self._wanting: dict[
             int, deque[int]
@@ -89,12 +93,22 @@ class Residency:
         table.used[rows] = self.clock()
         new = table.applied[rows] == 0
         if new.any():
-            fresh = slots[new]
-            self._core.queue.post(lambda: served.arena.reset(fresh))
+            self._begin(served, rows[new], slots[new])
             self._core.queue.release(rows[new])
         if not new.all():
             load = self._load(served, table.refer(rows[~new]), slots[~new])
             self._core.supervisor.once("load", load)
+
+    def _begin(self, served: Served, rows: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
+        """Puts what sessions without steps begin with into their slots."""
+        places, states = self.starts.states(served, rows)
+
+        def begin() -> None:
+            served.arena.reset(slots)
+            if len(places):
+                served.arena.load(slots[places], states)
+
+        self._core.queue.post(begin)
 
     async def _load(self, served: Served, sessions: References, slots: NDArray[np.int32]) -> None:
         """Reads records of sessions that this server still holds; without them the sessions are lost to it.
@@ -145,6 +159,7 @@ class Residency:
         """Puts records into slots; ticks taken from now on find them there."""
         self._core.table.slot[rows] = slots
         self._core.table.used[rows] = self.clock()
+        self._changes.note(served, records)
 
         def load() -> None:
             served.arena.reset(slots)
@@ -171,6 +186,7 @@ class Residency:
         """Frees the slots of sessions that are forgotten, and waits for none for them."""
         table = self._core.table
         self.unwant(rows)
+        self.starts.forget(rows)
         for model in np.unique(table.model[rows]).tolist():
             self.forget_slots(self._core.catalog.models[model], rows[table.model[rows] == model])
 
@@ -329,6 +345,7 @@ class Residency:
     def _sweep(self, unused_since: float) -> None:
         """Frees the slots of idle sessions, and forgets those that no stream holds."""
         table, freed = self._core.table, False
+        self.starts.trim()
         for served in self._core.catalog.models:
             rows, _ = served.arena.holders()
             old = rows[self._still(rows) & (table.used[rows] < unused_since)]

@@ -27,7 +27,8 @@ HEADER = np.dtype(
     [
         ("magic", "<u4"),
         ("schema", "<u2"),
-        ("flags", "<u2"),
+        ("flags", "u1"),
+        ("runtime", "u1"),  # that computed the state (Runtime.code); 0: unknown, or none yet
         ("fingerprint", "<u8"),  # first 8 bytes of the bundle's fingerprint
         ("seq", "<u8"),
         ("acked", "<u8"),
@@ -51,6 +52,7 @@ class Records:
     epoch: NDArray[np.uint64]
     commit_ms: NDArray[np.uint64]
     initial: NDArray[np.bool_]
+    runtime: NDArray[np.uint8]
     states: NDArray[np.uint8]  # [n, state_nbytes]
     counts: NDArray[np.uint32]
     outputs: NDArray[np.uint8]  # [n, greatest count, output_nbytes], oldest first
@@ -58,8 +60,8 @@ class Records:
 
     def only(self, rows: Sequence[int]) -> Records:
         at = np.asarray(rows, np.intp)
-        return Records(self.seq[at], self.acked[at], self.epoch[at], self.commit_ms[at], self.initial[at], self.states[at],
-                       self.counts[at], self.outputs[at], {})  # fmt: skip
+        return Records(self.seq[at], self.acked[at], self.epoch[at], self.commit_ms[at], self.initial[at], self.runtime[at],
+                       self.states[at], self.counts[at], self.outputs[at], {})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +87,13 @@ class RecordBlock:
 
 
 class RecordLayout:
-    """Packs and reads the records of one model version."""
+    """Packs and reads the records of one model version, whose states a runtime of this code computes."""
 
-    def __init__(self, fingerprint: str, state_nbytes: int, output_nbytes: int) -> None:
+    def __init__(self, fingerprint: str, state_nbytes: int, output_nbytes: int, runtime: int = 0) -> None:
         self.fingerprint = int.from_bytes(bytes.fromhex(fingerprint)[:8], "little")
         self.state_nbytes = state_nbytes
         self.output_nbytes = output_nbytes
+        self.runtime = runtime
 
     def pack(
         self, seq: NDArray[Any], acked: NDArray[Any], epoch: NDArray[Any], states: Sequence[NDArray[np.uint8]],
@@ -104,7 +107,7 @@ class RecordLayout:
         kept = outputs.shape[1] * self.output_nbytes
         values = np.empty((rows, self.record_nbytes(outputs.shape[1])), np.uint8)
         header = self._header(values)
-        header["flags"] = 0
+        header["flags"], header["runtime"] = 0, self.runtime
         header["seq"], header["acked"], header["epoch"], header["count"] = seq, acked, epoch, counts
         header["state_nbytes"] = self.state_nbytes
         header["commit_ms"] = now_ms
@@ -120,12 +123,16 @@ class RecordLayout:
     def record_nbytes(self, outputs: int) -> int:
         return _padded(HEADER.itemsize + self.state_nbytes + outputs * self.output_nbytes)
 
-    def initial(self, epoch: int, now_ms: int) -> bytes:
-        """The record of a new session: the header alone."""
-        values = np.zeros((1, HEADER.itemsize), np.uint8)
+    def initial(self, epoch: int, now_ms: int, state: NDArray[np.uint8] | None = None) -> bytes:
+        """The record of a new session: the header alone, or with a state other than the schema's initial one."""
+        values = np.zeros((1, HEADER.itemsize if state is None else self.record_nbytes(0)), np.uint8)
         header = self._header(values)
-        header["flags"] = INITIAL
         header["epoch"], header["commit_ms"] = epoch, now_ms
+        if state is None:
+            header["flags"] = INITIAL
+        else:
+            header["state_nbytes"] = self.state_nbytes
+            values[0, HEADER.itemsize : HEADER.itemsize + self.state_nbytes] = state
         header["checksum"] = checksums(values)
         return values.tobytes()
 
@@ -164,7 +171,7 @@ class RecordLayout:
             outputs[at, :room] = tail[:, : room * self.output_nbytes].reshape(len(at), room, self.output_nbytes)
         initial = (header["flags"] & INITIAL).astype(np.bool_)
         return Records(header["seq"].copy(), header["acked"].copy(), header["epoch"].copy(), header["commit_ms"].copy(), initial,
-                       states, counts, outputs, errors)  # fmt: skip
+                       header["runtime"].copy(), states, counts, outputs, errors)  # fmt: skip
 
     def _check(
         self, at: NDArray[np.intp], head: NDArray[Any], block: NDArray[np.uint8], errors: dict[int, str]

@@ -25,7 +25,9 @@ _SOUND = record(5, 4, 1)
 
 
 def seeds() -> list[bytes]:
-    return [_LAYOUT.initial(1, 1_700_000_000_000), record(1, 0, 1), record(9, 7, 2), record(40, 32, 8)]
+    state = np.arange(_LAYOUT.state_nbytes, dtype=np.uint8)
+    constants = _LAYOUT.initial(1, 1_700_000_000_000, state)
+    return [_LAYOUT.initial(1, 1_700_000_000_000), constants, record(1, 0, 1), record(9, 7, 2), record(40, 32, 8)]
 
 
 def mend(data: bytes) -> bytes:

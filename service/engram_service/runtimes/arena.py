@@ -1,7 +1,8 @@
-"""The arena: preallocated tensors that hold the state of a model's resident sessions, one row (slot) each.
+"""The arena: preallocated columns that hold the state of a model's resident sessions, one row (slot) each.
 
-Beside the state it keeps, in host memory, each slot's last outputs (a ring of `window` rows) so that an answer that was
-lost can be given again, and what is committed can carry them. The engine thread writes; the event loop hands out slots.
+Beside the state it keeps each slot's last outputs (a ring of `window` rows) so that an answer that was lost can be given again,
+and what is committed can carry them. The engine's threads write; the event loop hands out slots. In host memory; what keeps states
+on a device overrides where they are (torch_cuda.py).
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import mmap
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from engram_models import Bundle, TensorSpec
+from engram_models.bundle import Bundle
+from engram_models.spec import TensorSpec
 
 _NOBODY = -1
 
@@ -21,23 +22,21 @@ _NOBODY = -1
 class Arena:
     """Slots for `capacity` sessions of one model; slot `capacity` is scratch, for rows that pad a batch."""
 
-    def __init__(self, bundle: Bundle, capacity: int, window: int, device: torch.device) -> None:
+    device = "cpu"
+
+    def __init__(self, bundle: Bundle, capacity: int, window: int) -> None:
         self.bundle = bundle
+        self.schema = bundle.schema
         self.capacity = capacity
         self.window = window
-        self.device = device
-        self.state_nbytes = sum(spec.nbytes for spec in bundle.state)
-        self.output_nbytes = bundle.output.nbytes
+        self.state_nbytes = self.schema.state_nbytes
+        self.output_nbytes = self.schema.output_nbytes
         self._maps: list[tuple[mmap.mmap, int]] = []
-        self.state = [self._tensor(spec) for spec in bundle.state]
-        self.last = self._tensor(bundle.output) if bundle.generates else None
         self._ring = self._host((capacity + 1, window, self.output_nbytes))
         self._free = list(range(capacity - 1, -1, -1))
         self._holder = np.full(capacity, _NOBODY, np.int32)  # session in each slot, as a row of the session table
         self._since = np.zeros(capacity)  # when it came, on the session table's clock
-        self._initial = [
-            torch.full((1, *spec.shape), spec.initial, dtype=spec.torch_dtype, device=device) for spec in bundle.state
-        ]
+        self._make_columns()
         self.reset(np.array([capacity]))
 
     # Slots: event loop only.
@@ -82,20 +81,15 @@ class Arena:
 
     def reset(self, slots: NDArray[Any]) -> None:
         """Sets slots to the schema's initial state."""
-        index = self._index(slots)
-        for tensor, initial in zip(self.state, self._initial, strict=True):
-            tensor.index_copy_(0, index, initial.expand(len(slots), *initial.shape[1:]))
+        for spec, column in zip(self.schema.state, self.state, strict=True):
+            column[slots] = self.bundle.initial(spec)
         if self.last is not None:
-            self.last.index_fill_(0, index, 0)
+            self.last[slots] = 0
 
     def load(self, slots: NDArray[np.int32], states: NDArray[np.uint8]) -> None:
         """Fills slots from packed state rows, uint8 [n, state_nbytes]."""
-        index = self._index(slots)
-        start = 0
-        for spec, tensor in zip(self.bundle.state, self.state, strict=True):
-            block = np.ascontiguousarray(states[:, start : start + spec.nbytes])
-            tensor.index_copy_(0, index, from_bytes(block, spec).to(self.device))
-            start += spec.nbytes
+        for spec, column, block in zip(self.schema.state, self.state, split(states, self.schema.state), strict=True):
+            column[slots] = from_bytes(block, spec)
 
     def load_outputs(
         self, slots: NDArray[np.int32], seqs: NDArray[np.uint64], outputs: NDArray[np.uint8], counts: NDArray[Any]
@@ -107,8 +101,7 @@ class Arena:
             self.keep(slots[rows], seq, outputs[rows, k])
         if self.last is not None:
             rows = np.flatnonzero(counts > 0)
-            newest = np.ascontiguousarray(outputs[rows, counts[rows].astype(np.intp) - 1])
-            self.last.index_copy_(0, self._index(slots[rows]), from_bytes(newest, self.bundle.output).to(self.device))
+            self._put_last(slots[rows], np.ascontiguousarray(outputs[rows, counts[rows].astype(np.intp) - 1]))
 
     def keep(self, slots: NDArray[Any], seqs: NDArray[np.uint64], outputs: NDArray[np.uint8]) -> None:
         """Keeps outputs, uint8 [n, output_nbytes], as those of steps `seqs`."""
@@ -121,30 +114,26 @@ class Arena:
 
     def packed(self, slots: NDArray[np.int32]) -> NDArray[np.uint8]:
         """State rows of slots, uint8 [n, state_nbytes]."""
-        index = self._index(slots)
-        return self.pack([tensor.index_select(0, index) for tensor in self.state], len(slots))
-
-    def pack(self, state: list[torch.Tensor], rows: int) -> NDArray[np.uint8]:
-        """Batch-first state tensors, none where the model has no state, as rows of bytes in schema order.
-
-        uint8 [rows, state_nbytes]
-        """
-        packed = np.empty((rows, self.state_nbytes), np.uint8)
-        start = 0
-        for spec, tensor in zip(self.bundle.state, state, strict=True):
-            packed[:, start : start + spec.nbytes] = to_bytes(tensor)
-            start += spec.nbytes
+        packed = np.empty((len(slots), self.state_nbytes), np.uint8)
+        for block, column in zip(split(packed, self.schema.state), self.state, strict=True):
+            block[:] = to_bytes(column[slots])
         return packed
 
-    def _index(self, slots: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(slots.astype(np.int64)).to(self.device)
+    def _make_columns(self) -> None:
+        """`state`: [capacity + 1, *shape] each; `last`: the last outputs' bytes where the model can feed on them, else None."""
+        self.state: list[NDArray[Any]] = [
+            self._host((self.capacity + 1, spec.nbytes)).reshape(-1).view(spec.np_dtype).reshape(-1, *spec.shape)
+            if spec.size
+            else np.empty((self.capacity + 1, *spec.shape), spec.np_dtype)
+            for spec in self.schema.state
+        ]
+        self.last: NDArray[np.uint8] | None = None
+        if self.schema.generates:
+            self.last = self._host((self.capacity + 1, self.output_nbytes))
 
-    def _tensor(self, spec: TensorSpec) -> torch.Tensor:
-        shape = (self.capacity + 1, *spec.shape)
-        if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=spec.torch_dtype, device=self.device)
-        flat = self._host((self.capacity + 1, spec.nbytes))
-        return torch.from_numpy(flat).view(-1).view(spec.torch_dtype).view(shape)
+    def _put_last(self, slots: NDArray[np.int32], outputs: NDArray[np.uint8]) -> None:
+        assert self.last is not None
+        self.last[slots] = outputs
 
     def _host(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         """Zeroed host memory whose pages cost nothing until they are touched and can be given back."""
@@ -154,26 +143,23 @@ class Arena:
         return np.frombuffer(pages, np.uint8, shape[0] * row_nbytes).reshape(shape)
 
 
-def to_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
-    """A batch-first tensor as rows of bytes, uint8 [n, bytes]; a view where the tensor is contiguous on the CPU."""
-    rows = len(tensor)
-    flat = tensor.detach().contiguous().view(rows, -1)
-    return flat.view(torch.uint8).cpu().numpy().reshape(rows, -1)
+def split(rows: NDArray[np.uint8], specs: tuple[TensorSpec, ...]) -> list[NDArray[np.uint8]]:
+    """The tensors' bytes in rows [n, bytes of all], [n, nbytes] each; views."""
+    blocks, start = [], 0
+    for spec in specs:
+        blocks.append(rows[:, start : start + spec.nbytes])
+        start += spec.nbytes
+    return blocks
 
 
-def from_bytes(rows: NDArray[np.uint8], spec: TensorSpec) -> torch.Tensor:
-    """Rows of bytes, contiguous uint8 [n, spec.nbytes], as a CPU tensor [n, *shape]."""
-    if not rows.flags.writeable:
-        rows = rows.copy()
-    return torch.from_numpy(rows).view(-1).view(spec.torch_dtype).view(len(rows), *spec.shape)  # rows may be none
+def from_bytes(rows: NDArray[np.uint8], spec: TensorSpec) -> NDArray[Any]:
+    """Rows of bytes, uint8 [n, spec.nbytes], as [n, *shape]; a view where they are contiguous. Rows may be none."""
+    if not rows.flags.c_contiguous:
+        rows = np.ascontiguousarray(rows)
+    return rows.reshape(-1).view(spec.np_dtype).reshape(len(rows), *spec.shape)
 
 
-def cast_to_bytes(values: NDArray[np.float32], spec: TensorSpec) -> bytes:
-    """Numbers as bytes of a tensor's dtype."""
-    return to_bytes(torch.from_numpy(values).to(spec.torch_dtype).view(-1, 1)).tobytes()
-
-
-def cast_to_floats(rows: NDArray[np.uint8], spec: TensorSpec) -> list[float]:
-    """Rows of bytes as numbers, flattened."""
-    floats: list[float] = from_bytes(rows, spec).float().flatten().tolist()
-    return floats
+def to_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """[n, *shape] as rows of bytes, uint8 [n, bytes]; a view where it is contiguous. Rows may be none."""
+    values = np.ascontiguousarray(values)
+    return values.reshape(-1).view(np.uint8).reshape(len(values), int(np.prod(values.shape[1:])) * values.itemsize)

@@ -7,20 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engram_service.engine.arena import Arena
+from engram_models.cell import Cell
 
 Step = Callable[..., tuple[Tensor, ...]]
 """(index int64 [n], inputs [n, *input shape], columns...) -> (outputs, new states...), which are in the columns then."""
 
 
-def columns(arena: Arena) -> list[Tensor]:
-    """What a step reads and writes: the state's tensors, and the last outputs where the model can feed on them."""
-    return [*arena.state, *([] if arena.last is None else [arena.last])]
-
-
-def step_of(arena: Arena) -> Step:
-    """The step of the arena's cell; it touches no other columns than those that it is given."""
-    cell, states = arena.bundle.cell.requires_grad_(False), len(arena.state)
+def step_of(cell: Cell, states: int) -> Step:
+    """The cell's step over columns: `states` state tensors, and the last outputs where there is one more."""
+    cell.requires_grad_(False)
 
     def step(index: Tensor, value: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
         state = cell.state_type(*(column.index_select(0, index) for column in columns[:states]))
@@ -33,9 +28,9 @@ def step_of(arena: Arena) -> Step:
     return step
 
 
-def chosen_inputs(arena: Arena, index: Tensor, value: Tensor, feedback: Tensor) -> Tensor:
+def chosen_inputs(last: Tensor | None, index: Tensor, value: Tensor, feedback: Tensor) -> Tensor:
     """The inputs, or for rows set in `feedback` (bool [n]) the last output of their slot."""
-    if arena.last is None:
+    if last is None:
         return value
     mask = feedback.view(-1, *[1] * (value.dim() - 1))
-    return torch.where(mask, arena.last.index_select(0, index).view_as(value), value)
+    return torch.where(mask, last.index_select(0, index).view_as(value), value)

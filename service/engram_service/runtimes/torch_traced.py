@@ -14,24 +14,23 @@ import warnings
 import torch
 from torch import Tensor
 
-from engram_service.engine.arena import Arena
-from engram_service.engine.step import Step
+from engram_models.cell import Cell, torch_dtype
+from engram_service.runtimes.torch_step import Step
 
 log = logging.getLogger(__name__)
 
 _PROVING_ROWS = (32, 64, 160, 1024)  # multiples of every floor
 
 
-def traced(step: Step, arena: Arena) -> Step:
+def traced(step: Step, cell: Cell, reference: str) -> Step:
     """The step recorded, if that gives the same bits; else the step itself."""
-    reference = f"{arena.bundle.name}/{arena.bundle.version}"
     with torch.inference_mode():
         try:
-            recorded = _record(step, _example(arena, _PROVING_ROWS[0]))
+            recorded = _record(step, _example(cell, _PROVING_ROWS[0]))
         except Exception as error:
             log.info("the step of model %s runs as it is: %s", reference, str(error).partition("\n")[0])
             return step
-        if all(_same_bits(step, recorded, _example(arena, rows)) for rows in _PROVING_ROWS):
+        if all(_same_bits(step, recorded, _example(cell, rows)) for rows in _PROVING_ROWS):
             return recorded
     log.info("the step of model %s runs as it is: recorded, its bits would differ", reference)
     return step
@@ -51,12 +50,12 @@ def _record(step: Step, example: list[Tensor]) -> Step:
     return run
 
 
-def _example(arena: Arena, rows: int) -> list[Tensor]:
+def _example(cell: Cell, rows: int) -> list[Tensor]:
     """Random rows on columns of their own: the arena may be in use."""
     generator = torch.Generator().manual_seed(rows)
-    specs = [arena.bundle.input, *arena.bundle.state, *([] if arena.last is None else [arena.bundle.output])]
-    value, *own = (_random(rows, spec.shape, spec.torch_dtype, generator) for spec in specs)
-    return [torch.randperm(rows, generator=generator), arena.bundle.cell.inputs_like(value), *own]
+    specs = [cell.input, *cell.state_schema, *([cell.output] if cell.schema.generates else [])]
+    value, *own = (_random(rows, spec.shape, torch_dtype(spec), generator) for spec in specs)
+    return [torch.randperm(rows, generator=generator), cell.inputs_like(value), *own]
 
 
 def _random(rows: int, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,260 @@
+"""Reads a stranger's ONNX file in bounded memory and time, and refuses what cannot be served. For the import command.
+
+Nothing of the graph runs here and no other file is opened: weights are in the file itself, or it is refused. What only a run
+can show (a small constant that is expanded to terabytes, a loop without an end) is left to sandbox.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+from engram_models.files import read_file
+from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.topology import check_topology, subgraphs
+from engram_models.importing.wire import check_wire
+
+FILE_BYTES_MAX = (1 << 31) - 1  # what protobuf takes
+NODES_MAX = 100_000
+TENSORS_MAX = 100_000
+VALUES_MAX = 2_048  # inputs, and outputs
+NAME_MAX = 1_024
+RANK_MAX = 16
+DIM_MAX = 1 << 31
+IR_MIN = 3
+
+ORT_DOMAIN = "com.microsoft"
+DOMAINS = ("", "ai.onnx", "ai.onnx.ml", ORT_DOMAIN)
+_REACH_FILES = ("EPContext",)
+
+_T = TensorProto
+DTYPES = {  # what a model may take, give and keep, as schemas call it
+    _T.FLOAT16: "float16", _T.FLOAT: "float32", _T.DOUBLE: "float64", _T.BFLOAT16: "bfloat16", _T.INT8: "int8",
+    _T.INT16: "int16", _T.INT32: "int32", _T.INT64: "int64", _T.UINT8: "uint8", _T.BOOL: "bool",
+}  # fmt: skip
+_BITS = {  # of an element in raw_data
+    "FLOAT": 32, "UINT8": 8, "INT8": 8, "UINT16": 16, "INT16": 16, "INT32": 32, "INT64": 64, "BOOL": 8, "FLOAT16": 16,
+    "DOUBLE": 64, "UINT32": 32, "UINT64": 64, "COMPLEX64": 64, "COMPLEX128": 128, "BFLOAT16": 16, "FLOAT8E4M3FN": 8,
+    "FLOAT8E4M3FNUZ": 8, "FLOAT8E5M2": 8, "FLOAT8E5M2FNUZ": 8, "UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "FLOAT8E8M0": 8,
+    "UINT2": 2, "INT2": 2,
+}  # fmt: skip
+_TYPED = {
+    "FLOAT": ("float_data", 1), "COMPLEX64": ("float_data", 2), "DOUBLE": ("double_data", 1),
+    "COMPLEX128": ("double_data", 2), "INT64": ("int64_data", 1), "UINT32": ("uint64_data", 1), "UINT64": ("uint64_data", 1),
+}  # fmt: skip
+_TYPED_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+
+
+def read_model(path: Path, bytes_max: int = FILE_BYTES_MAX) -> ModelProto:
+    """The model in the file, checked, its nodes in an order in which they can run. Raises ImportRefused."""
+    try:
+        return parse_model(read_file(path, bytes_max))
+    except OSError as error:
+        raise ImportRefused(f"{path}: cannot be read: {error.strerror}") from error
+    except ImportRefused as error:
+        raise ImportRefused(f"{path}: {error}") from error
+
+
+def parse_model(data: bytes) -> ModelProto:
+    """As read_model, of a file's content."""
+    check_wire(data, ModelProto.DESCRIPTOR)  # type: ignore[arg-type]
+    model = ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError:
+        raise ImportRefused("it is not an ONNX model, or it is truncated") from None
+    check_graph(model)
+    return model
+
+
+def check_graph(model: ModelProto) -> None:
+    """Raises ImportRefused for whatever cannot be served safely. Sorts the main graph's nodes."""
+    if not model.HasField("graph") or not (model.graph.node or model.graph.output):
+        raise ImportRefused("it has no graph: it is not an ONNX model, or it is truncated")
+    _check_versions(model)
+    for text in (model.producer_name, model.producer_version, model.domain, model.graph.name):
+        _check_name(text, "the model's own name or producer")
+    if model.functions:
+        raise ImportRefused(
+            f"it has functions of its own ({shown(model.functions[0].name)}); inline them: onnx.inliner.inline_local_functions"
+        )
+    if model.training_info:
+        raise ImportRefused("it carries training information; export it for inference")
+    graphs = list(_graphs(model.graph))
+    if sum(len(graph.node) for graph in graphs) > NODES_MAX:
+        raise ImportRefused(f"it has more than {NODES_MAX} nodes")
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    for graph in graphs:
+        _check_nodes(graph, opset)
+        _check_tensors(graph)
+    _check_values(model.graph)
+    check_topology(model.graph)
+
+
+def _check_versions(model: ModelProto) -> None:
+    if not IR_MIN <= model.ir_version <= onnx.IR_VERSION:
+        raise ImportRefused(
+            f"its IR version is {model.ir_version}; {IR_MIN} to {onnx.IR_VERSION} are read: export it with another version of onnx"
+        )
+    seen = set()
+    for entry in model.opset_import:
+        domain = entry.domain if entry.domain != "ai.onnx" else ""
+        if domain in seen:
+            raise ImportRefused(f"it names the operator set {shown(entry.domain)} twice")
+        seen.add(domain)
+        newest = onnx.defs.onnx_opset_version() if not domain else 1 << 31
+        if not 1 <= entry.version <= newest:
+            raise ImportRefused(
+                f"its operator set is {entry.version}; 1 to {newest} are read: export it with opset_version={min(newest, 21)}"
+            )
+    if "" not in seen:
+        raise ImportRefused("it does not say which ONNX operator set it uses (opset_import)")
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """This one and all in it."""
+    waiting = [graph]
+    while waiting:
+        one = waiting.pop()
+        yield one
+        for node in one.node:
+            waiting += subgraphs(node.attribute)
+
+
+def _check_nodes(graph: GraphProto, opset: int) -> None:
+    for node in graph.node:
+        _check_name(node.name, "a node")
+        _check_name(node.op_type, "an operator")
+        for name in (*node.input, *node.output):
+            _check_name(name, f"a tensor of operator {shown(node.op_type)}")
+        _check_operator(node, opset)
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                raise ImportRefused(f"operator {shown(node.op_type)} takes an attribute of a function, and is in none")
+            if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+                raise ImportRefused(f"operator {shown(node.op_type)} has a sparse tensor; save it dense")
+
+
+def _check_operator(node: NodeProto, opset: int) -> None:
+    op, domain = shown(node.op_type), node.domain
+    if domain not in DOMAINS:
+        raise ImportRefused(
+            f"operator {op} is of domain {shown(domain)}: custom operators are not run; export the model with ONNX's own operators"
+        )
+    if node.op_type in _REACH_FILES:
+        raise ImportRefused(f"operator {op} may read files; export the model with ONNX's own operators")
+    if domain in ("", "ai.onnx"):
+        try:
+            known = onnx.defs.get_schema(node.op_type, opset, "")
+        except onnx.defs.SchemaError:
+            raise ImportRefused(
+                f"operator {op} is not in ONNX's operator set {opset}, which the file says it uses"
+            ) from None
+        if known.deprecated:
+            raise ImportRefused(
+                f"operator {op} is no longer in ONNX's operator set {opset}, which the file says it uses"
+            )
+
+
+def _check_tensors(graph: GraphProto) -> None:
+    if graph.sparse_initializer:
+        raise ImportRefused("it has sparse initialisers; save them dense")
+    if len(graph.initializer) > TENSORS_MAX:
+        raise ImportRefused(f"it has more than {TENSORS_MAX} initialisers")
+    for tensor in graph.initializer:
+        if not tensor.name:
+            raise ImportRefused("it has an initialiser without a name")
+        _check_name(tensor.name, "an initialiser")
+        _check_tensor(tensor, f"initialiser {shown(tensor.name)}")
+    for node in graph.node:
+        for attribute in node.attribute:
+            for tensor in ([attribute.t] if attribute.HasField("t") else []) + list(attribute.tensors):
+                _check_tensor(
+                    tensor, f"the constant of operator {shown(node.op_type)} that makes {shown(_first(node.output))}"
+                )
+
+
+def _check_tensor(tensor: TensorProto, what: str) -> None:
+    """Type and dimensions are those of the bytes that are there: no more and no fewer."""
+    if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+        raise ImportRefused(
+            f"{what} is in another file, which is not opened; put the weights inline: onnx.save(onnx.load(file), new_file)"
+        )
+    kind = next((name for name, number in TensorProto.DataType.items() if number == tensor.data_type), "UNDEFINED")
+    if kind not in _BITS or tensor.HasField("segment"):
+        raise ImportRefused(f"{what} is of type {kind}, which is not served")
+    if len(tensor.dims) > RANK_MAX or any(not 0 <= size < DIM_MAX for size in tensor.dims):
+        raise ImportRefused(f"{what} has impossible dimensions")
+    size, bits = prod(tensor.dims), _BITS[kind]
+    packed = -(-size * bits // 8) if bits < 8 else size  # below a byte, an int32 holds one byte
+    if tensor.HasField("raw_data"):
+        field, found, wanted, unit = "raw_data", len(tensor.raw_data), -(-size * bits // 8), "bytes"
+    else:
+        field, each = _TYPED.get(kind, ("int32_data", 1))
+        found, wanted, unit = len(getattr(tensor, field)), packed * each, "numbers"
+    if others := [other for other in _TYPED_FIELDS if other != field and len(getattr(tensor, other))]:
+        raise ImportRefused(f"{what} has numbers in {field} and in {others[0]}; save the model again")
+    if found != wanted:
+        raise ImportRefused(
+            f"{what} has {found} {unit}; its dimensions {_dims(tensor.dims)} ask for {wanted}: the file is damaged or truncated"
+        )
+
+
+def _check_values(graph: GraphProto) -> None:
+    """Inputs and outputs of the main graph: what a session takes, gives and keeps. Initialisers may be among the inputs."""
+    weights = {tensor.name for tensor in graph.initializer}
+    for what, values in (("input", graph.input), ("output", graph.output)):
+        free = [value for value in values if what == "output" or value.name not in weights]
+        if len(free) > VALUES_MAX:
+            raise ImportRefused(f"it has {len(free)} {what}s; at most {VALUES_MAX} are served")
+        for value in free:
+            _check_value(value, what)
+    if not graph.output:
+        raise ImportRefused("it gives no output")
+
+
+def _check_value(value: ValueInfoProto, what: str) -> None:
+    _check_name(value.name, f"an {what}")
+    name = f"{what} {shown(value.name)}"
+    if not value.name:
+        raise ImportRefused(f"it has an {what} without a name")
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        raise ImportRefused(
+            f"{name} is no tensor but {(kind or 'untyped').removesuffix('_type')}; a session takes and keeps tensors"
+        )
+    if value.type.tensor_type.elem_type not in DTYPES:
+        number = value.type.tensor_type.elem_type
+        found = next((key.lower() for key, one in TensorProto.DataType.items() if one == number), str(number))
+        raise ImportRefused(f"{name} is of type {found}; one of {', '.join(DTYPES.values())} is served")
+    shape = value.type.tensor_type.shape
+    if len(shape.dim) > RANK_MAX or any(
+        dim.HasField("dim_value") and not 0 <= dim.dim_value < DIM_MAX for dim in shape.dim
+    ):
+        raise ImportRefused(f"{name} has impossible dimensions")
+    for dim in shape.dim:
+        _check_name(dim.dim_param, f"a dimension of {name}")
+
+
+def _check_name(name: str, what: str) -> None:
+    if not isinstance(name, str):
+        raise ImportRefused(f"the name of {what} is not UTF-8: {shown(name)}")
+    if len(name) > NAME_MAX:
+        raise ImportRefused(
+            f"the name of {what} has {len(name)} characters; at most {NAME_MAX} are read: {shown(name)}"
+        )
+    if not name.isprintable():
+        raise ImportRefused(f"the name of {what} has control characters: {shown(name)}")
+
+
+def _dims(dims: Sequence[int]) -> str:
+    return "x".join(map(str, dims)) or "()"
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if names else ""

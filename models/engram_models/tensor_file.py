@@ -1,0 +1,71 @@
+"""Named arrays in safetensors files, read and written without torch. For bundle.py and bundle_writing.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import deserialize
+from safetensors.numpy import save_file
+
+from engram_models.files import read_file
+from engram_models.spec import NP_DTYPES
+
+_STORED = {
+    "F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16", "I8": "int8", "I16": "int16", "I32": "int32",
+    "I64": "int64", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_BFLOAT16_EXPONENT = 0x7F80
+
+
+class StoredTensor(NamedTuple):
+    """An array and its dtype's name, for bfloat16 has no NumPy dtype of its own: its values are raw uint16."""
+
+    dtype: str
+    values: NDArray[Any]
+
+    @property
+    def finite(self) -> bool:
+        if self.dtype == "bfloat16":
+            return not ((self.values & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any()
+        return self.values.dtype.kind != "f" or bool(np.isfinite(self.values).all())
+
+    @property
+    def text(self) -> str:
+        return f"{self.dtype} {tuple(self.values.shape)}"
+
+
+Tensors = Mapping[str, StoredTensor]
+
+
+def read_tensors(path: Path, bytes_max: int) -> dict[str, StoredTensor]:
+    """Raises OSError, and SafetensorError or ValueError where the content is something else."""
+    tensors: dict[str, StoredTensor] = {}
+    for name, stored in deserialize(read_file(path, bytes_max)):  # type: ignore[no-untyped-call]
+        dtype = _STORED.get(stored["dtype"])
+        if dtype is None:
+            raise ValueError(f"{name} is of type {stored['dtype']}, which is not one of {', '.join(NP_DTYPES)}")
+        values = np.frombuffer(stored["data"], NP_DTYPES[dtype]).reshape(stored["shape"])
+        if dtype == "bool" and (np.frombuffer(stored["data"], np.uint8) > 1).any():
+            raise ValueError(f"{name} has bytes that are neither true nor false")
+        tensors[name] = StoredTensor(dtype, values)
+    return tensors
+
+
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """Raises OSError or SafetensorError."""
+    save_file({name: _named(tensor) for name, tensor in tensors.items()}, path)
+
+
+def _named(tensor: StoredTensor) -> NDArray[Any]:
+    """With the dtype that the file shall name."""
+    values = np.ascontiguousarray(tensor.values)
+    if tensor.dtype != "bfloat16":
+        return values
+    from ml_dtypes import bfloat16  # comes with onnx, which whoever writes bundles has
+
+    named: NDArray[Any] = values.view(bfloat16)
+    return named

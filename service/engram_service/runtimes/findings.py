@@ -1,0 +1,70 @@
+"""What was found out about bundles on this machine (engram_models.examination), kept in files: a start need not look again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from engram_models.bundle import Bundle
+from engram_models.examination import Examination, examine
+from engram_models.files import read_file
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1  # of what is looked at and how: what an older version found does not count
+_BYTES_MAX = 1 << 12
+
+
+class Findings:
+    """Examinations by bundle, version of the libraries and kind of processor. Where the directory cannot be used, none is kept."""
+
+    def __init__(self, directory: Path, rows_max: int) -> None:
+        self._directory = directory
+        self._rows_max = rows_max
+
+    def of(self, bundle: Bundle) -> Examination:
+        """Kept, or found now, in a process of its own. Raises BundleError."""
+        file = self._directory / f"{self._key(bundle)}.json"
+        try:
+            found = json.loads(read_file(file, _BYTES_MAX))
+            return Examination(**found)
+        except (OSError, ValueError, TypeError):
+            pass
+        examination = examine(bundle, self._rows_max)
+        self._keep(file, examination)
+        return examination
+
+    def _keep(self, file: Path, examination: Examination) -> None:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(asdict(examination)))
+            temporary.replace(file)
+        except OSError as error:
+            log.warning("what was found out about models is not kept: %s: %s", self._directory, error.strerror)
+
+    def _key(self, bundle: Bundle) -> str:
+        what = (
+            _FORMAT, bundle.fingerprint, bundle.graph, bundle.batch, self._rows_max, onnxruntime.__version__, np.__version__,
+            _processor(),
+        )  # fmt: skip
+        return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
+
+
+def _processor() -> str:
+    """What libraries choose their kernels by: the model, and which instructions it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU part")
+    pairs = (line.partition(":") for line in lines)
+    return " ".join(value.strip() for key, _, value in pairs if key.strip() in wanted)

@@ -1,0 +1,94 @@
+"""Makes the runtime of a bundle: which one, how its batches may be, how many slots its arena has. For catalog.py, in its thread."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from engram_models.bundle import Bundle, BundleError, load_bundle
+from engram_models.examination import checked_step
+from engram_service.runtimes.arena import Arena
+from engram_service.runtimes.base import Runtime
+from engram_service.runtimes.devices import Device
+from engram_service.runtimes.findings import Findings
+from engram_service.runtimes.watchdog import CRASHES_MAX, Crashes, Watchdog
+from engram_service.settings import Settings
+from engram_service.store import OUTPUTS_MAX
+
+log = logging.getLogger(__name__)
+
+_WINDOW_BYTES = 2048  # of outputs kept for each resident session, within the limits below
+_WINDOW_MIN, _WINDOW_MAX = 8, OUTPUTS_MAX
+
+
+class Loader:
+    """Bundles to runtimes on one device. Nothing here imports torch for a bundle with a graph on a CPU."""
+
+    def __init__(self, settings: Settings, device: Device) -> None:
+        self._settings = settings
+        self._device = device
+        cache = settings.cache_directory()
+        self._findings = Findings(cache / "examinations", settings.tick_rows_max)
+        self._crashes = Crashes(cache / "crashes")
+        self.watchdog = Watchdog(self._crashes)
+
+    def load(self, path: Path) -> Runtime:
+        """Raises BundleError."""
+        bundle = load_bundle(path)
+        crashes = self._crashes.of(bundle)
+        if crashes >= CRASHES_MAX:
+            raise BundleError(
+                f"{path}: it has ended this server's process {crashes} times and is not served any more; remove it, or mend it"
+            )
+        if not self._device.is_cpu and (bundle.kind != "onnx"):
+            return self._on_gpu(bundle)
+        if bundle.graph:
+            step = checked_step(bundle, self._findings.of(bundle).batching)
+            from engram_service.runtimes.onnx_graphs import OnnxGraphs
+
+            return OnnxGraphs(self._arena(bundle), step, self.watchdog)
+        return self._plug_in(bundle)
+
+    def _plug_in(self, bundle: Bundle) -> Runtime:
+        """A cell without a graph, which the operator has turned on."""
+        try:
+            from engram_models.registry import cell_type
+        except ImportError as error:
+            raise BundleError(
+                f"{bundle.path}: its kind {bundle.kind!r} needs torch, which is not installed ({error})"
+            ) from error
+        if cell_type(bundle.kind) is None:
+            raise BundleError(
+                f"{bundle.path}: kind {bundle.kind!r} is a plug-in that is not turned on; name it in the setting cells"
+            )
+        from engram_models.cell_bundles import load_cell
+        from engram_service.runtimes.torch_cells import TorchCells, shapes_of
+
+        cell = load_cell(bundle)
+        return TorchCells(self._arena(bundle), cell, shapes_of(bundle, cell, self._settings.tick_rows_max))
+
+    def _on_gpu(self, bundle: Bundle) -> Runtime:
+        import torch
+
+        from engram_models.cell_bundles import load_cell
+        from engram_service.runtimes.torch_cuda import CudaArena, CudaGraphs, shapes_on
+
+        capacity, window = self._slots(bundle)
+        try:
+            cell = load_cell(bundle, self._device.place)
+            arena = CudaArena(bundle, capacity, window, self._device.place)
+            return CudaGraphs(arena, cell, shapes_on(bundle, cell, self._settings.tick_rows_max))
+        except torch.OutOfMemoryError as error:
+            raise BundleError(f"{self._device.name} has no room for its arena of {capacity} slots: {error}") from error
+
+    def _arena(self, bundle: Bundle) -> Arena:
+        return Arena(bundle, *self._slots(bundle))
+
+    def _slots(self, bundle: Bundle) -> tuple[int, int]:
+        """How many slots the arena has, and how many outputs each keeps."""
+        output_nbytes = max(1, bundle.schema.output_nbytes)
+        window = max(_WINDOW_MIN, min(_WINDOW_MAX, _WINDOW_BYTES // output_nbytes))
+        slot_nbytes = bundle.schema.state_nbytes + (window + 1) * output_nbytes
+        # However large a slot is, a whole tick fits; the number that the operator sets holds in any case.
+        fitting = max(self._settings.tick_rows_max, (self._settings.arena_mb << 20) // slot_nbytes)
+        return min(self._settings.arena_slots_max, fitting), window
