@@ -32,10 +32,12 @@ def as_json(proposal: Proposal) -> list[dict[str, Any]]:
 
 def understood(proposal: Proposal) -> list[str]:
     """For the manifest: a line of text for each tensor."""
-    return [
-        ", ".join(f"{key} {value}" for key, value in row.items() if value not in ("", None))
-        for row in as_json(proposal)
-    ]
+    lines = []
+    for line in proposal.lines:
+        tensor, role, paired, axis, *_, how = _row(line, True)
+        fed = f" from {paired}" if paired != "-" else ""
+        lines.append(f"{role} {tensor}{fed}, batch axis {axis}: {how}")
+    return lines
 
 
 def _row(line: Line, known: bool) -> tuple[str, ...]:
