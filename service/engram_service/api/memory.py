@@ -16,17 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import memory_pb2 as pb
-from engram_models.bundle import BundleError
-from engram_models.patterns import LABEL_BYTES_MAX, PatternMemory, Recalled
+from engram_models import LABEL_BYTES_MAX, PatternMemory, Recalled
 from engram_service.api.call import Call
 from engram_service.api.turns import Turns
 from engram_service.api.unary import UnaryHandlers, check_id, place_of
 from engram_service.catalog import Served
 from engram_service.core import Core
-from engram_service.errors import FailedPrecondition, Internal, InvalidArgument
+from engram_service.errors import FailedPrecondition, InvalidArgument
 from engram_service.memory.chunks import width_of
 from engram_service.memory.memories import Memories
-from engram_service.queries import Recreations, address, addressable, recreates
 from engram_service.sessions.calls import StoreCalls
 from engram_service.tenants import tenant_of
 
@@ -54,7 +52,6 @@ class MemoryHandlers:
         self._query_turns = Turns("calls that compute", 1, 1, *limits)
         self._patterns = ThreadPoolExecutor(workers, "memory")
         self._queries = ThreadPoolExecutor(1, "query")
-        self._recreations = Recreations()
 
     def close(self) -> None:
         for pool in (self._patterns, self._queries):
@@ -113,7 +110,7 @@ class MemoryHandlers:
     async def address_memory(self, request: pb.AddressMemoryRequest, call: Call) -> pb.AddressMemoryResponse:
         info = await self._unary.committed(request.session_id, call.left_s)
         served, state = self._unary.state_of(info)
-        spec = addressable(served.bundle)
+        spec = served.queries.addressable
         if spec is None:
             message = f"{served.reference} is of kind {served.bundle.kind}, whose state has no memory to address"
             raise FailedPrecondition("UNSUPPORTED_OPERATION", message)
@@ -123,25 +120,21 @@ class MemoryHandlers:
         if len(keys) != len(strengths) or not len(keys):
             message = f"{len(keys)} keys and {len(strengths)} strengths; give one or more keys, and a strength for each"
             raise InvalidArgument("INVALID_ARGUMENT", message)
-        weightings, reads = await self._query(call, address, served.bundle, state, keys, strengths)
+        weightings, reads = await self._query(call, served.queries.address, state, keys, strengths)
         return pb.AddressMemoryResponse(
             seq=info.seq, weightings=weightings.tobytes(), reads=reads.tobytes(), slots=slots, width=width
         )
 
     async def recreate(self, request: pb.RecreateRequest, call: Call) -> pb.RecreateResponse:
         served = await self._model_of(request)
-        if not recreates(served.bundle):
+        if not served.queries.recreates:
             message = f"{served.reference} is of kind {served.bundle.kind}, which recreates no inputs; rbm and dbn do"
             raise FailedPrecondition("UNSUPPORTED_OPERATION", message)
         inputs = _floats(request.inputs, served.bundle.schema.inputs[0].size, "inputs")
         unknown = _unknown_units(request.unknown, inputs)
         sweeps = _sweeps(request.sweeps or 1)
         try:
-            recreations, energies = await self._query(
-                call, self._recreations.recreate, served.bundle, inputs, unknown, sweeps
-            )
-        except BundleError as error:
-            raise Internal("INTERNAL", f"model {served.reference} cannot be asked: {error}") from error
+            recreations, energies = await self._query(call, served.queries.recreate, inputs, unknown, sweeps)
         except ValueError as error:
             raise InvalidArgument("INVALID_ARGUMENT", str(error)) from error
         return pb.RecreateResponse(recreations=recreations.tobytes(), energies=energies.tobytes())

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_models.pattern_bits import PatternError
-from engram_models.patterns import PatternMemory
+from engram_models import PatternError, PatternMemory
 from engram_service.memory.chunks import (
     FORGET,
     NUMBERS_MAX,
@@ -34,12 +33,13 @@ _FORGOTTEN_FREE = 1024  # ... and so many forgotten rows, and as many as there a
 class Held:
     """Patterns and their place in the log. Not thread-safe: memories.py locks.
 
-    memory: the patterns. revision, length: of the log that they are the sum of; none: the model's own patterns alone.
+    memory: the patterns. revision, length: of the log that they are the sum of; none: the model's own patterns.
     numbers: labels that servers made so far. losses: the store's count when the log was last found as it is here.
+    It begins as a copy of `own`, the model's own patterns.
     """
 
     def __init__(self, own: PatternMemory) -> None:
-        self.memory: PatternMemory = own.copy()
+        self.memory = own.copy()
         self.revision = b""
         self.length = 0
         self.numbers = 0
@@ -151,7 +151,7 @@ class Held:
 
 
 def unfold(own: PatternMemory, chunks: Sequence[bytes]) -> Held:
-    """The memory that a whole log is the sum of, where the model has `own` patterns. Raises ChunkError."""
+    """The memory that a whole log is the sum of, of a model with these patterns of its own. Raises ChunkError."""
     held = Held(own)
     held.restart(chunks)
     return held

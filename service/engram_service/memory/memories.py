@@ -7,7 +7,6 @@ grown meanwhile: then it is checked again. A call that is repeated is found in t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,15 +14,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_models.bundle import BundleError
-from engram_models.pattern_bits import PatternError
-from engram_models.patterns import PatternMemory, Recalled, own_memory
+from engram_models import PatternError, PatternMemory, Recalled
 from engram_service.catalog import Served
 from engram_service.errors import (
     AlreadyExists,
     DataLoss,
     FailedPrecondition,
-    Internal,
     InvalidArgument,
     NotFound,
     Refusal,
@@ -35,7 +31,6 @@ from engram_service.memory.chunks import FORGET, STORE, ChunkError, Operation, b
 from engram_service.memory.held import Held, unfold
 from engram_service.store import MemoryHead, Store, Written
 
-_KEEPER = "hopfield"  # the kind whose sessions keep patterns
 _TRIES = 50  # of a change, while others change the same memory
 
 T = TypeVar("T")
@@ -70,8 +65,6 @@ class Memories:
         self._resolve = resolve
         self._store = store
         self._logs = store.memories
-        self._own: dict[str, PatternMemory] = {}  # by fingerprint: the patterns that a model brings along
-        self._lock = threading.Lock()
 
     def store(
         self, session_id: str, operation: bytes, size: int, bits: NDArray[np.uint8], labels: Sequence[str]
@@ -123,9 +116,10 @@ class Memories:
 
     def check_log(self, served: Served, chunks: Sequence[bytes]) -> None:
         """Raises ChunkError where this log is none for the model."""
-        if served.bundle.kind != _KEEPER:
+        own = served.queries.patterns
+        if own is None:
             raise ChunkError(f"{served.reference} keeps no patterns")
-        unfold(self._own_of(served), chunks)
+        unfold(own, chunks)
 
     # Reading
 
@@ -141,7 +135,7 @@ class Memories:
                 return self._asked(served, held.memory, work)
         finally:
             slot.leave()
-        return self._asked(served, self._own_of(served), work)  # never changed, so that no lock is needed
+        return self._asked(served, _own(served), work)  # never changed, so that no lock is needed
 
     def _asked(self, served: Served, memory: PatternMemory, work: Callable[[Served, PatternMemory], T]) -> T:
         try:
@@ -155,7 +149,7 @@ class Memories:
             raise no_session(session_id)
         self._store.tally.renew(session_id)  # as the look has renewed the session's own time
         served = self._resolve(head.model, head.version)
-        _check_keeper(served)
+        _own(served)
         if served.bundle.fingerprint != head.fingerprint:
             message = f"the session was written by other weights of {served.reference}; serve those or move the session"
             raise FailedPrecondition("FINGERPRINT_MISMATCH", message)
@@ -180,7 +174,7 @@ class Memories:
         return held
 
     def _read_log(self, session_id: str, served: Served, held: Held | None) -> Held:
-        own = self._own_of(served)
+        own = _own(served)
         try:
             if held is not None:
                 new = self._logs.chunks(session_id, held.length)
@@ -200,13 +194,6 @@ class Memories:
         if self._logs.write(session_id, head, chunks, replace=True) is not Written.DONE:
             raise Unavailable("STORE_UNAVAILABLE", "the memory is being written back; try again", retry_after_ms=50)
         held.replaced(chunks)
-
-    def _own_of(self, served: Served) -> PatternMemory:
-        with self._lock:
-            fingerprint = served.bundle.fingerprint
-            if fingerprint not in self._own:
-                self._own[fingerprint] = _own(served)
-            return self._own[fingerprint]
 
     # Changing
 
@@ -229,7 +216,7 @@ class Memories:
         change: Callable[[Held], tuple[list[bytes], str]],
     ) -> Change | None:  # fmt: skip
         """None: the memory was changed by others just now."""
-        held = self._caught_up(session_id, slot, served, head) or Held(self._own_of(served))
+        held = self._caught_up(session_id, slot, served, head) or Held(_own(served))
         done = held.operations.get(operation)
         if done is not None:
             return Change(done.rows, done.first, "", _summary(held.memory))
@@ -264,22 +251,15 @@ class Memories:
                 held.replaced(chunks)
 
 
-def _check_keeper(served: Served) -> None:
-    if served.bundle.kind != _KEEPER:
+def _own(served: Served) -> PatternMemory:
+    """The patterns that the model brings along. Raises FailedPrecondition where its sessions keep none."""
+    own = served.queries.patterns
+    if own is None:
         message = (
             f"{served.reference} is of kind {served.bundle.kind}, which keeps no patterns; a hopfield network does"
         )
         raise FailedPrecondition("UNSUPPORTED_OPERATION", message, model=served.bundle.name)
-
-
-def _own(served: Served) -> PatternMemory:
-    """The patterns that a model brings along."""
-    try:
-        weights = served.bundle.read_weights()
-        return own_memory(served.bundle.config, {name: tensor.values for name, tensor in weights.items()})
-    except (BundleError, ValueError, TypeError) as error:
-        message = f"the patterns of {served.reference} cannot be read any more: {error}"
-        raise Internal("INTERNAL", message, model=served.bundle.name) from error
+    return own
 
 
 def _summary(memory: PatternMemory) -> Summary:
