@@ -120,15 +120,15 @@ def test_a_call_takes_and_gives_numbers_or_bytes(robot: Any, connect: Callable) 
         assert reason == "INVALID_INPUT_WIDTH" and "gap float16[], obs float32[3]" in message
 
 
-def step(raw: Any, session_id: str, **fields: Any) -> session_pb2.StepResponse:
+def step(peer: Any, session_id: str, **fields: Any) -> session_pb2.StepResponse:
     request = session_pb2.StepRequest(session_id=session_id, model="robot", **fields)
-    return raw.unary("Step", request, session_pb2.StepResponse)
+    return peer.unary("Step", request, session_pb2.StepResponse)
 
 
-def refused(raw: Any, session_id: str, **fields: Any) -> tuple[str, str]:
+def refused(peer: Any, session_id: str, **fields: Any) -> tuple[str, str]:
     """Reason and message."""
     with pytest.raises(grpc.RpcError) as error:
-        step(raw, session_id, **fields)
+        step(peer, session_id, **fields)
     status = dict(error.value.trailing_metadata())["grpc-status-details-bin"]
     info = error_details_pb2.ErrorInfo()
     assert status_pb2.Status.FromString(status).details[0].Unpack(info)
@@ -178,9 +178,9 @@ def test_constants_that_do_not_fit_are_refused_and_nothing_is_made(
     raw = connect(robot)
     bad = [model_pb2.Constant(name=name, data=data) for name, data in given]
     frame = raw.open("refused", "refused too", model="robot", constants=bad)
-    assert {detail.reason for detail in frame.errors} == {"INVALID_CONSTANT"}
-    assert "robot/1" in frame.errors[0].message and said in frame.errors[0].message
-    assert len(frame.errors[0].message) < 300
+    assert {one.error.reason for one in frame.errors} == {"INVALID_CONSTANT"}
+    told = frame.errors[0].error.message
+    assert "robot/1" in told and said in told and len(told) < 300
     reason, message = refused(raw, "refused", raw_inputs=robots.some(1).tobytes(), constants=bad)
     assert reason == "INVALID_CONSTANT" and said in message
     with pytest.raises(grpc.RpcError):
@@ -189,7 +189,7 @@ def test_constants_that_do_not_fit_are_refused_and_nothing_is_made(
 
 def test_a_model_without_constants_says_so(server: Any, connect: Callable) -> None:
     frame = connect(server).open("none", constants=constants())
-    assert "this model has none" in frame.errors[0].message
+    assert "this model has none" in frame.errors[0].error.message
 
 
 def test_new_sessions_have_their_constants_at_once_and_those_that_exist_keep_theirs(
