@@ -44,7 +44,7 @@ def written_by(redis: Any, runtime: int) -> int:
     for key in keys:
         record = np.frombuffer(redis.get(key), np.uint8).reshape(1, -1).copy()
         header = record[:, : HEADER.itemsize].view(HEADER)
-        assert header["runtime"] == (1 if header["seq"] > 0 else 0)
+        assert header["runtime"] == 1 or header["seq"] == 0
         header["runtime"] = runtime
         header["checksum"] = checksums(record)
         redis.set(key, record.tobytes(), keepttl=True)
