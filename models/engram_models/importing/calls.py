@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from engram_models.graph_step import GraphError, GraphStep
+from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
 from engram_models.importing.errors import ImportRefused, shown
 from engram_models.importing.numbers import Array, of_floats
 from engram_models.spec import Schema, TensorSpec
@@ -22,7 +22,7 @@ class RunFailed(Exception):
 def loaded(graph: bytes, schema: Schema, one_by_one: bool = False) -> GraphStep:
     """Raises ImportRefused, or MemoryError."""
     try:
-        return GraphStep(graph, schema, one_by_one)
+        return GraphStep(graph, schema, ALONE if one_by_one else Batching())
     except GraphError as error:
         if "bad_alloc" in str(error) or "llocate" in str(error):
             raise MemoryError from error

@@ -22,6 +22,7 @@ from engram_service.engine.arena import Arena
 from engram_service.health import Health
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
+from engram_service.queries import Queries
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.ending import Endings
 from engram_service.sessions.holds import Holds
@@ -88,7 +89,7 @@ def _serve(catalog: Catalog, path: Path) -> None:
     bundle = load_bundle(path)
     arena = Arena(bundle, SLOTS, WINDOW, torch.device("cpu"))
     layout = RecordLayout(bundle.fingerprint, bundle.state_nbytes, bundle.output.nbytes)
-    served = Served(len(catalog.models), bundle, arena, None, layout)  # type: ignore[arg-type]
+    served = Served(len(catalog.models), bundle, arena, None, layout, Queries(bundle))  # type: ignore[arg-type]
     catalog.models.append(served)
     catalog._by_key[bundle.name, bundle.version] = served
     catalog._versions[bundle.name] = [bundle.version]
