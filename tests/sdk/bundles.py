@@ -14,6 +14,7 @@ from engram_models.graph_step import GraphStep
 from engram_models.spec import Schema, TensorSpec
 
 FRAME = 160
+_ONNX = {"float32": "FLOAT", "float64": "DOUBLE"}
 RATE = 16000
 
 ARM = Schema(
@@ -22,14 +23,28 @@ ARM = Schema(
     state=(
         TensorSpec("total", "float32", (3,), "recurrent"),
         TensorSpec("count", "int64", (), "counter"),
-        TensorSpec("sr", "int64", (), "constant", initial=RATE),
+        TensorSpec("sr", "int64", (), "constant", initial=float(RATE)),
     ),
 )
 LOUD = Schema(
     inputs=(TensorSpec("audio", "float32", (FRAME,)),),
     outputs=(TensorSpec("peak", "float32", ()),),
-    state=(TensorSpec("count", "int64", (), "counter"), TensorSpec("sr", "int64", (), "constant", initial=RATE)),
+    state=(TensorSpec("count", "int64", (), "counter"), TensorSpec("sr", "int64", (), "constant", initial=float(RATE))),
 )
+DTYPES = ("float16", "float32", "float64", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool")
+MIRROR = Schema(
+    inputs=tuple(TensorSpec(f"in_{dtype}", dtype, (2, 3)) for dtype in DTYPES),
+    outputs=tuple(TensorSpec(f"out_{dtype}", dtype, (2, 3)) for dtype in DTYPES),
+    state=(TensorSpec("count", "int64", (), "counter"),),
+)
+
+
+def write_mirror(directory: pathlib.Path, name: str = "mirror") -> None:
+    """Gives each input as it came, one of each dtype."""
+    one = helper.make_tensor("one", TensorProto.INT64, [1], [1])
+    nodes = [helper.make_node("Identity", [f"in_{dtype}"], [f"out_{dtype}"]) for dtype in DTYPES]
+    nodes.append(helper.make_node("Add", ["count", "one"], ["next_count"]))
+    _write(directory, name, MIRROR, nodes, [one])
 
 
 def write_arm(directory: pathlib.Path, name: str = "arm") -> None:
@@ -68,7 +83,9 @@ def _write(
     def values(specs: tuple[TensorSpec, ...], prefix: str = "") -> list[onnx.ValueInfoProto]:
         return [
             helper.make_tensor_value_info(
-                prefix + spec.name, helper.np_dtype_to_tensor_dtype(spec.np_dtype), ["batch", *spec.shape]
+                prefix + spec.name,
+                getattr(TensorProto, _ONNX.get(spec.dtype, spec.dtype.upper())),
+                ["batch", *spec.shape],
             )
             for spec in specs
         ]
@@ -81,7 +98,9 @@ def _write(
     onnx.checker.check_model(model, full_check=True)
     data = model.SerializeToString()
     rng = np.random.default_rng(0)
-    given = [rng.normal(size=(CHECK_STEPS, CHECK_ROWS, *spec.shape)).astype(spec.np_dtype) for spec in schema.inputs]
+    given = [
+        rng.uniform(0, 2, size=(CHECK_STEPS, CHECK_ROWS, *spec.shape)).astype(spec.np_dtype) for spec in schema.inputs
+    ]
     before = [np.full((CHECK_ROWS, *spec.shape), spec.initial, spec.np_dtype) for spec in schema.state]
     check = CheckVector.record(schema, GraphStep(data, schema), given, before)
     write_graph_bundle(directory, name, "1", data, schema, check)
