@@ -47,7 +47,10 @@ stream.on("data", (response) => {
     if (errors.length) fail(errors[0].error);
     handle = handles.readUInt32LE(0);
     seq = readU64(seqs)[0];
-    width = opened.input.shape.reduce((product, size) => product * Number(size), 1);
+    // A row is all inputs, one after another. Here each number of them is a float32.
+    const other = [...opened.inputs, ...opened.outputs].find((tensor) => tensor.dtype !== "float32");
+    if (other) fail({ reason: "UNSUPPORTED", message: `${model} has the ${other.dtype} tensor ${other.name}; this example knows float32 alone` });
+    width = opened.inputs.reduce((sum, tensor) => sum + tensor.shape.reduce((product, size) => product * Number(size), 1), 0);
     step();
   } else if (response.frame === "confirm") {
     stream.write({ confirm: response.confirm }); // still here: an open that arrives late, of a client that is gone, takes nothing

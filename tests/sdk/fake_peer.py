@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from engram.v1 import error_pb2, model_pb2, stream_pb2
+from engram.v1 import error_pb2, model_pb2, session_pb2, stream_pb2
 from engram_service.ports import free_port
 
 WIDTH = 4
@@ -30,6 +30,7 @@ class Faults:
     forget_on_connect: Callable[[str, int], int] | None = None  # (id, seq) -> seq after a crash
     stop_at: str = ""  # "read" or "applied": the next steps frame gets so far, waits for `gate`, and goes on, or is cut
     cut: bool = False  # what happens then
+    cut_opens: int = 0  # so many opens are not answered: the stream is cut
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     close: list[error_pb2.ErrorDetail] = field(
         default_factory=list
@@ -55,6 +56,8 @@ class FakePeer:
         self.width, self.out = width, out
         self.delay_s = 0.0  # before each steps frame is looked at
         self.streams = 0
+        self.described = 0
+        self.opens: list[stream_pb2.OpenFrame] = []
         self.frames = 0
         self.closes = 0
         self.rows = 0
@@ -70,8 +73,17 @@ class FakePeer:
             request_deserializer=stream_pb2.StreamRequest.FromString,
             response_serializer=stream_pb2.StreamResponse.SerializeToString,
         )
+        describe = grpc.unary_unary_rpc_method_handler(
+            self.describe,
+            request_deserializer=session_pb2.GetModelRequest.FromString,
+            response_serializer=session_pb2.GetModelResponse.SerializeToString,
+        )
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("engram.v1.EngramService", {"Stream": handler}),)
+            (
+                grpc.method_handlers_generic_handler(
+                    "engram.v1.EngramService", {"Stream": handler, "GetModel": describe}
+                ),
+            )
         )
         self.port = self._server.add_insecure_port(f"127.0.0.1:{port or free_port()}")
         await self._server.start()
@@ -83,9 +95,13 @@ class FakePeer:
     def model(self) -> model_pb2.Model:
         return model_pb2.Model(
             name="count", version="1", fingerprint="f", generates=self.width == self.out,
-            input=model_pb2.TensorSpec(name="x", dtype="float32", shape=[self.width]),
-            output=model_pb2.TensorSpec(name="y", dtype="float32", shape=[self.out]),
+            inputs=[model_pb2.TensorSpec(name="x", dtype="float32", shape=[self.width])],
+            outputs=[model_pb2.TensorSpec(name="y", dtype="float32", shape=[self.out])],
         )  # fmt: skip
+
+    async def describe(self, request: session_pb2.GetModelRequest, context: Any) -> session_pb2.GetModelResponse:
+        self.described += 1
+        return session_pb2.GetModelResponse(model=self.model())
 
     def push(self, response: stream_pb2.StreamResponse) -> None:
         """Says something to every stream."""
@@ -103,6 +119,11 @@ class FakePeer:
         try:
             async for request in requests:
                 kind = request.WhichOneof("frame")
+                if kind == "open":
+                    self.opens.append(request.open)
+                    if self.faults.cut_opens:
+                        self.faults.cut_opens -= 1
+                        await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
                 if kind in ("open", "attach"):
                     queue.put_nowait(self._open(getattr(request, kind), names, kind == "attach"))
                 elif kind == "close":

@@ -185,7 +185,7 @@ def test_management(shared_server) -> None:
             assert (await fresh.run(X) == reference).all()
             shipped = {path.parent.parent.name for path in shipped_models_dir().glob("*/*/model.toml")}
             assert {model.name for model in await client.models.list()} == shipped
-            assert (await client.models.get(MODEL)).input.shape == (8,)
+            assert (await client.models.get(MODEL)).inputs[0].shape == (8,)
             assert (await client.models.reload())[1] == []
             assert (await client.server()).version == engram.__version__
 

@@ -30,7 +30,7 @@ def test_a_session_expires_unless_somebody_holds_it(brief: Any) -> None:
     options = engram.ClientOptions(ttl_s=10 * TTL_S)
     with engram.Client(brief.address) as client, engram.Client(brief.address, options) as longer:
         store = brief.redis()
-        x = np.zeros(client.models.get(MODEL).input.shape, np.float32)
+        x = np.zeros(client.models.get(MODEL).inputs[0].shape, np.float32)
         held, never_stepped, left = client.open_many(MODEL, ["held", "never-stepped", "left"])
         kept = longer.open(MODEL, "kept")
         for session in (held, left, kept):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from operator import methodcaller
+from typing import Any, Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from engram._errors import InvalidInput
 from engram._types import TensorSpec
@@ -22,7 +23,10 @@ class RowCodec:
         dtype: what the caller sees.
         shape: one row, without the batch dimension.
         nbytes: one row on the wire.
+        own: a caller's copy of one output; a view would keep the whole frame in memory as long as he keeps it.
     """
+
+    own: Final = methodcaller("copy")
 
     def __init__(self, spec: TensorSpec, what: str) -> None:
         self.what = what
@@ -33,14 +37,14 @@ class RowCodec:
         self.nbytes = spec.size * self._wire.itemsize
         self.name = spec.dtype
 
-    def one(self, x: ArrayLike) -> bytes:
+    def one(self, x: Any) -> bytes:
         """One row as bytes: a copy, which the caller's later changes do not reach. Raises InvalidInput."""
         if type(x) is np.ndarray and x.dtype == self.dtype and x.shape == self.shape and not self._bfloat16:
             return x.tobytes()
         array = array_of(x, self.what)
         return self._encode(array, self.shape, self._text(self.shape), not hasattr(x, "dtype")).tobytes()
 
-    def many(self, x: ArrayLike, rows: int | None = None) -> NDArray[np.uint8]:
+    def many(self, x: Any, rows: int | None = None) -> NDArray[np.uint8]:
         """Rows [n, *shape] as bytes, uint8 [n, nbytes], copied; `rows` is how many there must be. Raises InvalidInput."""
         array = array_of(x, self.what)
         count = array.shape[0] if array.ndim else 0
@@ -50,7 +54,7 @@ class RowCodec:
         own = encoded.copy() if np.may_share_memory(encoded, array) else encoded
         return own.reshape(wanted, self.nbytes)
 
-    def decode(self, data: bytes, rows: int) -> NDArray[Any]:
+    def decode(self, data: bytes | NDArray[np.uint8], rows: int) -> NDArray[Any]:
         """Rows [rows, *shape], read-only where no conversion was needed. Raises ValueError if the length does not fit."""
         values = np.frombuffer(data, self._wire)
         if self._bfloat16:
@@ -60,6 +64,10 @@ class RowCodec:
     def empty(self, rows: int) -> NDArray[Any]:
         """Room for `rows` rows; zeros, so that what is never filled is not somebody's memory."""
         return np.zeros((rows, *self.shape), self.dtype)
+
+    def given(self, rows: NDArray[Any]) -> Any:
+        """Rows as callers get them."""
+        return rows
 
     def _encode(self, array: NDArray[Any], shape: tuple[int, ...], wanted: str, plain: bool) -> NDArray[np.uint8]:
         """`plain`: the caller gave Python's own numbers, which have no dtype."""
@@ -73,9 +81,9 @@ class RowCodec:
         return np.ascontiguousarray(array, self._wire).reshape(-1).view(np.uint8)
 
     def _cast(self, array: NDArray[Any], plain: bool, wanted: str) -> NDArray[Any]:
-        """Safe casts, and two that everyone expects: float64 to a narrower float, and plain Python numbers."""
+        """Safe casts, and two that everyone expects: float64 to a narrower float, and plain Python numbers that fit."""
         floats = array.dtype.kind == "f" and self.dtype.kind == "f"
-        numbers = plain and array.dtype.kind in "biu" and self.dtype.kind == "f"
+        numbers = plain and array.dtype.kind in "biu"
         safe = np.can_cast(array.dtype, self.dtype, "safe")
         if safe or (floats and array.dtype.itemsize >= 8) or numbers:
             return narrowed(array, self.dtype, self.what)
@@ -91,7 +99,7 @@ class RowCodec:
         return rounded
 
     def _text(self, shape: tuple[Any, ...]) -> str:
-        return f"{self.name}[{', '.join(map(str, shape))}]"
+        return f"{self.name}[{', '.join(map(str, shape))}]" if shape else f"one {self.name}"
 
 
 def _to_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:

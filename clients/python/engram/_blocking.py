@@ -13,6 +13,7 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Iterator,
+    Mapping,
     Sequence,
 )
 from types import TracebackType
@@ -22,11 +23,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engram._client import AsyncClient
+from engram._constants import Constants
 from engram._errors import ClientClosed, CloseIncomplete
 from engram._options import ClientOptions
 from engram._patterns import Patterns, Recreation, Stored
 from engram._poller import check, mark
 from engram._session import UNSET, Session
+from engram._tensors import Input
 from engram._types import ModelInfo, ServerInfo, SessionInfo, Settled
 
 _T = TypeVar("_T")
@@ -199,10 +202,13 @@ class Client:
         *,
         version: str = "",
         durability: str | None = None,
+        constants: Constants | None = None,
         timeout: float | None = UNSET,
     ) -> BlockingSession:
         """See AsyncClient.open."""
-        work = self._client.open(model, session_id, version=version, durability=durability, timeout=timeout)
+        work = self._client.open(
+            model, session_id, version=version, durability=durability, constants=constants, timeout=timeout
+        )
         return BlockingSession(self, self._loop.wait(work))
 
     def open_many(
@@ -212,15 +218,16 @@ class Client:
         *,
         version: str = "",
         durability: str | None = None,
+        constants: Constants | Sequence[Constants] | None = None,
         timeout: float | None = UNSET,
     ) -> list[BlockingSession]:
         """See AsyncClient.open_many."""
-        work = self._client.open_many(model, session_ids, version=version, durability=durability, timeout=timeout)
+        work = self._client.open_many(
+            model, session_ids, version=version, durability=durability, constants=constants, timeout=timeout
+        )
         return [BlockingSession(self, session) for session in self._loop.wait(work)]
 
-    def step_many(
-        self, sessions: Sequence[BlockingSession], X: ArrayLike, *, timeout: float | None = UNSET
-    ) -> NDArray[Any]:
+    def step_many(self, sessions: Sequence[BlockingSession], X: Input, *, timeout: float | None = UNSET) -> Any:
         """See AsyncClient.step_many."""
         return self._loop.wait(self._client.step_many([one._session for one in sessions], X, timeout=timeout))
 
@@ -268,29 +275,29 @@ class BlockingSession:
         """See Session.model."""
         return self._session.model
 
-    def step(self, x: ArrayLike, *, timeout: float | None = UNSET) -> NDArray[Any]:
+    def step(self, x: Input, *, timeout: float | None = UNSET) -> Any:
         """See Session.step."""
         return self._loop.wait(self._session.step(x, timeout=timeout))
 
-    def run(self, X: ArrayLike, *, timeout: float | None = UNSET) -> NDArray[Any]:
+    def run(self, X: Input, *, timeout: float | None = UNSET) -> Any:
         """See Session.run."""
         return self._loop.wait(self._session.run(X, timeout=timeout))
 
-    def absorb(self, X: ArrayLike, *, timeout: float | None = UNSET) -> None:
+    def absorb(self, X: Input, *, timeout: float | None = UNSET) -> None:
         """See Session.absorb."""
         self._loop.wait(self._session.absorb(X, timeout=timeout))
 
-    def generate(self, k: int, *, timeout: float | None = UNSET) -> NDArray[Any]:
+    def generate(self, k: int, *, timeout: float | None = UNSET) -> Any:
         """See Session.generate."""
         return self._loop.wait(self._session.generate(k, timeout=timeout))
 
     def stream(
         self,
-        source: Iterable[ArrayLike] | AsyncIterable[ArrayLike],
+        source: Iterable[Input] | AsyncIterable[Input] | Mapping[str, ArrayLike],
         *,
         ahead: int = 64,
         timeout: float | None = UNSET,
-    ) -> Iterator[NDArray[Any]]:
+    ) -> Iterator[Any]:
         """See Session.stream. The source is read in another thread."""
         return self._loop.iterate(self._session.stream(source, ahead=ahead, timeout=timeout))
 

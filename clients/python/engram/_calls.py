@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram._arrays import RowCodec
 from engram._errors import EngramError, Fate
+from engram._tensors import Codec
 
 QUIET = 1
 FEEDBACK = 2
@@ -46,7 +46,7 @@ class Call:
 
     Attributes:
         inputs: uint8 [rows, input bytes]; None for rows that run on their own output.
-        outputs: [rows, *output shape]; None for quiet rows.
+        codec: of the outputs; None for quiet rows.
         flags: QUIET and FEEDBACK, of every row.
         wide: rows are of different sessions, and one that fails leaves the others alone.
         slots: the sessions, of a wide call one for each row.
@@ -61,7 +61,7 @@ class Call:
         self,
         rows: int,
         inputs: NDArray[np.uint8] | None,
-        outputs: NDArray[Any] | None,
+        codec: Codec | None,
         flags: int,
         wide: bool,
         loop: asyncio.AbstractEventLoop,
@@ -69,7 +69,8 @@ class Call:
         self.id = 0
         self.rows = rows
         self.inputs = inputs
-        self.outputs = outputs
+        self.codec = codec
+        self.outputs = None if codec is None else codec.empty(rows)
         self.flags = flags
         self.wide = wide
         self.slots = ()
@@ -145,19 +146,23 @@ class Call:
             return
         done = self.rows - self.left
         error.metadata.setdefault("row", str(done))
-        error.outputs = None if self.outputs is None else self.outputs[:done]
+        error.outputs = self._given(done)
         self.future.set_exception(error)
 
     def _finish(self) -> None:
         if self.future.done():
             return
         if not self._errors:
-            self.future.set_result(self.outputs)
+            self.future.set_result(self._given(self.rows))
             return
         first = self._errors[min(self._errors)]
         raised = first.copy() if first.fate is None else first.of_step(first.fate)
-        raised.rows, raised.outputs = self._errors, self.outputs
+        raised.rows, raised.outputs = self._errors, self._given(self.rows)
         self.future.set_exception(raised)
+
+    def _given(self, rows: int) -> Any:
+        """The outputs of the first so many rows, as callers get them."""
+        return None if self.codec is None or self.outputs is None else self.codec.given(self.outputs[:rows])
 
 
 def _nobody(call: Call, at: int | None) -> None:
@@ -167,9 +172,10 @@ def _nobody(call: Call, at: int | None) -> None:
 class Gather(Call):
     """Single rows of many callers, who were ready together. Each has a future of its own."""
 
-    def __init__(self, codec: RowCodec, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(0, None, None, 0, True, loop)
-        self.codec = codec
+    codec: Codec
+
+    def __init__(self, codec: Codec, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(0, None, codec, 0, True, loop)
         self.futures: list[Answer] = []
         self.slots: list[int] = []
         self.pieces: list[bytes] = []
@@ -205,15 +211,14 @@ class Gather(Call):
 
     def settle(self, at: NDArray[np.int64], values: NDArray[Any] | None) -> Sequence[int] | None:
         self.open -= len(at)
-        futures = self.futures
+        futures, own = self.futures, self.codec.own
         if values is None:
             values = self.codec.empty(len(at))
         unwanted: list[int] = []
-        # Copies: a view would keep the whole frame in memory as long as the caller keeps one row of it.
         for number, (place, value) in enumerate(zip(at.tolist(), values, strict=True)):
             future = futures[place]
             if not future.done():
-                future.set_result(value.copy())
+                future.set_result(own(value))
             else:
                 unwanted.append(number)
         return unwanted or None

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from engram._arrays import RowCodec
 from engram._calls import Call
+from engram._constants import Constants, Encoded, encoded
 from engram._core import Core, ModelLink
 from engram._errors import (
     RETRYABLE,
@@ -39,8 +39,9 @@ from engram._options import ClientOptions, checked_seconds
 from engram._poller import check, mark, refuse_patched_threads
 from engram._session import UNSET, Session
 from engram._table import VOID_HANDLE
+from engram._tensors import Input, codec_of
 from engram._types import ModelInfo, ServerInfo
-from engram.v1 import session_pb2, stream_pb2
+from engram.v1 import model_pb2, session_pb2, stream_pb2
 
 _OPEN_ROWS = 1024  # sessions in one OpenFrame
 _GOODBYE_S = 5.0
@@ -179,6 +180,7 @@ class AsyncClient:
         *,
         version: str = "",
         durability: str | None = None,
+        constants: Constants | None = None,
         timeout: float | None = UNSET,
     ) -> Session:
         """Creates a session, or carries it on where it stood.
@@ -188,11 +190,14 @@ class AsyncClient:
             session_id: 1 to 128 bytes of UTF-8 without white space; None: the server makes one.
             version: of the model; "": the one an existing session is on, else the latest.
             durability: "step" (each step is in Redis before its answer), "interval", or None for the server's default.
+            constants: by name, of a session that this creates, {"sr": 8000}; see ModelInfo.constants. One that exists keeps
+                its own.
 
         A session that this client has open already is returned as it is. The newest open wins: another client that had
         the session gets TakenOver.
         """
-        opened = await self._open(model, [session_id or ""], version, self._durability(durability), timeout)
+        given = [constants or {}]
+        opened = await self._open(model, [session_id or ""], version, self._durability(durability), timeout, given)
         return opened[0]
 
     async def open_many(
@@ -202,20 +207,26 @@ class AsyncClient:
         *,
         version: str = "",
         durability: str | None = None,
+        constants: Constants | Sequence[Constants] | None = None,
         timeout: float | None = UNSET,
     ) -> list[Session]:
         """Like `open`, for many sessions (or for so many new ones) in a few frames. If one fails, its error is raised, and
-        those that were opened with it are let go."""
+        those that were opened with it are let go. constants: the same for all, or a list with those of each."""
         ids = [""] * session_ids if isinstance(session_ids, int) else list(session_ids)
         named = [session_id for session_id in ids if session_id]
         if len(set(named)) < len(named):
             raise InvalidInput("open_many got a session id twice", reason="INVALID_SESSION_ID")
-        return await self._open(model, ids, version, self._durability(durability), timeout)
+        given: list[Any] = list(constants) if isinstance(constants, list | tuple) else [constants or {}] * len(ids)
+        if len(given) != len(ids):
+            message = f"open_many got constants of {len(given)} sessions for {len(ids)}"
+            raise InvalidInput(message, reason="INVALID_ARGUMENT")
+        return await self._open(model, ids, version, self._durability(durability), timeout, given)
 
     def step_many(
-        self, sessions: Sequence[Session], X: ArrayLike, *, timeout: float | None = UNSET
-    ) -> Coroutine[Any, Any, NDArray[Any]]:
-        """One step of each of many sessions of one model: inputs [n, *input shape] -> outputs [n, *output shape].
+        self, sessions: Sequence[Session], X: Input, *, timeout: float | None = UNSET
+    ) -> Coroutine[Any, Any, Any]:
+        """One step of each of many sessions of one model: inputs [n, *input shape] -> outputs [n, *output shape]; of several inputs
+        or outputs a dict of them by name.
 
         If rows fail, the others are still applied; the error of the first is raised, with `rows` and `outputs` set.
         X is copied when this is called.
@@ -229,7 +240,7 @@ class AsyncClient:
 
     async def _step_many(
         self, sessions: Sequence[Session], inputs: NDArray[np.uint8] | EngramError | None, timeout: float | None
-    ) -> NDArray[Any]:
+    ) -> Any:
         core = self._linked().core
         table = core.table
         uids = np.fromiter(map(_UID, sessions), np.int64, len(sessions))
@@ -248,9 +259,8 @@ class AsyncClient:
         link = core.models[int(models[0])]
         if isinstance(inputs, EngramError):
             raise inputs
-        call = Call(len(slots), inputs, link.output.empty(len(slots)), 0, True, core.loop)
-        outputs: NDArray[Any] = await core.submit(call, slots, self._timeout(timeout))
-        return outputs
+        call = Call(len(slots), inputs, link.output, 0, True, core.loop)
+        return await core.submit(call, slots, self._timeout(timeout))
 
     async def close_many(self, sessions: Sequence[Session], *, timeout: float | None = UNSET) -> None:
         """Ends sessions and deletes their records, in one frame."""
@@ -319,16 +329,30 @@ class AsyncClient:
             session._live()
 
     async def _open(
-        self, model: str, ids: Sequence[str], version: str, durability: int, timeout: float | None
-    ) -> list[Session]:
+        self, model: str, ids: Sequence[str], version: str, durability: int, timeout: float | None,
+        constants: Sequence[Constants] = (),
+    ) -> list[Session]:  # fmt: skip
+        """constants: of each session, where there are any."""
         link = self._linked()
         limit_s = self._timeout(timeout)
+        given = await self._encoded(model, version, constants, timeout)
         opened: list[Session | EngramError | None] = [self._already(model, name, version) for name in ids]
         new = [row for row, session in enumerate(opened) if session is None]
         deadline = None if limit_s is None else link.loop.time() + limit_s
-        chunks = [new[start : start + _OPEN_ROWS] for start in range(0, len(new), _OPEN_ROWS)]
+        alike: dict[Encoded, list[int]] = {}  # one frame has one set of constants
+        for row in new:
+            alike.setdefault(given[row] if given else (), []).append(row)
+        pieces = [
+            (rows[at : at + _OPEN_ROWS], which)
+            for which, rows in alike.items()
+            for at in range(0, len(rows), _OPEN_ROWS)
+        ]
+        chunks = [chunk for chunk, _ in pieces]
         results = await asyncio.gather(
-            *(self._open_chunk(model, [ids[row] for row in chunk], version, durability, deadline) for chunk in chunks),
+            *(
+                self._open_chunk(model, [ids[row] for row in chunk], version, durability, which, deadline)
+                for chunk, which in pieces
+            ),
             return_exceptions=True,
         )
         for chunk, result in zip(chunks, results, strict=True):
@@ -345,6 +369,18 @@ class AsyncClient:
             await self._let_go([session for session in good if id(session) in created], detach=True, timeout=_GOODBYE_S)
         raise failed
 
+    async def _encoded(
+        self, model: str, version: str, constants: Sequence[Constants], timeout: float | None
+    ) -> list[Encoded]:
+        """Constants as they are sent; none where nobody gave any. What the model has is asked of the server, if it may have
+        changed since sessions of it were opened."""
+        if not any(constants):
+            return []
+        links = self._core.models if self._link is not None and version else []
+        known = (link.info for link in reversed(links) if (link.info.name, link.info.version) == (model, version))
+        info = next(known, None) or await self.models.get(model, version, timeout=timeout)
+        return [encoded(one, info) for one in constants]
+
     def _already(self, model: str, session_id: str, version: str) -> Session | None:
         if self._link is None or not session_id:
             return None
@@ -357,7 +393,7 @@ class AsyncClient:
         return self._open_sessions[slot] if fits else None
 
     async def _open_chunk(
-        self, model: str, ids: Sequence[str], version: str, durability: int, deadline: float | None
+        self, model: str, ids: Sequence[str], version: str, durability: int, constants: Encoded, deadline: float | None
     ) -> list[Session | EngramError]:
         """One OpenFrame, again while it may succeed later, for the rows that have not succeeded yet."""
         opened: list[Session | EngramError | None] = [None] * len(ids)
@@ -367,6 +403,7 @@ class AsyncClient:
                 model=model, version=version, session_ids=[ids[row] for row in left],
                 durability=stream_pb2.Durability.Name(durability),
                 client_id=self._client_id, ttl_ms=self._ttl_ms(), confirms=True,
+                constants=[model_pb2.Constant(name=name, data=data) for name, data in constants],
             )  # fmt: skip
             answer = await self._request(stream_pb2.StreamRequest(open=frame), deadline)
             if answer is None:
@@ -439,10 +476,10 @@ class AsyncClient:
             same_version = (link.info.name, link.info.version) == (info.name, info.version)
             if same_version and link.info.fingerprint == info.fingerprint and link.durability == durability:
                 return index
-        row = RowCodec(info.input, f"the input of {info.name}")
+        row = codec_of(info.inputs, "input", info.name)
         by_bytes = max(1, self.options.frame_bytes_max // max(1, row.nbytes))
         limits = [self.options.frame_rows_max, by_bytes, *([answer.rows_max] if answer.rows_max else [])]
-        output = RowCodec(info.output, f"the output of {info.name}")
+        output = codec_of(info.outputs, "output", info.name)
         core.models.append(ModelLink(info, durability, self._ttl_ms(), row, output, min(limits)))
         return len(core.models) - 1
 

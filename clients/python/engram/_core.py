@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram._arrays import RowCodec
 from engram._calls import Answer, Call, Gather
 from engram._errors import DataLoss, DeadlineExceeded, EngramError, Fate, make_error, of_detail
 from engram._fates import Doubts, OpenStep, row_bytes
@@ -31,6 +30,7 @@ from engram._options import ClientOptions
 from engram._outbox import Outbox
 from engram._recovery import Recovery
 from engram._table import HANDLE_PLACE, VOID_HANDLE, SessionTable, Span
+from engram._tensors import Codec
 from engram._types import ModelInfo
 from engram.v1 import stream_pb2
 
@@ -54,8 +54,8 @@ class ModelLink:
     info: ModelInfo
     durability: int
     ttl_ms: int
-    input: RowCodec
-    output: RowCodec
+    input: Codec
+    output: Codec
     rows_max: int
 
 

@@ -29,8 +29,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from engram.v1 import error_pb2
 
 
@@ -55,7 +53,8 @@ class EngramError(Exception):
         metadata: further machine-readable facts.
         rows: after `step_many`: the error of each row that failed; empty otherwise.
         outputs: after `step_many`: the outputs [n, ...] of the rows that did not fail (the others are zero); after `run` and
-            `generate`: those of the rows that were answered before the one that failed; else None.
+            `generate`: those of the rows that were answered before the one that failed; else None. A dict of them where the model
+            has several outputs.
     """
 
     default_code: ClassVar[str] = "UNKNOWN"
@@ -75,7 +74,7 @@ class EngramError(Exception):
         self.retry_after = retry_after
         self.metadata: dict[str, str] = dict(metadata or {})
         self.rows: dict[int, EngramError] = {}
-        self.outputs: NDArray[Any] | None = None
+        self.outputs: Any = None
         self.fate: Fate | None = None  # the SDK's own: see `seq` and `applied`
 
     @property

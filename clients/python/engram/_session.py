@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engram._arrays import RowCodec
 from engram._calls import FEEDBACK, QUIET, Call
 from engram._errors import EngramError, FailedPrecondition, Fate, InvalidInput, SessionClosed
 from engram._memories import refused
 from engram._patterns import Patterns, Recreation, Stored
 from engram._source import inputs_of
+from engram._tensors import Codec, Input
 from engram._types import ModelInfo, Settled
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Session:
     until the server has said what became of it. `settle` asks for that. Who does not ask: a next call that begins with the very
     same inputs is taken as the repeat, and they are applied once; any other goes behind the steps that were applied.
 
+    An input is an array where the model has one, and a dict of arrays by name where it has several; outputs alike.
     Arrays are copied when a method is called: what the caller writes into them afterwards, before the call is awaited or its
     frame has left, is not sent.
 
@@ -83,7 +84,7 @@ class Session:
         """The model version that the session is on."""
         return self._client._core.models[self._model_index].info
 
-    def step(self, x: ArrayLike, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, NDArray[Any]]:
+    def step(self, x: Input, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, Any]:
         """One input [*input shape] -> its output [*output shape]. Steps that are ready together leave as one frame."""
         try:
             row = self._codec.one(x)
@@ -91,35 +92,30 @@ class Session:
             return refused(error)
         return self._step(row, timeout)
 
-    async def _step(self, row: bytes | EngramError, timeout: float | None) -> NDArray[Any]:
+    async def _step(self, row: bytes | EngramError, timeout: float | None) -> Any:
         """The step of an input that was taken; an error that it was refused with is raised here."""
         if isinstance(row, EngramError):
             raise row
         slot = self._live()
         return await self._client._core.submit_step(slot, row, self._client._timeout(timeout))
 
-    def run(self, X: ArrayLike, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, NDArray[Any]]:
+    def run(self, X: Input, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, Any]:
         """Inputs [T, *input shape] -> outputs [T, *output shape], pipelined."""
         try:
             inputs = self._codec.many(X)
         except EngramError as error:
             return refused(error)
-        return self._run(inputs, timeout)
+        return self._submit(len(inputs), inputs, 0, timeout)
 
-    async def _run(self, inputs: NDArray[np.uint8], timeout: float | None) -> NDArray[Any]:
-        outputs = self._client._core.models[self._model_index].output.empty(len(inputs))
-        await self._submit(len(inputs), inputs, outputs, 0, timeout)
-        return outputs
-
-    def absorb(self, X: ArrayLike, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, None]:
+    def absorb(self, X: Input, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, None]:
         """Takes inputs [T, *input shape] in without giving outputs."""
         try:
             inputs = self._codec.many(X)
         except EngramError as error:
             return refused(error)
-        return self._submit(len(inputs), inputs, None, QUIET, timeout)
+        return self._submit(len(inputs), inputs, QUIET, timeout)
 
-    async def generate(self, k: int, *, timeout: float | None = UNSET) -> NDArray[Any]:
+    async def generate(self, k: int, *, timeout: float | None = UNSET) -> Any:
         """k further outputs [k, *output shape], each the next one's input; the first input is the last output."""
         link = self._client._core.models[self._model_index]
         if k < 0:
@@ -127,18 +123,17 @@ class Session:
         if not link.info.generates:
             message = f"model {link.info.name} cannot run on its own output: its output is not of its input's shape"
             raise FailedPrecondition(message, reason="CANNOT_GENERATE")
-        outputs = link.output.empty(k)
-        await self._submit(k, None, outputs, FEEDBACK, timeout)
-        return outputs
+        return await self._submit(k, None, FEEDBACK, timeout)
 
     async def stream(
         self,
-        source: Iterable[ArrayLike] | AsyncIterable[ArrayLike],
+        source: Iterable[Input] | AsyncIterable[Input] | Mapping[str, ArrayLike],
         *,
         ahead: int = 64,
         timeout: float | None = UNSET,
-    ) -> AsyncIterator[NDArray[Any]]:
-        """One output for each input of any (async) iterable, in order, as soon as it is there.
+    ) -> AsyncIterator[Any]:
+        """One output for each input of any (async) iterable, in order, as soon as it is there. A dict is one of arrays as `run`
+        takes it.
 
         At most `ahead` steps are on their way at once, and at most one further item is taken from the source meanwhile. An item
         is copied as it is taken, before the source is asked for the next one: it may use one buffer for all of them. A plain
@@ -147,8 +142,11 @@ class Session:
         """
         if ahead < 1:
             raise InvalidInput(f"ahead is a whole number from 1; got {ahead}", reason="INVALID_ARGUMENT")
-        outputs: deque[asyncio.Task[NDArray[Any]]] = deque()
-        inputs = inputs_of(source, self._taken)
+        outputs: deque[asyncio.Task[Any]] = deque()
+        if isinstance(source, Mapping):
+            inputs = inputs_of(self._codec.many(source), lambda row: row.tobytes())
+        else:
+            inputs = inputs_of(source, self._taken)
         next_input: asyncio.Task[bytes | EngramError] | None = None
         failure: BaseException | None = None
         ended = False
@@ -186,11 +184,12 @@ class Session:
         client, slot = self._client, self._live()
         core = client._core
         steps = await core.settle(slot, client._timeout(timeout))
-        outputs = core.models[core.table.model[slot]].output.empty(len(steps))
+        codec = core.models[core.table.model[slot]].output
+        outputs = codec.empty(len(steps))
         for place, step in enumerate(steps):
             if step.output is not None:
                 outputs[place] = step.output
-        return Settled(self.seq, len(steps), outputs)
+        return Settled(self.seq, len(steps), codec.given(outputs))
 
     async def state(self, *, timeout: float | None = UNSET) -> dict[str, NDArray[Any]]:
         """The state tensors by name, without the batch dimension, after the last step that was applied. Settles first."""
@@ -282,16 +281,16 @@ class Session:
         """Lets go of the session and keeps its record: `open` carries on from there."""
         await self._client._let_go([self], detach=True, timeout=timeout)
 
-    async def _submit(
-        self, rows: int, inputs: NDArray[Any] | None, outputs: NDArray[Any] | None, flags: int, timeout: float | None
-    ) -> None:
+    async def _submit(self, rows: int, inputs: NDArray[Any] | None, flags: int, timeout: float | None) -> Any:
+        """The rows' outputs; None if they are quiet."""
         slot = self._live()
-        if not rows:
-            return
         core = self._client._core
-        call = Call(rows, inputs, outputs, flags, False, core.loop)
+        codec = None if flags & QUIET else core.models[core.table.model[slot]].output
+        if not rows:
+            return None if codec is None else codec.given(codec.empty(0))
+        call = Call(rows, inputs, codec, flags, False, core.loop)
         # A long run takes as long as it takes: the client's own timeout is for a server that no longer answers.
-        await core.submit(call, slot, self._client._timeout(timeout), while_stuck=timeout == UNSET)
+        return await core.submit(call, slot, self._client._timeout(timeout), while_stuck=timeout == UNSET)
 
     async def _alive(self, work: Coroutine[Any, Any, _T]) -> _T:
         """What a call by id gives, if the session is open here."""
@@ -303,10 +302,10 @@ class Session:
         return await work
 
     @property
-    def _codec(self) -> RowCodec:
+    def _codec(self) -> Codec:
         return self._client._core.models[self._model_index].input
 
-    def _taken(self, x: ArrayLike) -> bytes | EngramError:
+    def _taken(self, x: Input) -> bytes | EngramError:
         """An input as it is sent, copied; or what it is refused with."""
         try:
             return self._codec.one(x)

@@ -11,16 +11,12 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from typing import Any, TypeVar
 
-from numpy.typing import ArrayLike
-
 _AHEAD = 1  # items read from a plain iterable before they are asked for
 
 _T = TypeVar("_T")
 
 
-async def inputs_of(
-    source: Iterable[ArrayLike] | AsyncIterable[ArrayLike], take: Callable[[ArrayLike], _T]
-) -> AsyncGenerator[_T]:
+async def inputs_of(source: Iterable[Any] | AsyncIterable[Any], take: Callable[[Any], _T]) -> AsyncGenerator[_T]:
     """The source's items as they come, each as `take` makes it. A plain iterable that is no list or array is read in a thread
     of its own: it may block, as a file or a queue does."""
     if isinstance(source, AsyncIterable):
@@ -34,7 +30,7 @@ async def inputs_of(
             yield taken
 
 
-async def _pumped(source: Iterable[ArrayLike], take: Callable[[ArrayLike], _T]) -> AsyncGenerator[_T]:
+async def _pumped(source: Iterable[Any], take: Callable[[Any], _T]) -> AsyncGenerator[_T]:
     loop = asyncio.get_running_loop()
     items: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
     room = threading.Semaphore(_AHEAD)
@@ -53,7 +49,7 @@ async def _pumped(source: Iterable[ArrayLike], take: Callable[[ArrayLike], _T]) 
                 if item is end:
                     put("end", None)
                     return
-                put("item", take(item))  # type: ignore[arg-type]  # it is not the end
+                put("item", take(item))
         except BaseException as error:  # handed to the reader, whatever it is
             put("error", error)
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import datetime
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from google.protobuf import timestamp_pb2
 
 from engram.v1 import model_pb2, session_pb2, stream_pb2
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, dtype (float32, float16, bfloat16, int64 or bool) and shape of a tensor, without the batch dimension."""
+    """Name, dtype and shape of a tensor, without the batch dimension.
+
+    dtype: float16, float32, float64, bfloat16 (float32 for the caller), int8, int16, int32, int64, uint8 or bool. role: of state
+    tensors; a "constant" is set when a session is made.
+    """
 
     name: str
     dtype: str
@@ -29,6 +30,9 @@ class TensorSpec:
         """Number of elements."""
         return math.prod(self.shape)
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]" if self.shape else f"one {self.dtype}"
+
     @classmethod
     def of(cls, spec: model_pb2.TensorSpec) -> TensorSpec:
         return cls(spec.name, spec.dtype, tuple(spec.shape), spec.role)
@@ -36,19 +40,26 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """One version of one served model."""
+    """One version of one served model. Inputs and outputs are in the order in which a row on the wire has them."""
 
     name: str
     version: str
     kind: str
     fingerprint: str
-    input: TensorSpec
-    output: TensorSpec
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     state: tuple[TensorSpec, ...]
     generates: bool
     allows_non_finite: bool
     latest: bool
     description: str
+    batching: str
+    """How rows of several sessions are computed, in words."""
+
+    @property
+    def constants(self) -> tuple[TensorSpec, ...]:
+        """The state tensors that are set when a session is made, see AsyncClient.open."""
+        return tuple(spec for spec in self.state if spec.role == "constant")
 
     @classmethod
     def of(cls, model: model_pb2.Model) -> ModelInfo:
@@ -57,13 +68,14 @@ class ModelInfo:
             version=model.version,
             kind=model.kind,
             fingerprint=model.fingerprint,
-            input=TensorSpec.of(model.input),
-            output=TensorSpec.of(model.output),
+            inputs=tuple(map(TensorSpec.of, model.inputs)),
+            outputs=tuple(map(TensorSpec.of, model.outputs)),
             state=tuple(TensorSpec.of(spec) for spec in model.state),
             generates=model.generates,
             allows_non_finite=model.allows_non_finite,
             latest=model.latest,
             description=model.description,
+            batching=model.batching,
         )
 
 
@@ -111,8 +123,8 @@ class Settled:
     applied: int
     """How many of the open steps were applied; the others were not, and never will be."""
 
-    outputs: NDArray[Any]
-    """Theirs, [applied, *output shape], in order; zeros for inputs that were absorbed."""
+    outputs: Any
+    """Theirs, [applied, *output shape], in order; zeros for inputs that were absorbed. A dict where the model has several."""
 
 
 @dataclass(frozen=True, slots=True)

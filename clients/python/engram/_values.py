@@ -5,6 +5,7 @@ Used by _arrays.py, _patterns.py and _memories.py. A masked value is missing: no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from engram._errors import InvalidInput
 _DTYPE = "INVALID_INPUT_DTYPE"
 
 
-def array_of(values: ArrayLike, what: str, reason: str = _DTYPE) -> NDArray[Any]:
+def array_of(values: Any, what: str, reason: str = _DTYPE) -> NDArray[Any]:
     """The values as an array of any dtype, perhaps the caller's own memory. Raises InvalidInput."""
     if _masked(values):
         message = f"{what} has masked values, which are missing; say with .filled(value) what they stand for"
@@ -41,7 +42,7 @@ def hidden_of(values: ArrayLike) -> tuple[ArrayLike, NDArray[np.bool_] | None]:
 
 
 def narrowed(array: NDArray[Any], dtype: np.dtype[Any], what: str) -> NDArray[Any]:
-    """A copy of another dtype. Floats may lose digits; whole numbers may not, and nothing becomes infinite.
+    """A copy of another dtype. Floats may lose digits; whole numbers may not change, and nothing becomes infinite.
 
     Raises InvalidInput.
     """
@@ -53,10 +54,12 @@ def narrowed(array: NDArray[Any], dtype: np.dtype[Any], what: str) -> NDArray[An
             bad &= ~np.isinf(array)
         elif array.size and array.dtype.itemsize > 1:
             bad |= _inexact(array, cast)
-        if bad.any():
-            place = np.unravel_index(int(bad.argmax()), bad.shape)
-            where = f" at {[int(one) for one in place]}" if place else ""
-            raise InvalidInput(f"{what}: {array[place]!s}{where} does not fit {dtype.name}", reason=_DTYPE)
+    else:
+        bad = np.asarray(cast != array)
+    if bad.any():
+        place = np.unravel_index(int(bad.argmax()), bad.shape)
+        where = f" at {[int(one) for one in place]}" if place else ""
+        raise InvalidInput(f"{what}: {array[place]!s}{where} does not fit {dtype.name}", reason=_DTYPE)
     return cast
 
 
@@ -78,6 +81,8 @@ def _masked(values: Any) -> bool:
 
 def _named(values: Any) -> str:
     kind = type(values).__name__
+    if isinstance(values, Mapping):
+        return f"{kind}; give the array alone"
     if hasattr(values, "toarray"):
         return f"{kind}, a sparse matrix; give .toarray()"
     if hasattr(values, "dtype") or isinstance(values, list | tuple):

@@ -1,4 +1,4 @@
-"""`engram models list|show|check`: what bundles there are, what one is, and whether one can be served here."""
+"""`engram models list|show|check|import`: what bundles there are, what one is, and whether one can be served here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engram_models.commands import import_model
 from engram_models.json_text import json_text
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     listing = actions.add_parser("list", help="every version of every model")
     show = actions.add_parser("show", help="everything about one version")
     check = actions.add_parser("check", help="load one version, verify it, and find how it may be batched here")
+    import_model.configure(actions.add_parser("import", help=import_model.HELP))
     for action in (show, check):
         action.add_argument(
             "model", metavar="MODEL", help="NAME (the latest version), NAME/VERSION, or the path of a bundle"
@@ -41,6 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from engram_models.bundle import BundleError
 
+    if args.action == "import":
+        return import_model.run(args)
     action = {"list": _list, "show": _show, "check": _check}[args.action]
     try:
         return action(args)

@@ -31,6 +31,8 @@ _PROGRESS = b"\x01progress "
 _LINE_MAX = 300
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "VIRTUAL_ENV", "TMPDIR", "LD_LIBRARY_PATH")
 
+_FEW_THREADS = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
 
 def memory_limit(model_bytes: int) -> int:
     """Bytes that a run of a model of this size may take: relative to it, and no more than three quarters of this machine's."""
@@ -57,7 +59,7 @@ def run(
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "engram_models.importing.sandbox", str(folder)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, cwd=folder,
-        env={**environment, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        env={**environment, **_FEW_THREADS, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
     )  # fmt: skip
     try:
         in_time = _follow(process, time.monotonic() + seconds, progress)

@@ -67,7 +67,7 @@ async def tell(screen: Screen, vectors: int, seed: int, pace_s: float, models: P
     with stage(screen, [MODEL], models, FEW_SESSIONS) as on:
         async with engram.AsyncClient(on.address) as client:
             session = await client.open(MODEL, "demo-ntm")
-            inputs = sequence(session.model.input.shape[0], vectors, np.random.Generator(np.random.PCG64(seed)))
+            inputs = sequence(session.model.inputs[0].shape[0], vectors, np.random.Generator(np.random.PCG64(seed)))
             shown = inputs[:vectors, :-1]
             screen.say(
                 f"a session of {MODEL} is shown {vectors} random vectors of {shown.shape[1]} bits, and told the end"
