@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -62,7 +61,6 @@ def main() -> int:
     parser.add_argument("--models", type=Path, help="further models")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="engram-") as scratch:
-        os.environ["XDG_CACHE_HOME"] = scratch  # what is known of the models is found out anew
         with LocalServer(Path(scratch), args.models, ("--shipped-models", "true", "--log-level", "warning")) as server:
             print(json.dumps(exercise(server.address)))
     return 0

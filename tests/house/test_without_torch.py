@@ -18,7 +18,7 @@ from engram_service.local import LocalServer
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(without_torch.__file__)
 ABSENT = ("torch", "faiss", "matplotlib", "sklearn", "onnxscript")
-LIBRARIES = ("libtorch", "faiss", "onnx_cpp2py")  # what these packages map, and what onnx does
+LIBRARIES = ("libtorch", "onnx_cpp2py")  # that torch and onnx map
 KINDS = {
     "copy-ntm": "ntm", "digits-dbn": "dbn", "digits-reader": "lstm", "letters-hopfield": "hopfield", "sunspots": "normalised",
 }  # fmt: skip
@@ -56,18 +56,14 @@ def did_all(found: dict[str, object]) -> bool:
     return isinstance(recalled, int) and recalled >= LETTERS_MIN
 
 
-def test_a_server_for_cpus_has_neither_torch_nor_onnx_nor_faiss_in_its_processes(tmp_path: Path) -> None:
-    """Where all of them are installed. What looks at new models in a process of its own is gone by then."""
+def test_a_server_for_cpus_has_neither_torch_nor_onnx_in_its_processes(tmp_path: Path) -> None:
+    """Where both are installed. What looks at new models in a process of its own is gone by then."""
     with LocalServer(tmp_path, flags=("--cache-dir", str(tmp_path / "cache"))) as server:
         assert did_all(without_torch.exercise(server.address))
         main = psutil.Process(server.pid)
         ours = [one for one in (main, *main.children(recursive=True)) if "redis" not in one.name()]
         assert {one.pid: without_torch.loaded(one.pid, LIBRARIES) for one in ours} == {one.pid: [] for one in ours}
         assert without_torch.loaded(server.pid, ["onnxruntime"]) == ["onnxruntime"], "and it is seen where it is mapped"
-
-
-def test_every_model_that_ships_is_served_where_torch_cannot_be_imported(tmp_path: Path) -> None:
-    assert did_all(json.loads(run([sys.executable, PROGRAM], environment(tmp_path))))
 
 
 @pytest.mark.parametrize(
@@ -91,10 +87,10 @@ def test_what_needs_torch_says_what_to_install(command: list[str], says: str, tm
     assert len([line for line in done.stderr.splitlines() if not line.startswith("{")]) == 1, done.stderr
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_servers_extra_serves_what_ships_imports_a_model_and_tells_the_demo(tmp_path: Path) -> None:
     """In a new environment with that extra alone, as `pip install 'engram[server]'` leaves it."""
-    venv.create(tmp_path / "venv", with_pip=True)
+    venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     env = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ENGRAM_", "VIRTUAL_ENV"))
