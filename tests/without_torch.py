@@ -60,9 +60,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, help="further models")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="engram-") as scratch:
-        with LocalServer(Path(scratch), args.models, ("--shipped-models", "true", "--log-level", "warning")) as server:
-            print(json.dumps(exercise(server.address)))
+    flags = ("--shipped-models", "true", "--log-level", "warning")
+    with tempfile.TemporaryDirectory() as scratch, LocalServer(Path(scratch), args.models, flags) as server:
+        print(json.dumps(exercise(server.address)))
     return 0
 
 

@@ -96,17 +96,8 @@ def test_the_servers_extra_serves_what_ships_imports_a_model_and_tells_the_demo(
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ENGRAM_", "VIRTUAL_ENV"))
     }
     env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    pip = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--constraint",
-        ROOT / "constraints.txt",
-    ]
-    run([*pip, f"engram[server] @ file://{ROOT}"], {**os.environ, "PYTHONPATH": ""}, tmp_path)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
+    run([*pip, "--constraint", ROOT / "constraints.txt", f"engram[server] @ file://{ROOT}"], env, tmp_path)
     there = run(
         [python, "-c", f"import importlib.util as u; print([n for n in {ABSENT} if u.find_spec(n)])"], env, tmp_path
     )
