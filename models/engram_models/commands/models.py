@@ -155,7 +155,13 @@ def _examined(bundle: Bundle, batch_max: int) -> dict[str, Any]:
 
 
 def _examined_on_torch(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
-    from engram_models.cell_bundles import CellStep, load_cell
+    from engram_models.bundle import BundleError
+
+    try:
+        from engram_models.cell_bundles import CellStep, load_cell
+    except ImportError as error:
+        install = "torch is not installed, and this needs it: pip install 'engram[torch]'"
+        raise BundleError(f"{bundle.reference} on {args.device}: {install}") from error
     from engram_models.graph_step import Batching
     from engram_models.probe import batch_floor
 
