@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
-Counts = NDArray[np.uint16] | NDArray[np.uint32]
+Counts = NDArray[np.unsignedinteger]
 
 WORD_BITS = 64
 _TILE = 1 << 15  # words in work at a time
@@ -73,8 +73,9 @@ def _bounds(away: Counts, k: int) -> Counts:
     """For each row of distances [n, P] one that at least k of them are within, and few others."""
     share = away.shape[1] // _SHARES
     if share < k:
-        return away.max(1)
+        bounds: Counts = away.max(1)
+        return bounds
     # The least of each share is k different places' at least.
     least = away[:, : share * _SHARES].reshape(len(away), _SHARES, share).min(1)
-    bounds: Counts = np.partition(least, k - 1, axis=1)[:, k - 1]
+    bounds = np.partition(least, k - 1, axis=1)[:, k - 1]
     return bounds

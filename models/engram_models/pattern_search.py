@@ -3,7 +3,8 @@
 faiss searches where it is installed, NumPy (pattern_counting.py) where it is not: both find the same. For faiss every pattern p is
 kept as the code [p, not p]. A cue q with known bits m asks with [q and m, not q and m]: a known bit that differs counts twice,
 an unknown one once whatever the pattern, so that the order is that of the distance over known bits alone, and faiss finds it
-without knowing of masks. NumPy needs the first half alone.
+without knowing of masks. NumPy needs the first half alone. A recall among 10,000 or 100,000 patterns of 256 or 1,024 bits takes it
+one to three times as long.
 """
 
 from __future__ import annotations

@@ -225,8 +225,8 @@ def own_memory(config: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -
     memory = PatternMemory(**{name: value for name, value in config.items() if name != "labels"})
     check_labels(labels, memory.patterns_max)
     patterns = weights.get("patterns", np.zeros((0, memory.size), np.bool_))
-    if patterns.shape != (len(labels), memory.size):
-        expected = [len(labels), memory.size]
-        raise ValueError(f"patterns are {list(patterns.shape)}; {len(labels)} labels name {expected}")
+    if patterns.dtype != np.bool_ or patterns.shape != (len(labels), memory.size):
+        found, expected = f"{patterns.dtype} {list(patterns.shape)}", f"bool {[len(labels), memory.size]}"
+        raise ValueError(f"patterns are {found}; {len(labels)} labels name {expected}")
     memory.add(PatternMemory.pack(patterns, memory.size), labels)
     return memory

@@ -95,9 +95,9 @@ def _machine(weights: Mapping[str, NDArray[Any]], prefix: str, visible: int, hid
     shapes = {"weight": (hidden, visible), "bias": (hidden,), "visible_bias": (visible,)}
     for name, shape in shapes.items():
         found = weights.get(prefix + name)
-        if found is None or found.shape != shape:
-            what = "is missing" if found is None else f"is {list(found.shape)}"
-            raise ValueError(f"{prefix}{name} {what}; the config says {list(shape)}")
+        if found is None or found.shape != shape or found.dtype not in (np.float32, np.float64):
+            what = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
+            raise ValueError(f"{prefix}{name} {what}; the config says float32 {list(shape)}")
     return _Machine(*(weights[prefix + name] for name in shapes))
 
 

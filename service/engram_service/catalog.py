@@ -20,6 +20,7 @@ from engram_models.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, BundleError, 
 from engram_models.spec import TensorSpec
 from engram_service.errors import NotFound
 from engram_service.metrics import Metrics
+from engram_service.queries import Queries
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.base import Runtime
 from engram_service.runtimes.loader import Loader
@@ -49,6 +50,7 @@ class Served:
     bundle: Bundle
     runtime: Runtime
     layout: RecordLayout
+    queries: Queries
 
     @property
     def arena(self) -> Arena:
@@ -169,7 +171,7 @@ class Catalog:
         runtime = self._loader.load(ref.path)
         bundle = runtime.arena.bundle
         layout = RecordLayout(bundle.fingerprint, bundle.schema.state_nbytes, bundle.schema.output_nbytes, runtime.code)
-        return Served(index, bundle, runtime, layout)
+        return Served(index, bundle, runtime, layout, Queries(bundle))
 
 
 def _stamp(ref: BundleRef) -> Stamp:

@@ -153,7 +153,7 @@ def test_what_cannot_be_recreated_is_refused(call: Callable[[Recreation], object
         ("lstm", {}, "rbm and dbn"),
         ("rbm", {"visible": 6}, "sizes"),
         ("rbm", {"visible": 6, "hidden": "4"}, "sizes"),
-        ("rbm", {"visible": 6, "hidden": 3}, r"weight is \[4, 6\]; the config says \[3, 6\]"),
+        ("rbm", {"visible": 6, "hidden": 3}, r"weight is float32 \[4, 6\]; the config says float32 \[3, 6\]"),
         ("dbn", {"sizes": [6]}, "sizes"),
         ("dbn", {"sizes": 6}, "sizes"),
         ("dbn", {"sizes": [6, 4]}, r"rbms.0.weight is missing"),
@@ -191,8 +191,8 @@ def test_a_network_comes_with_its_patterns(rule: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"size": 43, "labels": ["a"]}, r"patterns are \[2, 43\]; 1 labels name \[1, 43\]"),
-        ({"size": 42, "labels": ["a", "b"]}, r"patterns are \[2, 43\]"),
+        ({"size": 43, "labels": ["a"]}, r"patterns are bool \[2, 43\]; 1 labels name bool \[1, 43\]"),
+        ({"size": 42, "labels": ["a", "b"]}, r"patterns are bool \[2, 43\]"),
         ({"size": 43, "labels": ["a", "a"]}, "distinct"),
         ({"size": 43, "labels": ["a", 1]}, "strings"),
         ({"size": 43, "labels": ["a", "b"], "patterns_max": 1}, "patterns_max"),

@@ -16,8 +16,9 @@ import torch
 
 import engram
 from engram._commands.patterns import read_lines
-from engram._commands.stream import _parse
+from engram._commands.rows import Rows
 from engram._commands.text import TextError, numbered, row_of
+from engram._types import TensorSpec
 from engram_models import bundle_from_torch, shipped_models_dir, write_bundle
 
 MODEL = "digits-reader"
@@ -133,6 +134,13 @@ def test_what_could_be_read_in_two_ways_is_refused(text: str, said: str) -> None
         row_of(text)
 
 
+def parse(text: str, dtype: str) -> np.ndarray:
+    """Read for a model of two numbers."""
+    read = Rows([TensorSpec("numbers", dtype, (2,))]).read(text)
+    assert read is not None
+    return read[0]
+
+
 @pytest.mark.parametrize(
     ("text", "dtype", "said"),
     [
@@ -155,13 +163,13 @@ def test_what_could_be_read_in_two_ways_is_refused(text: str, said: str) -> None
 )
 def test_values_that_the_model_does_not_take(text: str, dtype: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        _parse(text, (2,), dtype)
+        parse(text, dtype)
 
 
 def test_whole_numbers_are_whole() -> None:
     for text in ("9007199254740993,-9223372036854775808", "[9007199254740993, -9223372036854775808]"):
-        assert _parse(text, (2,), "int64")[0].tolist() == [9007199254740993, -9223372036854775808]
-    assert _parse("[true, 0]", (2,), "bool")[0].tolist() == [True, False]
+        assert parse(text, "int64").tolist() == [9007199254740993, -9223372036854775808]
+    assert parse("[true, 0]", "bool").tolist() == [True, False]
 
 
 def test_labels_of_patterns_may_be_of_any_script() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_models import Hopfield, PatternError
+from engram_models import PatternError, PatternMemory
 from engram_service.memory.cache import Cache
 from engram_service.memory.chunks import (
     FORGET,
@@ -28,7 +28,7 @@ from engram_service.memory.chunks import (
 from engram_service.memory.held import Held, unfold
 
 SIZE = 21
-CELL = Hopfield(SIZE)
+OWN = PatternMemory(SIZE)
 
 
 def bits(count: int, seed: int = 0) -> np.ndarray:
@@ -71,7 +71,7 @@ def test_a_damaged_chunk_is_refused(place: int, value: int) -> None:
 
 
 def test_a_log_is_followed_and_another_one_is_not() -> None:
-    one, other = Held(CELL), Held(CELL)
+    one, other = Held(OWN), Held(OWN)
     first = store(one, "a", "b")
     assert one.follow(first) and other.follow(first)
     second = store(one, "c")
@@ -79,38 +79,38 @@ def test_a_log_is_followed_and_another_one_is_not() -> None:
     assert other.follow(second) and other.revision == one.revision
     assert not other.follow(first), "it has been applied"
     assert list(other.memory.labels) == ["a", "b", "c"] and other.length == 3, "the model's own, and two stores"
-    apart, away = Held(CELL), Held(CELL)
+    apart, away = Held(OWN), Held(OWN)
     assert apart.follow(store(apart, "a")) and away.follow(store(away, "x"))
     assert not away.follow(store(apart, "b")), "as long, and of another history"
 
 
 def test_a_whole_log_says_what_the_long_one_said() -> None:
-    held = Held(CELL)
+    held = Held(OWN)
     for number in range(40):
         held.follow(store(held, f"a{number}", f"b{number}", id=bytes([number]) * 16))
         held.follow(held.forgot(Operation(bytes([100 + number]) * 16, 0, 1, FORGET), [f"a{number}"]))
-    again = unfold(CELL, held.whole())
+    again = unfold(OWN, held.whole())
     assert list(again.memory.labels) == list(held.memory.labels) == [f"b{number}" for number in range(40)]
     assert np.array_equal(again.memory.bits, held.memory.bits)
     assert list(again.operations) == list(held.operations) and again.length == 1
-    empty = unfold(CELL, held.emptied(Operation(b"\xff" * 16, 0, 40, FORGET)))
+    empty = unfold(OWN, held.emptied(Operation(b"\xff" * 16, 0, 40, FORGET)))
     assert empty.memory.count == 0 and len(empty.operations) == 81
 
 
 def test_a_log_that_does_not_fit_the_model_is_refused() -> None:
     log = chain([Chunk(WHOLE, SIZE, b"", 0, [], ["a"], bits(1)), Chunk(STORE, SIZE, b"", 0, [], ["a"], bits(1))])
     with pytest.raises(ChunkError, match="'a'"):
-        unfold(CELL, log)
+        unfold(OWN, log)
     with pytest.raises(ChunkError, match="21 bits"):
-        unfold(Hopfield(SIZE + 1), log[:1])
+        unfold(PatternMemory(SIZE + 1), log[:1])
     with pytest.raises(ChunkError):
-        unfold(CELL, log[1:])
+        unfold(OWN, log[1:])
     with pytest.raises(ChunkError, match="limit"):
-        unfold(Hopfield(SIZE, patterns_max=1), chain([Chunk(WHOLE, SIZE, b"", 0, [], ["a", "b"], bits(2))]))
+        unfold(PatternMemory(SIZE, patterns_max=1), chain([Chunk(WHOLE, SIZE, b"", 0, [], ["a", "b"], bits(2))]))
 
 
 def test_the_longest_unused_memory_is_let_go_of_first() -> None:
-    held = Held(CELL)
+    held = Held(OWN)
     held.follow(store(held, "a"))
     one = held.memory.nbytes
     cache = Cache(3 * one)
@@ -160,7 +160,7 @@ def test_labels_that_are_not_utf8_or_not_where_they_should_be() -> None:
 
 def test_numbers_that_have_run_out_are_said_and_not_written() -> None:
     """Found by fuzzing: a log at its limit could be written to, and then not be read."""
-    held = unfold(CELL, [pack_chunk(Chunk(WHOLE, SIZE, b"", NUMBERS_MAX, [], ["a"], bits(1)))])
+    held = unfold(OWN, [pack_chunk(Chunk(WHOLE, SIZE, b"", NUMBERS_MAX, [], ["a"], bits(1)))])
     with pytest.raises(PatternError) as caught:
         held.stored(Operation(b"i" * 16, NUMBERS_MAX, 1, STORE), bits(1, 2), ["p"], NUMBERS_MAX + 1)
     assert caught.value.reason == "MEMORY_FULL"
@@ -168,7 +168,7 @@ def test_numbers_that_have_run_out_are_said_and_not_written() -> None:
 
 
 def test_a_log_that_stands_where_it_stood_before_is_known() -> None:
-    held, revisions = Held(CELL), [b""]
+    held, revisions = Held(OWN), [b""]
     for label in ("a", "b", "c"):
         chunks = store(held, label)
         if not held.revision:

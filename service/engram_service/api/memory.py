@@ -22,7 +22,6 @@ from engram_service.api.turns import Turns
 from engram_service.api.unary import UnaryHandlers, check_id, place_of
 from engram_service.catalog import Served
 from engram_service.core import Core
-from engram_service.engine.queries import Recreator, address, addressable, one_thread, recreate
 from engram_service.errors import FailedPrecondition, InvalidArgument
 from engram_service.memory.chunks import width_of
 from engram_service.memory.memories import Memories
@@ -52,7 +51,7 @@ class MemoryHandlers:
         self._turns = Turns("calls on memories", workers, workers, *limits)
         self._query_turns = Turns("calls that compute", 1, 1, *limits)
         self._patterns = ThreadPoolExecutor(workers, "memory")
-        self._queries = ThreadPoolExecutor(1, "query", one_thread)
+        self._queries = ThreadPoolExecutor(1, "query")
 
     def close(self) -> None:
         for pool in (self._patterns, self._queries):
@@ -111,7 +110,7 @@ class MemoryHandlers:
     async def address_memory(self, request: pb.AddressMemoryRequest, call: Call) -> pb.AddressMemoryResponse:
         info = await self._unary.committed(request.session_id, call.left_s)
         served, state = self._unary.state_of(info)
-        spec = addressable(served.bundle)
+        spec = served.queries.addressable
         if spec is None:
             message = f"{served.reference} is of kind {served.bundle.kind}, whose state has no memory to address"
             raise FailedPrecondition("UNSUPPORTED_OPERATION", message)
@@ -121,22 +120,21 @@ class MemoryHandlers:
         if len(keys) != len(strengths) or not len(keys):
             message = f"{len(keys)} keys and {len(strengths)} strengths; give one or more keys, and a strength for each"
             raise InvalidArgument("INVALID_ARGUMENT", message)
-        weightings, reads = await self._query(call, address, served.bundle, state, keys, strengths)
+        weightings, reads = await self._query(call, served.queries.address, state, keys, strengths)
         return pb.AddressMemoryResponse(
             seq=info.seq, weightings=weightings.tobytes(), reads=reads.tobytes(), slots=slots, width=width
         )
 
     async def recreate(self, request: pb.RecreateRequest, call: Call) -> pb.RecreateResponse:
         served = await self._model_of(request)
-        cell = served.bundle.cell
-        if not isinstance(cell, Recreator):
+        if not served.queries.recreates:
             message = f"{served.reference} is of kind {served.bundle.kind}, which recreates no inputs; rbm and dbn do"
             raise FailedPrecondition("UNSUPPORTED_OPERATION", message)
-        inputs = _floats(request.inputs, served.bundle.input.size, "inputs")
+        inputs = _floats(request.inputs, served.bundle.schema.inputs[0].size, "inputs")
         unknown = _unknown_units(request.unknown, inputs)
         sweeps = _sweeps(request.sweeps or 1)
         try:
-            recreations, energies = await self._on_device(call, served, recreate, cell, inputs, unknown, sweeps)
+            recreations, energies = await self._query(call, served.queries.recreate, inputs, unknown, sweeps)
         except ValueError as error:
             raise InvalidArgument("INVALID_ARGUMENT", str(error)) from error
         return pb.RecreateResponse(recreations=recreations.tobytes(), energies=energies.tobytes())
@@ -160,22 +158,6 @@ class MemoryHandlers:
         async with self._query_turns.turn(call.tenant, call.left_s):
             return await asyncio.get_running_loop().run_in_executor(self._queries, work, *arguments)
 
-    async def _on_device(self, call: Call, served: Served, work: Callable[..., T], *arguments: Any) -> T:
-        """On a GPU in the engine's thread, the only one that uses a device whose models are served."""
-        if served.arena.device.type != "cuda":
-            return await self._query(call, work, *arguments)
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
-
-        def job() -> None:
-            try:
-                loop.call_soon_threadsafe(_settle, done, work(*arguments), None)
-            except Exception as error:
-                loop.call_soon_threadsafe(_settle, done, None, error)
-
-        self._core.queue.post(job)
-        return await done
-
     def _observe(self, model: str, found: Sequence[Recalled], seconds: float) -> None:
         metrics = self._core.metrics
         metrics.recall_seconds.observe(seconds)
@@ -185,15 +167,6 @@ class MemoryHandlers:
         counts = {"unsettled": unsettled, "spurious": spurious, "stored": len(found) - unsettled - spurious}
         for outcome, count in counts.items():
             metrics.recalls.labels(model, outcome).inc(count)
-
-
-def _settle(done: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
-    if done.done():
-        return
-    if error is None:
-        done.set_result(value)
-    else:
-        done.set_exception(error)
 
 
 def _operation(operation_id: bytes) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,24 +30,16 @@ _PAST_MAX = 4096  # revisions that are known again
 _FORGOTTEN_FREE = 1024  # ... and so many forgotten rows, and as many as there are patterns
 
 
-@runtime_checkable
-class Keeper(Protocol):
-    """A cell whose sessions keep patterns; engram_models has one, the Hopfield network."""
-
-    def memory(self) -> PatternMemory:
-        """A new memory of the cell's own patterns, which a session's begins with."""
-        ...
-
-
 class Held:
     """Patterns and their place in the log. Not thread-safe: memories.py locks.
 
     memory: the patterns. revision, length: of the log that they are the sum of; none: the model's own patterns.
     numbers: labels that servers made so far. losses: the store's count when the log was last found as it is here.
+    It begins as a copy of `own`, the model's own patterns.
     """
 
-    def __init__(self, cell: Keeper) -> None:
-        self.memory: PatternMemory = cell.memory()
+    def __init__(self, own: PatternMemory) -> None:
+        self.memory = own.copy()
         self.revision = b""
         self.length = 0
         self.numbers = 0
@@ -159,8 +150,8 @@ class Held:
         return chunks
 
 
-def unfold(cell: Keeper, chunks: Sequence[bytes]) -> Held:
-    """The memory that a whole log is the sum of. Raises ChunkError."""
-    held = Held(cell)
+def unfold(own: PatternMemory, chunks: Sequence[bytes]) -> Held:
+    """The memory that a whole log is the sum of, of a model with these patterns of its own. Raises ChunkError."""
+    held = Held(own)
     held.restart(chunks)
     return held

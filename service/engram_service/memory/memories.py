@@ -7,7 +7,6 @@ grown meanwhile: then it is checked again. A call that is repeated is found in t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -29,7 +28,7 @@ from engram_service.errors import (
 )
 from engram_service.memory.cache import Cache, Slot
 from engram_service.memory.chunks import FORGET, STORE, ChunkError, Operation, begins_log
-from engram_service.memory.held import Held, Keeper, unfold
+from engram_service.memory.held import Held, unfold
 from engram_service.store import MemoryHead, Store, Written
 
 _TRIES = 50  # of a change, while others change the same memory
@@ -66,8 +65,6 @@ class Memories:
         self._resolve = resolve
         self._store = store
         self._logs = store.memories
-        self._own: dict[str, PatternMemory] = {}  # by fingerprint: the patterns that a model brings along
-        self._lock = threading.Lock()
 
     def store(
         self, session_id: str, operation: bytes, size: int, bits: NDArray[np.uint8], labels: Sequence[str]
@@ -119,10 +116,10 @@ class Memories:
 
     def check_log(self, served: Served, chunks: Sequence[bytes]) -> None:
         """Raises ChunkError where this log is none for the model."""
-        cell = served.bundle.cell
-        if not isinstance(cell, Keeper):
+        own = served.queries.patterns
+        if own is None:
             raise ChunkError(f"{served.reference} keeps no patterns")
-        unfold(cell, chunks)
+        unfold(own, chunks)
 
     # Reading
 
@@ -138,7 +135,7 @@ class Memories:
                 return self._asked(served, held.memory, work)
         finally:
             slot.leave()
-        return self._asked(served, self._own_of(served), work)  # never changed, so that no lock is needed
+        return self._asked(served, _own(served), work)  # never changed, so that no lock is needed
 
     def _asked(self, served: Served, memory: PatternMemory, work: Callable[[Served, PatternMemory], T]) -> T:
         try:
@@ -152,7 +149,7 @@ class Memories:
             raise no_session(session_id)
         self._store.tally.renew(session_id)  # as the look has renewed the session's own time
         served = self._resolve(head.model, head.version)
-        _keeper(served)
+        _own(served)
         if served.bundle.fingerprint != head.fingerprint:
             message = f"the session was written by other weights of {served.reference}; serve those or move the session"
             raise FailedPrecondition("FINGERPRINT_MISMATCH", message)
@@ -177,7 +174,7 @@ class Memories:
         return held
 
     def _read_log(self, session_id: str, served: Served, held: Held | None) -> Held:
-        cell = _keeper(served)
+        own = _own(served)
         try:
             if held is not None:
                 new = self._logs.chunks(session_id, held.length)
@@ -186,7 +183,7 @@ class Memories:
             chunks = self._logs.chunks(session_id)
             if not chunks:
                 raise ChunkError("Redis has lost it")
-            return unfold(cell, chunks)
+            return unfold(own, chunks)
         except ChunkError as error:
             message = f"the session's memory cannot be used ({error}); close the session to start over"
             raise DataLoss("RECORD_CORRUPTED", message) from error
@@ -197,13 +194,6 @@ class Memories:
         if self._logs.write(session_id, head, chunks, replace=True) is not Written.DONE:
             raise Unavailable("STORE_UNAVAILABLE", "the memory is being written back; try again", retry_after_ms=50)
         held.replaced(chunks)
-
-    def _own_of(self, served: Served) -> PatternMemory:
-        with self._lock:
-            fingerprint = served.bundle.fingerprint
-            if fingerprint not in self._own:
-                self._own[fingerprint] = _keeper(served).memory()
-            return self._own[fingerprint]
 
     # Changing
 
@@ -226,7 +216,7 @@ class Memories:
         change: Callable[[Held], tuple[list[bytes], str]],
     ) -> Change | None:  # fmt: skip
         """None: the memory was changed by others just now."""
-        held = self._caught_up(session_id, slot, served, head) or Held(_keeper(served))
+        held = self._caught_up(session_id, slot, served, head) or Held(_own(served))
         done = held.operations.get(operation)
         if done is not None:
             return Change(done.rows, done.first, "", _summary(held.memory))
@@ -261,14 +251,15 @@ class Memories:
                 held.replaced(chunks)
 
 
-def _keeper(served: Served) -> Keeper:
-    cell = served.bundle.cell
-    if not isinstance(cell, Keeper):
+def _own(served: Served) -> PatternMemory:
+    """The patterns that the model brings along. Raises FailedPrecondition where its sessions keep none."""
+    own = served.queries.patterns
+    if own is None:
         message = (
             f"{served.reference} is of kind {served.bundle.kind}, which keeps no patterns; a hopfield network does"
         )
         raise FailedPrecondition("UNSUPPORTED_OPERATION", message, model=served.bundle.name)
-    return cell
+    return own
 
 
 def _summary(memory: PatternMemory) -> Summary:

@@ -8,24 +8,24 @@ import numpy as np
 
 from engram_models import LABEL_BYTES_MAX, PatternError
 from engram_service.memory.chunks import FORGET, STORE, WHOLE, Chunk, ChunkError, Operation, chain
-from engram_service.memory.held import Held, Keeper, unfold
+from engram_service.memory.held import Held, unfold
 from engram_service.memory.memories import _first_number
 from engram_service.store import REVISION_NBYTES
 from targets.mutation import joined, parted
 from targets.world import world
 
-_CELL = world().hopfield.bundle.cell
-_SIZE = _CELL.input.shape[0]
+_OWN = world().hopfield.queries.patterns
+_SIZE = world().hopfield.bundle.schema.inputs[0].size
 _BEFORE = 8  # where the digest of the log before stands in a chunk
 
 
 def log() -> list[bytes]:
     """The model's own patterns, some more, one forgotten."""
-    assert isinstance(_CELL, Keeper)
+    assert _OWN is not None
     bits = np.packbits(np.random.default_rng(1).integers(0, 2, (4, _SIZE), np.uint8), axis=1)
     none = np.empty((0, 0), np.uint8)
     operations = [Operation(bytes([n]) * 16, n, 2, STORE) for n in range(2)]
-    own = Held(_CELL)
+    own = Held(_OWN)
     return chain([
         Chunk(WHOLE, _SIZE, b"", 0, operations[:1], list(own.memory.labels), np.asarray(own.memory.bits)),
         Chunk(STORE, _SIZE, b"", 2, operations, ["p0", "p1"], bits[:2]),
@@ -60,16 +60,16 @@ def fuzz_one(data: bytes) -> None:
 
 def used(chunks: list[bytes]) -> None:
     """Reads a log as an import and a recall do; a log that is accepted can be gone on with."""
-    assert isinstance(_CELL, Keeper)
+    assert _OWN is not None
     if not chunks:
         return
     try:
-        held = unfold(_CELL, chunks)
+        held = unfold(_OWN, chunks)
     except ChunkError:
         return
     assert all(0 < len(label.encode()) <= LABEL_BYTES_MAX for label in held.memory.labels)
     whole = held.whole()
-    again = unfold(_CELL, whole)
+    again = unfold(_OWN, whole)
     assert list(again.memory.labels) == list(held.memory.labels)
     assert np.array_equal(again.memory.bits, held.memory.bits)
     first = _first_number(held, 2)

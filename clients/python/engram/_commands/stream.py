@@ -1,28 +1,32 @@
-"""`engram stream MODEL`: inputs as lines on stdin, one output line for each, as it arrives.
+"""`engram stream MODEL`: inputs as lines on stdin, one output line for each, as it arrives; or the samples of a WAV file.
 
-A line is CSV, tab-separated or JSON ([1, 2] or {"x": [1, 2]}); its output line has the same form. Blank lines are passed over.
-Ends with 0 at the end of the input or when nobody reads the output any more, with 130 on Ctrl-C, with 1 on a bad line: what
-stood before it has been answered. An output that is not finite is `null` in JSON, and `nan` or `inf` elsewhere.
+A line is CSV, tab-separated or JSON; its output line has the same form, or is a JSON object where the model has several outputs.
+What lines may say is in _commands/rows.py. Blank lines are passed over. Ends with 0 at the end of the input or when nobody reads
+the output any more, with 130 on Ctrl-C, with 1 on a bad line: what stood before it has been answered. An output that is not
+finite is `null` in JSON, and `nan` or `inf` elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from engram._commands.connection import add_address, client_of, explained
-from engram._commands.text import TextError, numbered, row_of, stdin_blocks
-from engram._json import json_text
+from engram._commands.rows import Rows, line_of
+from engram._commands.text import TextError, numbered, stdin_blocks
+from engram._commands.values import constant_of
+from engram._commands.wav import WavError, WavFile, rate_of, taken_by
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from engram import BlockingSession
 
-_HUGE = 2**1023  # beyond what a float can be asked for
-
-HELP = "CSV or JSON lines on stdin, one output line for each, as it arrives"
+HELP = "CSV or JSON lines on stdin, or a WAV file; one output line for each input, as it arrives"
+_LONG_S = 10.0  # files from which on a terminal is told how far it is
+_TELL_S = 0.25
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,137 +36,141 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--session", metavar="ID", default=None, help="carry this session on; none: a new one that is closed at the end"
     )
     parser.add_argument("--durability", choices=("step", "interval"), default=None, help="none: the server's default")
+    parser.add_argument(
+        "--constant", metavar="NAME=VALUE", action="append", default=[],
+        help="of the session, if this creates it, as sr=16000; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--wav", metavar="FILE", help="PCM samples instead of stdin, in frames of the model's input")
+    parser.add_argument("--channel", metavar="N", type=int, default=None, help="of a file with several, from 1")
     parser.add_argument("--json", action="store_true", help='every output line as {"seq": N, "output": [...]}')
     add_address(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; its exit code."""
-    return explained("stream", lambda: _stream(args))
-
-
-def _stream(args: argparse.Namespace) -> int:
-    name, _, version = args.model.partition("/")
-    forms: list[str] = []
-    failure: list[str] = []
-    with client_of(args) as client:
-        session = client.open(name, args.session, version=version, durability=args.durability)
-        shape, dtype = session.model.input.shape, session.model.input.dtype
-        seq = session.seq
+    if args.channel is not None and args.wav is None:
+        return _said("--channel is of a --wav file", 2)
+    constants: dict[str, Any] = {}
+    for given in args.constant:
         try:
-            for output in session.stream(_inputs(shape, dtype, forms, failure), timeout=None):
+            name, value = constant_of(given)
+        except ValueError as error:
+            return _said(f"--constant {given}: {error}", 2)
+        if name in constants:
+            return _said(f"--constant {name} is given twice", 2)
+        constants[name] = value
+    try:
+        with nullcontext() if args.wav is None else closing(WavFile(args.wav, args.channel)) as wav:
+            return explained("stream", lambda: _stream(args, constants, wav))
+    except WavError as error:
+        return _said(str(error), 1)
+
+
+def _said(what: str, status: int) -> int:
+    print(f"engram stream: {what}", file=sys.stderr)
+    return status
+
+
+def _stream(args: argparse.Namespace, constants: dict[str, Any], wav: WavFile | None) -> int:
+    name, _, version = args.model.partition("/")
+    with client_of(args) as client:
+        session = client.open(name, args.session, version=version, durability=args.durability, constants=constants)
+        try:
+            source = Lines(session) if wav is None else Samples(session, wav)
+            seq = session.seq
+            for output in session.stream(source.inputs(), timeout=None):
                 seq += 1
-                sys.stdout.write(_line(output, forms.pop(0), args.json, seq))
+                sys.stdout.write(source.line(output, seq if args.json else None))
                 sys.stdout.flush()
         except KeyboardInterrupt:
             session.detach(timeout=2.0)
             return 130
-        if args.session is None:
-            session.close()
-    if failure:
-        print(f"engram stream: {failure[0]}", file=sys.stderr)
-        return 1
-    return 0
+        except WavError:
+            _end(session, args.session)
+            raise
+        _end(session, args.session)
+    return source.end()
 
 
-def _inputs(shape: tuple[int, ...], dtype: str, forms: list[str], failure: list[str]) -> Iterator[NDArray[Any]]:
-    """Inputs as their lines arrive, up to the first bad line. Notes the form of each: what stands between its numbers, or
-    "json"."""
-    try:
-        for number, text in numbered(stdin_blocks()):
-            try:
-                value, form = _parse(text, shape, dtype)
-            except TextError as error:
-                raise TextError(f"line {number}, {error}") from error
-            except ValueError as error:
-                raise TextError(f"line {number}: {error}") from error
-            forms.append(form)
-            yield value
-    except TextError as error:
-        failure.append(str(error))
+def _end(session: BlockingSession, given: str | None) -> None:
+    """A session of the user's own stays."""
+    if given is None:
+        session.close()
 
 
-def _parse(text: str, shape: tuple[int, ...], dtype: str) -> tuple[NDArray[Any], str]:
-    """A line's input, and its form. Raises ValueError."""
-    import numpy as np
+class Lines:
+    """Inputs that are lines on stdin."""
 
-    text = text.strip(" ")
-    is_json = text[0] in "[{"
-    values = _flat(_json_values(text)) if is_json else row_of(text)
-    size = int(np.prod(shape))
-    if len(values) != size:
-        raise ValueError(f"{len(values)} values, but the model takes {size} ({dtype}{list(shape)})")
-    return _as_input(values, dtype).reshape(shape), "json" if is_json else "\t" if "\t" in text else ","
+    def __init__(self, session: BlockingSession) -> None:
+        self._rows = Rows(session.model.inputs)
+        self._forms: list[str] = []  # of the lines that are not answered yet
+        self._failure = ""
 
+    def inputs(self) -> Iterator[Any]:
+        """As the lines arrive, up to the first bad one."""
+        try:
+            for number, text in numbered(stdin_blocks()):
+                try:
+                    read = self._rows.read(text)
+                except TextError as error:
+                    raise TextError(f"line {number}, {error}") from error
+                except ValueError as error:
+                    raise TextError(f"line {number}: {error}") from error
+                if read is not None:
+                    self._forms.append(read[1])
+                    yield read[0]
+        except TextError as error:
+            self._failure = str(error)
 
-def _json_values(text: str) -> Any:
-    try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise TextError(f"column {error.colno}: not JSON: {error.msg}") from error
-    except RecursionError:
-        raise ValueError("not JSON numbers: too many brackets") from None
-    if isinstance(value, dict):
-        if len(value) == 1:
-            return next(iter(value.values()))
-        for key in ("x", "input", "inputs"):
-            if key in value:
-                return value[key]
-        raise ValueError('an object needs the key "x" or "input"')
-    return value
+    def line(self, output: Any, seq: int | None) -> str:
+        """The next input's output."""
+        return line_of(output, self._forms.pop(0), seq)
 
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is no number that JSON or a model takes")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("an object has a key twice")
-    return found
+    def end(self) -> int:
+        """After the last output; the exit code."""
+        return _said(self._failure, 1) if self._failure else 0
 
 
-def _flat(values: Any) -> list[float | int]:
-    """The numbers of lists in lists of equal lengths, row by row."""
-    import numpy as np
+class Samples:
+    """Inputs that are frames of a WAV file. Raises WavError where the model is not for it."""
 
-    try:
-        array = np.array(values, object)
-    except ValueError as error:
-        raise ValueError("not JSON numbers: rows of unequal length") from error
-    found = array.reshape(-1).tolist()
-    for place, value in enumerate(found, 1):
-        if isinstance(value, list):
-            raise ValueError("not JSON numbers: rows of unequal length")
-        if not isinstance(value, int | float):
-            raise TextError(f"column {place}: {json_text(value)[:40]} is not a JSON number")
-    return found
+    def __init__(self, session: BlockingSession, wav: WavFile) -> None:
+        info = session.model
+        self._spec = taken_by(info)
+        self._wav = wav
+        self._frame = 0
+        self._told = time.monotonic() if sys.stderr.isatty() and wav.declared >= _LONG_S * wav.rate else float("inf")
+        if (name := rate_of(info)) is not None:
+            rate = round(float(session.state()[name].reshape(-1)[0]))
+            if rate != wav.rate:
+                raise WavError(
+                    f"{wav.path}: {wav.rate} samples a second, but {name} of the session is {rate}; convert the file:"
+                    f" sox {wav.path} -r {rate} out.wav; or open a session with --constant {name}={wav.rate}, if the model"
+                    " knows that rate"
+                )
 
+    def inputs(self) -> Iterator[Any]:
+        """The frames."""
+        return self._wav.frames(self._spec)
 
-def _as_input(values: list[float | int], dtype: str) -> NDArray[Any]:
-    import numpy as np
+    def line(self, output: Any, seq: int | None) -> str:
+        """The next frame's output, behind the time at which the frame begins."""
+        begins = self._frame * self._spec.size / self._wav.rate
+        self._frame += 1
+        if time.monotonic() >= self._told + _TELL_S:
+            self._told = time.monotonic()
+            print(f"\r{begins:.1f} of {self._wav.declared / self._wav.rate:.1f} s", end="", file=sys.stderr, flush=True)
+        return line_of(output, ",", seq, begins)
 
-    kind = np.dtype("float32" if dtype == "bfloat16" else dtype)
-    if kind.kind == "f":
-        with np.errstate(over="ignore"):
-            array = np.array([float(value) if abs(value) < _HUGE else np.inf for value in values]).astype(kind)
-        fits = np.isfinite(array)
-    else:
-        low, high = (0, 1) if kind.kind == "b" else (np.iinfo(kind).min, np.iinfo(kind).max)
-        fits = np.array([value == value // 1 and low <= value <= high for value in values], np.bool_)
-        array = np.array([int(value) if fit else 0 for value, fit in zip(values, fits, strict=True)], kind)
-    if not fits.all():
-        place = int(np.argmin(fits))
-        raise TextError(f"column {place + 1}: the model takes {dtype}, which {values[place]} is not")
-    return array
-
-
-def _line(output: NDArray[Any], form: str, tagged: bool, seq: int) -> str:
-    values = output.tolist()
-    if tagged:
-        return json_text({"seq": seq, "output": values}) + "\n"
-    if form == "json":
-        return json_text(values) + "\n"
-    # The shortest text that reads back as the same float32.
-    return form.join(str(value) for value in output.reshape(-1)) + "\n"
+    def end(self) -> int:
+        """After the last output; the exit code."""
+        wav, size = self._wav, self._spec.size
+        if self._told < float("inf"):
+            print("\r\x1b[K", end="", file=sys.stderr)
+        if not wav.read:
+            return _said(f"{wav.path}: there are no samples", 1)
+        if wav.read < wav.declared:
+            _said(f"{wav.path}: it says that it has {wav.declared} samples, and ends after {wav.read}", 0)
+        if left := wav.read % size:
+            _said(f"the last frame has {left} of {size} samples; the others are zeros", 0)
+        return 0

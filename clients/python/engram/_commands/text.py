@@ -77,8 +77,17 @@ def _decoded(number: int, line: bytes) -> str:
 
 def row_of(text: str) -> list[float | int]:
     """The numbers of a line; whole ones as int, of any length. Raises TextError with the column, from 1."""
-    parts = text.split("\t" if "\t" in text else ",")
-    return [_number(part.strip(" "), column, text) for column, part in enumerate(parts, 1)]
+    return [_number(part, column, text) for column, part in enumerate(cells_of(text), 1)]
+
+
+def cells_of(text: str) -> list[str]:
+    """What stands between the tabs or commas of a line."""
+    return [part.strip(" ") for part in text.split("\t" if "\t" in text else ",")]
+
+
+def is_word(part: str) -> bool:
+    """Whether it may be a name; words for missing numbers are none."""
+    return (part[:1].isalpha() or part[:1] in ("_", "/")) and part.lower() not in _WORDS
 
 
 def _number(part: str, column: int, text: str) -> float | int:
