@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from engram_models.bundle_writing import write_graph_bundle
     from engram_models.cell import Cell, State
-    from engram_models.cell_bundles import CellStep, load_cell, write_bundle
+    from engram_models.cell_bundles import CellStep, cell_floor, load_cell, write_bundle
     from engram_models.check import CheckVector
     from engram_models.digits import Digits, heldout_digits
     from engram_models.graph_step import GraphError, GraphStep
@@ -68,6 +68,7 @@ __all__ = [
     "VanillaRNN",
     "batch_floor",
     "bundle_from_torch",
+    "cell_floor",
     "content_addressing",
     "feed_forward",
     "heldout_digits",
@@ -86,7 +87,7 @@ _HOMES = {  # module: the names that it has
     "bundle": "Bundle BundleError BundleRef Repository load_bundle shipped_models_dir version_key",
     "bundle_writing": "write_graph_bundle",
     "cell": "Cell State",
-    "cell_bundles": "CellStep load_cell write_bundle",
+    "cell_bundles": "CellStep cell_floor load_cell write_bundle",
     "check": "CheckVector",
     "digits": "Digits heldout_digits",
     "graph_step": "GraphError GraphStep",

@@ -101,7 +101,9 @@ def checked_target(directory: Path, name: str, version: str) -> Path:
 def _toml(manifest: Mapping[str, Any]) -> str:
     """The manifest as toml: plain values first, then its tables."""
     plain = [
-        f"{key} = {_value(value)}" for key, value in manifest.items() if value == [] or not isinstance(value, dict | list)
+        f"{key} = {_value(value)}"
+        for key, value in manifest.items()
+        if value == [] or not isinstance(value, dict | list)
     ]
     lines = [*plain, ""]
     for key, value in manifest.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from engram_models.bundle import Bundle, BundleError, load_bundle
 from engram_models.bundle_writing import write
 from engram_models.cell import Cell, State, torch_dtype
 from engram_models.check import CHECK_ROWS, CHECK_STEPS, Arrays, CheckError, CheckVector
+from engram_models.probe import batch_floor
 from engram_models.registry import cell_type
 from engram_models.spec import TensorSpec
 from engram_models.tensor_file import StoredTensor
@@ -25,7 +26,7 @@ def write_bundle(
 ) -> Path:
     """Writes <directory>/<name>/<version>, whole or not at all. Raises BundleError if it is there already or cannot be."""
     weights = {f"weight.{key}": _stored(value) for key, value in cell.state_dict().items()}
-    check = _record_check(cell)
+    check = record_check(cell)
     return write(
         directory, name, version, cell.kind, cell.config, cell.schema, _graph(cell), {**weights, **check.tensors(cell.schema)},
         description=description, allows_non_finite=allows_non_finite,
@@ -62,6 +63,24 @@ class CellStep:
         return (tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor).to(self._device)
 
 
+def cell_floor(cell: Cell, batch_max: int, sizes: Iterable[int] | None = None) -> int | None:
+    """The floor of a cell in torch, where it is; as probe.batch_floor."""
+    return batch_floor(CellStep(cell), cell.schema, record_check(cell), batch_max, sizes)
+
+
+def record_check(cell: Cell) -> CheckVector:
+    """A seeded run of CHECK_STEPS steps over CHECK_ROWS rows, from a random state."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        inputs = torch.stack([cell.inputs_like(_random(cell.input, generator)) for _ in range(CHECK_STEPS)])
+    before = [_random(spec, generator) for spec in cell.state_schema]
+    was_training = cell.training
+    cell.eval()
+    check = CheckVector.record(cell.schema, CellStep(cell), [_array(inputs)], [_array(one) for one in before])
+    cell.train(was_training)
+    return check
+
+
 def _array(tensor: Tensor) -> NDArray[Any]:
     tensor = tensor.detach().cpu().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
@@ -79,19 +98,6 @@ def _graph(cell: Cell) -> bytes:
         return bytes(step_graph(cell).SerializeToString())
     except TypeError:
         return b""
-
-
-def _record_check(cell: Cell) -> CheckVector:
-    """A seeded run of CHECK_STEPS steps over CHECK_ROWS rows, from a random state."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        inputs = torch.stack([cell.inputs_like(_random(cell.input, generator)) for _ in range(CHECK_STEPS)])
-    before = [_random(spec, generator) for spec in cell.state_schema]
-    was_training = cell.training
-    cell.eval()
-    check = CheckVector.record(cell.schema, CellStep(cell), [_array(inputs)], [_array(one) for one in before])
-    cell.train(was_training)
-    return check
 
 
 def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:

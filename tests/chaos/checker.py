@@ -14,20 +14,19 @@ single step, left out, taken twice or swapped with its neighbour, gives just wha
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from chaos.histories import ANSWER, ASKED, CLOSED, CLOSING, FINAL, MODEL, OPENED, QUIET, SETTLED, digest, inputs
-from engram_models import Bundle, Repository, batch_floor, load_bundle, shipped_models_dir, version_key
-from engram_models.cell import State
+from engram_models.bundle import Bundle, Repository, load_bundle, shipped_models_dir, version_key
+from engram_models.check import Step
+from engram_models.examination import checked_step, examine
 
 _BATCH_MAX = 256
-_FLOORS = {"cpu": 32, "cuda": 256}  # batches of the reference are multiples of this
+_GPU_TILE = 256  # batches of the reference are multiples of this there
 _SUSPECTS = 24  # steps before the first differing output that are tried for what happened to them
 
 
@@ -59,16 +58,21 @@ class Report:
 
 
 class Reference:
-    """What sessions answer when nothing happens to them."""
+    """What sessions answer when nothing happens to them, computed by what computes them in a server on such a device."""
 
     def __init__(self, device: str = "cpu") -> None:
-        self._bundle = reference_bundle(device)
-        self._cell = self._bundle.cell
-        self._device = torch.device(device)
-        self._floor = _FLOORS[self._device.type]
-        with _one_thread():
-            floor = batch_floor(self._cell, device, _BATCH_MAX, range(self._floor, _BATCH_MAX + 1, self._floor))
-        assert floor is not None, "the reference needs a batch floor: see Same bits in ARCHITECTURE.md"
+        bundle = reference_bundle()
+        self._schema = bundle.schema
+        self._initial = bundle.initial_states
+        self._step: Step
+        if device == "cpu":
+            found = examine(bundle, _BATCH_MAX)
+            assert found.floor is not None, "the reference needs a batch floor: see Same bits in ARCHITECTURE.md"
+            self._step, self._floor = checked_step(bundle, found.batching), found.floor
+        else:
+            from engram_models.cell_bundles import CellStep, load_cell
+
+            self._step, self._floor = CellStep(load_cell(bundle, device)), _GPU_TILE
 
     def run(
         self, sessions: NDArray[Any], lengths: NDArray[Any], states_at: Mapping[int, Iterable[int]]
@@ -91,51 +95,37 @@ class Reference:
             for seq in states_at.get(session, ()):
                 wanted.setdefault(seq, []).append(n)
         padded = np.resize(sessions, -(-len(sessions) // self._floor) * self._floor)
-        Y = np.empty((length, len(sessions), self._bundle.output.shape[0]), np.float32)
-        with _one_thread(), torch.inference_mode():
-            state = self._cell.initial_state(len(padded), self._device)
-            for seq in range(length + 1):
-                if seq:
-                    y, state = self._cell(torch.from_numpy(inputs(padded, seq)).to(self._device), state)
-                    Y[seq - 1] = y[: len(sessions)].cpu().numpy()
-                for n in wanted.get(seq, ()):
-                    digests[int(sessions[n]), seq] = digest([tensor[n].cpu().numpy() for tensor in state])
+        Y = np.empty((length, len(sessions), self._schema.outputs[0].shape[0]), np.float32)
+        state = self._initial(len(padded))
+        for seq in range(length + 1):
+            if seq:
+                (y,), state = self._step([inputs(padded, seq)], state)
+                Y[seq - 1] = y[: len(sessions)]
+            for n in wanted.get(seq, ()):
+                digests[int(sessions[n]), seq] = digest([tensor[n] for tensor in state])
         return Y
 
     def along(self, session: int, orders: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """The last output after each of these orders of steps, each of which begins with the session's beginning."""
         longest = max(map(len, orders))
         padded = [*orders, *[orders[0]] * (-len(orders) % self._floor)]
-        with _one_thread(), torch.inference_mode():
-            state: State = self._cell.initial_state(len(padded), self._device)
-            y = torch.zeros(len(padded), self._bundle.output.shape[0], device=self._device)
-            for place in range(longest):
-                seqs = np.array([order[place] if place < len(order) else 0 for order in padded])
-                new_y, new = self._cell(torch.from_numpy(inputs(session, seqs)).to(self._device), state)
-                goes = torch.from_numpy(seqs > 0).to(self._device)
-                y = torch.where(goes[:, None], new_y, y)
-                state = self._cell.state_type(
-                    *(
-                        torch.where(goes.view(-1, *[1] * (one.dim() - 1)), one, old)
-                        for one, old in zip(new, state, strict=True)
-                    )
-                )
-        return [row.numpy() for row in y[: len(orders)].cpu()]
+        state = self._initial(len(padded))
+        y = np.zeros((len(padded), self._schema.outputs[0].shape[0]), np.float32)
+        for place in range(longest):
+            seqs = np.array([order[place] if place < len(order) else 0 for order in padded])
+            (new_y,), new = self._step([inputs(session, seqs)], state)
+            goes = seqs > 0
+            y = np.where(goes[:, None], new_y, y)
+            state = [
+                np.where(goes.reshape(-1, *[1] * (one.ndim - 1)), one, old) for one, old in zip(new, state, strict=True)
+            ]
+        return list(y[: len(orders)])
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch as the server's engine has it; threads that wait for each other are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def reference_bundle(device: str = "cpu") -> Bundle:
+def reference_bundle() -> Bundle:
     """The version that a server takes for new sessions."""
     found = [ref for ref in Repository([shipped_models_dir()]).scan()[0] if ref.name == MODEL]
-    return load_bundle(max(found, key=lambda ref: version_key(ref.version)).path, device)
+    return load_bundle(max(found, key=lambda ref: version_key(ref.version)).path)
 
 
 def check(lives: Sequence[NDArray[Any]], reference: Reference) -> Report:

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 
 import engram
 from engram.v1 import session_pb2
-from engram_models import LSTM, Cell, Hopfield, PatternMemory, load_bundle, write_bundle
+from engram_models import LSTM, Cell, Hopfield, PatternMemory, load_cell, write_bundle
 
 SIZE, OWN = 20, 3
 ROWS = 32  # of the reference's batch: every floor's multiple, as the servers' largest one
@@ -73,7 +73,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, module_redis: Any, server_typ
     models = tmp_path_factory.mktemp("models")
     own = np.random.default_rng(3).choice([-1, 1], (OWN, SIZE))
     made = {"lstm": LSTM(4, 6, output_size=4), "hopfield": Hopfield.of(own, [f"own{row}" for row in range(OWN)])}
-    cells = {name: load_bundle(write_bundle(models, name, "1", cell)).cell for name, cell in made.items()}
+    cells = {name: load_cell(write_bundle(models, name, "1", cell)) for name, cell in made.items()}
     flags = ("--models", str(models), "--redis-url", module_redis.url, *QUICK)
     paths: list[pathlib.Path] = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     one, two = (server_type(path, *flags) for path in paths)

@@ -12,13 +12,13 @@ from cells import CELLS
 from numpy.typing import NDArray
 
 import engram
-from engram_models import Repository, load_bundle, shipped_models_dir, write_bundle
+from engram_models import Repository, load_bundle, load_cell, shipped_models_dir, write_bundle
+from engram_models.cell import torch_dtype
 from engram_service.bench.workload import INPUT, W, workload_w, write_w
-from engram_service.engine.arena import Arena
-from engram_service.engine.cuda import CudaRunner
-from engram_service.engine.runner import Runner, Shapes
-from engram_service.engine.step import step_of
 from engram_service.local import LocalServer
+from engram_service.runtimes.arena import Arena
+from engram_service.runtimes.torch_cells import Shapes, TorchCells
+from engram_service.runtimes.torch_cuda import CudaArena, CudaGraphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 
@@ -28,7 +28,7 @@ SHIPPED = {ref.name: ref.path for ref in Repository([shipped_models_dir()]).scan
 
 
 def _steps(
-    runner: Runner, slots: NDArray[np.int32], inputs: NDArray[np.uint8], feedback: NDArray[np.bool_] | None
+    runner: TorchCells, slots: NDArray[np.int32], inputs: NDArray[np.uint8], feedback: NDArray[np.bool_] | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Outputs [STEPS, n, bytes] and last states [n, bytes] of these slots from the initial state."""
     runner.arena.reset(slots)
@@ -42,23 +42,24 @@ def _steps(
 def test_a_row_has_the_cpus_numbers_and_the_same_bits_in_every_batch(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     path = SHIPPED.get(name) or write_bundle(tmp_path, "m", "1", CELLS[name]())
-    here, there = (Arena(load_bundle(path, at), SLOTS, 8, torch.device(at)) for at in ("cpu", "cuda:0"))
-    spec = here.bundle.input
+    bundle = load_bundle(path)
+    here, there = Arena(bundle, SLOTS, 8), CudaArena(bundle, SLOTS, 8, torch.device("cuda:0"))
+    spec = bundle.schema.inputs[0]
     rng = np.random.default_rng(5)
     noise = torch.from_numpy(rng.standard_normal((STEPS, SLOTS, *spec.shape), np.float32))
-    x = here.bundle.cell.inputs_like(noise.to(spec.torch_dtype))
+    x = load_cell(bundle).inputs_like(noise.to(torch_dtype(spec)))
     inputs = x.contiguous().view(STEPS, SLOTS, -1).view(torch.uint8).numpy()
-    feedback = np.arange(SLOTS) % 3 == 0 if here.bundle.generates else None
+    feedback = np.arange(SLOTS) % 3 == 0 if bundle.schema.generates else None
     slots = np.arange(SLOTS, dtype=np.int32)
 
-    runner = CudaRunner(there, Shapes.of_tiles(256, 1024), step_of(there))
+    runner = CudaGraphs(there, load_cell(bundle, "cuda:0"), Shapes.of_tiles(256, 1024))
     many, states = _steps(runner, slots, inputs, feedback)
     for rows in (1, 3, 255, 256, 300, 1025):
         some = rng.choice(SLOTS, rows, replace=False)
         fed = None if feedback is None else feedback[some]
         few, left = _steps(runner, rng.choice(slots, rows, replace=False), np.ascontiguousarray(inputs[:, some]), fed)
         assert np.array_equal(few, many[:, some]) and np.array_equal(left, states[some]), rows
-    expected, _ = _steps(Runner(here, Shapes(32), step_of(here)), slots, inputs, feedback)
+    expected, _ = _steps(TorchCells(here, load_cell(bundle), Shapes(32)), slots, inputs, feedback)
     assert np.allclose(many.view(np.float32), expected.view(np.float32), atol=1e-4)
 
 

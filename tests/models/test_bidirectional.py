@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engram_models import Bidirectional, load_bundle, write_bundle
+from engram_models import Bidirectional, load_bundle, load_cell, write_bundle
 from engram_models.recurrent import KINDS
 
 Array = NDArray[np.float64]
@@ -142,10 +142,10 @@ def test_the_windows_hold_the_last_inputs_and_outputs() -> None:
 def test_a_bundle_keeps_the_look_ahead(tmp_path) -> None:
     cell = cell_of(4, "rnn", nonlinearity="relu", output_size=2)
     bundle = load_bundle(write_bundle(tmp_path, "tagger", "1", cell))
-    assert bundle.cell.config["look_ahead"] == 4
+    assert load_cell(bundle).config["look_ahead"] == 4
     xs = torch.randn(4, 9, 3)
     with torch.inference_mode():
-        assert torch.equal(bundle.cell.sequence(xs)[0], cell.sequence(xs)[0])
+        assert torch.equal(load_cell(bundle).sequence(xs)[0], cell.sequence(xs)[0])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from engram_models import (
     State,
     TensorSpec,
     VanillaRNN,
-    batch_floor,
+    cell_floor,
 )
 from engram_models.recurrent import sigma_
 
@@ -52,7 +52,7 @@ def random_tensor(rows: int, spec: TensorSpec) -> Tensor:
 
 def assert_same_bits(cell: Cell, trials: int, batch_max: int) -> None:
     """Random rows in random batches of multiples of the floor, against the same rows in one batch of their own."""
-    floor = batch_floor(cell, "cpu", batch_max)
+    floor = cell_floor(cell, batch_max)
     assert floor is not None
     xs = torch.randn(STEPS, batch_max, *cell.input.shape)
     before = [random_tensor(batch_max, spec) for spec in cell.state_schema]
@@ -98,7 +98,7 @@ def test_the_yardstick_may_run_in_small_batches() -> None:
     torch.manual_seed(0)
     cell = LSTM(64, 256, output_size=16).eval()
     assert_same_bits(cell, 5, 1024)
-    floor = batch_floor(cell, "cpu", 1024)
+    floor = cell_floor(cell, 1024)
     assert floor is not None
     assert floor <= 16
 
@@ -116,13 +116,13 @@ class Shifty(Cell):
 
 
 def test_no_floor_is_claimed_where_there_is_none() -> None:
-    assert batch_floor(Shifty(), "cpu", 64) is None
+    assert cell_floor(Shifty(), 64) is None
 
 
 def test_given_sizes_alone_are_tried() -> None:
     cell = LSTM(3, 4).eval()
-    assert batch_floor(cell, "cpu", 64, sizes=[32, 64]) == 1
-    assert batch_floor(cell, "cpu", 64, sizes=[]) is None
+    assert cell_floor(cell, 64, sizes=[32, 64]) == 1
+    assert cell_floor(cell, 64, sizes=[]) is None
 
 
 def test_sigma_has_no_place() -> None:

@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from engram_models import DBN, GRU, LSTM, RBM, VanillaRNN, feed_forward, initialise, load_bundle, write_bundle
+from engram_models import (
+    DBN,
+    GRU,
+    LSTM,
+    RBM,
+    VanillaRNN,
+    feed_forward,
+    initialise,
+    load_bundle,
+    load_cell,
+    write_bundle,
+)
 from engram_models.training.boltzmann import (
     Learning,
     Pretraining,
@@ -233,10 +244,12 @@ def test_bundles_without_a_state(tmp_path: Path) -> None:
     for cell in (small_rbm(output="features").float(), DBN([6, 5, 4], 3)):
         path = write_bundle(tmp_path, cell.kind, "1", cell.eval())
         bundle = load_bundle(path)
-        assert bundle.state == ()
+        assert bundle.schema.state == ()
         x = torch.rand(2, 6)
         with torch.no_grad():
-            assert torch.equal(bundle.cell(x, bundle.cell.initial_state(2))[0], cell(x, cell.initial_state(2))[0])
+            assert torch.equal(
+                load_cell(bundle)(x, load_cell(bundle).initial_state(2))[0], cell(x, cell.initial_state(2))[0]
+            )
 
 
 SMALL = {

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engram_models import LSTM, BundleError, Cell, Repository, load_bundle, version_key, write_bundle
+from engram_models import LSTM, BundleError, Cell, Repository, load_bundle, load_cell, version_key, write_bundle
 
 
 def test_there_and_back(cell: Cell, tmp_path: Path) -> None:
@@ -21,14 +21,14 @@ def test_there_and_back(cell: Cell, tmp_path: Path) -> None:
     assert (bundle.name, bundle.version, bundle.kind) == ("some", "1.2", cell.kind)
     assert bundle.description == 'says "so"\nin two lines, µ'
     assert bundle.allows_non_finite
-    assert (bundle.input, bundle.output, bundle.state) == (cell.input, cell.output, cell.state_schema)
+    assert (bundle.input, bundle.output, bundle.schema.state) == (cell.input, cell.output, cell.state_schema)
     assert bundle.state_nbytes == sum(4 * spec.size for spec in cell.state_schema)
-    assert bundle.generates == (cell.input.shape == cell.output.shape)
+    assert bundle.schema.generates == (cell.input.shape == cell.output.shape)
     x = torch.randn(4, *cell.input.shape)
     with torch.inference_mode():
-        assert torch.equal(bundle.cell(x, cell.initial_state(4))[0], cell(x, cell.initial_state(4))[0])
-    assert not bundle.cell.training
-    assert not any(parameter.requires_grad for parameter in bundle.cell.parameters())
+        assert torch.equal(load_cell(bundle)(x, cell.initial_state(4))[0], cell(x, cell.initial_state(4))[0])
+    assert not load_cell(bundle).training
+    assert not any(parameter.requires_grad for parameter in load_cell(bundle).parameters())
 
 
 def test_everyone_may_read_what_was_written(bundle_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram_models import heldout_digits, load_bundle, shipped_models_dir
+from engram_models import heldout_digits, load_bundle, load_cell, shipped_models_dir
 from engram_models.digits import save_heldout_digits, split_digits
 from engram_models.training.experiment import TrainingError
 from engram_models.training.recipe import load_recipe
@@ -22,7 +22,7 @@ PATH = shipped_models_dir() / "digits-reader" / "1"
 def test_digits_reader_reads_the_digits_that_it_never_saw() -> None:
     digits, bundle = heldout_digits(), load_bundle(PATH)
     with torch.inference_mode():
-        beliefs = bundle.cell.sequence(torch.from_numpy(digits.rows))[0].numpy()
+        beliefs = load_cell(bundle).sequence(torch.from_numpy(digits.rows))[0].numpy()
     assert np.allclose(beliefs.sum(2), 1, atol=1e-5)
     by_row = (beliefs.argmax(2) == digits.labels[:, None]).mean(0)
     assert by_row[-1] >= ACCURACY_MIN
@@ -37,7 +37,7 @@ def test_the_recorded_result_is_that_of_the_bundle() -> None:
     assert recorded["digest"] == load_recipe("digits-reader").digest, "the recipe was changed after the bundle was made"
     metrics = recorded["metrics"]
     with torch.inference_mode():
-        named = bundle.cell.sequence(torch.from_numpy(digits.rows))[0].argmax(2).numpy()
+        named = load_cell(bundle).sequence(torch.from_numpy(digits.rows))[0].argmax(2).numpy()
     by_row = (named == digits.labels[:, None]).mean(0)
     assert np.allclose(by_row, metrics["accuracy_by_step"], atol=0.003)  # one digit of 360
     assert metrics["held_out"] == len(digits.labels)

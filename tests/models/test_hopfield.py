@@ -19,8 +19,8 @@ from engram_models import (
     PatternError,
     PatternMemory,
     Recalled,
-    batch_floor,
-    load_bundle,
+    cell_floor,
+    load_cell,
     shipped_models_dir,
     write_bundle,
 )
@@ -458,7 +458,7 @@ def test_what_was_forgotten_is_as_if_it_had_never_been(rule: str) -> None:
 def test_a_step_is_a_synchronous_sweep(rule: str, tmp_path: Path) -> None:
     patterns = random_patterns(6, 50)
     made = Hopfield.of(patterns, names(6), rule)
-    cell = load_bundle(write_bundle(tmp_path, "some", "1", made)).cell
+    cell = load_cell(write_bundle(tmp_path, "some", "1", made))
     assert isinstance(cell, Hopfield)
     assert cell.schema.generates
     memory, cues = cell.memory(), random_cues(patterns, 0.2, 0.2)
@@ -493,7 +493,7 @@ def test_a_cell_without_patterns_keeps_what_it_was_told() -> None:
 def test_a_served_size_needs_no_floor(rule: str) -> None:
     torch.set_num_threads(1)
     cell = Hopfield.of(random_patterns(40, 150), names(40), rule, beta=0.02)
-    assert batch_floor(cell.eval(), "cpu", 64) == 1
+    assert cell_floor(cell.eval(), 64) == 1
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_letters_are_drawn() -> None:
 
 
 def test_the_shipped_letters_come_back_from_noise() -> None:
-    cell = load_bundle(shipped_models_dir() / "letters-hopfield" / "1").cell
+    cell = load_cell(shipped_models_dir() / "letters-hopfield" / "1")
     assert isinstance(cell, Hopfield)
     assert torch.equal(cell.patterns, letters_cell().patterns)
     (labels, patterns), memory, generator = letters(), cell.memory(), np.random.default_rng(0)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
-from engram_models import bundle_from_torch, load_bundle, write_bundle
+from engram_models import bundle_from_torch, load_bundle, load_cell, write_bundle
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -27,7 +27,7 @@ def test_an_imported_cell_computes_the_same(make: Any, batch_first: bool, bias: 
     with torch.no_grad():
         hidden = module(xs)[0] if batch_first else module(xs.transpose(0, 1))[0].transpose(0, 1)
         expected = torch.softmax(head(hidden), -1)
-        torch.testing.assert_close(bundle.cell.sequence(xs)[0], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(load_cell(bundle).sequence(xs)[0], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_other_floats_become_float32(dtype: torch.dtype, tmp_path: Path) -> None
     cell = bundle_from_torch(module.requires_grad_(False), head)
     assert {weight.dtype for weight in cell.state_dict().values()} == {torch.float32}
     assert module.weight_hh_l0.dtype == dtype
-    assert load_bundle(write_bundle(tmp_path, "m", "1", cell)).cell.config == cell.config
+    assert load_cell(write_bundle(tmp_path, "m", "1", cell)).config == cell.config
 
 
 def test_defaults_of_torch_do_not_matter(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engram_models import NTM, Cell, State, batch_floor, content_addressing, load_bundle, write_bundle
+from engram_models import NTM, Cell, State, cell_floor, content_addressing, load_cell, write_bundle
 from engram_models.ntm import sharpen, shift, softplus
 
 Array = NDArray[np.float64]
@@ -281,9 +281,9 @@ def test_it_learns_to_copy_through_its_memory() -> None:
 def test_a_served_size_keeps_its_floor_small_and_survives_its_bundle(tmp_path) -> None:
     torch.manual_seed(0)
     cell = NTM(9, 8, activation="sigmoid").eval()
-    floor = batch_floor(cell, "cpu", 128)
+    floor = cell_floor(cell, 128)
     assert floor is not None and floor <= 16
-    loaded = load_bundle(write_bundle(tmp_path, "copy", "1", cell)).cell
+    loaded = load_cell(write_bundle(tmp_path, "copy", "1", cell))
     xs = torch.randn(4, 6, 9)
     with torch.inference_mode():
         assert torch.equal(loaded.sequence(xs)[0], cell.sequence(xs)[0])

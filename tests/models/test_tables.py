@@ -20,8 +20,9 @@ from engram_models import (
     Cell,
     Normalised,
     VanillaRNN,
-    batch_floor,
+    cell_floor,
     load_bundle,
+    load_cell,
     shipped_models_dir,
     write_bundle,
 )
@@ -74,13 +75,13 @@ def test_a_normalised_cell_takes_and_answers_raw_values(transform: str) -> None:
 def test_a_normalised_cell_goes_into_a_bundle_and_comes_back(tmp_path: Path) -> None:
     cell = scaled("root")
     bundle = load_bundle(write_bundle(tmp_path, "scaled", "1", cell))
-    assert bundle.cell.config == cell.config
-    assert bundle.cell.config["config"]["hidden_size"] == 5
-    assert bundle.cell.config["outputs"] == ["a", "b"]
-    assert bundle.state == cell.inner.state_schema
+    assert load_cell(bundle).config == cell.config
+    assert load_cell(bundle).config["config"]["hidden_size"] == 5
+    assert load_cell(bundle).config["outputs"] == ["a", "b"]
+    assert bundle.schema.state == cell.inner.state_schema
     x = cell.inputs_like(torch.randn(4, 2))
     with torch.inference_mode():
-        assert torch.equal(bundle.cell(x, cell.initial_state(4))[0], cell(x, cell.initial_state(4))[0])
+        assert torch.equal(load_cell(bundle)(x, cell.initial_state(4))[0], cell(x, cell.initial_state(4))[0])
 
 
 def test_scales_are_part_of_the_fingerprint_and_of_the_check(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_the_probe_sees_numbers_of_the_size_of_the_data() -> None:
     cell = scaled()
     seen: list[torch.Tensor] = []
     cell.inner.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    batch_floor(cell, "cpu", 8)
+    cell_floor(cell, 8)
     assert max(float(x.abs().max()) for x in seen) < 10
 
 
@@ -492,11 +493,11 @@ def test_a_bundle_forecasts_raw_values(own: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "result.json").read_text())["metrics"]["test_rows"] == 20
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} >= {"forecast", "free-run", "loss"}
     bundle = load_bundle(tmp_path / "out" / "models" / "own" / "1")
-    assert bundle.generates
+    assert bundle.schema.generates
     assert bundle.description == "Mine. Takes height; answers the next height."
     wave = torch.tensor(read_csv(own.with_suffix(".csv"), Columns()).values[0]).float()
     with torch.inference_mode():
-        said = bundle.cell.sequence(wave[None])[0][0]
+        said = load_cell(bundle).sequence(wave[None])[0][0]
     errors = (said[129:149] - wave[130:150]).double()
     assert errors.square().mean().sqrt().item() == pytest.approx(result["metrics"]["test_rmse"], rel=1e-4)
 
@@ -537,7 +538,7 @@ def test_the_shipped_sunspots_bundle_beats_its_baselines_on_years_held_out() -> 
     recipe = load_recipe("sunspots")
     keys = {key: value for key, value in recipe.task.items() if key != "name"}
     bundle = load_bundle(shipped_models_dir() / "sunspots" / "1")
-    found = task("forecast", keys, "sunspots", recipe.path.parent).evaluate(bundle.cell, 1, thorough=True)
+    found = task("forecast", keys, "sunspots", recipe.path.parent).evaluate(load_cell(bundle), 1, thorough=True)
     assert recipe.verdict(found) == []
     recorded = json.loads((bundle.path / "training.json").read_text())
     assert recorded["digest"] == recipe.digest

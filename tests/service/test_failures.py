@@ -17,9 +17,9 @@ Connect = Callable[[ServerProcess], Any]
 FAILING_MODEL = """
 import time
 import numpy as np
-from engram_service.engine.runner import Runner
+from engram_service.runtimes.onnx_graphs import OnnxGraphs
 
-real = Runner.step
+real = OnnxGraphs.step
 
 def step(self, slots, inputs, feedback):
     if (np.ascontiguousarray(inputs).view(np.float32) == 99).any():
@@ -27,7 +27,7 @@ def step(self, slots, inputs, feedback):
         raise RuntimeError("the cell fails on this input")
     return real(self, slots, inputs, feedback)
 
-Runner.step = step
+OnnxGraphs.step = step
 """
 SLOW_LOSS = """
 import time

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from engram.v1 import error_pb2, service_pb2_grpc
 from engram.v1 import session_pb2 as pb
 from engram.v1 import stream_pb2 as st
-from engram_models import GRU, load_bundle, shipped_models_dir, write_bundle
+from engram_models import GRU, load_cell, shipped_models_dir, write_bundle
 
 SECONDS = float(os.environ.get("ENGRAM_ISOLATION_S", "8"))
 SEED = int(os.environ.get("ENGRAM_ISOLATION_SEED") or secrets.randbits(32))
@@ -434,7 +434,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, pathlib.Path
     (models / "digits-reader").symlink_to(shipped_models_dir() / "digits-reader")
     made = World({}, {})
     for model in MODELS:
-        cell = load_bundle(models / model / "1").cell
+        cell = load_cell(models / model / "1")
         keys = [(tenant, name) for tenant in TENANTS for name in NAMES if model_of(name) == model]
         inputs = np.random.default_rng(11).normal(size=(len(keys), STEPS_MAX, *cell.input.shape)).astype(np.float32)
         with torch.inference_mode():

@@ -18,7 +18,7 @@ import torch
 
 import engram
 from engram.v1 import memory_pb2 as pb
-from engram_models import DBN, NTM, RBM, Hopfield, content_addressing, write_bundle
+from engram_models import DBN, NTM, RBM, Hopfield, content_addressing, load_cell, write_bundle
 from engram_service.store.keys import memory_key, meta_key, session_tag
 
 SIZE = 96
@@ -384,11 +384,10 @@ def test_an_ntm_memory_is_addressed_as_the_machine_does_it(clients: list[engram.
 
 @pytest.mark.parametrize("model", ["rbm", "dbn"])
 def test_inputs_are_recreated(clients: list[engram.Client], models: pathlib.Path, model: str) -> None:
-    from engram_models import load_bundle
 
     x = np.random.default_rng(5).random((4, 12), np.float32)
     hidden = np.arange(12) < 5
-    cell: Any = load_bundle(models / model / "1").cell
+    cell: Any = load_cell(models / model / "1")
     plain, energies = cell.recreate(torch.from_numpy(x), None, 3)
     filled, _ = cell.recreate(torch.from_numpy(x), torch.from_numpy(~hidden).expand(4, -1), 2)
     session = clients[0].open(model)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from engram_models import batch_floor, load_bundle, write_bundle
+from engram_models import cell_floor, load_bundle, write_bundle
 from engram_models.cell import State
+from engram_models.examination import TILE_ROWS
 from engram_models.recurrent import LSTM
-from engram_service.engine.arena import Arena
-from engram_service.engine.runner import TILE_ROWS, Runner, Shapes
-from engram_service.engine.step import step_of
+from engram_service.runtimes.arena import Arena
+from engram_service.runtimes.torch_cells import Shapes, TorchCells
 
 
 @pytest.mark.parametrize("shapes", [Shapes(4), Shapes(None), Shapes.of_tiles(1), Shapes.of_tiles(16, 64)])
@@ -34,15 +34,14 @@ class Placed(LSTM):
 
 def test_a_cell_without_a_floor_gives_a_row_the_same_bits_alone_and_among_others(tmp_path: pathlib.Path) -> None:
     cell = Placed(5, 8)
-    assert batch_floor(cell, "cpu", 256) is None and batch_floor(cell, "cpu", TILE_ROWS, [TILE_ROWS]) is None
-    arena = Arena(load_bundle(write_bundle(tmp_path, "m", "1", LSTM(5, 8))), 64, 8, torch.device("cpu"))
-    object.__setattr__(arena.bundle, "cell", cell)
+    assert cell_floor(cell, 256) is None and cell_floor(cell, TILE_ROWS, [TILE_ROWS]) is None
+    arena = Arena(load_bundle(write_bundle(tmp_path, "m", "1", LSTM(5, 8))), 64, 8)
     inputs = np.random.default_rng(0).standard_normal((40, 5), np.float32).view(np.uint8).reshape(40, -1)
 
     def outputs(rows: list[int], tile: int) -> np.ndarray:
         arena.reset(np.arange(64))
         return (
-            Runner(arena, Shapes.of_tiles(tile), step_of(arena))
+            TorchCells(arena, cell.eval(), Shapes.of_tiles(tile))
             .step(np.array(rows, np.int32), inputs[rows], None)
             .outputs
         )

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from engram_models import Cell, load_bundle, write_bundle
 from engram_models.cell import State
 from engram_models.recurrent import LSTM
-from engram_service.engine.arena import Arena
-from engram_service.engine.runner import Runner, Shapes
-from engram_service.engine.step import step_of
-from engram_service.engine.traced import traced
+from engram_service.runtimes import torch_cells
+from engram_service.runtimes.arena import Arena
+from engram_service.runtimes.torch_cells import Shapes, TorchCells
+from engram_service.runtimes.torch_step import step_of
+from engram_service.runtimes.torch_traced import traced
 
 
 @pytest.fixture(autouse=True)
@@ -29,31 +30,34 @@ def _one_thread() -> Iterator[None]:
 
 def arena_of(cell: Cell, tmp_path) -> Arena:
     bundle = load_bundle(write_bundle(tmp_path, "m", "1", cell))
-    return Arena(bundle, 64, 8, torch.device("cpu"))
+    return Arena(bundle, 64, 8)
 
 
-def run(arena: Arena, recorded: bool, steps: int = 8) -> list[NDArray[np.uint8]]:
+def run(
+    arena: Arena, cell: Cell, monkeypatch: pytest.MonkeyPatch, recorded: bool, steps: int = 8
+) -> list[NDArray[np.uint8]]:
     """Outputs of steps of 37 sessions, from the initial state."""
-    step = traced(step_of(arena), arena) if recorded else step_of(arena)
-    runner = Runner(arena, Shapes(4), step)
+    if not recorded:
+        monkeypatch.setattr(torch_cells, "traced", lambda step, cell, reference: step)
+    runtime = TorchCells(arena, cell, Shapes(4))
     slots = np.arange(37, dtype=np.int32)
     arena.reset(slots)
     rng = np.random.default_rng(5)
-    inputs = (
-        rng.standard_normal((steps, 37, *arena.bundle.input.shape), np.float32).view(np.uint8).reshape(steps, 37, -1)
-    )
+    inputs = rng.standard_normal((steps, 37, *cell.input.shape), np.float32).view(np.uint8).reshape(steps, 37, -1)
     feedback = np.zeros(37, np.bool_)
-    feedback[::3] = arena.bundle.generates
-    return [runner.step(slots, x, feedback).outputs for x in inputs]
+    feedback[::3] = arena.schema.generates
+    return [runtime.step(slots, x, feedback).outputs for x in inputs]
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_recorded_steps_give_the_cells_bits(name: str, tmp_path) -> None:
+def test_recorded_steps_give_the_cells_bits(name: str, tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)
-    arena = arena_of(CELLS[name](), tmp_path)
-    step = step_of(arena)
-    assert traced(step, arena) is not step, "recorded"
-    assert all(np.array_equal(one, other) for one, other in zip(run(arena, True), run(arena, False), strict=True))
+    cell = CELLS[name]().eval()
+    arena = arena_of(cell, tmp_path)
+    step = step_of(cell, len(cell.state_schema))
+    assert traced(step, cell, name) is not step, "recorded"
+    several = [run(arena, cell, monkeypatch, recorded) for recorded in (True, False)]
+    assert all(np.array_equal(one, other) for one, other in zip(*several, strict=True))
 
 
 class Moody(LSTM):
@@ -66,10 +70,9 @@ class Moody(LSTM):
 
 def test_a_cell_that_branches_on_data_runs_as_it_is(tmp_path) -> None:
     torch.manual_seed(0)
-    arena = arena_of(LSTM(5, 8), tmp_path)
-    object.__setattr__(arena.bundle, "cell", Moody(5, 8))
-    step = step_of(arena)
-    assert traced(step, arena) is step
+    cell = Moody(5, 8).eval()
+    step = step_of(cell, 2)
+    assert traced(step, cell, "a cell") is step
 
 
 class Counting(LSTM):
@@ -81,7 +84,6 @@ class Counting(LSTM):
 
 
 def test_a_cell_that_depends_on_the_batch_size_runs_as_it_is(tmp_path) -> None:
-    arena = arena_of(LSTM(5, 8), tmp_path)
-    object.__setattr__(arena.bundle, "cell", Counting(5, 8))
-    step = step_of(arena)
-    assert traced(step, arena) is step
+    cell = Counting(5, 8).eval()
+    step = step_of(cell, 2)
+    assert traced(step, cell, "a cell") is step

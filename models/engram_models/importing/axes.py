@@ -270,7 +270,7 @@ def _ask_size(missing: Missing) -> str:
     example = "x".join(
         str(dim) if isinstance(dim, int) else "SIZE"
         for place, dim in enumerate(dims)
-        if place in missing.dims or isinstance(dim, int) and dim != 1
+        if place in missing.dims or (isinstance(dim, int) and dim != 1)
     )
     flag = f"--shape {line.tensor}={example or 'SIZE'} (what one step has, without the batch" + (
         " and without the context)" if line.context else ")"
@@ -387,6 +387,7 @@ def _how_axis(line: Line, choices: list[int | None], batch: str) -> str:
 
 
 def _fill_outputs(proposal: Proposal, shapes: Mapping[str, Sequence[int]], axes: Mapping[str, int | None]) -> None:
+    proposal.settled = True
     by_name = {line.tensor: line for line in proposal.lines if line.role != "output"}
     proposal.taken = {name: (axes.get(name), tuple(shape)) for name, shape in shapes.items()}
     for line in proposal.of_role("output"):

@@ -14,22 +14,14 @@ from engram_service.store import REVISION_NBYTES
 from targets.mutation import joined, parted
 from targets.world import world
 
-<<<<<<< HEAD
-_OWN = world().memories._own_of(world().hopfield)
-_SIZE = _OWN.size
-=======
 _OWN = world().hopfield.queries.patterns
 _SIZE = world().hopfield.bundle.schema.inputs[0].size
->>>>>>> queries
 _BEFORE = 8  # where the digest of the log before stands in a chunk
 
 
 def log() -> list[bytes]:
     """The model's own patterns, some more, one forgotten."""
-<<<<<<< HEAD
-=======
     assert _OWN is not None
->>>>>>> queries
     bits = np.packbits(np.random.default_rng(1).integers(0, 2, (4, _SIZE), np.uint8), axis=1)
     none = np.empty((0, 0), np.uint8)
     operations = [Operation(bytes([n]) * 16, n, 2, STORE) for n in range(2)]
@@ -68,10 +60,7 @@ def fuzz_one(data: bytes) -> None:
 
 def used(chunks: list[bytes]) -> None:
     """Reads a log as an import and a recall do; a log that is accepted can be gone on with."""
-<<<<<<< HEAD
-=======
     assert _OWN is not None
->>>>>>> queries
     if not chunks:
         return
     try:

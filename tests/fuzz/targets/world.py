@@ -18,11 +18,13 @@ from engram_service.api.stream import StreamHandler, _Guest
 from engram_service.api.unary import UnaryHandlers
 from engram_service.catalog import Catalog, Served
 from engram_service.core import Core
-from engram_service.engine.arena import Arena
 from engram_service.health import Health
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
 from engram_service.queries import Queries
+from engram_service.runtimes.arena import Arena
+from engram_service.runtimes.onnx_graphs import OnnxGraphs
+from engram_service.runtimes.watchdog import Watchdog
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.ending import Endings
 from engram_service.sessions.holds import Holds
@@ -61,10 +63,9 @@ def world() -> World:
 
 
 async def _made() -> World:
-    torch.set_num_threads(1)
     metrics, table = Metrics(), SessionTable()
     settings = Settings(shipped_models=False)
-    catalog = Catalog(settings, torch.device("cpu"), metrics)
+    catalog = Catalog(settings, None, metrics)  # type: ignore[arg-type]
     torch.manual_seed(5)
     patterns = np.random.default_rng(3).choice([-1, 1], (3, 20))
     with tempfile.TemporaryDirectory() as scratch:
@@ -85,11 +86,11 @@ async def _made() -> World:
 
 
 def _serve(catalog: Catalog, path: Path) -> None:
-    """As the catalog does, but for the probe and the runner: no step is run here."""
+    """As the catalog does, but for the probe and the graph: no step is run here."""
     bundle = load_bundle(path)
-    arena = Arena(bundle, SLOTS, WINDOW, torch.device("cpu"))
-    layout = RecordLayout(bundle.fingerprint, bundle.state_nbytes, bundle.output.nbytes)
-    served = Served(len(catalog.models), bundle, arena, None, layout, Queries(bundle))  # type: ignore[arg-type]
+    runtime = OnnxGraphs(Arena(bundle, SLOTS, WINDOW), None, Watchdog())  # type: ignore[arg-type]
+    layout = RecordLayout(bundle.fingerprint, bundle.state_nbytes, bundle.schema.output_nbytes, runtime.code)
+    served = Served(len(catalog.models), bundle, runtime, layout, Queries(bundle))
     catalog.models.append(served)
     catalog._by_key[bundle.name, bundle.version] = served
     catalog._versions[bundle.name] = [bundle.version]
