@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,9 @@ if TYPE_CHECKING:
     from engram_models.importing.importer import Imported
     from engram_models.importing.proposal import Proposal
 
-HELP = "make a bundle of a model of your own: an ONNX file"
+HELP = (
+    "make a bundle of a model of your own: ONNX; or .pt2, TorchScript, .keras and module:factory, which are converted"
+)
 _LISTS = {  # flag: (metavar, help, parse_flags' name)
     "--state": ("IN=OUT", "the output OUT is the next value of the input IN", "states"),
     "--batch-axis": ("TENSOR=K", "the dimension K (from 0) of a tensor is the batch; none: it has none", "axes"),
@@ -35,7 +39,7 @@ _LISTS = {  # flag: (metavar, help, parse_flags' name)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="an .onnx file")
+    parser.add_argument("file", metavar="FILE", help="an .onnx file; or .pt2, .pt, .keras, or module:factory")
     parser.add_argument("--models", type=Path, metavar="DIR", required=True, help="directory of bundles to write to")
     parser.add_argument("--name", default="", help="the model's name (default: the file's)")
     parser.add_argument("--version", default="1", help="its version (default: 1)")
@@ -47,6 +51,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="NPZ",
         help="inputs and outputs of a run of yours, [steps, ...] by name: must come out again",
+    )
+    parser.add_argument(
+        "--example",
+        type=Path,
+        metavar="NPZ",
+        help="for conversions: the arrays of one call, by parameter; or --shape NAME=AxB of a whole array",
     )
     parser.add_argument("--description", default="", help="a line for `engram models show`")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -79,23 +89,53 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _import(args: argparse.Namespace, show: Any) -> Imported:
+def _import(args: argparse.Namespace, show: Callable[[Proposal], None]) -> Imported:
+    from engram_models.importing.convert import converted, example_shapes, needs_conversion
     from engram_models.importing.errors import ImportRefused, shown
-    from engram_models.importing.importer import Request, import_model
+    from engram_models.importing.importer import Request, check_target, import_model, name_of
 
     progress = _Progress(not args.json)
+
+    def show_below(proposal: Proposal) -> None:
+        progress.clear()
+        show(proposal)
+
+    flags = {name: getattr(args, name) for _, _, name in _LISTS.values()}
     try:
-        if not args.file.lower().endswith(".onnx"):
-            raise ImportRefused(f"{shown(args.file)}: an .onnx file is read; export the model to ONNX")
-        request = Request(
-            Path(args.file), args.models, args.name, args.version, {name: getattr(args, name) for _, _, name in _LISTS.values()},
-            args.initial, args.verify, args.description,
-        )  # fmt: skip
-        return import_model(request, lambda proposal: (progress.clear(), show(proposal))[1], progress.say)
+        name = args.name or name_of(args.file)
+        check_target(args.models, name, args.version)
+        with tempfile.TemporaryDirectory(prefix="engram-import-") as folder:
+            path = Path(args.file)
+            if needs_conversion(args.file):
+                shapes, dtypes = example_shapes(flags["shapes"])
+                axes = batch_axes(flags["axes"])
+                path = converted(args.file, args.example, Path(folder), shapes=shapes, dtypes=dtypes, batch_axes=axes)
+                flags |= {"shapes": [], "axes": []}  # the converted file has them
+            elif path.suffix.lower() != ".onnx":
+                raise ImportRefused(f"{shown(args.file)}: .onnx, .pt2, .pt, .keras or module:factory can be imported")
+            request = Request(
+                path, args.models, name, args.version, flags, args.initial, args.verify, args.description, args.file
+            )
+            return import_model(request, show_below, progress.say)
     except MemoryError:
         raise ImportRefused("this machine has not enough memory for it") from None
+    except OSError as error:
+        raise ImportRefused(f"{error.filename or args.file}: {error.strerror}") from None
     finally:
         progress.clear()
+
+
+def batch_axes(flags: list[str]) -> dict[str, int]:
+    """For the conversion, which traces the model with a batch there. Raises ImportRefused."""
+    from engram_models.importing.errors import ImportRefused
+
+    axes = {}
+    for flag in flags:
+        name, _, axis = flag.rpartition("=")
+        if not name or not (axis.isascii() and axis.isdigit()) or len(axis) > 2:
+            raise ImportRefused(f"--batch-axis {flag}: write --batch-axis TENSOR=K")
+        axes[name] = int(axis)
+    return axes
 
 
 class _Progress:

@@ -87,20 +87,25 @@ def _row(ref: BundleRef, latest: dict[str, str], errors: list[str]) -> dict[str,
 
 
 def _show(args: argparse.Namespace) -> int:
+    from engram_models.bundle import IMPORTED
+
     bundle = _load(args)
     described = _described(bundle)
     if args.json:
         print(json_text(described, indent=2))
         return 0
-    config = ", ".join(f"{key} {value}" for key, value in described["config"].items())
-    inputs, outputs, state = ([_spec_line(spec) for spec in specs] for specs in _specs(bundle))
+    config = [f"{key} {item}" for key, value in described["config"].items() for item in _items(value)]
+    inputs, outputs, state = ([_spec_line(spec, bundle) for spec in specs] for specs in _specs(bundle))
     lines = {
         **described,
         "inputs": inputs,
         "outputs": outputs,
-        "config": config,
+        "config": config if bundle.kind == IMPORTED else ", ".join(config),
         "state": state,
+        "batch": import_model.batching_words(bundle.one_by_one, bundle.why, bundle.tolerance),
     }
+    for key in ("tolerance", "parameters") if bundle.kind == IMPORTED else ("tolerance",):
+        del lines[key]  # said in words, or not counted
     for key, value in lines.items():
         for number, item in enumerate(value if isinstance(value, list) else [value]):
             print(f"{key if number == 0 else '':<18} {item}")
@@ -150,7 +155,13 @@ def _examined(bundle: Bundle, batch_max: int) -> dict[str, Any]:
 
 
 def _examined_on_torch(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
-    from engram_models.cell_bundles import CellStep, load_cell
+    from engram_models.bundle import BundleError
+
+    try:
+        from engram_models.cell_bundles import CellStep, load_cell
+    except ImportError as error:
+        install = "torch is not installed, and this needs it: pip install 'engram[torch]'"
+        raise BundleError(f"{bundle.reference} on {args.device}: {install}") from error
     from engram_models.graph_step import Batching
     from engram_models.probe import batch_floor
 
@@ -193,7 +204,7 @@ def _described(bundle: Bundle) -> dict[str, Any]:
         "outputs": [{"name": s.name, **_shape(s)} for s in outputs],
         "state": [{"name": s.name, **_shape(s), "role": s.role, "initial": s.initial, "shared": s.shared} for s in state],
         "state_bytes": bundle.state_nbytes, "generates": bundle.schema.generates,
-        "allows_non_finite": bundle.allows_non_finite, "batch": f"{bundle.batch}: {bundle.why}" if bundle.why else bundle.batch,
+        "allows_non_finite": bundle.allows_non_finite, "batch": f"{bundle.batch}: {bundle.why}" if bundle.why else bundle.batch, "tolerance": bundle.tolerance,
         "parameters": sum(tensor.values.size for tensor in weights), "config": dict(bundle.config), "path": str(bundle.path),
     }  # fmt: skip
 
@@ -206,9 +217,19 @@ def _shape(spec: TensorSpec) -> dict[str, Any]:
     return {"dtype": spec.dtype, "shape": list(spec.shape)}
 
 
-def _spec_line(spec: TensorSpec) -> str:
-    shape = "x".join(map(str, spec.shape)) or "scalar"
-    return f"{spec.name} {spec.dtype} {shape}" + (f", {spec.role}, initially {spec.initial:g}" if spec.role else "")
+def _spec_line(spec: TensorSpec, bundle: Bundle) -> str:
+    line = f"{spec.name} {spec.dtype} {'x'.join(map(str, spec.shape)) or 'scalar'}"
+    if not spec.role:
+        return line
+    initial = "an array" if spec.name in bundle.initials else f"{spec.initial:.10g}"
+    shared = ", shared: only sessions with equal values share a call" if spec.shared else ""
+    return f"{line}, {spec.role}, {'by default' if spec.role == 'constant' else 'initially'} {initial}{shared}"
+
+
+def _items(value: Any) -> Sequence[Any]:
+    """Of an import, how each tensor was understood; one of a cell's sizes."""
+    texts = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+    return value if texts else [] if value == [] else [value]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> None:

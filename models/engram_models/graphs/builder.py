@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Graph:
         self.inputs = [spec.name for spec in schema.inputs]
         self.states = [spec.name for spec in schema.state]
         self._nodes: list[onnx.NodeProto] = []
+        self._count = 0
         self._constants: dict[tuple[str, tuple[int, ...], bytes], onnx.TensorProto] = {}
 
     def weight(self, value: Tensor | NDArray[Any] | float) -> str:
@@ -49,7 +50,7 @@ class Graph:
 
     def ops(self, kind: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
         """The outputs of a node. All have names: onnx's evaluator takes the value of an output called "" for an input that is."""
-        base = f"{kind.lower()}_{len(self._nodes)}"
+        base = self._name(kind.lower())
         names = [f"{base}_{place}" for place in range(outputs)]
         self._nodes.append(helper.make_node(kind, list(inputs), names, name=base, **attributes))
         return names
@@ -60,6 +61,38 @@ class Graph:
     def slice(self, value: str, axis: int, start: int, stop: int) -> str:
         """value[..., start:stop] along an axis."""
         return self.op("Slice", value, self.integers(start), self.integers(stop), self.integers(axis))
+
+    def zero(self) -> onnx.TensorProto:
+        return numpy_helper.from_array(np.zeros(1, self.dtype))
+
+    def scan(
+        self,
+        step: Callable[[str, Sequence[str]], Sequence[str]],
+        xs: tuple[str, int],
+        states: Sequence[tuple[str, int]],
+    ) -> list[str]:
+        """A loop over xs [time, batch, width]; the names stand with their widths.
+
+        `step` writes the nodes of one turn: (x, states) -> new states, all [batch, width]. -> the states after all turns.
+        """
+        outer, self._nodes = self._nodes, []
+        befores, x = [self._name("state") for _ in states], self._name("x")
+        afters = [self.op("Identity", after) for after in step(x, befores)]
+        widths = [width for _, width in states]
+        body = helper.make_graph(
+            self._nodes,
+            self._name("turn"),
+            [self._flat(name, width) for name, width in zip([*befores, x], [*widths, xs[1]], strict=True)],
+            [self._flat(name, width) for name, width in zip(afters, widths, strict=True)],
+        )
+        self._nodes = outer
+        before = [name for name, _ in states]
+        return self.ops("Scan", *before, xs[0], outputs=len(states), body=body, num_scan_inputs=1)
+
+    def reversed(self, value: str) -> str:
+        """value[::-1]"""
+        last, before_first = self.integers(-1), self.integers(np.iinfo(np.int64).min)
+        return self.op("Slice", value, last, before_first, self.integers(0), last)
 
     def model(self, outputs: Sequence[str], states: Sequence[str]) -> onnx.ModelProto:
         """The finished model. `outputs` and `states`: which tensors are the schema's outputs and changing states."""
@@ -92,6 +125,13 @@ class Graph:
             for tensors_of_node in (node.input, node.output):
                 for place, tensor in enumerate(tensors_of_node):
                     tensors_of_node[place] = renamed.get(tensor, tensor)
+
+    def _name(self, base: str) -> str:
+        self._count += 1
+        return f"{base}_{self._count}"
+
+    def _flat(self, name: str, width: int) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, self.element, ["batch", width])
 
     def _constant(self, value: NDArray[Any]) -> str:
         key = (str(value.dtype), value.shape, value.tobytes())

@@ -6,10 +6,17 @@ The shapes are those of engram_models.ntm: memory [batch, N, M], weightings and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
-from engram_models.graphs.builder import Graph
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_models.graphs.builder import Graph, array
 from engram_models.graphs.recurrent import activated, advance, affine
 from engram_models.ntm import NTM, PARAMETER_MAX, TINY, FeedForward
+
+_PACKET = 4  # numbers that ONNX Runtime's slower functions take at a time
 
 
 def step(graph: Graph, cell: NTM, x: str, state: Sequence[str]) -> tuple[str, list[str]]:
@@ -21,11 +28,9 @@ def step(graph: Graph, cell: NTM, x: str, state: Sequence[str]) -> tuple[str, li
         after = [graph.op("Tanh", affine(graph, seen, cell.controller.weight, cell.controller.bias))]
     else:
         after = advance(graph, cell.controller, seen, state[:owned])
-    emitted = affine(graph, after[0], cell.emit.weight, cell.emit.bias)
-    emitted = graph.op("Clip", emitted, graph.weight(-PARAMETER_MAX), graph.weight(PARAMETER_MAX))
-    *addressing, erase, add = graph.ops("Split", emitted, graph.integers(*cell.sizes), outputs=len(cell.sizes), axis=1)
+    key, strengths, gate, shifts, erase, add = _emitted(graph, cell, after[0])
     before = _rows(graph, graph.op("Concat", *weightings, axis=1), heads)
-    weighting = _address(graph, cell, memory, before, *addressing)
+    weighting = _address(graph, cell, memory, before, key, strengths, gate, shifts)
     reading, writing = graph.ops("Split", weighting, graph.integers(reads, heads - reads), outputs=2, axis=1)
     read = graph.op("MatMul", reading, memory)
     read_flat = graph.op("Reshape", read, graph.integers(0, -1))
@@ -42,12 +47,37 @@ def step(graph: Graph, cell: NTM, x: str, state: Sequence[str]) -> tuple[str, li
     return activated(graph, y, str(cell.config["activation"])), new
 
 
-def _address(
-    graph: Graph, cell: NTM, memory: str, before: str, key: str, beta: str, gate: str, shifts: str, gamma: str
-) -> str:
+def _emitted(graph: Graph, cell: NTM, h: str) -> list[str]:
+    """What the controller emits: keys, strengths with sharpnesses, gates, shifts, erases, adds.
+
+    ONNX Runtime's Softplus rounds the last few numbers of a tensor in another way than the rest, so that a row's bits would
+    depend on its batch: strengths and sharpnesses are filled up with zeros.
+    """
+    weight, bias = array(cell.emit.weight), array(cell.emit.bias)
+    starts = np.cumsum([0, *cell.sizes])
+    key, beta, gate, shifts, gamma, erase, add = (slice(*pair) for pair in pairwise(starts))
+    spare = -2 * cell.heads % _PACKET
+    order = [key, beta, gamma, None, gate, shifts, erase, add]
+
+    def ordered(values: NDArray[Any]) -> NDArray[Any]:
+        zeros = np.zeros((spare, *values.shape[1:]), values.dtype)
+        return np.concatenate([zeros if part is None else values[part] for part in order])
+
+    limits = graph.weight(-PARAMETER_MAX), graph.weight(PARAMETER_MAX)
+    values = graph.op("Clip", affine(graph, h, ordered(weight), ordered(bias)), *limits)
+    sizes = [cell.sizes[0], 2 * cell.heads + spare, cell.sizes[2], cell.sizes[3], *cell.sizes[5:]]
+    return graph.ops("Split", values, graph.integers(*sizes), outputs=len(sizes), axis=1)
+
+
+def _address(graph: Graph, cell: NTM, memory: str, before: str, *emitted: str) -> str:
     """The heads' weightings, from those of the step before."""
+    key, strengths, gate, shifts = emitted
     heads = cell.heads
-    content = _content(graph, memory, graph.op("Tanh", _rows(graph, key, heads)), graph.op("Softplus", beta))
+    sizes = [heads, heads, *filter(None, [-2 * heads % _PACKET])]
+    beta, gamma, *_ = graph.ops(
+        "Split", graph.op("Softplus", strengths), graph.integers(*sizes), outputs=len(sizes), axis=1
+    )
+    content = _content(graph, memory, graph.op("Tanh", _rows(graph, key, heads)), beta)
     g = _column(graph, graph.op("Sigmoid", gate))
     # A weighting that is 0 everywhere stands for location 0: kept is the others' share of what comes from before.
     rest = graph.op("Sub", graph.weight(1.0), g)
@@ -57,9 +87,19 @@ def _address(
     interpolated = graph.op("Add", graph.op("Mul", content, g), graph.op("Mul", before, kept))
     interpolated = graph.op("Add", interpolated, graph.op("Mul", graph.weight(cell.start), first))
     moved = _shift(graph, cell, interpolated, graph.op("Softmax", _rows(graph, shifts, heads), axis=-1))
-    sharpness = _column(graph, graph.op("Add", graph.op("Softplus", gamma), graph.weight(1.0)))
-    logarithms = graph.op("Log", graph.op("Add", graph.op("Relu", moved), graph.weight(TINY)))
-    return graph.op("Softmax", graph.op("Mul", logarithms, sharpness), axis=-1)
+    sharpness = _column(graph, graph.op("Add", gamma, graph.weight(1.0)))
+    return graph.op("Softmax", graph.op("Mul", _logarithms(graph, cell, moved), sharpness), axis=-1)
+
+
+def _logarithms(graph: Graph, cell: NTM, weighting: str) -> str:
+    """Of a weighting, which may be 0. Log, like Softplus, wants whole packets of numbers."""
+    slots = cell.start.shape[2]
+    values = graph.op("Add", graph.op("Relu", weighting), graph.weight(TINY))
+    spare = -slots % _PACKET if cell.heads * slots % _PACKET else 0
+    if not spare:
+        return graph.op("Log", values)
+    padded = graph.op("Pad", values, graph.integers(0, 0, 0, 0, 0, spare), graph.weight(1.0))
+    return graph.slice(graph.op("Log", padded), 2, 0, slots)
 
 
 def _content(graph: Graph, memory: str, key: str, beta: str) -> str:

@@ -387,6 +387,7 @@ def _how_axis(line: Line, choices: list[int | None], batch: str) -> str:
 
 
 def _fill_outputs(proposal: Proposal, shapes: Mapping[str, Sequence[int]], axes: Mapping[str, int | None]) -> None:
+    proposal.settled = True
     by_name = {line.tensor: line for line in proposal.lines if line.role != "output"}
     proposal.taken = {name: (axes.get(name), tuple(shape)) for name, shape in shapes.items()}
     for line in proposal.of_role("output"):

@@ -6,6 +6,8 @@ what it is alone. A dimension that is time fails one of these.
 
 from __future__ import annotations
 
+import ctypes
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from engram_models.importing.errors import shown
 ROWS = 3
 _NEAR = 2e-3  # of the largest number of a tensor: other rows' influence is larger, other kernels' rounding is not
 _NEAR_HALF = 3e-2
-_ERROR_MAX = 160
+_ERROR_MAX = 200
+_BFLOAT16 = 16  # of onnx's numbers of types
 Array = np.ndarray[Any, np.dtype[Any]]
 
 STATIC, LEAKS, ALONE, FAILS = "static", "leaks", "alone", "fails"  # what may be found, beside ROWS_FREE
@@ -141,7 +144,9 @@ def _feed(
             value = value.reshape([1 if dim == -1 else dim for dim in dims])
         return np.ascontiguousarray(np.broadcast_to(value, shape))
     if dtype == "bfloat16":
-        raise ValueError("bfloat16 inputs cannot be tried on a CPU; export the model in float32")
+        return np.asarray(np.asarray(random.standard_normal(shape) * 0.5, np.float32).view(np.uint32) >> 16).astype(
+            np.uint16
+        )
     if dtype.startswith("float"):
         return np.asarray(random.standard_normal(shape) * 0.5).astype(dtype)
     return np.asarray(random.integers(0, 2, shape)).astype(dtype)
@@ -155,8 +160,27 @@ def _rows(feeds: Mapping[str, Array], axes: Mapping[str, int], which: slice) -> 
 
 
 def _run(session: Any, feeds: Mapping[str, Array]) -> list[Array]:
-    found: list[Array] = session.run(None, dict(feeds))
-    return found
+    """bfloat16 goes in and comes out as its bits."""
+    from onnxruntime import OrtValue
+
+    kinds = {given.name: given.type for given in session.get_inputs()}
+    given = {
+        name: OrtValue.ortvalue_from_numpy_with_onnx_type(value, _BFLOAT16)
+        if kinds[name] == "tensor(bfloat16)"
+        else OrtValue.ortvalue_from_numpy(value)
+        for name, value in feeds.items()
+        if name in kinds
+    }
+    return [_array(value) for value in session.run_with_ort_values(None, given)]
+
+
+def _array(value: Any) -> Array:
+    if value.data_type() != "tensor(bfloat16)":
+        array: Array = value.numpy()
+        return array
+    raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    bits = np.frombuffer(raw, np.uint16).reshape(value.shape())
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float16)  # compared as numbers of little precision
 
 
 def _axis(one: Sequence[int], two: Sequence[int], three: Sequence[int]) -> int | None:
@@ -185,6 +209,12 @@ def _near(a: Array, b: Array) -> bool:
 
 
 def _words(error: Exception) -> str:
+    """What ONNX Runtime says, without its own sources' names."""
     text = " ".join(str(error).split())
-    text = text.partition("Status Message: ")[2] or text
-    return text[:_ERROR_MAX]
+    node = re.search(r"Name:'([^']*)'", text)
+    text = text.rpartition("Status Message: ")[2]
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    if text.startswith("/"):
+        text = text.partition(" was false. ")[2] or text.rpartition(") ")[2] or text
+    place = f"node {shown(node.group(1))}: " if node and node.group(1) else ""
+    return f"{place}{text[:_ERROR_MAX]}"

@@ -39,13 +39,13 @@ class Request:
 
     source: Path  # an .onnx file
     models: Path
-    name: str = ""
-    version: str = "1"
+    name: str
+    version: str
     flags: Mapping[str, list[str]] = field(default_factory=dict)
     initial: Path | None = None
     verify: Path | None = None
     description: str = ""
-    origin: str = ""  # what was converted, where that is not `source`
+    origin: str = ""  # as the user named it: `source` may be what was made of it
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,7 @@ def import_model(request: Request, show: Callable[[Proposal], None], progress: S
     Raises ImportRefused, whose message is one line; nothing is written then.
     """
     say = progress or (lambda line: None)
-    name = request.name or _name(request)
-    try:
-        checked_target(request.models, name, request.version)
-    except BundleError as error:
-        raise ImportRefused(f"{error} (--name, --version)") from error
+    check_target(request.models, request.name, request.version)
     say("reads the file")
     model = read_model(request.source)
     vector = read_arrays(request.verify) if request.verify else {}
@@ -87,8 +83,8 @@ def import_model(request: Request, show: Callable[[Proposal], None], progress: S
     proof = prove(form.graph, form.schema, form.initials, one_by_one=proposal.why, examples=run, progress=say)
     verified = verify(form.graph, form.schema, form.initials, run, progress=say) if request.verify else None
     say("writes the bundle")
-    path = _write(request, name, proposal, form, proof)
-    return Imported(path, name, request.version, proof, verified)
+    path = _write(request, proposal, form, proof)
+    return Imported(path, request.name, request.version, proof, verified)
 
 
 def understand(model: onnx.ModelProto, request: Request, progress: Say | None = None) -> Proposal:
@@ -120,16 +116,16 @@ def _of_run(vector: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, 
     return {names.get(name, name): array for name, array in vector.items()}
 
 
-def _write(request: Request, name: str, proposal: Proposal, form: normal_form.NormalForm, proof: Proof) -> Path:
+def _write(request: Request, proposal: Proposal, form: normal_form.NormalForm, proof: Proof) -> Path:
     config = {
-        "file": request.origin or request.source.name,
+        "file": Path(request.origin).name or request.source.name,
         "sha256": _sha256(request.source),
         "tensors": understood(proposal),
         "notes": [*proposal.notes, *proof.notes],
     }
     try:
         return write_graph_bundle(
-            request.models, name, request.version, form.graph, form.schema, proof.check, config=config,
+            request.models, request.name, request.version, form.graph, form.schema, proof.check, config=config,
             description=request.description, allows_non_finite=not proof.finite, initials=form.initials,
             one_by_one=proof.why if proof.one_by_one else "", tolerance=proof.tolerance,
         )  # fmt: skip
@@ -137,11 +133,17 @@ def _write(request: Request, name: str, proposal: Proposal, form: normal_form.No
         raise ImportRefused(str(error)) from error
 
 
-def _name(request: Request) -> str:
-    stem = (
-        Path(request.origin or request.source.name).name.partition(":")[2]
-        or Path(request.origin or request.source.name).stem
-    )
+def check_target(models: Path, name: str, version: str) -> None:
+    """Before all work. Raises ImportRefused."""
+    try:
+        checked_target(models, name, version)
+    except BundleError as error:
+        raise ImportRefused(f"{error} (--name, --version)") from error
+
+
+def name_of(source: str) -> str:
+    """A model's name from its file's, or from module:factory. Raises ImportRefused."""
+    stem = Path(source).stem.rpartition(":")[2]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64]
     if not NAME.fullmatch(name):
         raise ImportRefused(f"no name can be made of {shown(stem)}: give one with --name")

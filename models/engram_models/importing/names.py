@@ -11,52 +11,29 @@ from collections.abc import Iterable
 
 Words = tuple[str, ...]
 
-_IN = set(
-    [
-        "in",
-        "input",
-        "inputs",
-        "inp",
-        "prev",
-        "previous",
-        "past",
-        "old",
-        "last",
-        "initial",
-        "init",
-        "cur",
-        "current",
-        "before",
-        "pre",
-        "begin",
-        "from",
-    ]
+_IN = "in input inputs inp prev previous past old last initial init cur current before pre begin from"
+_OUT = "out output outputs outp new next nxt present updated update upd after final post end to cur current"
+_STRONG = "prev previous past old next nxt new present updated update"  # these mean time, and not a direction
+_DATA = """x u y audio frame frames signal wav wave waveform pcm mag magnitude phase spec spectrum spectra feat feats feature
+    features obs observation observations data sample samples token tokens ids id image img pixels chunk speech mel fbank mfcc
+    noisy enhanced denoised clean logits action actions prob probs probability sequence seq text mix mixture stft real imag
+    values value series query target label labels score scores result goal command reward sensor sensors prices price
+    measurement measurements dt delta gap forecast prediction pred estimate gain gains mask vad
+    offsets level levels pose poses velocity speed temperature joint joints imu lidar depth rgb pixels embedding embeddings emb
+    control controls torque load demand volume angle angles gyro event events class classes flags params condition cond
+    speaker spk language lang style pitch energy power boundary boundaries image images vector features click item"""
+_STATE = """h c s state states hidden hiddens cell cells cache caches cached mem memory memories buf buffer buffers carry rnn
+    lstm gru ctx context ssm hx cx hn cn kv key val keys history hist counter count recurrent past present hid st hs cs"""
+_TIME = (
+    "t time times timestep timesteps seq sequence seqlen len length lens frame frames step steps chunk samples tokens"
 )
-_OUT = set(
-    [
-        "out",
-        "output",
-        "outputs",
-        "outp",
-        "new",
-        "next",
-        "nxt",
-        "present",
-        "updated",
-        "update",
-        "upd",
-        "after",
-        "final",
-        "post",
-        "end",
-        "to",
-        "cur",
-        "current",
-    ]
-)
-STRONG = set(
-    ["prev", "previous", "past", "old", "next", "nxt", "new", "present", "updated", "update"]
-)  # these mean time, and not a direction
+_BATCH = "n b bs bz bsz batch batches batchsize nbatch streams stream sessions envs"
+_EMPTY = "input inputs output outputs onnx identity partitionedcall statefulpartitionedcall partitioned call stateful arg result node tensor"
+_IN_WORDS, _OUT_WORDS, _STRONG_WORDS = (frozenset(text.split()) for text in (_IN, _OUT, _STRONG))
+_DATA_WORDS, _STATE_WORDS, _TIME_WORDS = (frozenset(text.split()) for text in (_DATA, _STATE, _TIME))
+_BATCH_WORDS, _EMPTY_WORDS = (frozenset(text.split()) for text in (_BATCH, _EMPTY))
+_LENGTH_WORDS = frozenset(("len", "lens", "length", "lengths", "seqlen"))
+_RATE_WORDS = frozenset(("sr", "rate", "fs", "samplerate", "hz"))
 _IN_TAILS: tuple[Words, ...] = ((), ("0",), ("t", "1"), ("tm", "1"), ("t",), ("t", "0"))
 _OUT_TAILS: tuple[Words, ...] = ((), ("n",), ("t",), ("1",), ("t", "1"), ("tp", "1"), ("t", "n"))
 _AFFIXES = (  # of one word: (before the input's, after it, before the output's, after it)
@@ -65,179 +42,6 @@ _AFFIXES = (  # of one word: (before the input's, after it, before the output's,
     ("", "", "next", ""), ("", "", "out", ""), ("in", "", "out", ""), ("i", "", "o", ""), ("prev", "", "next", ""),
     ("prev", "", "", ""), ("past", "", "present", ""),
 )  # fmt: skip
-_DATA = set(
-    [
-        "x",
-        "u",
-        "y",
-        "audio",
-        "frame",
-        "frames",
-        "signal",
-        "wav",
-        "wave",
-        "waveform",
-        "pcm",
-        "mag",
-        "magnitude",
-        "phase",
-        "spec",
-        "spectrum",
-        "spectra",
-        "feat",
-        "feats",
-        "feature",
-        "features",
-        "obs",
-        "observation",
-        "observations",
-        "data",
-        "sample",
-        "samples",
-        "token",
-        "tokens",
-        "ids",
-        "id",
-        "image",
-        "img",
-        "pixels",
-        "chunk",
-        "speech",
-        "mel",
-        "fbank",
-        "mfcc",
-        "noisy",
-        "enhanced",
-        "denoised",
-        "clean",
-        "logits",
-        "action",
-        "actions",
-        "prob",
-        "probs",
-        "probability",
-        "sequence",
-        "seq",
-        "text",
-        "mix",
-        "mixture",
-        "stft",
-        "real",
-        "imag",
-        "input",
-        "inputs",
-        "output",
-        "outputs",
-        "values",
-        "value",
-        "series",
-        "query",
-        "target",
-        "label",
-        "labels",
-        "score",
-        "scores",
-        "result",
-        "goal",
-        "command",
-        "reward",
-        "sensor",
-        "sensors",
-        "price",
-        "prices",
-        "price",
-        "measurement",
-        "measurements",
-        "dt",
-        "delta",
-        "gap",
-        "forecast",
-        "prediction",
-        "pred",
-        "estimate",
-        "gain",
-        "gains",
-        "mask",
-        "vad",
-    ]
-)
-_STATE = set(
-    [
-        "h",
-        "c",
-        "s",
-        "state",
-        "states",
-        "hidden",
-        "hiddens",
-        "cell",
-        "cells",
-        "cache",
-        "caches",
-        "cached",
-        "mem",
-        "memory",
-        "memories",
-        "buf",
-        "buffer",
-        "buffers",
-        "carry",
-        "rnn",
-        "lstm",
-        "gru",
-        "ctx",
-        "context",
-        "ssm",
-        "hx",
-        "cx",
-        "hn",
-        "cn",
-        "h0",
-        "c0",
-        "kv",
-        "key",
-        "val",
-        "keys",
-        "history",
-        "hist",
-        "counter",
-        "count",
-        "recurrent",
-        "past",
-        "present",
-        "hid",
-        "st",
-        "hs",
-        "cs",
-    ]
-)
-_TIME = set(
-    [
-        "t",
-        "time",
-        "times",
-        "timestep",
-        "timesteps",
-        "seq",
-        "sequence",
-        "seqlen",
-        "len",
-        "length",
-        "lens",
-        "frame",
-        "frames",
-        "step",
-        "steps",
-        "chunk",
-        "samples",
-        "tokens",
-    ]
-)
-_BATCH = set(
-    ["n", "b", "bs", "bz", "bsz", "batch", "batches", "batchsize", "nbatch", "streams", "stream", "sessions", "envs"]
-)
-_LENGTH = set(["len", "lens", "length", "lengths", "seqlen"])
-_RATE = set(["sr", "rate", "fs", "samplerate", "hz"])
 
 
 def words(name: str) -> Words:
@@ -249,49 +53,57 @@ def words(name: str) -> Words:
 
 def stem(name: str) -> Words:
     """Its words without direction and without numbers: what tensors of the same kind in several layers have in common."""
-    return tuple(word for word in words(name) if word not in _IN | _OUT and not word.isdigit())
+    return tuple(word for word in words(name) if word not in _IN_WORDS | _OUT_WORDS and not word.isdigit())
 
 
 def names_pair(given: str, taken: str) -> int:
     """How clearly the input `given` and the output `taken` are one state by their names: 1 is the clearest, 0 is not at all."""
-    ins, outs = _keys(words(given), _IN), _keys(words(taken), _OUT)
+    ins, outs = _keys(words(given), _IN_WORDS), _keys(words(taken), _OUT_WORDS)
     if any(key in outs for key in ins):
         return 1
     if any(_cut(a, tail) == _cut(b, end) for a in ins for b in outs for tail, end in _tails() if _cut(a, tail)):
         return 2
-    return 3 if any(_affixed(a, b) for a in ins for b in outs) else 0
+    cut = {short for a in ins for tail in _IN_TAILS if (short := _cut(a, tail))}
+    return 3 if any(_affixed(a, b) for a in cut for b in outs) else 0
 
 
 def is_data(name: str) -> bool:
-    """Whether it names what a model takes or gives, and nothing that it keeps."""
+    """Whether it names what a model takes or gives, and nothing that it keeps. `input` does, `input_2` says nothing."""
     said = _said(name)
-    return any(word in _DATA for word in said) and not any(word in _STATE for word in said)
+    if words(name) in (("input",), ("inputs",), ("output",), ("outputs",)):
+        return True
+    return any(word in _DATA_WORDS for word in said) and not any(word in _STATE_WORDS for word in said)
+
+
+def says_nothing(name: str) -> bool:
+    """Whether an exporter and not a person has chosen it: `input_3`, `onnx::Gemm_12`, `PartitionedCall_1`, `482`."""
+    return not any(len(word) > 1 and not word.isdigit() and word not in _EMPTY_WORDS for word in words(name))
 
 
 def is_kept(name: str) -> bool:
-    return any(word in _STATE for word in _said(name))
+    return any(word in _STATE_WORDS for word in _said(name))
 
 
 def says_time(name: str) -> bool:
     """Whether the words of direction in a name mean time: `prev_action`, `x_next`."""
-    return any(word in STRONG for word in words(name))
+    return any(word in _STRONG_WORDS for word in words(name))
 
 
 def is_length(name: str) -> bool:
-    return any(word in _LENGTH for word in words(name))
+    return any(word in _LENGTH_WORDS for word in words(name))
 
 
 def is_rate(name: str) -> bool:
-    return any(word in _RATE for word in words(name))
+    return any(word in _RATE_WORDS for word in words(name))
 
 
 def is_batch_dim(name: str) -> bool:
     said = words(name)
-    return any(word in _BATCH for word in said) and not any(word in _TIME - {"t"} for word in said)
+    return any(word in _BATCH_WORDS for word in said) and not any(word in _TIME_WORDS - {"t"} for word in said)
 
 
 def is_time_dim(name: str) -> bool:
-    return any(word in _TIME for word in words(name)) and not is_batch_dim(name)
+    return any(word in _TIME_WORDS for word in words(name)) and not is_batch_dim(name)
 
 
 def _said(name: str) -> Words:
@@ -304,7 +116,7 @@ def _keys(said: Words, direction: Iterable[str]) -> set[Words]:
 
 def _meaning(key: Words) -> bool:
     """Two tensors that are called input and output, or 4 and 4, have nothing in common."""
-    return any(not word.isdigit() and word not in ("input", "inputs", "output", "outputs", "onnx") for word in key)
+    return any(not word.isdigit() and word not in _EMPTY_WORDS for word in key)
 
 
 def _tails() -> Iterable[tuple[Words, Words]]:

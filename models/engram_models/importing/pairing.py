@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from engram_models.importing.errors import ImportRefused, shown
 from engram_models.importing.flags import Flags
 from engram_models.importing.interface import GraphTensor, Interface
-from engram_models.importing.names import is_data, is_kept, is_length, is_rate, names_pair, says_time
+from engram_models.importing.names import is_data, is_kept, is_length, is_rate, names_pair, says_nothing, says_time
 
 _NAMED_MOST = 6
 
@@ -38,8 +38,9 @@ def pair_states(interface: Interface, flags: Flags) -> Pairs:
     _take_names(found, open_inputs, flags, outputs, pairs)
     left = [t for t in open_inputs if t.name not in pairs.outputs and not t.default]
     free = [t for t in open_outputs if t.name not in pairs.outputs.values() and t.name not in flags.outputs]
-    _by_shape(left, free, [t for t in interface.inputs if t.name in flags.inputs | set(flags.contexts)], pairs)
-    _doubt(left, free, pairs)
+    given = [t for t in interface.inputs if t.name in flags.inputs | set(flags.contexts)]
+    _by_shape(left, free, given, pairs)
+    _doubt(left, free, given, pairs)
     return pairs
 
 
@@ -101,29 +102,30 @@ def _take_names(
             )
 
 
-def _by_shape(
-    left: list[GraphTensor], free: list[GraphTensor], known_inputs: Sequence[GraphTensor], pairs: Pairs
-) -> None:
-    """A pair that has a type and shape which no other open input or output has, where something else is the data."""
-    numbers = [t for t in left if not _scalar(t)]
+def _by_shape(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[GraphTensor], pairs: Pairs) -> None:
+    """A pair whose type and shape no other open input or output has, where a name says that it is kept and something else is data.
+
+    Names that say nothing are enough where there is no other such pair: two of them may as well be an input and its answer.
+    """
+    numbers = [t for t in left if not _scalar(t) and t.dims is not None]
+    only: list[tuple[GraphTensor, GraphTensor]] = []
     for tensor in numbers:
-        rivals = [t for t in numbers if fits(t, tensor)]
         takers = [t for t in free if fits(tensor, t)]
-        data_left = [t for t in numbers if t is not tensor] + list(known_inputs)
-        if len(rivals) != 1 or len(takers) != 1 or not data_left or tensor.dims is None or takers[0].dims is None:
-            continue
-        if len([t for t in numbers if fits(t, takers[0])]) != 1 or is_data(tensor.name) or is_data(takers[0].name):
-            continue
-        others_too = [t for t in numbers if t is not tensor and not is_data(t.name) and not is_kept(t.name)]
-        rival_pairs = [t for t in others_too if any(fits(t, taker) for taker in free)]
-        if rival_pairs and not is_kept(tensor.name) and not known_inputs:
-            continue  # either of them could be the data
-        pairs.outputs[tensor.name] = takers[0].name
-        pairs.how[tensor.name] = f"only {takers[0].name} has its type and shape"
+        if len(takers) == 1 and takers[0].dims is not None and sum(fits(t, takers[0]) for t in numbers) == 1:
+            only.append((tensor, takers[0]))
+    likely = [(a, b) for a, b in only if not is_data(a.name) and not is_data(b.name) and not is_length(a.name)]
+    for tensor, taker in likely:
+        data = [t for t in numbers if t is not tensor and t.name not in pairs.outputs] + list(told)
+        mute = says_nothing(tensor.name) and says_nothing(taker.name) and len(likely) == 1
+        if data and (is_kept(tensor.name) or is_kept(taker.name) or mute):
+            pairs.outputs[tensor.name] = taker.name
+            pairs.how[tensor.name] = f"only {taker.name} has its type and shape"
 
 
-def _doubt(left: list[GraphTensor], free: list[GraphTensor], pairs: Pairs) -> None:
-    """What is named like a state, or shaped like an output, and was not paired."""
+def _doubt(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[GraphTensor], pairs: Pairs) -> None:
+    """What is named like a state, or shaped like an output, and was not paired; but for the only one that may be the input."""
+    open_inputs = [t for t in left if t.name not in pairs.outputs and not _scalar(t)]
+    only = open_inputs[0] if len(open_inputs) == 1 and not told else None
     outputs = [t for t in free if t.name not in pairs.outputs.values()]
     for tensor in left:
         if tensor.name in pairs.outputs or any(shown(tensor.name) in doubt for doubt in pairs.doubts):
@@ -134,7 +136,9 @@ def _doubt(left: list[GraphTensor], free: list[GraphTensor], pairs: Pairs) -> No
             if takers and not (is_rate(tensor.name) or is_length(tensor.name)):
                 pairs.doubts.append(_which(tensor, takers, f", --constant {tensor.name}=VALUE"))
             continue
-        if is_data(tensor.name) or not (kept or takers):
+        if is_data(tensor.name) or is_length(tensor.name) or not (kept or takers):
+            continue
+        if tensor is only and pairs.outputs and not kept:
             continue
         pairs.doubts.append(_which(tensor, takers))
 

@@ -15,18 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_models.check import CHECK_ROWS, CheckVector
+from engram_models.check import CheckVector
 from engram_models.importing import replay, sandbox
 from engram_models.importing.arrays import read_arrays
 from engram_models.importing.numbers import TOLERANCE
-from engram_models.importing.trials import STEPS, Dependent, Trials
+from engram_models.importing.trials import Dependent, Trials
 from engram_models.spec import Schema, TensorSpec
 
 Arrays = Mapping[str, NDArray[Any]]
 Progress = Callable[[str], None]
 
 _CHECK = "check.npz"
-_ROWS = slice(CHECK_ROWS)
 
 
 @dataclass(frozen=True)
@@ -121,14 +120,8 @@ def prove_here(folder: Path, schema: dict[str, Any], one_by_one: str) -> dict[st
         except Dependent as error:
             why = f"outputs may depend on the batch: {error}"
     found = trials.findings
-    kept = {
-        "input": [np.stack([step[place][_ROWS] for step in trials.inputs[1:]]) for place in range(len(asked.inputs))],
-        "before": [array[_ROWS] for array in trials.states[1]],
-        "output": [
-            np.stack([step[place][_ROWS] for step in trials.outputs[1:]]) for place in range(len(asked.outputs))
-        ],
-        "after": [array[_ROWS] for array in trials.states[STEPS]],
-    }
+    check = trials.recorded(alone=bool(why))
+    kept = {"input": check.inputs, "before": check.before, "output": check.outputs, "after": check.after}
     named: Any = {f"{kind}{place}": array for kind, arrays in kept.items() for place, array in enumerate(arrays)}
     np.savez(folder / _CHECK, **named)
     return {

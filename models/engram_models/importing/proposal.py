@@ -48,6 +48,7 @@ class Line:
 @dataclass(slots=True)
 class Proposal:
     lines: list[Line]
+    settled: bool = False  # axes and shapes are known
     batch: str = "any"  # or one-by-one
     why: str = ""
     static: bool = False  # the graph has a batch of 1 or none: the normal form adds it by Reshape

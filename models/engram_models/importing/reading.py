@@ -7,7 +7,6 @@ can show (a small constant that is expanded to terabytes, a loop without an end)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import prod
 from pathlib import Path
 
 import onnx
@@ -16,6 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from engram_models.files import read_file
 from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.tensors import DIM_MAX, RANK_MAX, check_name, check_tensor
 from engram_models.importing.topology import check_topology, subgraphs
 from engram_models.importing.wire import check_wire
 
@@ -23,9 +23,6 @@ FILE_BYTES_MAX = (1 << 31) - 1  # what protobuf takes
 NODES_MAX = 100_000
 TENSORS_MAX = 100_000
 VALUES_MAX = 2_048  # inputs, and outputs
-NAME_MAX = 1_024
-RANK_MAX = 16
-DIM_MAX = 1 << 31
 IR_MIN = 3
 
 ORT_DOMAIN = "com.microsoft"
@@ -37,17 +34,6 @@ DTYPES = {  # what a model may take, give and keep, as schemas call it
     _T.FLOAT16: "float16", _T.FLOAT: "float32", _T.DOUBLE: "float64", _T.BFLOAT16: "bfloat16", _T.INT8: "int8",
     _T.INT16: "int16", _T.INT32: "int32", _T.INT64: "int64", _T.UINT8: "uint8", _T.BOOL: "bool",
 }  # fmt: skip
-_BITS = {  # of an element in raw_data
-    "FLOAT": 32, "UINT8": 8, "INT8": 8, "UINT16": 16, "INT16": 16, "INT32": 32, "INT64": 64, "BOOL": 8, "FLOAT16": 16,
-    "DOUBLE": 64, "UINT32": 32, "UINT64": 64, "COMPLEX64": 64, "COMPLEX128": 128, "BFLOAT16": 16, "FLOAT8E4M3FN": 8,
-    "FLOAT8E4M3FNUZ": 8, "FLOAT8E5M2": 8, "FLOAT8E5M2FNUZ": 8, "UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "FLOAT8E8M0": 8,
-    "UINT2": 2, "INT2": 2,
-}  # fmt: skip
-_TYPED = {
-    "FLOAT": ("float_data", 1), "COMPLEX64": ("float_data", 2), "DOUBLE": ("double_data", 1),
-    "COMPLEX128": ("double_data", 2), "INT64": ("int64_data", 1), "UINT32": ("uint64_data", 1), "UINT64": ("uint64_data", 1),
-}  # fmt: skip
-_TYPED_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 
 
 def read_model(path: Path, bytes_max: int = FILE_BYTES_MAX) -> ModelProto:
@@ -78,7 +64,11 @@ def check_graph(model: ModelProto) -> None:
         raise ImportRefused("it has no graph: it is not an ONNX model, or it is truncated")
     _check_versions(model)
     for text in (model.producer_name, model.producer_version, model.domain, model.graph.name):
-        _check_name(text, "the model's own name or producer")
+        check_name(text, "the model's own name or producer")
+    for entry in model.metadata_props:
+        check_name(entry.key, "an entry of metadata")
+        if not isinstance(entry.value, str):
+            raise ImportRefused(f"the metadata entry {shown(entry.key)} is not UTF-8")
     if model.functions:
         raise ImportRefused(
             f"it has functions of its own ({shown(model.functions[0].name)}); inline them: onnx.inliner.inline_local_functions"
@@ -127,13 +117,16 @@ def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def _check_nodes(graph: GraphProto, opset: int) -> None:
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        check_name(value.name, "a value")
     for node in graph.node:
-        _check_name(node.name, "a node")
-        _check_name(node.op_type, "an operator")
+        check_name(node.name, "a node")
+        check_name(node.op_type, "an operator")
         for name in (*node.input, *node.output):
-            _check_name(name, f"a tensor of operator {shown(node.op_type)}")
+            check_name(name, f"a tensor of operator {shown(node.op_type)}")
         _check_operator(node, opset)
         for attribute in node.attribute:
+            check_name(attribute.name, f"an attribute of operator {shown(node.op_type)}")
             if attribute.ref_attr_name:
                 raise ImportRefused(f"operator {shown(node.op_type)} takes an attribute of a function, and is in none")
             if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
@@ -169,40 +162,14 @@ def _check_tensors(graph: GraphProto) -> None:
     for tensor in graph.initializer:
         if not tensor.name:
             raise ImportRefused("it has an initialiser without a name")
-        _check_name(tensor.name, "an initialiser")
-        _check_tensor(tensor, f"initialiser {shown(tensor.name)}")
+        check_name(tensor.name, "an initialiser")
+        check_tensor(tensor, f"initialiser {shown(tensor.name)}")
     for node in graph.node:
         for attribute in node.attribute:
             for tensor in ([attribute.t] if attribute.HasField("t") else []) + list(attribute.tensors):
-                _check_tensor(
+                check_tensor(
                     tensor, f"the constant of operator {shown(node.op_type)} that makes {shown(_first(node.output))}"
                 )
-
-
-def _check_tensor(tensor: TensorProto, what: str) -> None:
-    """Type and dimensions are those of the bytes that are there: no more and no fewer."""
-    if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-        raise ImportRefused(
-            f"{what} is in another file, which is not opened; put the weights inline: onnx.save(onnx.load(file), new_file)"
-        )
-    kind = next((name for name, number in TensorProto.DataType.items() if number == tensor.data_type), "UNDEFINED")
-    if kind not in _BITS or tensor.HasField("segment"):
-        raise ImportRefused(f"{what} is of type {kind}, which is not served")
-    if len(tensor.dims) > RANK_MAX or any(not 0 <= size < DIM_MAX for size in tensor.dims):
-        raise ImportRefused(f"{what} has impossible dimensions")
-    size, bits = prod(tensor.dims), _BITS[kind]
-    packed = -(-size * bits // 8) if bits < 8 else size  # below a byte, an int32 holds one byte
-    if tensor.HasField("raw_data"):
-        field, found, wanted, unit = "raw_data", len(tensor.raw_data), -(-size * bits // 8), "bytes"
-    else:
-        field, each = _TYPED.get(kind, ("int32_data", 1))
-        found, wanted, unit = len(getattr(tensor, field)), packed * each, "numbers"
-    if others := [other for other in _TYPED_FIELDS if other != field and len(getattr(tensor, other))]:
-        raise ImportRefused(f"{what} has numbers in {field} and in {others[0]}; save the model again")
-    if found != wanted:
-        raise ImportRefused(
-            f"{what} has {found} {unit}; its dimensions {_dims(tensor.dims)} ask for {wanted}: the file is damaged or truncated"
-        )
 
 
 def _check_values(graph: GraphProto) -> None:
@@ -219,7 +186,7 @@ def _check_values(graph: GraphProto) -> None:
 
 
 def _check_value(value: ValueInfoProto, what: str) -> None:
-    _check_name(value.name, f"an {what}")
+    check_name(value.name, f"an {what}")
     name = f"{what} {shown(value.name)}"
     if not value.name:
         raise ImportRefused(f"it has an {what} without a name")
@@ -234,26 +201,11 @@ def _check_value(value: ValueInfoProto, what: str) -> None:
         raise ImportRefused(f"{name} is of type {found}; one of {', '.join(DTYPES.values())} is served")
     shape = value.type.tensor_type.shape
     if len(shape.dim) > RANK_MAX or any(
-        dim.HasField("dim_value") and not 0 <= dim.dim_value < DIM_MAX for dim in shape.dim
+        dim.HasField("dim_value") and not -1 <= dim.dim_value < DIM_MAX for dim in shape.dim
     ):
         raise ImportRefused(f"{name} has impossible dimensions")
     for dim in shape.dim:
-        _check_name(dim.dim_param, f"a dimension of {name}")
-
-
-def _check_name(name: str, what: str) -> None:
-    if not isinstance(name, str):
-        raise ImportRefused(f"the name of {what} is not UTF-8: {shown(name)}")
-    if len(name) > NAME_MAX:
-        raise ImportRefused(
-            f"the name of {what} has {len(name)} characters; at most {NAME_MAX} are read: {shown(name)}"
-        )
-    if not name.isprintable():
-        raise ImportRefused(f"the name of {what} has control characters: {shown(name)}")
-
-
-def _dims(dims: Sequence[int]) -> str:
-    return "x".join(map(str, dims)) or "()"
+        check_name(dim.dim_param, f"a dimension of {name}")
 
 
 def _first(names: Sequence[str]) -> str:

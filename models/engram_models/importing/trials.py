@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engram_models.check import CHECK_ROWS, CHECK_STEPS
+from engram_models.check import CHECK_ROWS, CHECK_STEPS, CheckVector
 from engram_models.importing.calls import RunFailed, checked_call, initial_rows, loaded
 from engram_models.importing.errors import ImportRefused, shown
 from engram_models.importing.numbers import LEVELS, POISONS, Array, as_floats, difference, drawn, poisoned, tolerance
@@ -49,7 +49,7 @@ class Trials:
         self, graph: bytes, schema: Schema, initial: Mapping[str, Array], examples: Mapping[str, Array]
     ) -> None:
         """Raises ImportRefused where ONNX Runtime does not take the graph, or it does not run even alone."""
-        self._step = loaded(graph, schema)
+        self._graph, self._step = graph, loaded(graph, schema)
         self._schema, self._examples = schema, examples
         self._initial = [initial_rows(spec, initial, 1) for spec in schema.state]
         self._quantised = b"DynamicQuantizeLinear" in graph
@@ -80,6 +80,14 @@ class Trials:
             for draw in range(_DRAWS):
                 self._compare(size, draw)
             self.findings.sizes.append(size)
+
+    def recorded(self, alone: bool) -> CheckVector:
+        """A run of a few rows from their states after the first step, as a bundle is checked: in one batch, or row by row."""
+        step = loaded(self._graph, self._schema, one_by_one=True) if alone else self._step
+        inputs = [
+            np.stack([x[place][:CHECK_ROWS] for x in self.inputs[1:]]) for place in range(len(self._schema.inputs))
+        ]
+        return CheckVector.record(self._schema, step, inputs, [array[:CHECK_ROWS] for array in self.states[1]])
 
     def _runnable_level(self) -> tuple[int, float]:
         """Integers may be tokens, lengths or indices: the largest made-up ones with which the graph runs; and a step's seconds."""
