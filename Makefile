@@ -13,7 +13,7 @@ SECONDS ?= 1800
 OPENS ?= 100000
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-models dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -29,6 +29,7 @@ help:
 	@echo "make simulate        a load on servers and shards, with failures, calibrated by make bench: docs/scaling.md"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
 	@echo "make bench-opens  thousands of sessions opened at once beside others that step"
+	@echo "make bench-models  our cells as ONNX graphs, beside torch"
 	@echo "make observe   dashboard and alerts under a real Prometheus, with real faults; docs/results/observability.json"
 	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
 	@echo "make churn     100,000 (OPENS) sessions opened and let go of, most of them rudely: is anything left? docs/results/churn.json"
@@ -121,6 +122,9 @@ bench-overload: $(STAMP)
 
 bench-opens: $(STAMP)
 	$(BIN)/python tools/benchmark_opens.py
+
+bench-models: $(STAMP)
+	$(BIN)/python tools/benchmark_models.py
 
 observe: $(STAMP)
 	$(BIN)/python tools/observe.py
