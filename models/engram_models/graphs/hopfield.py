@@ -27,7 +27,8 @@ def step(graph: Graph, cell: Hopfield, x: str, state: Sequence[str]) -> tuple[st
 
 def _large(graph: Graph, value: str) -> str:
     """Numbers that are 0, or 2 at least: any others are made so, without one becoming infinite on the way."""
-    factor = graph.weight(2.0 ** (75 if graph.dtype == np.float32 else 538))  # its square makes the smallest number 2
+    # Twice multiplied, the smallest number there is becomes 2 at least.
+    factor = graph.weight(2.0 ** (75 if graph.dtype == np.float32 else 538))
     return graph.op("Mul", _sign(graph, graph.op("Mul", value, factor)), factor)
 
 
