@@ -157,9 +157,10 @@ def page(found: dict[str, Any]) -> str:
         "# Our cells as ONNX graphs", "",
         f"Written by `make bench-models` on {found['date']}, one thread:", "",
         *(f"- {key}: {value}" for key, value in found["machine"].items()), "",
-        "Microseconds of processor time a step of a whole batch: torch's recorded step, the graph on ONNX Runtime, and how many times as fast",
-        "that is. Medians of short bursts that took turns. The rows' states are given and taken as arrays; gathering them from an arena",
-        f"and scattering them back is in neither. The largest difference between the two is {worst:.0e}.", "",
+        "Microseconds of processor time a step of a whole batch: torch's recorded step, the graph on ONNX Runtime, and how",
+        "many times as fast that is. Medians of short bursts that took turns. The rows' states are given and taken as arrays;",
+        "gathering them from an arena and scattering them back is in neither.",
+        f"The largest difference between the two is {worst:.0e}.", "",
         "| model |" + "".join(f" {batch}: torch | graph | x |" for batch in BATCHES),
         "|---|" + "---:|---:|---:|" * len(BATCHES),
         *(
