@@ -130,6 +130,11 @@ class ServerProcess:
         assert self._process is not None
         self._process.send_signal(number)
 
+    def ended(self) -> int:
+        """Waits until it has ended by itself; its exit code."""
+        assert self._process is not None
+        return self._process.wait(STOP_S)
+
     def kill(self) -> None:
         """kill -9."""
         assert self._process is not None

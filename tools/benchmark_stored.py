@@ -118,7 +118,7 @@ class Writer:
 
     def _write(self, model: str, numbers: list[int]) -> None:
         bundle = self._bundles[model]
-        layout = RecordLayout(bundle.fingerprint, bundle.state_nbytes, bundle.output.nbytes)
+        layout = RecordLayout(bundle.fingerprint, bundle.schema.state_nbytes, bundle.schema.output_nbytes)
         names, now_ms = [f"sensor-{number:07d}" for number in numbers], int(time.time() * 1000)
         tokens = [secrets.token_hex(8) for _ in names]
         initial = layout.initial(1, now_ms)
@@ -130,8 +130,8 @@ class Writer:
         )
         count, done = len(names), threading.Event()
         ones = np.ones(count, np.uint64)
-        states = np.random.default_rng(numbers[0]).integers(0, 255, (count, bundle.state_nbytes), np.uint8)
-        outputs = np.zeros((count, 1, bundle.output.nbytes), np.uint8)
+        states = np.random.default_rng(numbers[0]).integers(0, 255, (count, bundle.schema.state_nbytes), np.uint8)
+        outputs = np.zeros((count, 1, bundle.schema.output_nbytes), np.uint8)
         block = RecordBlock(layout, 2 * ones, ones, ones, [states], np.ones(count, np.uint32), outputs, now_ms)
 
         def settled(rows: Any, verdict: Verdict) -> None:

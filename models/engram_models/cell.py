@@ -28,10 +28,23 @@ State = tuple[Tensor, ...]
 
 
 class Cell(nn.Module):
-    """A function (input row, state) -> (output row, state), batch first.
+    """A function (input row, state) -> (output row, state), batch first. The base class of every kind of model, also of yours.
 
-    A kind of model is a subclass with a `kind`, a `config` of plain values from which `from_config` makes it again, and
-    these attributes. `forward` is pure: it changes neither its arguments nor the module.
+    A subclass has
+
+    - `kind`: a name of its own, lower case with hyphens; bundles carry it, and never change it.
+    - a constructor of plain values (numbers, strings, lists), which makes its submodules and calls `declare` once. The last
+      argument is those values again: `from_config(config)` makes the cell anew, with weights that are then replaced.
+    - `forward(x, state)`: x [batch, *input.shape], state a named tuple of tensors [batch, *shape] in the order of the schema;
+      gives y [batch, *output.shape] and `self.state_type(...)` of new states.
+
+    `forward` is pure: it changes neither its arguments nor the module, draws no random numbers, and computes each row from that
+    row alone. It follows the dtype of what it is given: gradient checks run in float64. `initial_state` makes the schema's
+    initial values; override nothing else but, for inputs of special ranges, `inputs_like`.
+
+    `engram models check --cell package.module:Class --config '{...}'` tells whether a cell keeps to this. To serve it, write a
+    bundle (`write_bundle`), install its package where the server is, and name it there: `cells = ["package.module:Class"]`.
+    docs/examples/my-cell is one, whole.
     """
 
     kind: ClassVar[str]
@@ -44,7 +57,10 @@ class Cell(nn.Module):
     def declare(
         self, input: TensorSpec, output: TensorSpec, state: tuple[TensorSpec, ...], config: Mapping[str, Any]
     ) -> None:
-        """Called once by a subclass's constructor, with all that the contract asks for."""
+        """Called once by a subclass's constructor, with all that the contract asks for.
+
+        Shapes in the TensorSpecs have no batch dimension. `config` is what the constructor was called with, by name.
+        """
         self.input, self.output, self.state_schema, self.config = input, output, state, dict(config)
         self.state_type = _state_type([spec.name for spec in state])
 

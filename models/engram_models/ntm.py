@@ -23,7 +23,7 @@ from engram_models.spec import TensorSpec
 MEMORY_START = 1e-6
 PLACES_MAX = 1 << 20  # slots of a memory, heads
 PARAMETER_MAX = 20.0  # head parameters are clipped to this, so that no strength or sharpness runs away
-_TINY = 1e-8
+TINY = 1e-8
 _ALIGNED = 4  # float32 in the 16 bytes at which matrix libraries like rows to start
 
 
@@ -56,7 +56,7 @@ def sharpen(weighting: Tensor, gamma: Tensor) -> Tensor:
     weighting [batch, heads, N], gamma [batch, heads] -> [batch, heads, N]. What is below 0, which only a state from
     elsewhere can be, counts as 0.
     """
-    return torch.softmax(gamma.unsqueeze(2) * torch.log(weighting.clamp(min=0) + _TINY), 2)
+    return torch.softmax(gamma.unsqueeze(2) * torch.log(weighting.clamp(min=0) + TINY), 2)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def product(rows: Tensor, matrices: Tensor) -> Tensor:
 
 def _norm(rows: Tensor) -> Tensor:
     """Euclidean, over the last dimension, with a gradient at 0."""
-    return torch.sqrt((rows * rows).sum(-1) + _TINY)
+    return torch.sqrt((rows * rows).sum(-1) + TINY)
 
 
 class FeedForward(nn.Module):

@@ -37,7 +37,7 @@ from engram_service.sessions.holds import Holds
 from engram_service.sessions.opening import Sessions
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.table import NO_SLOT, SessionTable
-from engram_service.settings import Settings
+from engram_service.settings import SettingError, Settings
 from engram_service.store import UNSAFE, Store, StoreSettings, TlsFiles
 from engram_service.store.private import PrivateRedis, PrivateSettings
 from engram_service.supervision import Supervisor
@@ -75,6 +75,7 @@ async def serve(settings: Settings) -> None:
         table = SessionTable()
         workers = settings.engine_threads(device.is_cpu)
         queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max, workers)
+        _register_cells(settings)
         loader = Loader(settings, device)
         catalog = Catalog(settings, loader, metrics)
         core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits), supervisor)
@@ -117,6 +118,23 @@ async def serve(settings: Settings) -> None:
         queue.close()
         core.engine.join()
     log.info("stopped")
+
+
+def _register_cells(settings: Settings) -> None:
+    """Turns on the plug-in cells that the operator named, and torch with them. Raises SettingError."""
+    if not (names := settings.cell_names()):
+        return
+    try:
+        from engram_models.plug_ins import PlugInError, register_cells
+    except ImportError as error:
+        raise SettingError(
+            f"cells = {settings.cells!r}: plug-in cells need torch: pip install 'engram[torch]' ({error})"
+        ) from error
+    try:
+        kinds = register_cells(names)
+    except PlugInError as error:
+        raise SettingError(f"cells: {error}") from error
+    log.info("plug-in cells: %s (kinds %s)", ", ".join(names), ", ".join(kinds))
 
 
 async def _drain(server: Server, core: Core, supervisor: Supervisor) -> None:

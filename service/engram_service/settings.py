@@ -53,6 +53,11 @@ class Settings:
         "", "what was found out about models on this machine; none: engram in the user's cache home"
     )
     device: str = _setting("auto", "auto, cpu or cuda:N")
+    cells: str = _setting(
+        "",
+        "plug-in cells that models may be of, module:Class or entry points of the group engram.cells, with commas between; their "
+        "code runs in the server",
+    )
     shipped_models: bool = _setting(True, "serve the bundles that come with the package too")
     models_poll_s: float = _setting(2.0, "seconds between looks at the models directory")
 
@@ -182,6 +187,10 @@ class Settings:
         own = [Path(self.models)] if self.models else []
         return own + ([shipped_models_dir()] if self.shipped_models or not own else [])
 
+    def cell_names(self) -> list[str]:
+        """The plug-in cells that the operator turned on."""
+        return [name for part in self.cells.split(",") if (name := part.strip())]
+
     def cache_directory(self) -> Path:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return Path(self.cache_dir) if self.cache_dir else home / "engram"
@@ -275,15 +284,24 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> S
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    """The settings of a file, by name: at its top, or in a table [server]."""
     try:
-        return read_toml(path)
+        content = read_toml(path)
     except OSError as error:
         raise SettingError(f"config = {str(path)!r}: {error.strerror}") from error
     except ValueError as error:
         raise SettingError(f"config = {str(path)!r}: {error}") from error
+    table = content.pop("server", {})
+    if not isinstance(table, dict):
+        raise SettingError(f"server in {path}: a table of settings, [server]")
+    if twice := sorted(set(table) & set(content)):
+        raise SettingError(f"{twice[0]} in {path}: it is there twice, in [server] and before any table")
+    return content | table
 
 
 def _text(name: str, value: Any, source: str) -> str:
+    if name == "cells" and isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ",".join(value)
     if not isinstance(value, str | int | float):
         raise SettingError(f"{name} (from {source}): not a string, a number, true or false")
     return str(value).lower() if isinstance(value, bool) else str(value)

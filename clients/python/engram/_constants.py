@@ -24,13 +24,13 @@ def encoded(given: Any, info: ModelInfo) -> Encoded:
     """What was given, checked and as bytes. Raises InvalidInput."""
     if not isinstance(given, Mapping):
         message = f'constants is a dict of values by name, {{"sr": 8000}}; got {type(given).__name__}'
-        raise InvalidInput(message, reason="INVALID_ARGUMENT")
+        raise InvalidInput(message, reason="INVALID_CONSTANT")
     specs = {spec.name: spec for spec in info.constants}
     unknown = [name for name in given if name not in specs]
     if unknown:
         there = f"its constants are {', '.join(f'{name!r} ({spec})' for name, spec in specs.items())}"
         message = f"model {info.name} has no constant {unknown[0]!r}; {there if specs else 'it has none'}"
-        raise InvalidInput(message, reason="INVALID_ARGUMENT")
+        raise InvalidInput(message, reason="INVALID_CONSTANT")
     return tuple(
         (name, RowCodec(spec, f"constant {name!r} of {info.name}").one(_shaped(given[name], spec.shape)))
         for name, spec in specs.items()

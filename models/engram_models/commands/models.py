@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engram_models.commands import import_model
+from engram_models.commands import check_cell, import_model
 from engram_models.json_text import json_text
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     import_model.configure(actions.add_parser("import", help=import_model.HELP))
     for action in (show, check):
         action.add_argument(
-            "model", metavar="MODEL", help="NAME (the latest version), NAME/VERSION, or the path of a bundle"
-        )
+            "model", metavar="MODEL", nargs="?" if action is check else None,
+            help="NAME (the latest version), NAME/VERSION, or the path of a bundle",
+        )  # fmt: skip
+    check_cell.configure(check)
     check.add_argument(
         "--batch-max", type=int, default=_BATCH_MAX, help=f"largest batch to try (default: {_BATCH_MAX})"
     )
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.action == "import":
         return import_model.run(args)
+    if args.action == "check" and args.cell and not args.model:
+        return check_cell.run(args)
     action = {"list": _list, "show": _show, "check": _check}[args.action]
     try:
         return action(args)
@@ -113,6 +117,10 @@ def _check(args: argparse.Namespace) -> int:
 
     if args.batch_max < 1:
         raise BundleError(f"--batch-max {args.batch_max}: at least 1")
+    if not args.model:
+        raise BundleError("name a MODEL, or a cell with --cell")
+    if args.cell:
+        _register(args.cell)
     bundle = _load(args)
     on_torch = args.device != "cpu" or not bundle.graph
     batches = _examined_on_torch(bundle, args) if on_torch else _examined(bundle, args.batch_max)
@@ -128,6 +136,17 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
+def _register(name: str) -> None:
+    """The plug-in that the bundle is of."""
+    from engram_models.bundle import BundleError
+    from engram_models.plug_ins import PlugInError, register_cells
+
+    try:
+        register_cells([name])
+    except PlugInError as error:
+        raise BundleError(str(error)) from error
+
+
 def _examined(bundle: Bundle, batch_max: int) -> dict[str, Any]:
     from engram_models.examination import examine
 
@@ -136,7 +155,13 @@ def _examined(bundle: Bundle, batch_max: int) -> dict[str, Any]:
 
 
 def _examined_on_torch(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
-    from engram_models.cell_bundles import CellStep, load_cell
+    from engram_models.bundle import BundleError
+
+    try:
+        from engram_models.cell_bundles import CellStep, load_cell
+    except ImportError as error:
+        install = "torch is not installed, and this needs it: pip install 'engram[torch]'"
+        raise BundleError(f"{bundle.reference} on {args.device}: {install}") from error
     from engram_models.graph_step import Batching
     from engram_models.probe import batch_floor
 

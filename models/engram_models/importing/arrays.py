@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tokenize
 import zipfile
 import zlib
 from math import prod
@@ -21,6 +22,10 @@ CONTENT_BYTES_MAX = 1 << 30  # unpacked
 ARRAYS_MAX = 4_096
 _HEADER_MAX = 10_000
 _KINDS = "fiub"
+_BROKEN = (  # NumPy reads an array's header as Python
+    zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError, SyntaxError, tokenize.TokenError,
+    MemoryError,
+)  # fmt: skip
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -35,7 +40,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         return {entry.filename.removesuffix(".npy"): _array(archive, entry, path) for entry in entries}
     except OSError as error:
         raise ImportRefused(f"{path}: cannot be read: {error.strerror}") from error
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+    except _BROKEN as error:
         raise ImportRefused(f"{path}: it is not an .npz file of numpy.savez, or it is damaged") from error
 
 

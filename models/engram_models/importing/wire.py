@@ -12,7 +12,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from engram_models.importing.errors import ImportRefused
 
-FIELDS_MAX = 2_000_000
+FIELDS_MAX = 1_000_000
 DEPTH_MAX = 60  # messages in messages: three for each graph in a graph
 VARINT_BYTES_MAX = 1 << 26  # of packed numbers, which may take eight times as much memory
 
@@ -67,12 +67,12 @@ def _schema(
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Number, start and end of each field's content; the end is -1 where it has a fixed size."""
     while at < end:
-        key, at = _varint(data, at, end)
+        key, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at, end)
         number, wire_type = key >> 3, key & 7
         if not number:
             raise ImportRefused(_BROKEN)
         if wire_type == 2:
-            length, at = _varint(data, at, end)
+            length, at = (data[at], at + 1) if at < end and data[at] < 128 else _varint(data, at, end)
             if length > end - at:
                 raise ImportRefused(f"{_BROKEN}: at byte {at}, {length} bytes are announced and {end - at} are left")
             yield number, at, at + length

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
+from engram_service.bench.alone import share
 from engram_service.bench.ceiling import Ceiling
 from engram_service.bench.load import LoadSpec
 from engram_service.bench.plain import PlainResult, measure_plain
@@ -60,6 +61,7 @@ class Result:
     """One line of the table. A figure that was not measured is None.
 
     ceilings: steps/s of each plain library; ceiling_steps_per_s: of the one that the server uses too, which ratio is to.
+    runtime_steps_per_s, runtime_ratio: the server's runtime without the server, beside that library, one thread each (CPUs only).
     """
 
     model: str
@@ -72,6 +74,8 @@ class Result:
     ceilings: dict[str, float]
     ceiling_steps_per_s: float
     ratio: float
+    runtime_steps_per_s: float | None
+    runtime_ratio: float | None
     plain_steps_per_s: float | None
     plain_p50_ms: float | None
     plain_ratio: float | None
@@ -115,13 +119,12 @@ def measure(options: Options, progress: Progress, plain: PlainResult | None = No
     except ValueError as error:
         raise BenchError(str(error)) from error
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as scratch:
-        directory = Path(scratch)
-        if options.address:
-            return _measured(options, work, options.address, options.http, directory, progress, plain)
-        models = options.models
+        directory, models = Path(scratch), options.models
         if options.model == W:
             models = directory / "models"
-            write_w(models)
+            work = replace(work, bundle=write_w(models))
+        if options.address:
+            return _measured(options, work, options.address, options.http, directory, progress, plain)
         flags = (*_BASE_FLAGS, "--device", options.device, *options.server_flags)
         progress("starting a private server")
         with LocalServer(directory / "server", models, flags) as server:
@@ -147,6 +150,7 @@ def _measured(
     plain: PlainResult | None,
 ) -> Result:
     specs = _specs(options, work, address, directory)
+    runtime = _runtime_alone(options, work, progress)
     ceilings = _ceilings(options, work, progress)
     load = asyncio.run(_drive(options, specs, http, progress))
     for one in ceilings:
@@ -161,6 +165,7 @@ def _measured(
         model=options.model, sessions=options.sessions, connections=sum(spec.connections for spec in specs),
         durability=options.durability, steps_per_s=rate, p50_ms=load.p50_ms, p99_ms=load.p99_ms,
         ceilings={one.name: one.steps_per_s for one in ceilings}, ceiling_steps_per_s=top, ratio=rate / top,
+        runtime_steps_per_s=runtime[0], runtime_ratio=runtime[1],
         plain_steps_per_s=plain.steps_per_s if plain else None, plain_p50_ms=plain.p50_ms if plain else None,
         plain_ratio=rate / plain.steps_per_s if plain else None,
         steps=load.steps, seconds=load.seconds, checked_steps=checked,
@@ -180,6 +185,14 @@ def _ceilings(options: Options, work: Workload, progress: Progress) -> list[Ceil
         ceilings.append(Ceiling(plain, work.input_shape, options.sessions, window_s, threads))
         ceilings[-1].measure(_CEILING_WINDOWS)
     return ceilings
+
+
+def _runtime_alone(options: Options, work: Workload, progress: Progress) -> tuple[float | None, float | None]:
+    if not work.on_cpu or work.bundle is None:
+        return None, None
+    progress("the server's runtime alone, beside the plain library on the same rows")
+    window_s = min(0.5, options.seconds / 8)
+    return share(work.bundle, work.plains[0], work.input_shape, options.sessions, window_s)
 
 
 def _names(work: Workload) -> str:

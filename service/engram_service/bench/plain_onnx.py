@@ -36,7 +36,7 @@ class PlainOnnx:
         self._use(1)
 
     def inputs(self, pool: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
-        return pool
+        return list(pool)
 
     def initial(self, rows: int) -> Arrays:
         pairs = zip(self._initial(rows), self._schema.state, strict=True)

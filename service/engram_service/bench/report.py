@@ -25,6 +25,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
     ("p99 ms", lambda one: f"{one.p99_ms:.2f}"),
     ("ONNX Runtime steps/s", lambda one: _number(one.ceilings.get("ONNX Runtime"), ",.0f")),
     ("torch steps/s", lambda one: _number(one.ceilings.get("torch"), ",.0f")),
+    ("runtime alone", lambda one: _number(one.runtime_ratio, ".2f")),
     ("of ceiling", lambda one: f"{one.ratio:.2f}"),
     ("plain steps/s", lambda one: _number(one.plain_steps_per_s, ",.0f")),
     ("plain p50 ms", lambda one: _number(one.plain_p50_ms, ".2f")),

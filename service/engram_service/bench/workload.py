@@ -7,7 +7,7 @@ tests/yardstick/plain_server.py makes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -39,9 +39,9 @@ class Workload:
 
     model: str
     schema: Schema
-    graph: bytes
     plains: tuple[Plain, ...]
     device: str
+    bundle: Path | None = None  # W has one where it is written
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -99,13 +99,12 @@ def write_w(directory: Path) -> Path:
 def workload_w(device: str = "cpu") -> Workload:
     """W in plain libraries: the LSTM operator and a product; nn.LSTMCell and nn.Linear. Raises ValueError."""
     weights = weights_w()
-    graph = lstm_graph(weights, _SCHEMA)
-    plains: list[Plain] = [PlainOnnx(graph, _SCHEMA, _zeros)] if device == "cpu" else []
+    plains: list[Plain] = [PlainOnnx(lstm_graph(weights, _SCHEMA), _SCHEMA, _zeros)] if device == "cpu" else []
     if has_torch():
         from engram_service.bench.plain_torch import plain_lstm
 
         plains.append(plain_lstm(weights, device))
-    return _workload(W, _SCHEMA, graph, plains, device)
+    return _workload(W, _SCHEMA, plains, device)
 
 
 def workload_of(model: str, models: Path | None, device: str = "cpu") -> Workload:
@@ -121,13 +120,14 @@ def workload_of(model: str, models: Path | None, device: str = "cpu") -> Workloa
         raise ValueError(f"{model}: the bench makes inputs of one float32 tensor and compares one output")
     if bundle.one_by_one:
         raise ValueError(f"{model} computes its rows one by one: there is no batch to compare with")
-    graph = bundle.read_graph() if bundle.graph else b""
-    plains: list[Plain] = [PlainOnnx(graph, schema, bundle.initial_states)] if graph and device == "cpu" else []
+    plains: list[Plain] = []
+    if bundle.graph and device == "cpu":
+        plains.append(PlainOnnx(bundle.read_graph(), schema, bundle.initial_states))
     if has_torch() and bundle.kind != IMPORTED:
         from engram_service.bench.plain_torch import plain_cell
 
         plains.append(plain_cell(bundle, device))
-    return _workload(model, schema, graph, plains, device)
+    return replace(_workload(model, schema, plains, device), bundle=found[-1].path)
 
 
 def reference(plain: Plain, shape: tuple[int, ...], seed: int, sessions: int, steps: int) -> NDArray[np.float32]:
@@ -142,12 +142,12 @@ def reference(plain: Plain, shape: tuple[int, ...], seed: int, sessions: int, st
     return np.stack(outputs)
 
 
-def _workload(model: str, schema: Schema, graph: bytes, plains: list[Plain], device: str) -> Workload:
+def _workload(model: str, schema: Schema, plains: list[Plain], device: str) -> Workload:
     if not plains:
         raise ValueError(
             f"{model} on {device} is computed by torch, which is not installed: pip install 'engram[torch]'"
         )
-    return Workload(model, schema, graph, tuple(plains), device)
+    return Workload(model, schema, tuple(plains), device)
 
 
 def _zeros(rows: int) -> Arrays:

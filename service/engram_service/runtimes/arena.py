@@ -8,6 +8,7 @@ on a device overrides where they are (torch_cuda.py).
 from __future__ import annotations
 
 import mmap
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -162,4 +163,4 @@ def from_bytes(rows: NDArray[np.uint8], spec: TensorSpec) -> NDArray[Any]:
 def to_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
     """[n, *shape] as rows of bytes, uint8 [n, bytes]; a view where it is contiguous. Rows may be none."""
     values = np.ascontiguousarray(values)
-    return values.reshape(-1).view(np.uint8).reshape(len(values), int(np.prod(values.shape[1:])) * values.itemsize)
+    return values.reshape(-1).view(np.uint8).reshape(len(values), prod(values.shape[1:]) * values.itemsize)

@@ -51,9 +51,8 @@ class Run:
 class Watchdog:
     """`look` runs in a thread of its own, under the supervisor."""
 
-    def __init__(self, crashes: Crashes | None = None, run_s_max: float = RUN_S_MAX) -> None:
+    def __init__(self, crashes: Crashes | None = None) -> None:
         self._crashes = crashes
-        self._run_s_max = run_s_max
         self._runs: dict[int, Run] = {}  # by thread; each writes its own key alone
         self.stopped = threading.Event()
 
@@ -75,8 +74,10 @@ class Watchdog:
         while not self.stopped.wait(_LOOK_S):
             now = time.monotonic()
             for run in list(self._runs.values()):
-                if not run.stopped and now - run.started > self._run_s_max:
-                    run.stopped = f"a batch of model {run.bundle.reference} ran for more than {self._run_s_max:g} s and was stopped"
+                if not run.stopped and now - run.started > RUN_S_MAX:
+                    run.stopped = (
+                        f"a batch of model {run.bundle.reference} ran for more than {RUN_S_MAX:g} s and was stopped"
+                    )
                     run.options.terminate = True
                     log.error("%s", run.stopped)
 

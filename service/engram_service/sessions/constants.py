@@ -81,8 +81,7 @@ class Starts:
 
     def enter(self, served: Served, rows: NDArray[np.int32], states: NDArray[np.uint8]) -> None:
         """Sessions without steps whose records have states, uint8 [n, state_nbytes]."""
-        constants = _constants(served)
-        if not constants or not len(rows):
+        if not len(rows) or not (constants := _constants(served)):
             return
         values = np.concatenate([states[:, at] for at, _ in constants], axis=1)
         same: dict[bytes, bytes] = {}  # sessions of one open mostly have the same ones

@@ -24,7 +24,7 @@ from engram._commands.wav import WavError, WavFile, rate_of, taken_by
 if TYPE_CHECKING:
     from engram import BlockingSession
 
-HELP = "CSV or JSON lines on stdin, or a WAV file; one output line for each input, as it arrives"
+HELP = "lines or a WAV file in, one output line for each, as it arrives"
 _LONG_S = 10.0  # files from which on a terminal is told how far it is
 _TELL_S = 0.25
 
