@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engram_models import GRU, LSTM, Cell, GRUResetAfter, PeepholeLSTM, State, VanillaRNN, bundle_from_torch
 from engram_models.cell import torch_dtype
+from engram_models.cell_checks import CHECKS
 
 Array = NDArray[np.float64]
 
@@ -157,32 +158,10 @@ def test_a_cell_matches_torch_over_200_steps(sort: str, layers: int) -> None:
         torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
 
 
-def test_stepping_gives_the_bits_of_the_sequence(any_cell: Cell) -> None:
-    xs = torch.randn(4, 30, *any_cell.input.shape)
-    with torch.inference_mode():
-        ys, last = any_cell.sequence(xs)
-        state = any_cell.initial_state(4)
-        for t in range(30):
-            y, state = any_cell(xs[:, t], state)
-            assert torch.equal(y, ys[:, t])
-    assert all(torch.equal(a, b) for a, b in zip(state, last, strict=True))
-
-
-def test_a_step_changes_neither_its_arguments_nor_the_cell(any_cell: Cell) -> None:
-    x, state = torch.randn(4, *any_cell.input.shape), random_state(any_cell, 4)
-    copies = [tensor.clone() for tensor in (x, *state, *any_cell.parameters())]
-    with torch.inference_mode():
-        any_cell(x, state)
-    assert all(torch.equal(a, b) for a, b in zip(copies, (x, *state, *any_cell.parameters()), strict=True))
-
-
-def test_the_schema_tells_what_a_step_gives(any_cell: Cell) -> None:
-    with torch.inference_mode():
-        y, state = any_cell(torch.randn(3, *any_cell.input.shape), any_cell.initial_state(3))
-    assert y.shape == (3, *any_cell.output.shape)
-    assert y.dtype == torch_dtype(any_cell.output)
-    assert [tuple(t.shape[1:]) for t in state] == [spec.shape for spec in any_cell.state_schema]
-    assert state._fields == tuple(spec.name for spec in any_cell.state_schema)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_cell_keeps_the_contract(any_cell: Cell, check: str) -> None:
+    """The checks that anybody's cell is held against."""
+    CHECKS[check](any_cell)
 
 
 def test_a_cell_learns() -> None:
@@ -214,12 +193,3 @@ def test_a_cell_learns() -> None:
 def test_wrong_sizes_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LSTM(**{"input_size": 3, "hidden_size": 4, **wrong})
-
-
-def test_extreme_numbers_saturate(any_cell: Cell) -> None:
-    """A gate that is far out is 0 or 1, not NaN."""
-    x = torch.full((4, *any_cell.input.shape), 1e4)
-    with torch.inference_mode():
-        for sign in (1, -1):
-            y, state = any_cell(sign * x, any_cell.initial_state(4))
-            assert all(torch.isfinite(tensor).all() for tensor in (y, *state))

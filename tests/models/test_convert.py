@@ -185,6 +185,7 @@ def test_a_batch_that_is_fixed_stays_fixed_and_is_told(mine: Path, capfd: pytest
     assert (inputs, outputs) == ({"x": [1, 8], "h": [8]}, {"output_0": [1, 8], "output_1": [8]})
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_an_exported_program(mine: Path, policy: nn.Module, dynamic: bool, capfd: pytest.CaptureFixture[str]) -> None:
     batch = torch.export.Dim("batch")
@@ -441,6 +442,7 @@ def test_a_keras_weight_in_another_file_is_not_read(tmp_path: Path) -> None:
         converted(str(path), None, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("functional", [False, True], ids=["sequential", "functional"])
 def test_a_model_of_keras_gives_what_keras_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, functional: bool

@@ -27,7 +27,7 @@ IR_MIN = 3
 
 ORT_DOMAIN = "com.microsoft"
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", ORT_DOMAIN)
-_REACH_FILES = ("EPContext",)
+_REACH_FILES = ("EPContext", "Snpe")
 
 _T = TensorProto
 DTYPES = {  # what a model may take, give and keep, as schemas call it
