@@ -34,7 +34,7 @@ from engram_models.graphs import step_graph
 Array = NDArray[Any]
 Run = Callable[[Sequence[Array]], list[Array]]
 STEPS = 4
-BATCHES = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 64, 97, 128)
+BATCHES = (1, 2, 3, 5, 8, 13, 16, 31, 64, 97)
 SHIPPED = {ref.name: ref.path for ref in Repository([shipped_models_dir()]).scan()[0]}
 
 
@@ -128,7 +128,7 @@ def assert_same_bits(cell: Cell) -> None:
     ]
     expected = run(values)
     for size in BATCHES:
-        for start in (0, 1, 6, 19):
+        for start in (0, 1, 19):
             part = slice(start, start + size)
             got = run([np.ascontiguousarray(value[part]) for value in values])
             for one, other in zip(got, expected, strict=True):
