@@ -25,7 +25,7 @@ from engram_models import (
     PeepholeLSTM,
     Repository,
     VanillaRNN,
-    load_bundle,
+    load_cell,
     shipped_models_dir,
 )
 from engram_models.cell import torch_dtype
@@ -69,7 +69,7 @@ def odd_cell(request: pytest.FixtureRequest) -> Cell:
 @pytest.fixture(params=SHIPPED)
 def shipped_cell(request: pytest.FixtureRequest) -> Cell:
     torch.manual_seed(6)
-    return load_bundle(SHIPPED[request.param]).cell
+    return load_cell(SHIPPED[request.param])
 
 
 def runtime(cell: Cell) -> Run:
