@@ -98,12 +98,12 @@ def is_rate(name: str) -> bool:
 
 
 def is_batch_dim(name: str) -> bool:
-    said = words(name)
+    said = () if name.startswith("?") else words(name)  # an unnamed one, whose place says nothing
     return any(word in _BATCH_WORDS for word in said) and not any(word in _TIME_WORDS - {"t"} for word in said)
 
 
 def is_time_dim(name: str) -> bool:
-    return any(word in _TIME_WORDS for word in words(name)) and not is_batch_dim(name)
+    return not name.startswith("?") and any(word in _TIME_WORDS for word in words(name)) and not is_batch_dim(name)
 
 
 def _said(name: str) -> Words:
