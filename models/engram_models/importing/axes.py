@@ -110,7 +110,7 @@ def _together(case: _Case, plans: Sequence[tuple[Axes, Plan]]) -> None:
 
 
 def _several(lines: Sequence[Line], choices: Mapping[str, list[int | None]]) -> bool:
-    """Whether two dynamic dimensions of one tensor may both be the batch: then all plans are tried, for two that work are a doubt."""
+    """Whether two dynamic dimensions of one tensor may be the batch: then all plans are tried, for two that work are a doubt."""
     return any(
         sum(axis is not None and isinstance((line.dims or ())[axis], str) for axis in choices[line.tensor]) > 1
         for line in lines
@@ -162,7 +162,8 @@ def _rivals(proposal: Proposal, good: Sequence[Axes], lines: Sequence[Line]) -> 
         axes = sorted({axis for one in good if (axis := one[line.tensor]) is not None and isinstance(dims[axis], str)})
         if len(axes) > 1:
             proposal.doubts.append(
-                f"{shown(line.tensor)} ({line.dtype} {'x'.join(map(dim_words, dims))}) runs with the batch in dimension {axes[0]} and in {axes[1]}: "
+                f"{shown(line.tensor)} ({line.dtype} {'x'.join(map(dim_words, dims))}) runs with the batch in "
+                f"dimension {axes[0]} and in {axes[1]}: "
                 f"--batch-axis {line.tensor}={axes[0]} or ={axes[1]}"
             )
             return True
@@ -230,8 +231,8 @@ def _fill_outputs(proposal: Proposal, shapes: Mapping[str, Sequence[int]], axes:
             row = tuple(size for place, size in enumerate(shapes[line.output]) if place != axis)
             if row != line.shape:
                 raise ImportRefused(
-                    f"the state {shown(line.tensor)} goes in as {_by(line.shape)} and comes out as {_by(row)}: a state keeps its size; "
-                    "export the model with a cache of fixed size, or name another pair with --state"
+                    f"the state {shown(line.tensor)} goes in as {_by(line.shape)} and comes out as {_by(row)}: a state keeps its "
+                    "size; export the model with a cache of fixed size, or name another pair with --state"
                 )
         elif line.of:
             _set_window(line, by_name[line.of])

@@ -36,7 +36,8 @@ def search(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What each plan gave, up to the first that is good. A plan has dimensions for every input, -1 where the batch would be.
 
-    dynamic: which dimensions have no size in the file. folder: model.onnx, and values.npz with one row (or the whole) of those inputs that are not to be random.
+    dynamic: which dimensions have no size in the file. folder: model.onnx, and values.npz with one row, or the whole, of the inputs
+    `valued`, which are not to be random.
     """
     found: list[dict[str, Any]] = []
     data = (folder / "model.onnx").read_bytes()

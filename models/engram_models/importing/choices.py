@@ -1,4 +1,4 @@
-"""Which dimensions of a graph's tensors may be the batch and what sizes the others have, by flags and by what the file says. Pure; for axes.py."""
+"""Which dimensions may be the batch and what sizes the others have, by flags and by what the file says. Pure; for axes.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What names say: which output is the next value of which input, what is data and what is a dimension of time. For pairing and axes.
+"""What names say: which output is the next value of which input, what is data, what is time. For pairing.py and choices.py.
 
 A name is cut into words (`new_cached_key_0`, `stateN`, `hiddenOut`). Words of direction (in, out, prev, next) are what the two
 names of a state may differ in; whatever else differs makes them two tensors.
@@ -28,7 +28,7 @@ _TIME = (
     "t time times timestep timesteps seq sequence seqlen len length lens frame frames step steps chunk samples tokens"
 )
 _BATCH = "n b bs bz bsz batch batches batchsize nbatch streams stream sessions envs"
-_EMPTY = "input inputs output outputs onnx identity partitionedcall statefulpartitionedcall partitioned call stateful arg result node tensor"
+_EMPTY = "input inputs output outputs onnx identity stateful partitioned call arg result node tensor"
 _IN_WORDS, _OUT_WORDS, _STRONG_WORDS = (frozenset(text.split()) for text in (_IN, _OUT, _STRONG))
 _DATA_WORDS, _STATE_WORDS, _TIME_WORDS = (frozenset(text.split()) for text in (_DATA, _STATE, _TIME))
 _BATCH_WORDS, _EMPTY_WORDS = (frozenset(text.split()) for text in (_BATCH, _EMPTY))

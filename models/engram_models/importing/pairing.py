@@ -83,7 +83,7 @@ def _by_names(inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor]) -> 
 def _take_names(
     found: dict[str, str], inputs: Sequence[GraphTensor], flags: Flags, outputs: dict[str, GraphTensor], pairs: Pairs
 ) -> None:
-    """All that names pair but `frame_in`, `frame_out`: what is named like data is data, unless its name says that it is of before."""
+    """All that names pair but `frame_in`, `frame_out`: what is named like data is data, unless a name says that it is of before."""
     by_name = {t.name: t for t in inputs}
     weak = {a for a, b in found.items() if is_data(a) and not says_time(a) and not says_time(b)}
     others = flags.inputs | set(flags.contexts)
@@ -98,7 +98,8 @@ def _take_names(
                     pairs.answers.add(output)  # prev_action / action: what is fed back is an answer, too
         elif others and not flags.states:
             pairs.doubts.append(
-                f"{shown(name)} and {shown(output)} may be a state, or an input and an output: --state {name}={output} or --input {name}"
+                f"{shown(name)} and {shown(output)} may be a state, or an input and an output: "
+                f"--state {name}={output} or --input {name}"
             )
 
 
@@ -162,8 +163,8 @@ def no_state(interface: Interface) -> str:
     takes = [t for t in interface.inputs if not t.default][:_NAMED_MOST]
     gives = interface.outputs[:_NAMED_MOST]
     return (
-        f"no state was found: it takes {_listed(takes)} and gives {_listed(gives)}. Name what it keeps with --state IN=OUT, or keep "
-        "its past inputs with --context INPUT=K. A model in two files is merged first: onnx.compose.merge_models"
+        f"no state was found: it takes {_listed(takes)} and gives {_listed(gives)}. Name what it keeps with --state IN=OUT, "
+        "or keep its past inputs with --context INPUT=K. A model in two files is merged first: onnx.compose.merge_models"
     )
 
 
