@@ -24,6 +24,7 @@ from engram_models.spec import TensorSpec
 STEPS = 12
 ROWS = 6
 FLOOR_BATCH_MAX = 64
+_POISONED_STEPS = 4
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _DOUBLE_TOLERANCE = 1e-3
 _LARGE = 1e4
@@ -132,11 +133,11 @@ def sequence_of_steps(cell: Cell) -> None:
 
 def rows_apart(cell: Cell) -> None:
     """A row's bits do not depend on its neighbours, whatever these are: other numbers, large ones, or none."""
-    xs, state = _inputs(cell), _states(cell)
+    xs, state = _inputs(cell)[:_POISONED_STEPS], _states(cell)
     with torch.inference_mode():
         expected = _run(cell, xs, state)
         for what, value in (("other", 3.0), ("large", _LARGE), ("NaN", float("nan"))):
-            for place in range(ROWS):
+            for place in (0, ROWS // 2, ROWS - 1):
                 if value != value and not (cell.input.is_float and all(spec.is_float for spec in cell.state_schema)):
                     continue
                 changed = [_poisoned(x, place, value) for x in xs]
