@@ -232,7 +232,7 @@ def graph_digest(graph: bytes) -> str:
 def spec_table(spec: TensorSpec) -> dict[str, Any]:
     table: dict[str, Any] = {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
     if spec.role:
-        table |= {"role": spec.role, "initial": spec.initial}
+        table |= {"role": spec.role, "initial": float(spec.initial)}
     return {**table, "shared": True} if spec.shared else table
 
 

@@ -72,10 +72,7 @@ def nearest(patterns: Words, on: Words, known: Words, k: int) -> tuple[NDArray[n
 def _bounds(away: Counts, k: int) -> Counts:
     """For each row of distances [n, P] one that at least k of them are within, and few others."""
     share = away.shape[1] // _SHARES
-    if share < k:
-        bounds: Counts = away.max(1)
-        return bounds
     # The least of each share is k different places' at least.
-    least = away[:, : share * _SHARES].reshape(len(away), _SHARES, share).min(1)
-    bounds = np.partition(least, k - 1, axis=1)[:, k - 1]
+    near = away[:, : share * _SHARES].reshape(len(away), _SHARES, share).min(1) if share >= k else away
+    bounds: Counts = np.partition(near, k - 1, axis=1)[:, k - 1]
     return bounds

@@ -74,7 +74,7 @@ async def serve(settings: Settings) -> None:
         store = await _store(settings, stack, supervisor, health)
         table = SessionTable()
         workers = settings.engine_threads(device.is_cpu)
-        queue = WorkQueue(table, settings.tick_rows_max, settings.tick_run_max, workers)
+        queue = WorkQueue(table, lambda model: catalog.models[model].rows_max, settings.tick_run_max, workers)
         _register_cells(settings)
         loader = Loader(settings, device)
         catalog = Catalog(settings, loader, metrics)

@@ -51,6 +51,7 @@ class Served:
     runtime: Runtime
     layout: RecordLayout
     queries: Queries
+    rows_max: int  # in one tick
 
     @property
     def arena(self) -> Arena:
@@ -171,7 +172,7 @@ class Catalog:
         runtime = self._loader.load(ref.path)
         bundle = runtime.arena.bundle
         layout = RecordLayout(bundle.fingerprint, bundle.schema.state_nbytes, bundle.schema.output_nbytes, runtime.code)
-        return Served(index, bundle, runtime, layout, Queries(bundle))
+        return Served(index, bundle, runtime, layout, Queries(bundle), self._loader.rows_max(bundle))
 
 
 def _stamp(ref: BundleRef) -> Stamp:

@@ -28,7 +28,8 @@ _SHARE_MIN = 5 * FIXED_ROWS  # rows that a thread takes before it leaves the res
 class WorkQueue:
     """Ready rows and jobs; `take` blocks until there is something to do."""
 
-    def __init__(self, table: SessionTable, rows_max: int, run_max: int, takers: int) -> None:
+    def __init__(self, table: SessionTable, rows_max: Callable[[int], int], run_max: int, takers: int) -> None:
+        """`rows_max`: how many rows a tick of a model may have, by its index."""
         self.lock = threading.Condition()
         self._table = table
         self._rows_max = rows_max
@@ -137,7 +138,7 @@ class WorkQueue:
             model = models[(self._turn + offset) % len(models)]
             scheduler = self._schedulers[model]
             share = max(_SHARE_MIN, -(-scheduler.waiting_rows // self._takers))
-            if tick := scheduler.next(self._table.busy, min(share, self._rows_max), now, turns):
+            if tick := scheduler.next(self._table.busy, min(share, self._rows_max(model)), now, turns):
                 self._turn = (self._turn + offset + 1) % len(models)
                 if self.waiting_rows:
                     self.lock.notify()  # the rest is another thread's

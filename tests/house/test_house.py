@@ -67,15 +67,25 @@ def test_the_scheduler_is_pure() -> None:
     assert not {name.split(".")[0] for name in names} & {"torch", "grpc", "redis", "asyncio", "threading"}
 
 
-def test_torch_is_called_by_the_engine_alone() -> None:
-    """On the server's path; the composition root, the catalog and the commands choose devices and load bundles."""
-    allowed = {"engine", "commands", "bench", "demo", "app.py", "catalog.py"}
+def test_torch_is_called_by_runtimes_alone() -> None:
+    """And by the bench, as what a server is compared with."""
+    allowed = {"runtimes", "bench"}
     users = {
         path.relative_to(PACKAGES["engram_service"]).parts[0]
         for path, tree in _modules("engram_service")
         if any(name.split(".")[0] == "torch" for name in _imports(tree))
     }
     assert users <= allowed
+
+
+def test_the_server_and_the_demo_import_neither_torch_nor_onnx() -> None:
+    modules = ["app", "runtimes.onnx_graphs", *(f"demo.{story}" for story in ("digits", "recall", "ntm", "variants"))]
+    code = (
+        f"import sys, {', '.join(f'engram_service.{name}' for name in modules)};"
+        "bad = {'torch', 'onnx', 'faiss', 'matplotlib'} & set(sys.modules); sys.exit(f'loaded {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("package", PACKAGES)

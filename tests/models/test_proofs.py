@@ -137,7 +137,14 @@ def _neighbour(net: Net, h: str) -> str:
     return net.op("Concat", last, rest, axis=0, out="y")
 
 
-@pytest.mark.parametrize("leak", [_mean, _attention, _maximum, _neighbour])
+def _later(net: Net, h: str) -> str:
+    """Of the row after it; the last one has none."""
+    rest = net.op("Slice", h, net.const([1]), net.const([1 << 40]), net.const([0]))
+    last = net.op("Slice", h, net.const([-1]), net.const([1 << 40]), net.const([0]))
+    return net.op("Concat", rest, last, axis=0, out="y")
+
+
+@pytest.mark.parametrize("leak", [_mean, _attention, _maximum, _neighbour, _later])
 def test_a_leak_between_rows_is_found_and_named(leak: Callable[[Net, str], str]) -> None:
     proof = proof_of(leak)
     assert proof.one_by_one

@@ -157,17 +157,17 @@ def test_what_was_found_out_is_kept_and_what_cannot_be_read_is_found_out_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = load_bundle(write(tmp_path / "models"))
-    kept = Findings(tmp_path / "cache", 64)
-    assert kept.of(bundle) == Examination(1, 1)
+    kept = Findings(tmp_path / "cache")
+    assert kept.of(bundle, 64) == Examination(1, 1)
     monkeypatch.setattr(findings, "examine", lambda bundle, rows_max: Examination(None, TILE_ROWS))
-    assert kept.of(bundle) == Examination(1, 1), "not looked at again"
-    assert Findings(tmp_path / "cache", 65).of(bundle) == Examination(None, TILE_ROWS), "other batches were not tried"
+    assert kept.of(bundle, 64) == Examination(1, 1), "not looked at again"
+    assert kept.of(bundle, 65) == Examination(None, TILE_ROWS), "other batches were not tried"
     for file in (tmp_path / "cache").iterdir():
         file.write_text('{"floor": ')
-    assert kept.of(bundle) == Examination(None, TILE_ROWS)
+    assert kept.of(bundle, 64) == Examination(None, TILE_ROWS)
     unusable = tmp_path / "file"
     unusable.write_text("")
-    assert Findings(unusable / "cache", 64).of(bundle) == Examination(None, TILE_ROWS)
+    assert Findings(unusable / "cache").of(bundle, 64) == Examination(None, TILE_ROWS)
 
 
 @pytest.mark.parametrize("batching", [Batching(), Batching(4), Batching(None, 5), ALONE])

@@ -52,10 +52,10 @@ def drawn(
 
 
 def poisoned(array: Array, spec: TensorSpec, value: float) -> Array:
-    """A copy whose first row is `value` throughout; as large as the type has it."""
+    """A copy whose second row is `value` throughout, or as large as the type has it."""
     copy = array.copy()
     row = np.full(spec.shape, value)
-    copy[0] = of_floats(row, spec)
+    copy[1] = of_floats(row, spec)
     return copy
 
 

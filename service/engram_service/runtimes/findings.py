@@ -26,19 +26,18 @@ _BYTES_MAX = 1 << 12
 class Findings:
     """Examinations by bundle, version of the libraries and kind of processor. Where the directory cannot be used, none is kept."""
 
-    def __init__(self, directory: Path, rows_max: int) -> None:
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._rows_max = rows_max
 
-    def of(self, bundle: Bundle) -> Examination:
+    def of(self, bundle: Bundle, rows_max: int) -> Examination:
         """Kept, or found now, in a process of its own. Raises BundleError."""
-        file = self._directory / f"{self._key(bundle)}.json"
+        file = self._directory / f"{_key(bundle, rows_max)}.json"
         try:
             found = json.loads(read_file(file, _BYTES_MAX))
             return Examination(**found)
         except (OSError, ValueError, TypeError):
             pass
-        examination = examine(bundle, self._rows_max)
+        examination = examine(bundle, rows_max)
         self._keep(file, examination)
         return examination
 
@@ -51,12 +50,12 @@ class Findings:
         except OSError as error:
             log.warning("what was found out about models is not kept: %s: %s", self._directory, error.strerror)
 
-    def _key(self, bundle: Bundle) -> str:
-        what = (
-            _FORMAT, bundle.fingerprint, bundle.graph, bundle.batch, self._rows_max, onnxruntime.__version__, np.__version__,
-            _processor(),
-        )  # fmt: skip
-        return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
+
+def _key(bundle: Bundle, rows_max: int) -> str:
+    what = (
+        _FORMAT, bundle.fingerprint, bundle.graph, bundle.batch, rows_max, onnxruntime.__version__, np.__version__, _processor(),
+    )  # fmt: skip
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
 
 
 def _processor() -> str:

@@ -18,6 +18,7 @@ from engram_service.store import OUTPUTS_MAX
 log = logging.getLogger(__name__)
 
 _WINDOW_BYTES = 2048  # of outputs kept for each resident session, within the limits below
+_TICK_BYTES = 32 << 20
 _WINDOW_MIN, _WINDOW_MAX = 8, OUTPUTS_MAX
 
 
@@ -28,7 +29,7 @@ class Loader:
         self._settings = settings
         self._device = device
         cache = settings.cache_directory()
-        self._findings = Findings(cache / "examinations", settings.tick_rows_max)
+        self._findings = Findings(cache / "examinations")
         self._crashes = Crashes(cache / "crashes")
         self.watchdog = Watchdog(self._crashes)
 
@@ -43,11 +44,17 @@ class Loader:
         if not self._device.is_cpu and (bundle.kind != "onnx"):
             return self._on_gpu(bundle)
         if bundle.graph:
-            step = checked_step(bundle, self._findings.of(bundle).batching)
+            step = checked_step(bundle, self._findings.of(bundle, self.rows_max(bundle)).batching)
             from engram_service.runtimes.onnx_graphs import OnnxGraphs
 
             return OnnxGraphs(self._arena(bundle), step, self.watchdog)
         return self._plug_in(bundle)
+
+    def rows_max(self, bundle: Bundle) -> int:
+        """Rows in one tick: so many that its states, which are there several times on their way to the store, are not much."""
+        schema = bundle.schema
+        row_nbytes = max(1, schema.state_nbytes + schema.input_nbytes + schema.output_nbytes)
+        return max(1, min(self._settings.tick_rows_max, _TICK_BYTES // row_nbytes))
 
     def _plug_in(self, bundle: Bundle) -> Runtime:
         """A cell without a graph, which the operator has turned on."""
@@ -65,7 +72,7 @@ class Loader:
         from engram_service.runtimes.torch_cells import TorchCells, shapes_of
 
         cell = load_cell(bundle)
-        return TorchCells(self._arena(bundle), cell, shapes_of(bundle, cell, self._settings.tick_rows_max))
+        return TorchCells(self._arena(bundle), cell, shapes_of(bundle, cell, self.rows_max(bundle)))
 
     def _on_gpu(self, bundle: Bundle) -> Runtime:
         import torch
@@ -77,7 +84,7 @@ class Loader:
         try:
             cell = load_cell(bundle, self._device.place)
             arena = CudaArena(bundle, capacity, window, self._device.place)
-            return CudaGraphs(arena, cell, shapes_on(bundle, cell, self._settings.tick_rows_max))
+            return CudaGraphs(arena, cell, shapes_on(bundle, cell, self.rows_max(bundle)))
         except torch.OutOfMemoryError as error:
             raise BundleError(f"{self._device.name} has no room for its arena of {capacity} slots: {error}") from error
 
@@ -90,5 +97,5 @@ class Loader:
         window = max(_WINDOW_MIN, min(_WINDOW_MAX, _WINDOW_BYTES // output_nbytes))
         slot_nbytes = bundle.schema.state_nbytes + (window + 1) * output_nbytes
         # However large a slot is, a whole tick fits; the number that the operator sets holds in any case.
-        fitting = max(self._settings.tick_rows_max, (self._settings.arena_mb << 20) // slot_nbytes)
+        fitting = max(self.rows_max(bundle), (self._settings.arena_mb << 20) // slot_nbytes)
         return min(self._settings.arena_slots_max, fitting), window

@@ -75,7 +75,9 @@ class Watchdog:
             now = time.monotonic()
             for run in list(self._runs.values()):
                 if not run.stopped and now - run.started > RUN_S_MAX:
-                    run.stopped = f"a batch of model {run.bundle.reference} ran for more than {RUN_S_MAX:g} s and was stopped"
+                    run.stopped = (
+                        f"a batch of model {run.bundle.reference} ran for more than {RUN_S_MAX:g} s and was stopped"
+                    )
                     run.options.terminate = True
                     log.error("%s", run.stopped)
 

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,9 +96,10 @@ class Residency:
         if new.any():
             self._begin(served, rows[new], slots[new])
             self._core.queue.release(rows[new])
-        if not new.all():
-            load = self._load(served, table.refer(rows[~new]), slots[~new])
-            self._core.supervisor.once("load", load)
+        old, places = rows[~new], slots[~new]
+        for start in range(0, len(old), served.rows_max):
+            part = slice(start, start + served.rows_max)
+            self._core.supervisor.once("load", self._load(served, table.refer(old[part]), places[part]))
 
     def _begin(self, served: Served, rows: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
         """Puts what sessions without steps begin with into their slots."""
@@ -234,10 +236,10 @@ class Residency:
         rows = rows[~table.flushing[rows] & (table.slot[rows] != NO_SLOT) & (table.model[rows] == served.index)].astype(
             np.int32
         )
-        if len(rows):
-            table.flushing[rows] = True
-            sessions = table.refer(rows)
-            self._core.queue.post(lambda: self._core.engine.flush(served, sessions))
+        table.flushing[rows] = True
+        for start in range(0, len(rows), served.rows_max):
+            sessions = table.refer(rows[start : start + served.rows_max])
+            self._core.queue.post(partial(self._core.engine.flush, served, sessions))
 
     def dirty(self, older_than: float = 0.0) -> NDArray[np.intp]:
         """Interval sessions whose record is behind by more than `older_than` seconds."""

@@ -73,7 +73,7 @@ async def _made() -> World:
             _serve(catalog, write_bundle(Path(scratch), cell.kind, "1", cell))
     store = Store(StoreSettings("unix:///nowhere", "memory", 0, 100, 1))
     shares, supervisor = Shares(lambda tenant: Limits()), Supervisor(metrics, Health())
-    core = Core(settings, table, WorkQueue(table, 512, 8, 1), catalog, store, metrics, shares, supervisor)
+    core = Core(settings, table, WorkQueue(table, lambda model: 512, 8, 1), catalog, store, metrics, shares, supervisor)
     calls, holds = StoreCalls(core), Holds(core)
     sessions, endings = Sessions(core, store, calls, holds), Endings(core, store, calls, holds)
     memories = Memories(catalog.resolve, store, 1 << 20)
@@ -90,7 +90,7 @@ def _serve(catalog: Catalog, path: Path) -> None:
     bundle = load_bundle(path)
     runtime = OnnxGraphs(Arena(bundle, SLOTS, WINDOW), None, Watchdog())  # type: ignore[arg-type]
     layout = RecordLayout(bundle.fingerprint, bundle.state_nbytes, bundle.schema.output_nbytes, runtime.code)
-    served = Served(len(catalog.models), bundle, runtime, layout, Queries(bundle))
+    served = Served(len(catalog.models), bundle, runtime, layout, Queries(bundle), 512)
     catalog.models.append(served)
     catalog._by_key[bundle.name, bundle.version] = served
     catalog._versions[bundle.name] = [bundle.version]
