@@ -19,7 +19,7 @@ from torch import Tensor
 from engram_models.bundle import BundleError
 from engram_models.cell import Cell, State, torch_dtype
 from engram_models.cell_bundles import cell_floor, load_cell, write_bundle
-from engram_models.spec import TensorSpec
+from engram_models.spec import ROLES, TensorSpec
 
 STEPS = 12
 ROWS = 6
@@ -48,10 +48,12 @@ def check_all(cell: Cell) -> Iterator[tuple[str, str]]:
 
 
 def names_and_config(cell: Cell) -> None:
-    """State tensors have names of their own; the config is plain values, as a manifest holds them."""
+    """State tensors have names of their own and roles; the config is plain values, as a manifest holds them."""
     names = [spec.name for spec in cell.state_schema]
     for name in names:
         _require(_NAME.fullmatch(name) is not None, f"the state {name!r} has no name of letters, digits and _")
+    for spec in cell.state_schema:
+        _require(bool(spec.role), f"the state {spec.name} has no role: {', '.join(filter(None, ROLES))}")
     _require(len(set(names)) == len(names), f"two states are called the same: {', '.join(names)}")
     try:
         again = json.loads(json.dumps(cell.config))
