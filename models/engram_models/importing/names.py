@@ -12,7 +12,9 @@ from collections.abc import Iterable
 Words = tuple[str, ...]
 
 _IN = "in input inputs inp prev previous past old last initial init cur current before pre begin from"
-_OUT = "out output outputs outp new next nxt present updated update upd after final post end to cur current"
+_OUT = (
+    "r ret returned out output outputs outp new next nxt present updated update upd after final post end to cur current"
+)
 _STRONG = "prev previous past old next nxt new present updated update"  # these mean time, and not a direction
 _DATA = """x u y audio frame frames signal wav wave waveform pcm mag magnitude phase spec spectrum spectra feat feats feature
     features obs observation observations data sample samples token tokens ids id image img pixels chunk speech mel fbank mfcc
@@ -40,7 +42,7 @@ _AFFIXES = (  # of one word: (before the input's, after it, before the output's,
     ("", "in", "", "out"), ("", "i", "", "o"), ("", "", "", "n"), ("", "", "", "out"), ("", "", "", "new"),
     ("", "", "", "next"), ("", "prev", "", ""), ("", "prev", "", "next"), ("", "", "n", ""), ("", "", "new", ""),
     ("", "", "next", ""), ("", "", "out", ""), ("in", "", "out", ""), ("i", "", "o", ""), ("prev", "", "next", ""),
-    ("prev", "", "", ""), ("past", "", "present", ""),
+    ("prev", "", "", ""), ("past", "", "present", ""), ("", "x", "", "y"),
 )  # fmt: skip
 
 

@@ -117,8 +117,8 @@ def _by_shape(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[G
     likely = [(a, b) for a, b in only if not is_data(a.name) and not is_data(b.name) and not is_length(a.name)]
     for tensor, taker in likely:
         data = [t for t in numbers if t is not tensor and t.name not in pairs.outputs] + list(told)
-        mute = says_nothing(tensor.name) and says_nothing(taker.name) and len(likely) == 1
-        if data and (is_kept(tensor.name) or is_kept(taker.name) or mute):
+        mute = says_nothing(tensor.name) and (is_kept(taker.name) or (says_nothing(taker.name) and len(likely) == 1))
+        if data and (is_kept(tensor.name) or mute):
             pairs.outputs[tensor.name] = taker.name
             pairs.how[tensor.name] = f"only {taker.name} has its type and shape"
 
@@ -141,7 +141,8 @@ def _doubt(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[Grap
             continue
         if tensor is only and pairs.outputs and not kept:
             continue
-        pairs.doubts.append(_which(tensor, takers))
+        single = tensor.one_element and len(tensor.dims or ()) <= 1
+        pairs.doubts.append(_which(tensor, takers, f", --constant {tensor.name}=VALUE" if single else ""))
 
 
 def _which(tensor: GraphTensor, takers: Sequence[GraphTensor], more: str = "") -> str:
