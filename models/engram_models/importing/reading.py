@@ -86,12 +86,11 @@ def _check_versions(model: ModelProto) -> None:
         raise ImportRefused(
             f"its IR version is {model.ir_version}; {IR_MIN} to {onnx.IR_VERSION} are read: export it with another version of onnx"
         )
-    seen = set()
+    seen: dict[str, int] = {}
     for entry in model.opset_import:
         domain = entry.domain if entry.domain != "ai.onnx" else ""
-        if domain in seen:
-            raise ImportRefused(f"it names the operator set {shown(entry.domain)} twice")
-        seen.add(domain)
+        if seen.setdefault(domain, entry.version) != entry.version:  # onnx.compose names one twice
+            raise ImportRefused(f"it names two versions of the operator set {shown(entry.domain)}")
         newest = onnx.defs.onnx_opset_version() if not domain else 1 << 31
         if not 1 <= entry.version <= newest:
             raise ImportRefused(
