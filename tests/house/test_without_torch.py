@@ -17,7 +17,7 @@ from engram_service.local import LocalServer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(without_torch.__file__)
-ABSENT = ("torch", "faiss", "matplotlib", "sklearn", "onnxscript")
+ABSENT = ("torch", "faiss", "matplotlib", "sklearn", "h5py")
 LIBRARIES = ("libtorch", "onnx_cpp2py")  # that torch and onnx map
 KINDS = {
     "copy-ntm": "ntm", "digits-dbn": "dbn", "digits-reader": "lstm", "letters-hopfield": "hopfield", "sunspots": "normalised",
