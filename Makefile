@@ -18,7 +18,7 @@ SECONDS ?= 1800
 OPENS ?= 100000
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -34,6 +34,7 @@ help:
 	@echo "make simulate        a load on servers and shards, with failures, calibrated by make bench: docs/scaling.md"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
 	@echo "make bench-opens  thousands of sessions opened at once beside others that step"
+	@echo "make bench-speech  a speech-activity model: sessions in real time;  make bench-large  states of 100 tensors and 0.5 MB"
 	@echo "make bench-start  from 'engram serve' to the first answer, and the server's memory; AGAINST=DIR, an older checkout, beside it"
 	@echo "make observe   dashboard and alerts under a real Prometheus, with real faults; docs/results/observability.json"
 	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
@@ -131,6 +132,12 @@ bench-overload: $(STAMP)
 
 bench-opens: $(STAMP)
 	$(BIN)/python tools/benchmark_opens.py
+
+bench-speech: $(STAMP)
+	$(BIN)/python tools/benchmark_speech.py
+
+bench-large: $(STAMP)
+	$(BIN)/python tools/benchmark_large.py
 
 bench-start: $(STAMP)
 	$(BIN)/python tools/benchmark_start.py $(if $(AGAINST),--against $(AGAINST))
