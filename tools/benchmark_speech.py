@@ -40,6 +40,23 @@ BEHIND_MAX = 10  # frames of one group under way; with more the sessions are not
 STEP, STEPS = 0.05, 20  # sessions are tried in parts of what the ceiling allows, up to all of it
 BATCHES, THREADS = (64, 256), (1, 2)
 SERVER = ("--shipped-models", "false", "--log-level", "warning")
+TEXT = """\
+# Speech activity in real time
+
+Written by `make bench-speech` on {date}. {model}; each session sends {frame} samples each {period:.0f} ms.
+
+Engram: one client process with {connections} connections and {groups} groups of sessions that are due in turn, server and Redis
+on this machine; the most sessions of which 99 of 100 answers come within {period:.0f} ms of when the frame was due. The others: frames/s
+x {period:.0f} ms, whatever the latency.
+
+{machine}
+
+| what | sessions | p99 ms | of the ceiling |
+|---|---:|---:|---:|
+{rows}
+
+The ceiling is plain ONNX Runtime in {best}: it has the machine for itself, Engram shares it with its clients and Redis.
+"""
 
 
 def main() -> int:
@@ -277,19 +294,10 @@ def page(found: dict[str, Any]) -> str:
     for name, one in found["engram"].items():
         p99 = "-" if one["p99_ms"] is None else f"{one['p99_ms']:.1f}"
         rows.append(f"| Engram, `{name}` | {one['sessions']:,} | {p99} | {found['of_ceiling'][name]:.2f} |")
-    period = f"{1000 * PERIOD_S:.0f} ms"
-    lines = [
-        "# Speech activity in real time", "",
-        f"Written by `make bench-speech` on {found['date']}. {found['model']}; each session sends {FRAME} samples each {period}.", "",
-        f"Engram: one client process with {CONNECTIONS} connections and {GROUPS} groups of sessions that are due in turn, server and Redis"
-        f" on this machine; the most sessions of which 99 of 100 answers come within {period} of when the frame was due."
-        f" The others: frames/s x {PERIOD_S:g} s, whatever the latency.", "",
-        *(f"- {key}: {value}" for key, value in found["machine"].items()), "",
-        "| what | sessions | p99 ms | of the ceiling |", "|---|---:|---:|---:|", *rows, "",
-        f"The ceiling is plain ONNX Runtime in {best}: it has the machine for itself, Engram shares it with clients and Redis.",
-        "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    return TEXT.format(
+        date=found["date"], model=found["model"], frame=FRAME, period=1000 * PERIOD_S, connections=CONNECTIONS, groups=GROUPS,
+        machine="\n".join(f"- {key}: {value}" for key, value in found["machine"].items()), rows="\n".join(rows), best=best,
+    )  # fmt: skip
 
 
 def say(text: str) -> None:

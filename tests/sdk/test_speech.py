@@ -188,6 +188,11 @@ def test_a_file_of_another_rate_is_refused(served: Any, speech: Recording, tmp_p
     assert f"sox {slow} -r 16000 out.wav" in done.stderr and "--constant sr=8000" in done.stderr
 
 
+def test_the_readme_says_these_flags() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert f"engram models import silero_vad.onnx --models mine --name vad {' '.join(FLAGS)}\n" in readme
+
+
 def test_the_import_names_the_flags_that_it_lacks(graph: Path, tmp_path: Path) -> None:
     done = engram_command("models", "import", graph, "--models", tmp_path / "mine", "--name", "vad")
     assert done.returncode == 1 and "--constant sr=16000" in done.stderr and not (tmp_path / "mine").exists()
