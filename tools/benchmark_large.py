@@ -77,7 +77,7 @@ def measured(directory: Path, seconds: float) -> dict[str, Any]:
     import_s = time.perf_counter() - begun
     bundle = load_bundle(directory / "models" / MODEL / "1")
     say("plain ONNX Runtime")
-    step = GraphStep(bundle.graph, bundle.schema, one_by_one=False)
+    step = GraphStep(bundle.graph, bundle.schema)
     states = [np.zeros((BATCH, *spec.shape), spec.np_dtype) for spec in bundle.schema.state]
     frames = [np.full((BATCH, *spec.shape), 0.1, spec.np_dtype) for spec in bundle.schema.inputs]
     plain = BATCH * rate(lambda: step.step(frames, states), seconds / 3)

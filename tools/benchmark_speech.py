@@ -46,8 +46,8 @@ TEXT = """\
 Written by `make bench-speech` on {date}. {model}; each session sends {frame} samples each {period:.0f} ms.
 
 Engram: one client process with {connections} connections and {groups} groups of sessions that are due in turn, server and Redis
-on this machine; the most sessions of which 99 of 100 answers come within {period:.0f} ms of when the frame was due. The others: frames/s
-x {period:.0f} ms, whatever the latency.
+on this machine; the most sessions of which 99 of 100 answers come within {period:.0f} ms of when the frame was due. The others:
+frames/s x {period:.0f} ms, whatever the latency.
 
 {machine}
 
