@@ -18,7 +18,7 @@ SECONDS ?= 1800
 OPENS ?= 100000
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-opens  thousands of sessions opened at once beside others that step"
 	@echo "make bench-speech  a speech-activity model: sessions in real time;  make bench-large  states of 100 tensors and 0.5 MB"
 	@echo "make bench-start  from 'engram serve' to the first answer, and the server's memory; AGAINST=DIR, an older checkout, beside it"
+	@echo "make bench-models  our cells as ONNX graphs, beside torch"
 	@echo "make observe   dashboard and alerts under a real Prometheus, with real faults; docs/results/observability.json"
 	@echo "make soak      half an hour (SECONDS) of churn: do memory, files and threads stay flat? docs/results/soak.json"
 	@echo "make churn     100,000 (OPENS) sessions opened and let go of, most of them rudely: is anything left? docs/results/churn.json"
@@ -141,6 +142,9 @@ bench-large: $(STAMP)
 
 bench-start: $(STAMP)
 	$(BIN)/python tools/benchmark_start.py $(if $(AGAINST),--against $(AGAINST))
+
+bench-models: $(STAMP)
+	$(BIN)/python tools/benchmark_models.py
 
 observe: $(STAMP)
 	$(BIN)/python tools/observe.py

@@ -53,7 +53,7 @@ def names_and_config(cell: Cell) -> None:
         _require(_NAME.fullmatch(name) is not None, f"the state {name!r} has no name of letters, digits and _")
     _require(len(set(names)) == len(names), f"two states are called the same: {', '.join(names)}")
     try:
-        again = json.loads(json.dumps(cell.config))
+        again = json.loads(json.dumps(cell.config, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise CellFault(f"its config is not of plain values (numbers, strings, lists): {error}") from None
     _require(again == _listed(cell.config), "its config is not of plain values: JSON gives back another one")

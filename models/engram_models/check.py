@@ -66,8 +66,11 @@ class CheckVector:
             _read(tensors, _names("after", schema.state), schema.state, rows),
         )
 
-    def verify(self, schema: Schema, step: Step) -> None:
-        """Raises CheckError where the step does not run, or gives something else."""
+    def verify(self, schema: Schema, step: Step, tolerance: float = 0.0) -> None:
+        """Raises CheckError where the step does not run, or gives something else.
+
+        `tolerance`: how far rows may be apart by the batch that they are in, as an import measured it.
+        """
         try:
             outputs, after = _run(step, self.inputs, self.before)
         except Exception as error:  # of whatever computes it
@@ -77,7 +80,7 @@ class CheckVector:
             *zip(schema.state, after, self.after, strict=True),
         ]
         for spec, got, want in pairs:
-            if difference := _difference(got, want, spec):
+            if difference := _difference(got, want, spec, tolerance):
                 raise CheckError(
                     f"the check vector fails: {spec.name} differs by {difference[0]:.2g}, at most {difference[1]:.2g} is allowed; "
                     "the weights are not those that were recorded, or this machine computes something else"
@@ -91,7 +94,9 @@ def floats(values: NDArray[Any], spec: TensorSpec) -> NDArray[np.float64]:
     return values.astype(np.float64)
 
 
-def _difference(got: NDArray[Any], want: NDArray[Any], spec: TensorSpec) -> tuple[float, float] | None:
+def _difference(
+    got: NDArray[Any], want: NDArray[Any], spec: TensorSpec, tolerance: float
+) -> tuple[float, float] | None:
     """How far two tensors are apart and how far they may be; None: no further than that."""
     if got.shape != want.shape:
         return float("inf"), 0.0
@@ -105,7 +110,7 @@ def _difference(got: NDArray[Any], want: NDArray[Any], spec: TensorSpec) -> tupl
     )
     # Relative where numbers are large: a normalised cell answers in the units of its data.
     largest = float(np.abs(np.nan_to_num(other, nan=0, posinf=0, neginf=0)).max())
-    allowed = _TOLERANCES.get(spec.dtype, CHECK_TOLERANCE) * max(1.0, largest)
+    allowed = max(tolerance, _TOLERANCES.get(spec.dtype, CHECK_TOLERANCE)) * max(1.0, largest)
     greatest = float(distance.max())
     return None if greatest <= allowed else (greatest, allowed)
 

@@ -50,7 +50,7 @@ def checked_step(bundle: Bundle, batching: Batching) -> GraphStep:
     """The bundle's step, after it has computed what was recorded. Raises BundleError."""
     try:
         step = GraphStep(bundle.read_graph(), bundle.schema, batching)
-        bundle.check.verify(bundle.schema, step)
+        bundle.check.verify(bundle.schema, step, bundle.tolerance)
     except (GraphError, CheckError) as error:
         raise BundleError(f"{bundle.path}: {error}") from error
     return step

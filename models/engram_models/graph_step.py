@@ -107,7 +107,7 @@ class GraphStep:
                 part = group[start:stop]
                 index = np.concatenate((part, np.repeat(part[:1], padded - len(part)))) if padded > len(part) else part
                 values = [
-                    np.ascontiguousarray(array[part[0]]) if spec.shared else array[index]
+                    np.asarray(array[part[0]], order="C") if spec.shared else array[index]
                     for array, spec in zip(given, self._given, strict=True)
                 ]
                 for whole, spec, new in zip(wholes, self._outcomes, self._run(values, options), strict=True):
@@ -137,7 +137,7 @@ class GraphStep:
     def _run_raw(self, values: Sequence[NDArray[Any]], options: Any) -> list[NDArray[Any]]:
         """bfloat16, which NumPy has not, goes in and comes out as raw uint16."""
         given = {
-            name: _ort_value(np.ascontiguousarray(value), spec)
+            name: _ort_value(np.asarray(value, order="C"), spec)
             for name, value, spec in zip(self._inputs, values, self._given, strict=True)
         }
         results = self._session.run_with_ort_values(self._outputs, given, options)

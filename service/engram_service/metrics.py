@@ -46,10 +46,8 @@ class Metrics:
         self.records_loaded = counter(
             "records_loaded", "Records read from Redis into an arena, of sessions that had left it", "model"
         )
-        self.runtime_changes = counter(
-            "runtime_changes", "Sessions that go on in another runtime than the one that wrote their record",
-            "model", "from", "to",
-        )  # fmt: skip
+        went_on = "Sessions that go on in another runtime than the one that wrote their record"
+        self.runtime_changes = counter("runtime_changes", went_on, "model", "from", "to")
         self.rows_in_flight = gauge("rows_in_flight", "Rows accepted whose answer has not left")
         self.rows_refused = counter("rows_refused", "Rows refused, by reason", "reason")
         self.streams = gauge("streams", "Open client streams")

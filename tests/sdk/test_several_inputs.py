@@ -202,7 +202,7 @@ def test_bad_constants_are_refused_before_anything_is_sent(given: Any, said: str
     async def work(peer: Arm, client: engram.AsyncClient) -> None:
         with pytest.raises(engram.InvalidInput, match=said) as caught:
             await client.open("arm", constants=given)
-        assert peer.opens == [] and caught.value.reason.startswith("INVALID_")
+        assert peer.opens == [] and caught.value.reason == "INVALID_CONSTANT"
 
     with_arm(work)
 
@@ -262,6 +262,30 @@ def test_dicts_in_every_call() -> None:
             await session.generate(3)
         settled = await session.settle()
         assert settled.applied == 0 and settled.outputs["act"].shape == (0, 3)
+
+    with_arm(work)
+
+
+def test_open_fates_of_dicts_are_settled() -> None:
+    async def work(peer: Arm, client: engram.AsyncClient) -> None:
+        session = await client.open("arm")
+        x = {"obs": [1, 2, 3], "gap": True}
+        for repeat in (False, True):
+            peer.faults.stop_at = "applied"
+            peer.faults.gate.clear()
+            with pytest.raises(engram.DeadlineExceeded) as caught:
+                await session.step(x, timeout=0.1)
+            assert caught.value.applied is None and session.in_doubt
+            peer.faults.gate.set()
+            if repeat:
+                outputs = await session.step(x)
+                assert caught.value.applied is False
+            else:
+                settled = await session.settle()
+                assert settled.applied == 1
+                outputs = {name: values[0] for name, values in settled.outputs.items()}
+            assert outputs["act"].tolist() == [1, 2, 3] and outputs["held"]
+        assert session.seq == 2
 
     with_arm(work)
 
@@ -388,6 +412,13 @@ def test_steps_by_name(server: Any) -> None:
         with pytest.raises(engram.InvalidInput) as caught:
             session.step({"obs": [np.nan, 0, 0], "gap": 1})
         assert caught.value.reason == "NON_FINITE_INPUT" and "obs" in caught.value.message and session.seq == 40
+        pair = [session, client.open("arm")]
+        with pytest.raises(engram.InvalidInput) as caught:
+            client.step_many(pair, [{"obs": [np.inf, 0, 0], "gap": 1}, {"obs": [1, 1, 1], "gap": 1}])
+        assert list(caught.value.rows) == [0] and caught.value.outputs["act"][1].tolist() == [RATE + 1] * 3
+        with pytest.raises(engram.InvalidInput) as caught:
+            session.run({"obs": [[0, 0, 0], [np.nan, 0, 0]], "gap": [1, 1]})
+        assert caught.value.outputs["seen"].tolist() == [41]
 
 
 def test_constants_are_part_of_the_session(server: Any) -> None:

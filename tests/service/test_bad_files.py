@@ -65,6 +65,10 @@ def changed(old: str, new: str) -> Callable[[pathlib.Path, pathlib.Path], object
     return spoil
 
 
+def graph_of(weights: pathlib.Path) -> pathlib.Path:
+    return weights.with_name("step.onnx")
+
+
 def listens(path: pathlib.Path) -> None:
     here = os.getcwd()
     os.chdir(path.parent)  # the path of a socket is short
@@ -92,8 +96,15 @@ BAD: dict[str, tuple[Callable[[pathlib.Path, pathlib.Path], object], str]] = {
     "digits": (added("x = " + "9" * 5000), "5000 digits"),
     "deep": (added("x = " + "[" * 50_000), "nested too deep"),
     "latin": (lambda manifest, weights: manifest.write_bytes(b"x = '\xe4'\n"), "not UTF-8"),
-    "hexadecimal": (changed("format = 1", "format = 0x" + "f" * 50_000), "more than 64 bits"),
+    "hexadecimal": (changed("format = 2", "format = 0x" + "f" * 50_000), "more than 64 bits"),
     "size": (changed("hidden_size = 4", "hidden_size = 0x" + "f" * 50_000), "more than 64 bits"),
+    "old": (changed("format = 2", "format = 1"), "format 1; this version reads 2"),
+    "graphless": (lambda manifest, weights: graph_of(weights).unlink(), "step.onnx: no such file"),
+    "pipe-graph": (
+        lambda manifest, weights: instead(os.mkfifo, 0)(graph_of(weights)),
+        "a named pipe, not a regular file",
+    ),
+    "other-graph": (lambda manifest, weights: graph_of(weights).write_bytes(b"\x08\x09"), "it is not the graph that"),
     "nan": (changed("hidden_size = 4", "hidden_size = nan"), "not finite"),
 }
 

@@ -17,6 +17,7 @@ from engram_service.settings import SettingError, read_settings
 
 EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "examples" / "my-cell"
 ServerProcess = Any
+pytestmark = pytest.mark.timeout(300)  # several processes import torch one after the other
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +37,28 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def models(installed: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where the example's script has written its bundle."""
+    directory = tmp_path_factory.mktemp("models")
+    done = subprocess.run(
+        [sys.executable, "-m", "my_cell.write", str(directory)], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": _path(installed)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
 @pytest.fixture
 def on_path(installed: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """The example is where this Python and the processes that it starts look for modules."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")]))
+    """The example is where this Python and the servers that it starts look for modules."""
+    monkeypatch.setenv("PYTHONPATH", _path(installed))
     monkeypatch.syspath_prepend(str(installed))
     return installed
 
 
-@pytest.fixture
-def models(on_path: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """Where the example's script has written its bundle."""
-    directory = tmp_path / "models"
-    done = subprocess.run(
-        [sys.executable, "-m", "my_cell.write", str(directory)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return directory
+def _path(directory: pathlib.Path) -> str:
+    return os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -62,23 +68,25 @@ def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["my_cell:MinGRU", "my-min-gru"])
 def test_the_example_is_served(
-    server_with: Callable[..., ServerProcess], models: pathlib.Path, installed: pathlib.Path, name: str
+    server_with: Callable[..., ServerProcess], models: pathlib.Path, on_path: pathlib.Path
 ) -> None:
-    if installed == EXAMPLE and ":" not in name:
-        pytest.skip("pip does not install the example here, so it has no entry point")
+    """Named by its class, and where pip has installed it by its entry point."""
+    names = ["my_cell:MinGRU"] if on_path == EXAMPLE else ["my_cell:MinGRU", "my-min-gru"]
     import torch
 
     from engram_models.cell_bundles import load_cell
     from engram_models.plug_ins import register_cells
 
-    register_cells([name])
+    assert register_cells(names) == ["my-min-gru"] * len(names)
     cell = load_cell(models / "follower" / "1")
     xs = np.random.default_rng(3).normal(size=(10, 3)).astype(np.float32)
     with torch.inference_mode():
         expected = cell.sequence(torch.from_numpy(xs)[None])[0][0].numpy()
-    with server_with("--models", str(models), "--cells", name) as server, engram.Client(server.address) as client:
+    with (
+        server_with("--models", str(models), "--cells", ",".join(names)) as server,
+        engram.Client(server.address) as client,
+    ):
         session = client.open("follower")
         got = [session.run(xs[:6])]
         server.restart()

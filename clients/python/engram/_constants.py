@@ -31,11 +31,14 @@ def encoded(given: Any, info: ModelInfo) -> Encoded:
         there = f"its constants are {', '.join(f'{name!r} ({spec})' for name, spec in specs.items())}"
         message = f"model {info.name} has no constant {unknown[0]!r}; {there if specs else 'it has none'}"
         raise InvalidInput(message, reason="INVALID_CONSTANT")
-    return tuple(
-        (name, RowCodec(spec, f"constant {name!r} of {info.name}").one(_shaped(given[name], spec.shape)))
-        for name, spec in specs.items()
-        if name in given
-    )
+    try:
+        return tuple(
+            (name, RowCodec(spec, f"constant {name!r} of {info.name}").one(_shaped(given[name], spec.shape)))
+            for name, spec in specs.items()
+            if name in given
+        )
+    except InvalidInput as error:
+        raise InvalidInput(error.message, reason="INVALID_CONSTANT") from error
 
 
 def _shaped(value: Any, shape: tuple[int, ...]) -> Any:

@@ -68,7 +68,7 @@ def _made(kind: type[Cell], config: str) -> Cell:
     if not isinstance(values, dict):
         raise PlugInError(f"--config {config!r}: give an object, such as {{}}")
     try:
-        cell = kind.from_config(values)
+        cell: object = kind.from_config(values)
     except Exception as error:  # of a stranger's code
         line = str(error).partition("\n")[0]
         raise PlugInError(

@@ -24,8 +24,9 @@ def step(graph: Graph, cell: RBM | DBN, x: str) -> tuple[str, list[str]]:
 
 
 def _up(graph: Graph, rbm: RBM, v: str) -> str:
-    return graph.op("Sigmoid", affine(graph, v, rbm.weight, rbm.bias))
+    return graph.op("Sigmoid", graph.op("Gemm", v, graph.weight(rbm.weight), graph.weight(rbm.bias), transB=1))
 
 
 def _down(graph: Graph, rbm: RBM, h: str) -> str:
-    return graph.op("Sigmoid", affine(graph, h, rbm.weight.t(), rbm.visible_bias))
+    """By the same weights, which are in the graph once."""
+    return graph.op("Sigmoid", graph.op("Gemm", h, graph.weight(rbm.weight), graph.weight(rbm.visible_bias)))

@@ -18,21 +18,22 @@ def step(graph: Graph, cell: Hopfield, x: str, state: Sequence[str]) -> tuple[st
     ONNX Runtime's Sign and Where are slow. Signs are taken by making numbers large and clipping them instead, and what
     decides is made so large that the other side of a sum is heard only where it is 0.
     """
-    large = graph.weight(2.0 ** (127 if graph.dtype == np.float32 else 600))
-    units = _sign(graph, graph.op("Add", _larger(graph, x, large), _sign(graph, _larger(graph, state[0], large))))
+    units = _sign(graph, graph.op("Add", _large(graph, x), _sign(graph, _large(graph, state[0]))))
     if cell.rule == "dense" and not cell.labels:
         return units, [units]
     y = _sign(graph, graph.op("Add", graph.cast(_fields(graph, cell, units), graph.dtype), units))
     return y, [y]
 
 
-def _larger(graph: Graph, value: str, large: str) -> str:
-    """A number that is not 0 times so much that it is beyond 1, however small it is."""
-    return graph.op("Mul", graph.op("Mul", value, large), large)
+def _large(graph: Graph, value: str) -> str:
+    """Numbers that are 0, or 2 at least: any others are made so, without one becoming infinite on the way."""
+    # Twice multiplied, the smallest number there is becomes 2 at least.
+    factor = graph.weight(2.0 ** (75 if graph.dtype == np.float32 else 538))
+    return graph.op("Mul", _sign(graph, graph.op("Mul", value, factor)), factor)
 
 
 def _sign(graph: Graph, value: str) -> str:
-    """-1, 0, +1 of numbers that are 0, or 1 at least."""
+    """Of numbers that are 0, or 1 at least; others between are left as they are."""
     return graph.op("Clip", value, graph.weight(-1.0), graph.weight(1.0))
 
 

@@ -37,9 +37,7 @@ def step(graph: Graph, cell: NTM, x: str, state: Sequence[str]) -> tuple[str, li
     y = affine(graph, graph.op("Concat", after[0], read_flat, axis=1), cell.head.weight, cell.head.bias)
     new = [
         *after[:owned],
-        _write(
-            graph, memory, writing, _rows(graph, erase, heads - reads), _rows(graph, add, heads - reads), heads - reads
-        ),
+        _write(graph, cell, memory, writing, erase, add),
         *_apart(graph, reading, reads),
         *_apart(graph, writing, heads - reads),
         *_apart(graph, read, reads),
@@ -132,23 +130,16 @@ def _shift(graph: Graph, cell: NTM, weighting: str, shifts: str) -> str:
     return moved
 
 
-def _write(graph: Graph, memory: str, weighting: str, erase: str, add: str, writes: int) -> str:
-    """M(i) prod_h (1 - w_h(i) e_h) + sum_h w_h(i) a_h. Outer products as matrix products: these need no broadcasting."""
-    places = graph.op("Transpose", weighting, perm=[0, 2, 1])
-    erases = graph.op("Neg", graph.op("Sigmoid", erase))
-    heads = zip(_heads(graph, weighting, writes), _heads(graph, erases, writes), strict=True)
-    for own, erased in heads:
-        # 1 - w e as the product of (1, w) and (1, -e)
-        kept = graph.op(
-            "MatMul", graph.op("Transpose", _with_ones(graph, own), perm=[0, 2, 1]), _with_ones(graph, erased)
-        )
+def _write(graph: Graph, cell: NTM, memory: str, weighting: str, erase: str, add: str) -> str:
+    """M(i) prod_h (1 - w_h(i) e_h) + sum_h w_h(i) a_h. Outer products are matrix products: broadcasting is slower."""
+    writes = cell.heads - cell.read_heads
+    places = [graph.op("Reshape", own, graph.integers(0, -1, 1)) for own in _heads(graph, weighting, writes)]
+    erases = _heads(graph, graph.op("Neg", graph.op("Sigmoid", _rows(graph, erase, writes))), writes)
+    for place, erased in zip(places, erases, strict=True):
+        kept = graph.op("Add", graph.op("MatMul", place, erased), graph.weight(1.0))
         memory = graph.op("Mul", memory, kept)
-    return graph.op("Add", memory, graph.op("MatMul", places, graph.op("Tanh", add)))
-
-
-def _with_ones(graph: Graph, rows: str) -> str:
-    """[batch, 1, n] -> [batch, 2, n], the first row all 1."""
-    return graph.op("Pad", rows, graph.integers(0, 1, 0, 0, 0, 0), graph.weight(1.0))
+    columns = places[0] if writes == 1 else graph.op("Concat", *places, axis=2)
+    return graph.op("Add", memory, graph.op("MatMul", columns, graph.op("Tanh", _rows(graph, add, writes))))
 
 
 def _rows(graph: Graph, values: str, heads: int) -> str:

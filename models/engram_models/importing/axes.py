@@ -424,6 +424,13 @@ def _alone(
 ) -> None:  # fmt: skip
     """One row at a time, with the batch of 1 that the file has, or with none."""
     proposal.batch, proposal.static = "one-by-one", True
+    states = [line for line in lines if line.role == "recurrent"]
+    if batch and not all(batch in (line.dims or ()) for line in states):
+        proposal.doubts.append(
+            f"the dimension {batch!r} is no batch of sessions, for states do not have it ({proposal.why}): say how many a step has "
+            f"along it with --shape {batch}=SIZE, such as --shape {batch}=1"
+        )
+        return
     axes: Axes = {}
     plan: Plan = {}
     for line in lines:

@@ -142,7 +142,7 @@ def _feed(
         row = [dim for dim in dims if dim != -1]
         if value.size == np.prod(row):
             value = value.reshape([1 if dim == -1 else dim for dim in dims])
-        return np.ascontiguousarray(np.broadcast_to(value, shape))
+        return np.array(np.broadcast_to(value, shape), order="C")
     if dtype == "bfloat16":
         return np.asarray(np.asarray(random.standard_normal(shape) * 0.5, np.float32).view(np.uint32) >> 16).astype(
             np.uint16
@@ -155,7 +155,7 @@ def _feed(
 def _rows(feeds: Mapping[str, Array], axes: Mapping[str, int], which: slice) -> dict[str, Array]:
     cut = dict(feeds)
     for name, axis in axes.items():
-        cut[name] = np.ascontiguousarray(feeds[name][(slice(None),) * axis + (which,)])
+        cut[name] = np.asarray(feeds[name][(slice(None),) * axis + (which,)], order="C")
     return cut
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from engram_models.importing import axes, initial, normal_form
 from engram_models.importing.arrays import read_arrays
 from engram_models.importing.errors import ImportRefused, shown
 from engram_models.importing.flags import Flags, parse_flags
-from engram_models.importing.interface import Interface
+from engram_models.importing.interface import Dim, Interface
+from engram_models.importing.names import is_batch_dim
 from engram_models.importing.proof import Proof, Verified, prove, verify
 from engram_models.importing.proposal import Array, Proposal
 from engram_models.importing.reading import read_model
@@ -107,8 +108,19 @@ def _shapes_of(given: Mapping[str, Array], proposal: Proposal, flags: Flags) -> 
     for line in proposal.states:
         if line.tensor in given and line.dims is not None and any(isinstance(dim, str) for dim in line.dims):
             shape = given[line.tensor].shape
-            if len(shape) in (len(line.dims), len(line.dims) - 1) and all(shape):
+            whole = len(shape) == len(line.dims)
+            fits = all(dim in (size, 1) or isinstance(dim, str) for dim, size in zip(line.dims, shape, strict=False))
+            if all(shape) and (fits if whole else len(shape) == len(line.dims) - 1 and _sizes_fit(line.dims, shape)):
                 flags.shapes.setdefault(line.tensor, shape)
+
+
+def _sizes_fit(dims: Sequence[Dim], shape: Sequence[int]) -> bool:
+    """Whether the shape is what is left of the dimensions without one of them."""
+    places = [n for n, dim in enumerate(dims) if isinstance(dim, str) and is_batch_dim(dim)] or range(len(dims))
+    return any(
+        all(isinstance(dim, str) or dim == size for dim, size in zip([*dims[:n], *dims[n + 1 :]], shape, strict=True))
+        for n in places
+    )
 
 
 def _of_run(vector: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:

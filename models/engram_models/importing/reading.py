@@ -15,6 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from engram_models.files import read_file
 from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.interface import DTYPES
 from engram_models.importing.tensors import DIM_MAX, RANK_MAX, check_name, check_tensor
 from engram_models.importing.topology import check_topology, subgraphs
 from engram_models.importing.wire import check_wire
@@ -28,12 +29,6 @@ IR_MIN = 3
 ORT_DOMAIN = "com.microsoft"
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", ORT_DOMAIN)
 _REACH_FILES = ("EPContext", "Snpe")
-
-_T = TensorProto
-DTYPES = {  # what a model may take, give and keep, as schemas call it
-    _T.FLOAT16: "float16", _T.FLOAT: "float32", _T.DOUBLE: "float64", _T.BFLOAT16: "bfloat16", _T.INT8: "int8",
-    _T.INT16: "int16", _T.INT32: "int32", _T.INT64: "int64", _T.UINT8: "uint8", _T.BOOL: "bool",
-}  # fmt: skip
 
 
 def read_model(path: Path, bytes_max: int = FILE_BYTES_MAX) -> ModelProto:

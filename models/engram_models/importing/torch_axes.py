@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engram_models.importing.torch_programs import Program
 
-_WAYS_MAX = 256  # of saying which axes are the batch
+_WAYS_MAX = 64  # of saying which axes are the batch
 Axes = list[int | None]
 
 
@@ -28,10 +28,19 @@ def batch_axes(program: Program, told: Mapping[str, int], first: tuple[Tensor, .
     """The axis of each input that is the batch. None where no way of saying it runs as it should."""
     for rows in dict.fromkeys(_sizes(program, told)):
         choices = [_choices(program, place, told, rows) for place in range(len(program.names))]
-        for axes in itertools.islice(itertools.product(*choices), _WAYS_MAX):
-            if any(axis is not None for axis in axes) and _survives(partial(_scales, program, list(axes), first, rows)):
-                return list(axes)
+        for axes in itertools.islice(_ways(choices), _WAYS_MAX):
+            if any(axis is not None for axis in axes) and _survives(partial(_scales, program, axes, first, rows)):
+                return axes
     return None
+
+
+def _ways(choices: Sequence[Axes]) -> Iterator[Axes]:
+    """First those in which all tensors take their first choice, their second and so on: dozens of states are mostly alike."""
+    data, *states = choices
+    for axis in data:
+        for place in range(max(map(len, choices))):
+            yield [axis, *(several[min(place, max(0, len(several) - 2))] for several in states)]
+    yield from map(list, itertools.product(*choices))
 
 
 def _sizes(program: Program, told: Mapping[str, int]) -> list[int]:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from engram_models.importing.archive import checked_names
+from engram_models.importing.arrays import read_arrays
 from engram_models.importing.errors import ImportRefused, shown
 from engram_models.importing.returned import script_results, written_results
 
@@ -209,15 +209,8 @@ def _arguments(request: Mapping[str, Any], needed: Mapping[str, bool]) -> dict[s
     """Arrays of one call by parameter: from --shape and the .npz. `state_0`, `state_1` are a tuple `state`."""
     found: dict[str, Tensor] = {}
     if request["examples"]:
-        try:
-            with np.load(request["examples"], allow_pickle=False) as arrays:
-                found = {
-                    name: torch.from_numpy(np.ascontiguousarray(arrays[name]))
-                    for name in arrays.files
-                    if _parameter(name, needed)
-                }
-        except Exception as error:
-            raise ImportRefused(f"{request['examples']}: not an .npz of plain arrays: {first_line(error)}") from None
+        given = read_arrays(Path(request["examples"]))
+        found = {name: torch.from_numpy(array.copy()) for name, array in given.items() if _parameter(name, needed)}
     torch.manual_seed(7)
     for name, shape in request["shapes"].items():
         dtype = getattr(torch, request["dtypes"].get(name, "float32"), None)

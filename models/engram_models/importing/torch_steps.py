@@ -33,7 +33,9 @@ def write_graph(program: Program, told: Mapping[str, int], output: Path) -> list
         notices: list[str] = []
         axes = batch_axes(program, told, first)
         if axes is None:
-            notices.append("its batch size is fixed, or its batch axis was not found (--batch-axis NAME=K says it)")
+            notices.append(
+                "its batch size is fixed, or its batch axes were not found: give an example of 2 or 3 rows, or --batch-axis NAME=K"
+            )
             examples, dynamic = program.examples, {}
         else:
             examples = resized(program.examples, axes, _ROWS[0])

@@ -9,6 +9,7 @@ finite is `null` in JSON, and `nan` or `inf` elsewhere.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -145,8 +146,8 @@ class Samples:
             if rate != wav.rate:
                 raise WavError(
                     f"{wav.path}: {wav.rate} samples a second, but {name} of the session is {rate}; convert the file:"
-                    f" sox {wav.path} -r {rate} out.wav; or open a session with --constant {name}={wav.rate}, if the model"
-                    " knows that rate"
+                    f" sox {shlex.quote(wav.path)} -r {rate} out.wav; or open a session with"
+                    f" --constant {name}={wav.rate}, if the model knows that rate"
                 )
 
     def inputs(self) -> Iterator[Any]:

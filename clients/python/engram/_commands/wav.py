@@ -7,6 +7,7 @@ in 16 bits. Nothing is resampled.
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import wave
 from collections.abc import Iterator
@@ -49,7 +50,11 @@ class WavFile:
         except EOFError as error:
             raise WavError(f"{path}: not a WAV file: it ends within its header") from error
         except wave.Error as error:
-            mend = f"; convert it: sox {path} -e signed-integer -b 16 out.wav" if "format" in str(error) else ""
+            mend = (
+                f"; convert it: sox {shlex.quote(path)} -e signed-integer -b 16 out.wav"
+                if "format" in str(error)
+                else ""
+            )
             raise WavError(f"{path}: no WAV file of PCM samples: {error}{mend}") from error
         self.rate, self.declared = self._file.getframerate(), self._file.getnframes()
         self._width, self._channels = self._file.getsampwidth(), self._file.getnchannels()
@@ -61,7 +66,7 @@ class WavFile:
         if channel is None and self._channels > 1:
             raise WavError(
                 f"{self.path}: {self._channels} channels; choose one with --channel 1 to {self._channels}, or mix them:"
-                f" sox {self.path} -c 1 out.wav"
+                f" sox {shlex.quote(self.path)} -c 1 out.wav"
             )
         if channel is not None and not 1 <= channel <= self._channels:
             raise WavError(f"{self.path}: there is no channel {channel}; the file has 1 to {self._channels}")
