@@ -37,7 +37,7 @@ class KerasFile:
         try:
             import h5py
         except ImportError:
-            raise ImportRefused(f"{path}: reading Keras weights takes h5py: pip install h5py") from None
+            raise ImportRefused(f"{path}: reading Keras weights takes h5py: pip install 'engram[keras]'") from None
         self.path, self._h5py = path, h5py
         try:
             config = json.loads(read_entry(path, "config.json", _CONFIG_BYTES_MAX))
