@@ -89,15 +89,10 @@ def _check_versions(model: ModelProto) -> None:
     seen: dict[str, int] = {}
     for entry in model.opset_import:
         domain = entry.domain if entry.domain != "ai.onnx" else ""
-<<<<<<< HEAD
         if seen.setdefault(domain, entry.version) != entry.version:  # onnx.compose names one twice, with one version
             raise ImportRefused(
                 f"it names two versions of the operator set {shown(entry.domain)}, {seen[domain]} and {entry.version}"
             )
-=======
-        if seen.setdefault(domain, entry.version) != entry.version:  # onnx.compose names one twice
-            raise ImportRefused(f"it names two versions of the operator set {shown(entry.domain)}")
->>>>>>> import
         newest = onnx.defs.onnx_opset_version() if not domain else 1 << 31
         if not 1 <= entry.version <= newest:
             raise ImportRefused(
