@@ -446,6 +446,7 @@ def test_names_that_are_in_the_way(tmp_path: Path) -> None:
         (["--batch-axis", "h_in=1"], "that dimension is 8"),
         (["--batch-axis", "h_in=x"], "is not a whole number"),
         (["--constant", "h_in=abc"], "is not a number"),
+        (["--constant", "h_in=[[1],[2,3]]"], "must have equal lengths"),
         (["--context", "obs=5"], "nothing would be left"),
         (["--context", "obs=0"], "at least 1"),
         (["--shape", "obs=7"], "is 5 in the file"),
@@ -479,3 +480,18 @@ def test_a_loop_without_an_end_is_stopped(
 ) -> None:
     monkeypatch.setattr("engram_models.importing.axes.SECONDS", 2.0)
     assert "ran for more than 2 s" in refused(capsys, zoo.endless().write(tmp_path))
+
+
+def test_a_chain_of_two_files_is_merged_first(tmp_path: Path) -> None:
+    """As the hint says: onnx.compose names an operator set twice."""
+    first, second = zoo.chain()
+    merged = onnx.compose.merge_models(
+        first.model, onnx.compose.add_prefix(second.model, "second/"), io_map=[("activation_2", "second/input_4")]
+    )
+    bundle = bring(write(merged, tmp_path), "--state", "input_3=tf_op_layer_stack_2")
+    assert [spec.name for spec in bundle.schema.state] == ["input_3", "second/past"]
+    inputs = first.draw(4, 2)
+    middle = first.run(inputs)["activation_2"]
+    wanted = second.run({"input_4": middle})["PartitionedCall_0"]
+    got = served(bundle, inputs)["second/PartitionedCall_0"]
+    np.testing.assert_allclose(got, wanted.reshape(got.shape), atol=1e-5)

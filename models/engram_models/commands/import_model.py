@@ -121,6 +121,10 @@ def _import(args: argparse.Namespace, show: Callable[[Proposal], None]) -> Impor
         raise ImportRefused("this machine has not enough memory for it") from None
     except OSError as error:
         raise ImportRefused(f"{error.filename or args.file}: {error.strerror}") from None
+    except ImportRefused:
+        raise
+    except Exception as error:  # a file may be wrong in ways that nobody has thought of
+        raise ImportRefused(f"{shown(args.file)} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         progress.clear()
 

@@ -37,7 +37,7 @@ def gather(model: onnx.ModelProto, proposal: Proposal, flags: Flags, given: Mapp
     found: dict[str, Array] = {}
     for name, line in states.items():
         if name in flags.constants:
-            found[name] = _typed(np.asarray(flags.constants[name]), line, f"--constant {name}")
+            found[name] = _typed(_array(flags.constants[name]), line, f"--constant {name}")
             line.initial_words = "--constant"
         elif name in given:
             found[name] = _typed(given[name], line, f"--initial: the array {shown(name)}")
@@ -71,6 +71,13 @@ def fill(proposal: Proposal, found: Mapping[str, Array]) -> None:
         if line.dtype in ("float16", "float32", "float64") and not np.isfinite(value).all():
             raise ImportRefused(f"the initial value of {shown(line.tensor)} ({line.initial_words}) has NaN or infinity")
         line.initial = _uniform(value, line)
+
+
+def _array(value: Any) -> Array:
+    try:
+        return np.asarray(value)
+    except (ValueError, OverflowError):  # lists of several lengths
+        return np.asarray(None)
 
 
 def _uniform(value: Array, line: Line) -> float | Array:

@@ -136,8 +136,11 @@ class _Writer:
         made = {value.name for value in graph.output} - set(renamed) - {tensor.name for tensor in graph.initializer}
         targets = self._targets()
         for output, wanted in targets.items():
+            if output in renamed:
+                continue  # an input that is given back
             if output not in made:
-                continue  # an input or a weight that is given back
+                renamed[output] = self._fresh(f"{output}.weight")
+                continue
             direct = len(wanted) == 1 and wanted[0][1] is None
             renamed[output] = wanted[0][0] if direct else self._fresh(f"{output}.graph")
         # Names of ours that the file has for something else.
