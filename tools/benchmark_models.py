@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from engram._json import json_text
-from engram_models import GRU, LSTM, Cell, Repository, load_bundle, shipped_models_dir
+from engram_models import GRU, LSTM, Cell, Repository, load_cell, shipped_models_dir
 from engram_models.graphs import step_graph
 from engram_service.bench.report import machine
 
@@ -63,7 +63,7 @@ def cells() -> dict[str, Cell]:
     """The shipped models, then sizes that others have been measured at."""
     torch.manual_seed(0)
     refs, _ = Repository([shipped_models_dir()]).scan()
-    found = {ref.name: load_bundle(ref.path).cell for ref in refs}
+    found = {ref.name: load_cell(ref.path) for ref in refs}
     found |= {"LSTM 8-96": LSTM(8, 96), "LSTM 64-256": LSTM(64, 256), "GRU 64-256": GRU(64, 256)}
     return {name: cell.eval().requires_grad_(False) for name, cell in found.items()}
 

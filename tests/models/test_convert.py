@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from engram_models.commands import models
 from engram_models.importing.convert import converted, example_shapes, needs_conversion
 from engram_models.importing.errors import ImportRefused
 
@@ -295,6 +297,15 @@ def test_which_sources_are_converted(mine: Path) -> None:
     assert {source: needs_conversion(source) for source in wanted} == wanted
     with pytest.raises(ImportRefused, match="no such file"):
         converted("missing.pt2", None, mine)
+
+
+def test_a_converted_model_is_imported_whole(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    models.configure(parser)
+    assert models.run(parser.parse_args(["import", "mine:with_examples", "--models", "models", "--json"])) == 0
+    found = json.loads(capsys.readouterr().out)
+    pairs = {line["tensor"]: line["paired_with"] for line in found["tensors"] if line["role"] == "recurrent"}
+    assert (found["model"], found["batch"], pairs) == ("with_examples/1", "any", {"h": "next_h", "c": "next_c"})
 
 
 # Archives from strangers

@@ -25,7 +25,7 @@ from engram_models import (
     PeepholeLSTM,
     Repository,
     VanillaRNN,
-    load_bundle,
+    load_cell,
     shipped_models_dir,
 )
 from engram_models.cell import torch_dtype
@@ -34,7 +34,7 @@ from engram_models.graphs import step_graph
 Array = NDArray[Any]
 Run = Callable[[Sequence[Array]], list[Array]]
 STEPS = 4
-BATCHES = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 64, 97, 128)
+BATCHES = (1, 2, 3, 5, 8, 13, 16, 31, 64, 97)
 SHIPPED = {ref.name: ref.path for ref in Repository([shipped_models_dir()]).scan()[0]}
 
 
@@ -68,7 +68,8 @@ def odd_cell(request: pytest.FixtureRequest) -> Cell:
 
 @pytest.fixture(params=SHIPPED)
 def shipped_cell(request: pytest.FixtureRequest) -> Cell:
-    return load_bundle(SHIPPED[request.param]).cell
+    torch.manual_seed(6)
+    return load_cell(SHIPPED[request.param])
 
 
 def runtime(cell: Cell) -> Run:
@@ -103,21 +104,31 @@ def random_state(cell: Cell, rows: int, dtype: torch.dtype) -> list[Tensor]:
     ]
 
 
-def assert_alike(cell: Cell, run: Run, state: Sequence[Tensor], tolerance: float, steps: int = STEPS) -> None:
-    """The cell and its graph, each going on from its own states; differences relative to numbers above 1."""
-    dtype = next((tensor.dtype for tensor in cell.parameters()), torch.float32)
-    dtype = next((tensor.dtype for tensor in state if tensor.is_floating_point()), dtype)
-    rows = len(state[0]) if state else 3
-    own = [tensor.numpy() for tensor in state]
+def assert_alike(cell: Cell, run: Run, state: Sequence[Tensor], steps: int = STEPS) -> None:
+    """In float32: the cell and its graph, step by step from the cell's states; differences relative to numbers above 1."""
     for _ in range(steps):
-        x = inputs(cell, rows, dtype)
+        before = list(state)
+        x = inputs(cell, len(state[0]) if state else 3, torch.float32)
+        with torch.no_grad():
+            y, state = cell(x, cell.state_type(*before))
+        for got, tensor in zip(run([tensor.numpy() for tensor in (x, *before)]), (y, *state), strict=True):
+            want = tensor.numpy()
+            assert (got.shape, got.dtype) == (want.shape, want.dtype)
+            assert (np.abs(got - want) <= 1e-5 * np.maximum(1, np.abs(want))).all()
+
+
+def assert_runs_along(cell: Cell, run: Run, state: Sequence[Tensor]) -> None:
+    """In float64, each going on from its own states. In float32 a trained NTM makes any rounding ten times as large."""
+    own = [tensor.numpy() for tensor in state]
+    for _ in range(STEPS):
+        x = inputs(cell, len(state[0]) if state else 3, torch.float64)
         with torch.no_grad():
             y, state = cell(x, cell.state_type(*state))
         answered, *own = run([x.numpy(), *own])
-        for got, tensor in zip([answered, *own], (y, *state), strict=True):
-            want = tensor.numpy()
-            assert (got.shape, got.dtype) == (want.shape, want.dtype)
-            assert (np.abs(got - want) <= tolerance * np.maximum(1, np.abs(want))).all()
+    for got, tensor in zip([answered, *own], (y, *state), strict=True):
+        want = tensor.numpy()
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        assert (np.abs(got - want) <= 1e-9 * np.maximum(1, np.abs(want))).all()
 
 
 def assert_same_bits(cell: Cell) -> None:
@@ -128,7 +139,7 @@ def assert_same_bits(cell: Cell) -> None:
     ]
     expected = run(values)
     for size in BATCHES:
-        for start in (0, 1, 6, 19):
+        for start in (0, 1, 19):
             part = slice(start, start + size)
             got = run([np.ascontiguousarray(value[part]) for value in values])
             for one, other in zip(got, expected, strict=True):
@@ -136,10 +147,9 @@ def assert_same_bits(cell: Cell) -> None:
 
 
 def check_all(cell: Cell) -> None:
-    assert_alike(cell, runtime(cell), random_state(cell, 5, torch.float32), 1e-5)
+    assert_alike(cell, runtime(cell), random_state(cell, 5, torch.float32))
     assert_same_bits(cell)
-    run = evaluator(cell)
-    assert_alike(cell.double(), run, random_state(cell, 3, torch.float64), 1e-9)
+    assert_runs_along(cell.double(), evaluator(cell), random_state(cell, 3, torch.float64))
 
 
 def test_a_graph_is_its_cell(any_cell: Cell) -> None:
@@ -153,7 +163,7 @@ def test_a_graph_is_its_cell_of_odd_sizes(odd_cell: Cell) -> None:
 
 def test_a_graph_is_its_shipped_model(shipped_cell: Cell) -> None:
     """From its initial state too, which an NTM's heads and a Hopfield network's units are special in."""
-    assert_alike(shipped_cell, runtime(shipped_cell), shipped_cell.initial_state(3), 1e-5, steps=12)
+    assert_alike(shipped_cell, runtime(shipped_cell), shipped_cell.initial_state(3), steps=12)
     check_all(shipped_cell)
 
 
@@ -195,14 +205,14 @@ def test_a_weighting_of_nothing_is_a_head_at_location_0(below: float) -> None:
     state = dict(zip(cell.state_type._fields, random_state(cell, 4, torch.float32), strict=True))
     state["read_weighting1"][1:3] = below
     state["write_weighting0"][0] = 0
-    assert_alike(cell, runtime(cell), [*state.values()], 1e-5)
+    assert_alike(cell, runtime(cell), [*state.values()])
 
 
 def test_who_looks_ahead_waits() -> None:
     torch.manual_seed(3)
     cell = Bidirectional(3, 5, 2, "gru", output_size=4, activation="softmax").eval()
     run = runtime(cell)
-    assert_alike(cell, run, cell.initial_state(3), 1e-5, steps=6)
+    assert_alike(cell, run, cell.initial_state(3), steps=6)
     values = [tensor.numpy() for tensor in cell.initial_state(2)]
     for waiting in (1, 0, 0):
         y, *values = run([inputs(cell, 2, torch.float32).numpy(), *values])

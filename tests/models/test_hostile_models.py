@@ -229,6 +229,9 @@ REFUSED: dict[str, tuple[Callable[[ModelProto], object], str]] = {
     "an optional input": (_optional, "input 'more' is no tensor but optional"),
     "a newer operator set": (lambda m: setattr(m.opset_import[0], "version", 99), "operator set is 99; 1 to"),
     "no operator set": (lambda m: m.ClearField("opset_import"), "which ONNX operator set"),
+    "two operator sets": (
+        lambda m: m.opset_import.add(domain="", version=17), "two versions of the operator set '', 18 and 17",
+    ),
     "a newer file format": (lambda m: setattr(m, "ir_version", 99), "IR version is 99; 3 to"),
     "too many inputs": (
         lambda m: m.graph.input.extend(helper.make_tensor_value_info(f"i{n}", 1, [1]) for n in range(3000)), "3002 inputs; at most 2048",

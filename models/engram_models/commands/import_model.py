@@ -173,7 +173,8 @@ def _print_doubts(proposal: Proposal) -> None:
 
 def _print_result(imported: Imported, models: Path) -> None:
     proof = imported.proof
-    print(f"\nproved: {proof.calls} calls with {proof.rows} rows in batches of {', '.join(map(str, proof.sizes))}")
+    sizes = f"in batches of {', '.join(map(str, proof.sizes))}" if proof.sizes else "one at a time"
+    print(f"\nproved: {proof.calls} calls, {proof.rows} rows {sizes}")
     print(f"batches: {batching_words(proof.one_by_one, proof.why, proof.tolerance)}")
     for note in proof.notes:
         print(f"note: {note}")

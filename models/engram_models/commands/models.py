@@ -204,7 +204,9 @@ def _described(bundle: Bundle) -> dict[str, Any]:
         "outputs": [{"name": s.name, **_shape(s)} for s in outputs],
         "state": [{"name": s.name, **_shape(s), "role": s.role, "initial": s.initial, "shared": s.shared} for s in state],
         "state_bytes": bundle.state_nbytes, "generates": bundle.schema.generates,
-        "allows_non_finite": bundle.allows_non_finite, "batch": f"{bundle.batch}: {bundle.why}" if bundle.why else bundle.batch, "tolerance": bundle.tolerance,
+        "allows_non_finite": bundle.allows_non_finite,
+        "batch": f"{bundle.batch}: {bundle.why}" if bundle.why else bundle.batch,
+        "tolerance": bundle.tolerance,
         "parameters": sum(tensor.values.size for tensor in weights), "config": dict(bundle.config), "path": str(bundle.path),
     }  # fmt: skip
 

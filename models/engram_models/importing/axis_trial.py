@@ -36,7 +36,8 @@ def search(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What each plan gave, up to the first that is good. A plan has dimensions for every input, -1 where the batch would be.
 
-    dynamic: which dimensions have no size in the file. folder: model.onnx, and values.npz with one row (or the whole) of those inputs that are not to be random.
+    dynamic: which dimensions have no size in the file. folder: model.onnx, and values.npz with one row, or the whole, of the inputs
+    `valued`, which are not to be random.
     """
     found: list[dict[str, Any]] = []
     data = (folder / "model.onnx").read_bytes()
@@ -137,7 +138,7 @@ def _feed(
     name: str, dims: Sequence[int], dtype: str, values: Mapping[str, Array], random: np.random.Generator
 ) -> Array:
     shape = [ROWS if dim == -1 else dim for dim in dims]
-    if name in values:
+    if name in values and _goes_in(values[name], dims):
         value = values[name]
         row = [dim for dim in dims if dim != -1]
         if value.size == np.prod(row):
@@ -150,6 +151,12 @@ def _feed(
     if dtype.startswith("float"):
         return np.asarray(random.standard_normal(shape) * 0.5).astype(dtype)
     return np.asarray(random.integers(0, 2, shape)).astype(dtype)
+
+
+def _goes_in(value: Array, dims: Sequence[int]) -> bool:
+    """What does not is refused later, in words."""
+    row = [dim for dim in dims if dim != -1]
+    return value.size in (1, np.prod(row))
 
 
 def _rows(feeds: Mapping[str, Array], axes: Mapping[str, int], which: slice) -> dict[str, Array]:

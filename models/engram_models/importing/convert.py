@@ -146,7 +146,7 @@ def _run(request: Request, source: str, directory: Path, timeout_s: float) -> No
     reader.start()
     try:
         with stdin:
-            stdin.write(json.dumps(asdict(request)).encode())
+            stdin.write(json.dumps(asdict(request), allow_nan=False).encode())
         code = child.wait(timeout_s)
     except subprocess.TimeoutExpired:
         raise ImportRefused(f"{source}: not converted within {timeout_s:g} s; stopped") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
@@ -72,7 +73,7 @@ def names_in(graph: GraphProto) -> set[str]:
 
 
 def rename(graph: GraphProto, names: Mapping[str, str]) -> None:
-    """Tensors of this graph, wherever they are used: graphs in it see them too, unless they have a tensor of that name themselves."""
+    """Tensors of this graph, wherever they are used: graphs in it see them too, unless they have one of that name themselves."""
     waiting: list[tuple[GraphProto, Mapping[str, str]]] = [(graph, names)]
     while waiting:
         one, current = waiting.pop()
@@ -90,14 +91,13 @@ def rename(graph: GraphProto, names: Mapping[str, str]) -> None:
                 waiting.append((sub, {k: v for k, v in current.items() if k not in hidden} if hidden else current))
 
 
-def _rename_all(names: object, current: Mapping[str, str]) -> None:
-    for place, name in enumerate(names):  # type: ignore[arg-type,var-annotated]
+def _rename_all(names: Any, current: Mapping[str, str]) -> None:
+    for place, name in enumerate(names):
         if name in current:
-            names[place] = current[name]  # type: ignore[index]
+            names[place] = current[name]
 
 
-def _replace(field: object, kept: list[object]) -> None:
-    copies = list(kept)
-    made = [type(one).FromString(one.SerializeToString()) for one in copies]  # type: ignore[attr-defined]
-    del field[:]  # type: ignore[attr-defined]
-    field.extend(made)  # type: ignore[attr-defined]
+def _replace(field: Any, kept: Sequence[Any]) -> None:
+    made = [type(one).FromString(one.SerializeToString()) for one in kept]
+    del field[:]
+    field.extend(made)

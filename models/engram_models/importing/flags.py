@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engram_models.importing.errors import ImportRefused, shown
-from engram_models.importing.interface import Interface
+from engram_models.importing.interface import Interface, unnamed
 
 
 @dataclass(slots=True)
@@ -58,7 +58,12 @@ def parse_flags(
             flags.feedbacks[name] = (known, _whole(size, f"--context {text}", 1))
         else:
             flags.contexts[name] = _whole(size, f"--context {text}", 1)
-    dims = {dim for t in (*interface.inputs, *interface.outputs) for dim in t.dims or () if isinstance(dim, str)}
+    dims = {
+        dim
+        for t in (*interface.inputs, *interface.outputs)
+        for dim in t.dims or ()
+        if isinstance(dim, str) and not unnamed(dim)
+    }
     for text in shapes:
         name, value = _pair(text, "--shape", [*given, *sorted(dims)], "TENSOR=AxB or DIMENSION=SIZE")
         shape = tuple(_whole(part, f"--shape {text}", 1) for part in value.lower().split("x") if value)

@@ -96,8 +96,7 @@ def understand(model: onnx.ModelProto, request: Request, progress: Say | None = 
     proposal = propose(interface, flags)
     values = initial.gather(model, proposal, flags, given)
     _shapes_of(given, proposal, flags)
-    if any(line.dims is None for line in proposal.lines if line.in_graph) or not proposal.doubts:
-        axes.settle(model, proposal, flags, values, progress)
+    axes.settle(model, proposal, flags, values, progress)
     if not proposal.doubts:
         initial.fill(proposal, values)
     return proposal

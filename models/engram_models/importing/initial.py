@@ -1,4 +1,4 @@
-"""Initial values of states and values of constants: from flags, an .npz, the graph's defaults, the file's metadata, else zero. For the import."""
+"""Initial values of states, values of constants: from flags, an .npz, the graph's defaults, metadata, else zero. For the import."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def fill(proposal: Proposal, found: Mapping[str, Array]) -> None:
             and not (array.ndim == 1 and array.size == np.prod(shape))
         ):
             raise ImportRefused(
-                f"the initial value of {shown(line.tensor)} ({line.initial_words}) has the shape {'x'.join(map(str, array.shape)) or 'of one number'}; "
+                f"the initial value of {shown(line.tensor)} ({line.initial_words}) has the shape "
+                f"{'x'.join(map(str, array.shape)) or 'of one number'}; "
                 f"a session's state has {'x'.join(map(str, shape)) or 'one number'}"
             )
         value = np.broadcast_to(array.reshape(()), shape) if array.size == 1 else array.reshape(shape)
@@ -108,7 +109,7 @@ def _short(array: Array) -> str:
 
 
 def _from_metadata(model: onnx.ModelProto, states: Sequence[Line], proposal: Proposal, found: dict[str, Array]) -> None:
-    """A key that is named for the initial value of a state, as a JSON list, numbers with commas or spaces, or base64 of its bytes."""
+    """Keys that are named for the initial value of a state: a JSON list, numbers with commas or spaces, or base64 of bytes."""
     changing = [line for line in states if line.role in ("recurrent", "counter")]
     for entry in model.metadata_props:
         said = words(entry.key)
@@ -125,7 +126,8 @@ def _from_metadata(model: onnx.ModelProto, states: Sequence[Line], proposal: Pro
         array = _numbers(entry.value, line)
         if array is None:
             proposal.doubts.append(
-                f"the metadata entry {shown(entry.key)} seems to have the initial value of {shown(line.tensor)} and cannot be read: --initial FILE.npz"
+                f"the metadata entry {shown(entry.key)} seems to have the initial value of {shown(line.tensor)} "
+                "and cannot be read: --initial FILE.npz"
             )
         else:
             found[line.tensor] = _typed(array, line, f"the metadata entry {shown(entry.key)}")

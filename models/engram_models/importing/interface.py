@@ -1,4 +1,4 @@
-"""What a graph takes and gives as its file says it: names, types, dimensions. Read by the proposal (roles.py) and the normal form."""
+"""What a graph takes and gives as its file says it: names, types, dimensions. Read by roles.py and the normal form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engram_models.importing.errors import ImportRefused, shown
 
 Dim = int | str  # a size, or the name of a dynamic dimension; "?" and a place where the file gives no name
 
-DTYPES = {
+DTYPES: dict[int, str] = {
     TensorProto.FLOAT16: "float16", TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64", TensorProto.BFLOAT16: "bfloat16",
     TensorProto.INT8: "int8", TensorProto.INT16: "int16", TensorProto.INT32: "int32", TensorProto.INT64: "int64",
     TensorProto.UINT8: "uint8", TensorProto.BOOL: "bool",
@@ -73,7 +73,7 @@ def _tensor(value: onnx.ValueInfoProto, kind: str, default: bool) -> GraphTensor
     name = value.name
     if not name or not name.isprintable() or len(name) > 200:
         raise ImportRefused(
-            f"the {kind} {shown(name)}: a tensor's name is printable and has 1 to 200 characters; rename it (onnx.compose.add_prefix)"
+            f"the {kind} {shown(name)}: a name has 1 to 200 printable characters; rename it (onnx.compose.add_prefix)"
         )
     which = value.type.WhichOneof("value")
     if which != "tensor_type":

@@ -139,7 +139,9 @@ class KerasFile:
         """Each layer takes what the one before it gives, and nothing else."""
         before = None
         for one in described:
-            taken = re.findall(r"\"keras_history\": \[\"((?:[^\"\\]|\\.)*)\"", json.dumps(one["inbound_nodes"]))
+            taken = re.findall(
+                r"\"keras_history\": \[\"((?:[^\"\\]|\\.)*)\"", json.dumps(one["inbound_nodes"], allow_nan=False)
+            )
             if taken != ([] if before is None else [before]):
                 raise ImportRefused(
                     f"{self.path}: layer {shown(one['config']['name'])} takes {', '.join(map(shown, taken)) or 'nothing'}: "

@@ -1,4 +1,4 @@
-"""What names say: which output is the next value of which input, what is data and what is a dimension of time. For pairing and axes.
+"""What names say: which output is the next value of which input, what is data, what is time. For pairing.py and choices.py.
 
 A name is cut into words (`new_cached_key_0`, `stateN`, `hiddenOut`). Words of direction (in, out, prev, next) are what the two
 names of a state may differ in; whatever else differs makes them two tensors.
@@ -12,7 +12,9 @@ from collections.abc import Iterable
 Words = tuple[str, ...]
 
 _IN = "in input inputs inp prev previous past old last initial init cur current before pre begin from"
-_OUT = "out output outputs outp new next nxt present updated update upd after final post end to cur current"
+_OUT = (
+    "r ret returned out output outputs outp new next nxt present updated update upd after final post end to cur current"
+)
 _STRONG = "prev previous past old next nxt new present updated update"  # these mean time, and not a direction
 _DATA = """x u y audio frame frames signal wav wave waveform pcm mag magnitude phase spec spectrum spectra feat feats feature
     features obs observation observations data sample samples token tokens ids id image img pixels chunk speech mel fbank mfcc
@@ -28,7 +30,7 @@ _TIME = (
     "t time times timestep timesteps seq sequence seqlen len length lens frame frames step steps chunk samples tokens"
 )
 _BATCH = "n b bs bz bsz batch batches batchsize nbatch streams stream sessions envs"
-_EMPTY = "input inputs output outputs onnx identity partitionedcall statefulpartitionedcall partitioned call stateful arg result node tensor"
+_EMPTY = "input inputs output outputs onnx identity stateful partitioned call arg result node tensor"
 _IN_WORDS, _OUT_WORDS, _STRONG_WORDS = (frozenset(text.split()) for text in (_IN, _OUT, _STRONG))
 _DATA_WORDS, _STATE_WORDS, _TIME_WORDS = (frozenset(text.split()) for text in (_DATA, _STATE, _TIME))
 _BATCH_WORDS, _EMPTY_WORDS = (frozenset(text.split()) for text in (_BATCH, _EMPTY))
@@ -40,7 +42,7 @@ _AFFIXES = (  # of one word: (before the input's, after it, before the output's,
     ("", "in", "", "out"), ("", "i", "", "o"), ("", "", "", "n"), ("", "", "", "out"), ("", "", "", "new"),
     ("", "", "", "next"), ("", "prev", "", ""), ("", "prev", "", "next"), ("", "", "n", ""), ("", "", "new", ""),
     ("", "", "next", ""), ("", "", "out", ""), ("in", "", "out", ""), ("i", "", "o", ""), ("prev", "", "next", ""),
-    ("prev", "", "", ""), ("past", "", "present", ""),
+    ("prev", "", "", ""), ("past", "", "present", ""), ("", "x", "", "y"),
 )  # fmt: skip
 
 
@@ -98,12 +100,12 @@ def is_rate(name: str) -> bool:
 
 
 def is_batch_dim(name: str) -> bool:
-    said = words(name)
+    said = () if name.startswith("?") else words(name)  # an unnamed one, whose place says nothing
     return any(word in _BATCH_WORDS for word in said) and not any(word in _TIME_WORDS - {"t"} for word in said)
 
 
 def is_time_dim(name: str) -> bool:
-    return any(word in _TIME_WORDS for word in words(name)) and not is_batch_dim(name)
+    return not name.startswith("?") and any(word in _TIME_WORDS for word in words(name)) and not is_batch_dim(name)
 
 
 def _said(name: str) -> Words:

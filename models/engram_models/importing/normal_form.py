@@ -1,7 +1,7 @@
-"""Writes a graph anew in the bundles' normal form (bundle.py) as its proposal has it. Called by the import; what it writes is proved.
+"""Writes a graph anew in the bundles' normal form (bundle.py), as its proposal has it. The import proves the result.
 
-The nodes of the file stay as they are. Before them come those that bring inputs and states from batch first to where the graph wants
-them, after them those that bring outputs back.
+The nodes of the file stay as they are. Before them come those that bring inputs and states from batch first to where the graph
+wants them, after them those that bring outputs back.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from engram_models.spec import Schema, TensorSpec
 
 _TYPES = {name: number for number, name in DTYPES.items()}
 _END = (1 << 31) - 1
+Change = tuple[str, list[int]]  # Transpose or Reshape, and its numbers
 _IR_MIN = 4  # before it, every weight had to be an input
 
 
@@ -51,6 +52,9 @@ def write(model: onnx.ModelProto, proposal: Proposal) -> NormalForm:
         {id(line): name for line, name in zip(proposal.lines, _graph_names(model, proposal, names), strict=True)},
     )
     writer.write()
+    versions = {entry.domain: entry.version for entry in model.opset_import}  # each once
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in versions.items())
     del model.metadata_props[:]
     model.doc_string = ""
     initials = {names[id(line)]: line.initial for line in proposal.states if isinstance(line.initial, np.ndarray)}
@@ -142,9 +146,9 @@ class _Writer:
             renamed[name] = self._fresh(name)
         for output, wanted in targets.items():
             source = renamed.get(output, output)
-            for target, permutation in wanted:
+            for target, change in wanted:
                 if source != target:
-                    self._give(source, target, permutation, output)
+                    self._give(source, target, change)
         self._feedbacks(renamed)
         rename(graph, renamed)
         nodes = [*self.before, *graph.node, *self.after]
@@ -163,29 +167,25 @@ class _Writer:
             self.before.append(helper.make_node("Concat", [kept, name], [joined], axis=axis))
             self._last(joined, self._next(window), axis, window.context)
             name = joined
-        steps = self._arrange_in(line)
-        if steps is None:
+        change = self._arranged(line)
+        if change is None:
             return name
         inner = self._fresh(f"{name}.graph")
-        self.before.append(steps(name, inner))
+        self.before.append(self._changed(name, inner, change))
         return inner
 
-    def _arrange_in(self, line: Line):  # type: ignore[no-untyped-def]
-        """None, or what makes a node from (from, to)."""
+    def _arranged(self, line: Line) -> Change | None:
+        """From batch first to where the graph has the batch; None: it is there."""
         if self.proposal.static:
-            if line.axis == 0:
-                return None
-            return lambda one, to: self._reshape(one, to, line.full)
+            return None if line.axis == 0 else ("Reshape", list(line.full))
         if line.axis in (0, None):
             return None
-        order = [
-            0 if place == line.axis else place + 1 if place < line.axis else place for place in range(len(line.full))
-        ]
-        return lambda one, to: helper.make_node("Transpose", [one], [to], perm=order)
+        axis = line.axis or 0
+        return "Transpose", [0 if n == axis else n + 1 if n < axis else n for n in range(len(line.full))]
 
-    def _targets(self) -> dict[str, list[tuple[str, object]]]:
+    def _targets(self) -> dict[str, list[tuple[str, Change | None]]]:
         """By output of the file: what it becomes in the new graph, and how (None: as it is)."""
-        targets: dict[str, list[tuple[str, object]]] = {}
+        targets: dict[str, list[tuple[str, Change | None]]] = {}
         for line in self.proposal.of_role("output"):
             targets.setdefault(line.tensor, []).append((self.named[id(line)], self._how(line.tensor)))
         for line in self.proposal.of_role("recurrent", "counter"):
@@ -198,24 +198,26 @@ class _Writer:
             name = self.named[-id(line)] = self._fresh(f"next_{self.named[id(line)]}", ours=True)
         return name
 
-    def _how(self, output: str) -> object:
+    def _how(self, output: str) -> Change | None:
         axis, shape = self.proposal.taken[output]
         if axis == 0 or (axis is None and not self.proposal.static):
             return None
         if self.proposal.static:
-            return ("reshape", (1, *(size for place, size in enumerate(shape) if place != axis)))
+            return "Reshape", [1, *(size for place, size in enumerate(shape) if place != axis)]
         assert axis is not None
-        return ("transpose", [axis, *(place for place in range(len(shape)) if place != axis)])
+        return "Transpose", [axis, *(place for place in range(len(shape)) if place != axis)]
 
-    def _give(self, source: str, target: str, how: object, output: str) -> None:
-        if how is None:
+    def _give(self, source: str, target: str, change: Change | None) -> None:
+        if change is None:
             self.after.append(helper.make_node("Identity", [source], [target]))
-            return
-        kind, numbers = how  # type: ignore[misc]
-        if kind == "reshape":
-            self.after.append(self._reshape(source, target, numbers))
         else:
-            self.after.append(helper.make_node("Transpose", [source], [target], perm=numbers))
+            self.after.append(self._changed(source, target, change))
+
+    def _changed(self, source: str, target: str, change: Change) -> NodeProto:
+        kind, numbers = change
+        if kind == "Reshape":
+            return self._reshape(source, target, numbers)
+        return helper.make_node("Transpose", [source], [target], perm=numbers)
 
     def _feedbacks(self, renamed: dict[str, str]) -> None:
         """Windows of past outputs: the last numbers of what was kept and what the step gives."""
@@ -228,13 +230,14 @@ class _Writer:
                 row = (*row, 1)
             if row[:-1] != line.shape[:-1] or not row:
                 raise ImportRefused(
-                    f"--context {line.tensor}={line.output}:{line.context}: {shown(line.output)} gives {'x'.join(map(str, row)) or 'one number'}, "
+                    f"--context {line.tensor}={line.output}:{line.context}: {shown(line.output)} gives "
+                    f"{'x'.join(map(str, row)) or 'one number'}, "
                     f"which does not go into {'x'.join(map(str, line.shape))}"
                 )
             source = renamed.get(line.output, line.output)
             if (how := self._how(line.output)) is not None:
                 given = self._fresh(f"{line.output}.first")
-                self._give(source, given, how, line.output)
+                self._give(source, given, how)
                 source = given
             rows = self._fresh(f"{line.output}.rows")
             self.after.append(self._reshape(source, rows, (1 if self.proposal.static else -1, *row)))

@@ -83,7 +83,7 @@ def _by_names(inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor]) -> 
 def _take_names(
     found: dict[str, str], inputs: Sequence[GraphTensor], flags: Flags, outputs: dict[str, GraphTensor], pairs: Pairs
 ) -> None:
-    """All that names pair but `frame_in`, `frame_out`: what is named like data is data, unless its name says that it is of before."""
+    """All that names pair but `frame_in`, `frame_out`: what is named like data is data, unless a name says that it is of before."""
     by_name = {t.name: t for t in inputs}
     weak = {a for a, b in found.items() if is_data(a) and not says_time(a) and not says_time(b)}
     others = flags.inputs | set(flags.contexts)
@@ -98,7 +98,8 @@ def _take_names(
                     pairs.answers.add(output)  # prev_action / action: what is fed back is an answer, too
         elif others and not flags.states:
             pairs.doubts.append(
-                f"{shown(name)} and {shown(output)} may be a state, or an input and an output: --state {name}={output} or --input {name}"
+                f"{shown(name)} and {shown(output)} may be a state, or an input and an output: "
+                f"--state {name}={output} or --input {name}"
             )
 
 
@@ -116,8 +117,8 @@ def _by_shape(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[G
     likely = [(a, b) for a, b in only if not is_data(a.name) and not is_data(b.name) and not is_length(a.name)]
     for tensor, taker in likely:
         data = [t for t in numbers if t is not tensor and t.name not in pairs.outputs] + list(told)
-        mute = says_nothing(tensor.name) and says_nothing(taker.name) and len(likely) == 1
-        if data and (is_kept(tensor.name) or is_kept(taker.name) or mute):
+        mute = says_nothing(tensor.name) and (is_kept(taker.name) or (says_nothing(taker.name) and len(likely) == 1))
+        if data and (is_kept(tensor.name) or mute):
             pairs.outputs[tensor.name] = taker.name
             pairs.how[tensor.name] = f"only {taker.name} has its type and shape"
 
@@ -140,7 +141,8 @@ def _doubt(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[Grap
             continue
         if tensor is only and pairs.outputs and not kept:
             continue
-        pairs.doubts.append(_which(tensor, takers))
+        single = tensor.one_element and len(tensor.dims or ()) <= 1
+        pairs.doubts.append(_which(tensor, takers, f", --constant {tensor.name}=VALUE" if single else ""))
 
 
 def _which(tensor: GraphTensor, takers: Sequence[GraphTensor], more: str = "") -> str:
@@ -162,8 +164,8 @@ def no_state(interface: Interface) -> str:
     takes = [t for t in interface.inputs if not t.default][:_NAMED_MOST]
     gives = interface.outputs[:_NAMED_MOST]
     return (
-        f"no state was found: it takes {_listed(takes)} and gives {_listed(gives)}. Name what it keeps with --state IN=OUT, or keep "
-        "its past inputs with --context INPUT=K. A model in two files is merged first: onnx.compose.merge_models"
+        f"no state was found: it takes {_listed(takes)} and gives {_listed(gives)}. Name what it keeps with --state IN=OUT, "
+        "or keep its past inputs with --context INPUT=K. A model in two files is merged first: onnx.compose.merge_models"
     )
 
 

@@ -17,8 +17,8 @@ STATES = ("recurrent", "counter", "constant", "window")
 class Line:
     """One tensor. `dims` are the graph's, `shape` is as served: without the batch.
 
-    A window of an input's past is a line of its own, whose `of` is the input; the graph has no such tensor. A window of an output's past
-    is a tensor of the graph, and `output` is what it is fed with.
+    A window of an input's past is a line of its own, whose `of` is the input; the graph has no such tensor. A window of an
+    output's past is a tensor of the graph, and `output` is what it is fed with.
     """
 
     tensor: str

@@ -86,17 +86,21 @@ def _check_versions(model: ModelProto) -> None:
         raise ImportRefused(
             f"its IR version is {model.ir_version}; {IR_MIN} to {onnx.IR_VERSION} are read: export it with another version of onnx"
         )
-    seen = set()
+    seen: dict[str, int] = {}
     for entry in model.opset_import:
         domain = entry.domain if entry.domain != "ai.onnx" else ""
-        if domain in seen:
-            raise ImportRefused(f"it names the operator set {shown(entry.domain)} twice")
-        seen.add(domain)
+        if seen.setdefault(domain, entry.version) != entry.version:  # onnx.compose names one twice, with one version
+            raise ImportRefused(
+                f"it names two versions of the operator set {shown(entry.domain)}, {seen[domain]} and {entry.version}"
+            )
         newest = onnx.defs.onnx_opset_version() if not domain else 1 << 31
         if not 1 <= entry.version <= newest:
             raise ImportRefused(
                 f"its operator set is {entry.version}; 1 to {newest} are read: export it with opset_version={min(newest, 21)}"
             )
+    if len(seen) < len(model.opset_import):
+        del model.opset_import[:]
+        model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in seen.items())
     if "" not in seen:
         raise ImportRefused("it does not say which ONNX operator set it uses (opset_import)")
 

@@ -1,4 +1,4 @@
-"""From a graph and the user's flags to a proposal: what each tensor is for a session. Called by the import; axes.py finds the batch.
+"""From a graph and the user's flags to a proposal: what each tensor is for a session. Called by the import, before axes.py.
 
 Whoever serves a model with a wrong role serves wrong numbers without an error. So what is not clear becomes a doubt, and with one
 doubt nothing is written.
@@ -28,7 +28,8 @@ def propose(interface: Interface, flags: Flags) -> Proposal:
         proposal.doubts.append(no_state(interface))
     if not inputs and not proposal.doubts:
         proposal.doubts.append(
-            f"every input is taken for a state: name the one that a step takes with --input {interface.inputs[0].name if interface.inputs else 'X'}"
+            "every input is taken for a state: name the one that a step takes with --input "
+            f"{interface.inputs[0].name if interface.inputs else 'NAME'}"
         )
     return proposal
 
@@ -67,10 +68,12 @@ def _doubt(tensor: GraphTensor, proposal: Proposal) -> str:
     if tensor.whole and few and is_rate(name):
         return f"{said} is the same for a whole session: --constant {name}=16000, or what rate it is"
     if tensor.whole and few and is_length(name):
-        return f"{said} is the length of what a step takes: --constant {name}=LENGTH where steps have one length, else --input {name}"
+        return f"{said} is the length of a step's input: --constant {name}=LENGTH where it is always the same, else --input {name}"
     single = tensor.one_element and len(tensor.dims or ()) <= 1
     if single and not is_data(name):
-        return f"{said} is one number: --constant {name}=VALUE where it is the same for a session, --input {name} where each step gives it"
+        return (
+            f"{said} is one number: --constant {name}=VALUE if a session keeps it, --input {name} if each step gives it"
+        )
     return ""
 
 

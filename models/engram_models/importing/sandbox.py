@@ -54,7 +54,9 @@ def run(
     """
     (folder / "answer.json").unlink(missing_ok=True)
     limits = {"memory_bytes": memory_bytes, "seconds": seconds}
-    (folder / "call.json").write_text(json.dumps({"call": call, "arguments": dict(arguments), **limits}))
+    (folder / "call.json").write_text(
+        json.dumps({"call": call, "arguments": dict(arguments), **limits}, allow_nan=False)
+    )
     environment = {key: os.environ[key] for key in _KEPT if key in os.environ}
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "engram_models.importing.sandbox", str(folder)],
@@ -145,7 +147,7 @@ def _main(folder: Path) -> None:
             if out_of_memory
             else {"failed": f"{type(error).__name__}: {shown(text.strip()[:_LINE_MAX])}"}
         )
-    (folder / "answer.json").write_text(json.dumps(answer))
+    (folder / "answer.json").write_text(json.dumps(answer, allow_nan=False))
 
 
 def _limit(memory_bytes: int, seconds: float) -> None:

@@ -23,8 +23,9 @@ def table(proposal: Proposal) -> list[str]:
 def as_json(proposal: Proposal) -> list[dict[str, Any]]:
     return [
         {
-            "tensor": line.tensor, "role": line.role, "paired_with": line.output or line.of, "batch_axis": line.axis, "dtype": line.dtype,
-            "shape": list(line.shape) if proposal.settled else None, "initial": _initial(line), "how": "; ".join(filter(None, line.how)),
+            "tensor": line.tensor, "role": line.role, "paired_with": line.output or line.of, "batch_axis": line.axis,
+            "dtype": line.dtype, "shape": list(line.shape) if proposal.settled else None, "initial": _initial(line),
+            "how": "; ".join(filter(None, line.how)),
         }
         for line in proposal.lines
     ]  # fmt: skip

@@ -141,6 +141,11 @@ def _of_script(request: Mapping[str, Any]) -> Program:
     except Exception as error:
         raise ImportRefused(f"{source}: torch.jit.load does not read it: {first_line(error)}") from None
     needed = {each.name: not each.has_default_value() for each in parameters}
+    for each in parameters:
+        if each.type.kind() in ("IntType", "FloatType", "BoolType", "StringType") and not each.has_default_value():
+            raise ImportRefused(
+                f"{source}: forward's {shown(each.name)} is no tensor but {each.type}; import a scripted wrapper that sets it"
+            )
     return _of_module(source, module, needed, _arguments(request, needed), script_results(module))
 
 
@@ -253,4 +258,6 @@ def _keeps(source: str, names: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error says first; TorchScript's say last what it was."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]

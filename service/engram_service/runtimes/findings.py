@@ -45,7 +45,7 @@ class Findings:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             temporary = file.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(asdict(examination)))
+            temporary.write_text(json.dumps(asdict(examination), allow_nan=False))
             temporary.replace(file)
         except OSError as error:
             log.warning("what was found out about models is not kept: %s: %s", self._directory, error.strerror)
@@ -55,7 +55,7 @@ def _key(bundle: Bundle, rows_max: int) -> str:
     what = (
         _FORMAT, bundle.fingerprint, bundle.graph, bundle.batch, rows_max, onnxruntime.__version__, np.__version__, _processor(),
     )  # fmt: skip
-    return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(what, allow_nan=False).encode(), digest_size=16).hexdigest()
 
 
 def _processor() -> str:

@@ -145,7 +145,7 @@ class Crashes:
                 trace.unlink(missing_ok=True)
         if counts != before:
             temporary = file.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(counts))
+            temporary.write_text(json.dumps(counts, allow_nan=False))
             temporary.replace(file)
         return counts
 
