@@ -78,6 +78,7 @@ class Edition:
 @dataclass(frozen=True)
 class Start:
     answered_s: float
+    cpu_s: float  # until a second after it had answered a hundred steps; a busy machine does not lengthen it much
     pss_mb: float
     rss_mb: float  # of its largest process
     processes: int
@@ -172,19 +173,21 @@ def once(edition: Edition, models: Path, home: Path) -> Start:
         if not stepped:
             raise SystemExit(f"{edition.name} did not answer:\n{(home / 'server.log').read_text()[-2000:]}")
         time.sleep(SETTLE_S)
-        return Start(float(answered) - begun, *memory(server.pid))
+        return Start(float(answered) - begun, *used(server.pid))
     finally:
         client.communicate("end\n", timeout=STOP_S)
         server.send_signal(signal.SIGTERM)
         server.wait(STOP_S)
 
 
-def memory(pid: int) -> tuple[float, float, int]:
-    """MB of a server and its processes without Redis: the sum of their proportional shares, the largest resident set; how many."""
+def used(pid: int) -> tuple[float, float, float, int]:
+    """Of a server and its processes without Redis: seconds of CPU; MB, the sum of their proportional shares and the largest
+    resident set; how many they are."""
     server = psutil.Process(pid)
     ours = [one for one in (server, *server.children(recursive=True)) if "redis" not in one.name()]
-    maps = [one.memory_full_info() for one in ours]
-    return sum(one.pss for one in maps) / 2**20, max(one.rss for one in maps) / 2**20, len(ours)
+    maps, times = [one.memory_full_info() for one in ours], [one.cpu_times() for one in ours]
+    cpu_s = sum(one.user + one.system + one.children_user + one.children_system for one in times)
+    return cpu_s, sum(one.pss for one in maps) / 2**20, max(one.rss for one in maps) / 2**20, len(ours)
 
 
 def forget_files(edition: Edition) -> None:
@@ -204,6 +207,7 @@ def summary(starts: dict[str, list[Start]]) -> dict[str, Any]:
     warm = starts["warm"]
     return {
         **{f"{how}_s": statistics.median(one.answered_s for one in some) for how, some in starts.items() if some},
+        **{f"{how}_cpu_s": statistics.median(one.cpu_s for one in some) for how, some in starts.items() if some},
         **{f"{how}_each_s": [one.answered_s for one in some] for how, some in starts.items()},
         "pss_mb": statistics.median(one.pss_mb for one in warm), "rss_mb": statistics.median(one.rss_mb for one in warm),
         "processes": warm[-1].processes,
@@ -218,13 +222,13 @@ def page(found: dict[str, Any]) -> str:
         "LSTM (W) and a private Redis, from `engram serve` to the answer of the first step of a client that was there before;",
         "medians. *Cold*: nothing that is installed is in the page cache, nothing was kept by an earlier start. *Memory*: the",
         "proportional set sizes of all its processes but Redis, after a hundred steps.", "",
-        "| edition | cold s | warm s | memory MB | largest process, resident MB | processes |", "|---|---:|---:|---:|---:|---:|",
+        "| edition | cold s | warm s | cold, s of CPU | warm, s of CPU | memory MB | largest process, resident MB | processes |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name, one in found["editions"].items():
-        cold = f"{one['cold_s']:.2f}" if "cold_s" in one else "-"
-        lines.append(
-            f"| {name} | {cold} | {one['warm_s']:.2f} | {one['pss_mb']:.0f} | {one['rss_mb']:.0f} | {one['processes']} |"
-        )
+        starts = [f"{one[key]:.2f}" if key in one else "-" for key in ("cold_s", "warm_s", "cold_cpu_s", "warm_cpu_s")]
+        rest = [f"{one['pss_mb']:.0f}", f"{one['rss_mb']:.0f}", str(one["processes"])]
+        lines.append(f"| {' | '.join([name, *starts, *rest])} |")
     this = found["editions"][THIS]
     lines += ["", f"Memory: {this['pss_mb']:.0f} MB; the goal is at most {PSS_GOAL_MB}."]
     if "ratio" in found:
