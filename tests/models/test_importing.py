@@ -118,6 +118,13 @@ def test_the_table_says_what_each_tensor_is_and_how_it_is_known(
     assert "any batch" in shown
 
 
+def test_show_says_that_a_batch_of_one_was_relabelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bring(zoo.CASES["robot_policy"]().write(tmp_path))
+    capsys.readouterr()
+    assert command("show", "robot_policy", "--models", tmp_path) == 0
+    assert "relabelled" in capsys.readouterr().out
+
+
 def test_show_says_why_a_model_is_run_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bring(zoo.CASES["quantised"]().write(tmp_path))
     capsys.readouterr()

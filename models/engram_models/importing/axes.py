@@ -102,7 +102,7 @@ def _together(case: _Case, plans: Sequence[tuple[Axes, Plan]]) -> None:
         return
     for n, one in enumerate(found):
         if one["found"] == axis_trial.LEAKS and not whys[n] and _is_batch(case, plans[n][0]):
-            proposal.batch, proposal.why = "one-by-one", f"outputs may depend on the batch: {one['why']}"
+            proposal.why = f"outputs may depend on the batch: {one['why']}"
             _fill(case, *plans[n], one)
             return
     proposal.why = whys[0] or f"it does not run with more than one row: {found[0].get('why', '')}"
@@ -199,7 +199,8 @@ def _fill(case: _Case, axes: Axes, plan: Plan, one: Mapping[str, Any]) -> None:
         _set(line, axes[line.tensor], plan[line.tensor])
         line.how.append(_how_axis(line, case.batch))
     case.proposal.open = one["open"]
-    case.proposal.relabelled = any(_at(line) == 1 for line in case.lines)
+    if any(_at(line) == 1 for line in case.lines):
+        case.proposal.notes.append("the file has a batch of 1; relabelled: it runs with any number of rows")
     _fill_outputs(case.proposal, one["shapes"], one["axes"])
 
 
@@ -253,7 +254,7 @@ def _set_window(window: Line, line: Line) -> None:
 def _alone(case: _Case) -> None:
     """One row at a time, with the batch of 1 that the file has, or with none."""
     proposal, lines, batch = case.proposal, case.lines, case.batch
-    proposal.batch, proposal.static = "one-by-one", True
+    proposal.static = True
     if batch and not all(batch in (line.dims or ()) for line in lines if line.role == "recurrent"):
         proposal.doubts.append(
             f"the dimension {batch!r} is no batch of sessions, for states do not have it ({proposal.why}): say how many a step has "

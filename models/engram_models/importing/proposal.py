@@ -49,11 +49,9 @@ class Line:
 class Proposal:
     lines: list[Line]
     settled: bool = False  # axes and shapes are known
-    batch: str = "any"  # or one-by-one
-    why: str = ""
+    why: str = ""  # rows go one by one
     static: bool = False  # the graph has a batch of 1 or none: the normal form adds it by Reshape
     open: bool = False  # the graph loads only if its dynamic dimensions have no sizes
-    relabelled: bool = False
     taken: dict[str, tuple[int | None, tuple[int, ...]]] = field(
         default_factory=dict
     )  # of the graph's outputs: batch axis, dimensions
