@@ -229,6 +229,13 @@ def test_a_flag_wins_over_names_and_the_table_says_so(tmp_path: Path, capsys: py
     assert "though by its name it would be h_out" in capsys.readouterr().out
 
 
+def test_what_a_flag_leaves_over_is_not_paired_against_its_name() -> None:
+    interface = Interface.of(cell([("h_in", "h_out"), ("c_in", "c_out")]))
+    found = pair_states(interface, Flags(states={"c_in": "h_out"}))
+    assert found.outputs == {"c_in": "h_out"}
+    assert "--state h_in=c_out" in found.doubts[0]
+
+
 def test_swapped_states_are_refused_by_the_recorded_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = zoo.CASES["two_states"]()
     path = case.write(tmp_path)

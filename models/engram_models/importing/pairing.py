@@ -39,7 +39,7 @@ def pair_states(interface: Interface, flags: Flags) -> Pairs:
     left = [t for t in open_inputs if t.name not in pairs.outputs and not t.default]
     free = [t for t in open_outputs if t.name not in pairs.outputs.values() and t.name not in flags.outputs]
     given = [t for t in interface.inputs if t.name in flags.inputs | set(flags.contexts)]
-    _by_shape(left, free, given, pairs)
+    _by_shape(left, free, given, named, pairs)
     _doubt(left, free, given, pairs)
     return pairs
 
@@ -110,8 +110,16 @@ def _take_names(
             )
 
 
-def _by_shape(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[GraphTensor], pairs: Pairs) -> None:
+def _by_shape(
+    left: list[GraphTensor],
+    free: list[GraphTensor],
+    told: Sequence[GraphTensor],
+    named: dict[str, str],
+    pairs: Pairs,
+) -> None:
     """A pair whose type and shape no other open input or output has, where a name says that it is kept and something else is data.
+
+    What is only left over, because a flag took the output that its name pairs it with, is a doubt.
 
     Names that say nothing are enough where there is no other such pair: two of them may as well be an input and its answer.
     """
@@ -119,6 +127,8 @@ def _by_shape(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[G
     only: list[tuple[GraphTensor, GraphTensor]] = []
     for tensor in numbers:
         takers = [t for t in free if fits(tensor, t)]
+        if tensor.name in named or any(t.name in named.values() for t in takers):
+            continue
         if len(takers) == 1 and takers[0].dims is not None and sum(fits(t, takers[0]) for t in numbers) == 1:
             only.append((tensor, takers[0]))
     likely = [(a, b) for a, b in only if not is_data(a.name) and not is_data(b.name) and not is_length(a.name)]
