@@ -80,6 +80,18 @@ class Keeping(nn.Module):
 def keeping():
     return Keeping(), (torch.ones(2, 5),)
 
+class Regular(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.cell, self.drop = nn.BatchNorm1d(4), nn.GRUCell(4, 6), nn.Dropout(0.5)
+
+    def forward(self, x, h):
+        h = self.cell(self.drop(self.norm(x)), h)
+        return h[:, :1] * 2, h
+
+def regular():
+    return Regular(), (torch.randn(2, 4), torch.zeros(2, 6))  # in training mode, as modules begin
+
 class Static(nn.Module):
     def forward(self, x, h):
         return x.view(1, 8) + h.view(1, 8), (h.view(1, 8) + 1).view(8)
@@ -173,6 +185,10 @@ def test_a_factory_without_examples_takes_shapes_or_arrays(mine: Path) -> None:
         c=np.zeros((2, 2, 8), np.float32),
     )
     assert shapes(converted("mine:policy", mine / "call.npz", mine))[0]["h"] == [2, "batch", 8]
+
+
+def test_dropout_is_off_however_a_module_comes(mine: Path) -> None:
+    assert list(shapes(converted("mine:regular", None, mine))[1]) == ["output_0", "next_h"]
 
 
 def test_nested_arguments_and_results_are_laid_flat(mine: Path) -> None:

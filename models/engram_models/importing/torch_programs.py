@@ -37,6 +37,7 @@ class Flat(nn.Module):
             self.inner = inner
         self._leaves, self._spec = leaves, spec
         self.structure: Any = None
+        self.eval()  # torch.onnx puts back what it finds, in all that is within
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.arguments(tensors)
