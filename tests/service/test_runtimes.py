@@ -134,7 +134,7 @@ def test_a_model_that_ends_the_process_twice_is_refused_by_name_and_the_others_a
 def test_a_process_that_was_killed_counts_against_no_model(tmp_path: Path) -> None:
     bundle = load_bundle(write(tmp_path / "models"))
     fingerprint, thread = bundle.fingerprint.encode(), 0x7F00
-    running = b"%016x %32s" % (thread, fingerprint)
+    running = b"%016x%s\1" % (thread, fingerprint)
     trace = b"Fatal Python error: Segmentation fault\n\nThread 0x00000000001 (most recent call first):\n\nCurrent thread 0x%016x (most"
     cases = {"1": b"", "2": trace % thread, "3": trace % 0x1234}  # killed; crashed; crashed in another thread
     for pid, written in cases.items():

@@ -54,5 +54,5 @@ class Runtime(ABC):
         """
 
 
-NAMES = {1: "onnx_graphs on a CPU", 2: "torch_cells on a CPU", 3: "torch_cells on a GPU"}
-"""What records say (`Runtime.code`), in words."""
+NAMES = {1: "onnx_graphs-cpu", 2: "torch_cells-cpu", 3: "torch_cells-cuda"}
+"""What records say (`Runtime.code`), as logs and metrics say it."""

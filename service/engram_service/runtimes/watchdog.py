@@ -14,10 +14,9 @@ import logging
 import mmap
 import os
 import re
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -33,19 +32,20 @@ RUN_S_MAX = 10.0
 CRASHES_MAX = 2  # then a model is not served
 _LOOK_S = 0.5
 _PLACES = 64  # threads that run graphs at once
-_PLACE = 64  # bytes: the thread in 16 hex digits, a space, the model's fingerprint in 32
+_PLACE = 64  # bytes: the thread in 16 hex digits, a model's fingerprint in 32, and 1 while the thread runs it
 _BYTES_MAX = 1 << 20
 _CRASHED = re.compile(rb"Current thread 0x0*([0-9a-f]+)")
 
 
 @dataclass(slots=True)
 class Run:
-    """One call of a graph."""
+    """What one thread runs just now, if anything: it writes the fields, and the watchdog reads them and stops it."""
 
-    bundle: Bundle
-    started: float
     options: onnxruntime.RunOptions = field(default_factory=onnxruntime.RunOptions)
+    bundle: Bundle | None = None
+    started: float = 0.0
     stopped: str = ""  # why, if it was
+    place: int = -1  # in the file of what runs
 
 
 class Watchdog:
@@ -53,30 +53,47 @@ class Watchdog:
 
     def __init__(self, crashes: Crashes | None = None) -> None:
         self._crashes = crashes
-        self._runs: dict[int, Run] = {}  # by thread; each writes its own key alone
+        self._own = threading.local()
+        self._runs: list[Run] = []  # one a thread that has run something
+        self._lock = threading.Lock()
         self.stopped = threading.Event()
 
-    @contextmanager
-    def watching(self, bundle: Bundle) -> Iterator[Run]:
-        """Around one call of a graph, in the thread that makes it."""
-        thread, run = threading.get_ident(), Run(bundle, time.monotonic())
+    def begin(self, bundle: Bundle) -> Run:
+        """Before a call of a graph, in the thread that makes it; `end` goes with it. Batches are small: this takes a microsecond."""
+        run: Run | None = getattr(self._own, "run", None)
+        if run is None or run.stopped:
+            run = self._own.run = self._made(run)
         if self._crashes is not None:
-            self._crashes.running(thread, bundle.fingerprint)
-        self._runs[thread] = run
-        try:
-            yield run
-        finally:
-            del self._runs[thread]
-            if self._crashes is not None:
-                self._crashes.running(thread, "")
+            if run.bundle is not bundle:
+                self._crashes.name(run.place, bundle.fingerprint)
+            self._crashes.running(run.place, True)
+        run.bundle = bundle
+        run.started = time.monotonic()
+        return run
+
+    def end(self, run: Run) -> None:
+        run.started = 0.0
+        if self._crashes is not None:
+            self._crashes.running(run.place, False)
+
+    def _made(self, before: Run | None) -> Run:
+        """A thread's own; a new one after it was stopped, for its options say so for good."""
+        place = -1 if self._crashes is None else self._crashes.place() if before is None else before.place
+        run = Run(place=place)
+        with self._lock:
+            if before is not None:
+                self._runs.remove(before)
+            self._runs.append(run)
+        return run
 
     def look(self) -> None:
         while not self.stopped.wait(_LOOK_S):
             now = time.monotonic()
-            for run in list(self._runs.values()):
-                if not run.stopped and now - run.started > RUN_S_MAX:
+            for run in list(self._runs):
+                started, bundle = run.started, run.bundle
+                if started and bundle is not None and not run.stopped and now - started > RUN_S_MAX:
                     run.stopped = (
-                        f"a batch of model {run.bundle.reference} ran for more than {RUN_S_MAX:g} s and was stopped"
+                        f"a batch of model {bundle.reference} ran for more than {RUN_S_MAX:g} s and was stopped"
                     )
                     run.options.terminate = True
                     log.error("%s", run.stopped)
@@ -96,7 +113,7 @@ class Crashes:
         self._directory = directory
         self._counts: dict[str, int] = {}
         self._places: mmap.mmap | None = None
-        self._own: dict[int, int] = {}  # thread -> its place
+        self._taken = 0
         self._lock = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -108,22 +125,31 @@ class Crashes:
     def of(self, bundle: Bundle) -> int:
         return self._counts.get(bundle.fingerprint, 0)
 
-    def running(self, thread: int, fingerprint: str) -> None:
-        """What the thread runs from now on; "": nothing."""
+    def place(self) -> int:
+        """Of the calling thread, in the file of what runs; -1: nothing is written."""
         if self._places is None:
-            return
-        place = self._own.get(thread)
-        if place is None:
-            with self._lock:
-                place = self._own.setdefault(thread, len(self._own) % _PLACES)
-        start = place * _PLACE
-        self._places[start : start + 49] = b"%016x %32s" % (thread, fingerprint.encode())
+            return -1
+        with self._lock:
+            place = self._taken % _PLACES
+            self._taken += 1
+        self._places[place * _PLACE : place * _PLACE + 16] = b"%016x" % threading.get_ident()
+        return place
+
+    def name(self, place: int, fingerprint: str) -> None:
+        """Which model the thread at this place runs when it does."""
+        if self._places is not None:
+            self._places[place * _PLACE + 16 : place * _PLACE + 48] = fingerprint.encode()
+
+    def running(self, place: int, runs: bool) -> None:
+        if self._places is not None:
+            self._places[place * _PLACE + 48] = runs
 
     def _open(self) -> None:
         """This process's own two files. The lock on one says that the process is there."""
-        self._trace: IO[bytes] = open(self._directory / f"{os.getpid()}.trace", "wb")  # noqa: SIM115 kept open until the end
-        fcntl.flock(self._trace, fcntl.LOCK_EX)
-        with open(self._directory / f"{os.getpid()}.running", "w+b") as file:
+        handle, name = tempfile.mkstemp(".trace", f"{os.getpid()}-", self._directory)
+        self._trace: IO[bytes] = os.fdopen(handle, "wb")  # kept open until the end
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with open(Path(name).with_suffix(".running"), "w+b") as file:
             file.truncate(_PLACES * _PLACE)
             self._places = mmap.mmap(file.fileno(), _PLACES * _PLACE)
         faulthandler.enable(self._trace, all_threads=True)
@@ -162,7 +188,7 @@ def _crashed(trace: Path) -> str | None:
     except OSError:
         return ""
     for start in range(0, len(places), _PLACE) if found else ():
-        thread, _, fingerprint = places[start : start + 49].partition(b" ")
-        if found and thread.lstrip(b"0") == found.group(1):
-            return fingerprint.strip().decode("ascii", "replace")
+        thread, fingerprint, runs = places[start : start + 16], places[start + 16 : start + 48], places[start + 48]
+        if found and runs and thread.lstrip(b"0") == found.group(1):
+            return fingerprint.decode("ascii", "replace")
     return ""
