@@ -176,6 +176,10 @@ def write(model: onnx.ModelProto, folder: Path, name: str = "model") -> Path:
         [("serving_default_h_in:0", "h_out"), ("serving_default_c_in:0", "c_out")],
         [("layers.0/state", "layers.0/state_new"), ("layers.1/state", "layers.1/state_new")],
         [("cached_conv1_0", "new_cached_conv1_0"), ("cached_conv2_0", "new_cached_conv2_0")],
+        [("past_key_values.0.key", "present.0.key"), ("past_key_values.0.value", "present.0.value")],
+        [("r1i", "r1o"), ("r2i", "r2o")],
+        [("h_enc", "enc_h"), ("c_enc", "enc_c"), ("h_dec", "dec_h")],
+        [("conv_in", "conv_out"), ("h_in", "h_out")],
     ],
     ids=lambda states: states[0][0],
 )
@@ -202,6 +206,19 @@ def test_states_that_names_do_not_pair_are_doubted(states: list[tuple[str, str]]
     assert not told.doubts
 
 
+def test_what_goes_in_and_out_beside_states_may_be_an_input_and_an_output() -> None:
+    interface = Interface.of(
+        cell([("left_in", "left_out"), ("right_in", "right_out"), ("h_in", "h_out")], data="boost")
+    )
+    found = pair_states(interface, Flags())
+    assert found.outputs == {"h_in": "h_out"}
+    assert "--state left_in=left_out or --input left_in" in found.doubts[0]
+    assert "--state right_in=right_out or --input right_in" in found.doubts[1]
+    told = pair_states(interface, Flags(inputs={"left_in"}, states={"right_in": "right_out"}))
+    assert told.outputs == {"h_in": "h_out", "right_in": "right_out"}
+    assert not told.doubts
+
+
 def test_a_flag_wins_over_names_and_the_table_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(cell([("h_in", "h_out"), ("c_in", "c_out")]), tmp_path)
     bundle = bring(path, "--state", "h_in=c_out", "--state", "c_in=h_out")
@@ -210,6 +227,13 @@ def test_a_flag_wins_over_names_and_the_table_says_so(tmp_path: Path, capsys: py
         "recurrent c_in from h_out",
     ]
     assert "though by its name it would be h_out" in capsys.readouterr().out
+
+
+def test_what_a_flag_leaves_over_is_not_paired_against_its_name() -> None:
+    interface = Interface.of(cell([("h_in", "h_out"), ("c_in", "c_out")]))
+    found = pair_states(interface, Flags(states={"c_in": "h_out"}))
+    assert found.outputs == {"c_in": "h_out"}
+    assert "--state h_in=c_out" in found.doubts[0]
 
 
 def test_swapped_states_are_refused_by_the_recorded_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -357,6 +381,34 @@ def test_initial_values_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureF
     np.savez(tmp_path / "initial.npz", h_in=h)
     bundle = bring(path, "--initial", tmp_path / "initial.npz")
     np.testing.assert_array_equal(bundle.initial(bundle.schema.state[0]), h)
+
+
+@pytest.mark.parametrize("key", ["h_initial_value", "initial_value_of_h", "init.h", "default_state"])
+def test_initial_values_come_from_metadata(key: str, tmp_path: Path) -> None:
+    model = cell([("h", "h_out")], metadata={key: ", ".join(map(str, range(8)))})
+    initial = bring(write(model, tmp_path)).initial_states(1)[0]
+    assert initial[0].tolist() == list(range(8))
+
+
+def test_initial_values_in_metadata_that_name_no_state_are_doubted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = {"init_vector": str(list(range(8))), "init_seed": "7", "default_model": "small"}
+    path = write(cell([("h", "h_out"), ("c", "c_out")], metadata=metadata), tmp_path)
+    said = refused(capsys, path)
+    assert "'init_vector'" in said
+    assert "--initial FILE.npz with 'h', 'c' in it" in said
+    np.savez(tmp_path / "initial.npz", h=np.arange(8.0), c=np.zeros(8))
+    bring(path, "--initial", tmp_path / "initial.npz")
+
+
+def test_dimensions_of_1_that_broadcast_are_told_apart(tmp_path: Path) -> None:
+    net = zoo.Net(33)
+    kept = net.op("Mul", "ema", net.const(0.9))
+    net.op("Sub", "x", net.op("Add", kept, net.op("Mul", "x", net.const(0.1)), out="ema_out"), out="y")
+    kind = ("float32", [1, 1, 1])
+    bundle = bring(write(net.model({"x": kind, "ema": kind}, {"y": kind, "ema_out": kind}), tmp_path))
+    assert bundle.batch == "any"
 
 
 def test_an_input_with_a_default_is_a_weight_or_a_state(tmp_path: Path) -> None:

@@ -94,6 +94,9 @@ def _together(case: _Case, plans: Sequence[tuple[Axes, Plan]]) -> None:
     """Runs the plans with several rows and takes the one that works; else one row at a time, as the file has it."""
     proposal, lines = case.proposal, case.lines
     found = _search(case, [plan for _, plan in plans], _several(lines, case.choices))
+    rest = plans[len(found) :]
+    if rest and _unbatched(found[-1], lines, plans[len(found) - 1][0], proposal):  # rows that broadcasting multiplies
+        found += _search(case, [plan for _, plan in rest], True)
     whys = [_unbatched(one, lines, axes, proposal) for one, (axes, _) in zip(found, plans, strict=False)]
     good = [n for n, one in enumerate(found) if one["found"] == axis_trial.FREE and not whys[n]]
     if good:

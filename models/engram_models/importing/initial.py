@@ -19,7 +19,7 @@ from engram_models.importing.proposal import Array, Line, Proposal
 from engram_models.spec import NP_DTYPES
 
 _INITIAL = {"init", "initial", "initials", "inits", "initialstate", "default", "defaults", "start"}
-_EMPTY_WORDS = {"value", "values", "state", "states", "data", "tensor"}
+_EMPTY_WORDS = {"value", "values", "state", "states", "data", "tensor", "of", "for", "the"}
 
 
 def gather(model: onnx.ModelProto, proposal: Proposal, flags: Flags, given: Mapping[str, Array]) -> dict[str, Array]:
@@ -122,12 +122,15 @@ def _from_metadata(model: onnx.ModelProto, states: Sequence[Line], proposal: Pro
         said = words(entry.key)
         if not _INITIAL & set(said):
             continue
-        rest = tuple(word for word in said if word not in _INITIAL)
-        matching = [line for line in changing if rest in (words(line.tensor), stem(line.tensor))]
-        if not matching and len(changing) == 1 and not set(rest) - _EMPTY_WORDS:
-            matching = changing
+        matching = _named(tuple(word for word in said if word not in _INITIAL), changing)
         if len(matching) != 1:
-            proposal.notes.append(f"the metadata entry {shown(entry.key)} is not used: it names no state")
+            if any(_may_be(entry.value, line) for line in changing):
+                proposal.doubts.append(
+                    f"the metadata entry {shown(entry.key)} seems to be an initial value, and names no state: "
+                    f"--initial FILE.npz with {', '.join(shown(line.tensor) for line in changing)} in it"
+                )
+            else:
+                proposal.notes.append(f"the metadata entry {shown(entry.key)} is not used: it names no state")
             continue
         line = matching[0]
         array = _numbers(entry.value, line)
@@ -139,6 +142,22 @@ def _from_metadata(model: onnx.ModelProto, states: Sequence[Line], proposal: Pro
         else:
             found[line.tensor] = _typed(array, line, f"the metadata entry {shown(entry.key)}")
             line.initial_words = f"metadata {entry.key[:40]}"
+
+
+def _named(rest: tuple[str, ...], changing: Sequence[Line]) -> list[Line]:
+    """Which states a key means, without the words that say initial."""
+    keys = {rest, tuple(word for word in rest if word not in _EMPTY_WORDS)}
+    found = [line for line in changing if keys & {words(line.tensor), stem(line.tensor)}]
+    return list(changing) if not found and len(changing) == 1 and not set(rest) - _EMPTY_WORDS else found
+
+
+def _may_be(text: str, line: Line) -> bool:
+    """Whether it is a list of as many numbers as the state may have."""
+    array = _numbers(text, line)
+    if array is None or array.size < 2:
+        return False
+    size = int(np.prod([dim for dim in line.dims or () if isinstance(dim, int)]))
+    return array.size % size == 0
 
 
 def _numbers(text: str, line: Line) -> Array | None:

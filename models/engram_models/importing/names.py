@@ -23,7 +23,8 @@ _DATA = """x u y audio frame frames signal wav wave waveform pcm mag magnitude p
     measurement measurements dt delta gap forecast prediction pred estimate gain gains mask vad
     offsets level levels pose poses velocity speed temperature joint joints imu lidar depth rgb pixels embedding embeddings emb
     control controls torque load demand volume angle angles gyro event events class classes flags params condition cond
-    speaker spk language lang style pitch energy power boundary boundaries image images vector features click item"""
+    speaker spk language lang style pitch energy power boundary boundaries image images vector features click item
+    src source sig fgr pha foreground alpha matte"""
 _STATE = """h c s state states hidden hiddens cell cells cache caches cached mem memory memories buf buffer buffers carry rnn
     lstm gru ctx context ssm hx cx hn cn kv key val keys history hist counter count recurrent past present hid st hs cs"""
 _TIME = (
@@ -38,6 +39,8 @@ _LENGTH_WORDS = frozenset(("len", "lens", "length", "lengths", "seqlen"))
 _RATE_WORDS = frozenset(("sr", "rate", "fs", "samplerate", "hz"))
 _IN_TAILS: tuple[Words, ...] = ((), ("0",), ("t", "1"), ("tm", "1"), ("t",), ("t", "0"))
 _OUT_TAILS: tuple[Words, ...] = ((), ("n",), ("t",), ("1",), ("t", "1"), ("tp", "1"), ("t", "n"))
+_ENDS: tuple[tuple[Words, Words], ...] = ((("i",), ("o",)),)  # r1i, r1o
+_KEY_VALUES: tuple[Words, ...] = (("past", "key", "values"), ("present", "key", "values"))
 _AFFIXES = (  # of one word: (before the input's, after it, before the output's, after it)
     ("", "in", "", "out"), ("", "i", "", "o"), ("", "", "", "n"), ("", "", "", "out"), ("", "", "", "new"),
     ("", "", "", "next"), ("", "prev", "", ""), ("", "prev", "", "next"), ("", "", "n", ""), ("", "", "new", ""),
@@ -60,13 +63,25 @@ def stem(name: str) -> Words:
 
 def names_pair(given: str, taken: str) -> int:
     """How clearly the input `given` and the output `taken` are one state by their names: 1 is the clearest, 0 is not at all."""
-    ins, outs = _keys(words(given), _IN_WORDS), _keys(words(taken), _OUT_WORDS)
+    ins, outs = _keys(_layers(words(given)), _IN_WORDS), _keys(_layers(words(taken)), _OUT_WORDS)
     if any(key in outs for key in ins):
         return 1
     if any(_cut(a, tail) == _cut(b, end) for a in ins for b in outs for tail, end in _tails() if _cut(a, tail)):
         return 2
     cut = {short for a in ins for tail in _IN_TAILS if (short := _cut(a, tail))}
-    return 3 if any(_affixed(a, b) for a in cut for b in outs) else 0
+    if any(_affixed(a, b) for a in cut for b in outs):
+        return 3
+    return 4 if any(_turned(a, b) for a in ins for b in outs) else 0
+
+
+def _layers(said: Words) -> Words:
+    """`past_key_values.0.key` and `present.0.key` are one layer's."""
+    return (said[0], *said[3:]) if said[:3] in _KEY_VALUES and len(said) > 3 else said
+
+
+def _turned(given: Words, taken: Words) -> bool:
+    """Whether they are alike but for the order of words: `h_enc`, `enc_h`. Numbers keep theirs."""
+    return sorted(given) == sorted(taken) and [w for w in given if w.isdigit()] == [w for w in taken if w.isdigit()]
 
 
 def is_data(name: str) -> bool:
@@ -122,7 +137,7 @@ def _meaning(key: Words) -> bool:
 
 
 def _tails() -> Iterable[tuple[Words, Words]]:
-    return ((tail, end) for tail in _IN_TAILS for end in _OUT_TAILS if tail != end)
+    return (*((tail, end) for tail in _IN_TAILS for end in _OUT_TAILS if tail != end), *_ENDS)
 
 
 def _cut(key: Words, tail: Words) -> Words | None:

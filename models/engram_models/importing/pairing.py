@@ -39,7 +39,7 @@ def pair_states(interface: Interface, flags: Flags) -> Pairs:
     left = [t for t in open_inputs if t.name not in pairs.outputs and not t.default]
     free = [t for t in open_outputs if t.name not in pairs.outputs.values() and t.name not in flags.outputs]
     given = [t for t in interface.inputs if t.name in flags.inputs | set(flags.contexts)]
-    _by_shape(left, free, given, pairs)
+    _by_shape(left, free, given, named, pairs)
     _doubt(left, free, given, pairs)
     return pairs
 
@@ -72,7 +72,7 @@ def _by_names(inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor]) -> 
     """Pairs that names make clear: the clearest first, and of equally clear ones only those without a rival."""
     found: dict[str, str] = {}
     graded = [(names_pair(a.name, b.name), a, b) for a in inputs for b in outputs if fits(a, b)]
-    for grade in (1, 2, 3):
+    for grade in (1, 2, 3, 4):
         edges = [(a.name, b.name) for clear, a, b in graded if clear == grade]
         edges = [(a, b) for a, b in edges if a not in found and b not in found.values()]
         ins, outs = [a for a, _ in edges], [b for _, b in edges]
@@ -83,28 +83,43 @@ def _by_names(inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor]) -> 
 def _take_names(
     found: dict[str, str], inputs: Sequence[GraphTensor], flags: Flags, outputs: dict[str, GraphTensor], pairs: Pairs
 ) -> None:
-    """All that names pair but `frame_in`, `frame_out`: what is named like data is data, unless a name says that it is of before."""
+    """All that names pair but `frame_in`, `frame_out`: what is named like data is data, unless a name says that it is of before.
+
+    `left_in`, `left_out` are a state only where another input is data by its name.
+    """
     by_name = {t.name: t for t in inputs}
-    weak = {a for a, b in found.items() if is_data(a) and not says_time(a) and not says_time(b)}
+    timed = {a for a, b in found.items() if says_time(a) or says_time(b)}
+    weak = {a for a in found if is_data(a) and a not in timed}
     others = flags.inputs | set(flags.contexts)
     others |= {t.name for t in inputs if t.name not in found and not t.default and not (t.whole and t.one_element)}
+    unsure = {a for a, b in found.items() if not is_kept(a) and not is_kept(b) and a not in timed | weak}
+    if weak or flags.contexts or any(is_data(name) for name in others):
+        unsure = set()
     for name, output in found.items():
         if output in flags.outputs and not says_time(name):
             continue
-        if name not in weak:
+        if name not in weak | unsure:
             if not by_name[name].default or is_kept(name):
                 pairs.outputs[name], pairs.how[name] = output, f"names {name} / {output}"
                 if is_data(output) and not says_time(output):
                     pairs.answers.add(output)  # prev_action / action: what is fed back is an answer, too
-        elif others and not flags.states:
+        elif others and (name in unsure or not flags.states):
             pairs.doubts.append(
                 f"{shown(name)} and {shown(output)} may be a state, or an input and an output: "
                 f"--state {name}={output} or --input {name}"
             )
 
 
-def _by_shape(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[GraphTensor], pairs: Pairs) -> None:
+def _by_shape(
+    left: list[GraphTensor],
+    free: list[GraphTensor],
+    told: Sequence[GraphTensor],
+    named: dict[str, str],
+    pairs: Pairs,
+) -> None:
     """A pair whose type and shape no other open input or output has, where a name says that it is kept and something else is data.
+
+    What is only left over, because a flag took the output that its name pairs it with, is a doubt.
 
     Names that say nothing are enough where there is no other such pair: two of them may as well be an input and its answer.
     """
@@ -112,6 +127,8 @@ def _by_shape(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[G
     only: list[tuple[GraphTensor, GraphTensor]] = []
     for tensor in numbers:
         takers = [t for t in free if fits(tensor, t)]
+        if tensor.name in named or any(t.name in named.values() for t in takers):
+            continue
         if len(takers) == 1 and takers[0].dims is not None and sum(fits(t, takers[0]) for t in numbers) == 1:
             only.append((tensor, takers[0]))
     likely = [(a, b) for a, b in only if not is_data(a.name) and not is_data(b.name) and not is_length(a.name)]
