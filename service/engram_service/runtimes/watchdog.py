@@ -14,6 +14,7 @@ import logging
 import mmap
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ class Run:
 
     bundle: Bundle
     started: float
+    seconds_max: float
     options: onnxruntime.RunOptions = field(default_factory=onnxruntime.RunOptions)
     stopped: str = ""  # why, if it was
 
@@ -57,9 +59,9 @@ class Watchdog:
         self.stopped = threading.Event()
 
     @contextmanager
-    def watching(self, bundle: Bundle) -> Iterator[Run]:
-        """Around one call of a graph, in the thread that makes it."""
-        thread, run = threading.get_ident(), Run(bundle, time.monotonic())
+    def watching(self, bundle: Bundle, seconds_max: float = 0.0) -> Iterator[Run]:
+        """Around one call of a graph, in the thread that makes it. `seconds_max`: RUN_S_MAX where it is 0."""
+        thread, run = threading.get_ident(), Run(bundle, time.monotonic(), seconds_max or RUN_S_MAX)
         if self._crashes is not None:
             self._crashes.running(thread, bundle.fingerprint)
         self._runs[thread] = run
@@ -74,15 +76,17 @@ class Watchdog:
         while not self.stopped.wait(_LOOK_S):
             now = time.monotonic()
             for run in list(self._runs.values()):
-                if not run.stopped and now - run.started > RUN_S_MAX:
-                    run.stopped = (
-                        f"a batch of model {run.bundle.reference} ran for more than {RUN_S_MAX:g} s and was stopped"
-                    )
+                if not run.stopped and now - run.started > run.seconds_max:
+                    run.stopped = f"a batch of model {run.bundle.reference} ran for more than {run.seconds_max:g} s and was stopped"
                     run.options.terminate = True
                     log.error("%s", run.stopped)
 
     def stop(self) -> None:
+        """Ends what still runs, too."""
         self.stopped.set()
+        for run in list(self._runs.values()):
+            run.stopped = run.stopped or f"model {run.bundle.reference} was stopped with the server"
+            run.options.terminate = True
 
 
 class Crashes:
@@ -94,6 +98,7 @@ class Crashes:
     def __init__(self, directory: Path) -> None:
         """Reads what earlier processes left. Where the directory cannot be used, nothing is counted, and the log says so."""
         self._directory = directory
+        self.file = directory / "crashes.json"
         self._counts: dict[str, int] = {}
         self._places: mmap.mmap | None = None
         self._own: dict[int, int] = {}  # thread -> its place
@@ -120,17 +125,22 @@ class Crashes:
         self._places[start : start + 49] = b"%016x %32s" % (thread, fingerprint.encode())
 
     def _open(self) -> None:
-        """This process's own two files. The lock on one says that the process is there."""
-        self._trace: IO[bytes] = open(self._directory / f"{os.getpid()}.trace", "wb")  # noqa: SIM115 kept open until the end
+        """This process's own two files. The lock on one says that the process is there.
+
+        Their names are nobody else's: in containers with one directory, processes may have one number.
+        """
+        trace = self._directory / f"{os.getpid()}-{secrets.token_hex(8)}.trace"
+        self._trace: IO[bytes] = open(trace, "xb")  # noqa: SIM115 kept open until the end
         fcntl.flock(self._trace, fcntl.LOCK_EX)
-        with open(self._directory / f"{os.getpid()}.running", "w+b") as file:
-            file.truncate(_PLACES * _PLACE)
+        with open(trace.with_suffix(".running"), "x+b") as file:
+            file.write(bytes(_PLACES * _PLACE))  # not a hole: on a full disk a page of one ends the process
+            file.flush()
             self._places = mmap.mmap(file.fileno(), _PLACES * _PLACE)
         faulthandler.enable(self._trace, all_threads=True)
 
     def _read(self) -> dict[str, int]:
         """Counts what processes that are gone have left, and removes it."""
-        file = self._directory / "crashes.json"
+        file = self.file
         try:
             counts = {str(key): int(value) for key, value in json.loads(read_file(file, _BYTES_MAX)).items()}
         except (OSError, ValueError, AttributeError, TypeError):
