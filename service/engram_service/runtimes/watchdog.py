@@ -14,7 +14,7 @@ import logging
 import mmap
 import os
 import re
-import tempfile
+import secrets
 import threading
 import time
 from dataclasses import dataclass, field
@@ -41,6 +41,7 @@ _CRASHED = re.compile(rb"Current thread 0x0*([0-9a-f]+)")
 class Run:
     """What one thread runs just now, if anything: it writes the fields, and the watchdog reads them and stops it."""
 
+    seconds_max: float = 0.0
     options: onnxruntime.RunOptions = field(default_factory=onnxruntime.RunOptions)
     bundle: Bundle | None = None
     started: float = 0.0
@@ -58,8 +59,11 @@ class Watchdog:
         self._lock = threading.Lock()
         self.stopped = threading.Event()
 
-    def begin(self, bundle: Bundle) -> Run:
-        """Before a call of a graph, in the thread that makes it; `end` goes with it. Batches are small: this takes a microsecond."""
+    def begin(self, bundle: Bundle, seconds_max: float = 0.0) -> Run:
+        """Before a call of a graph, in the thread that makes it; `end` goes with it. Takes a microsecond.
+
+        `seconds_max`: RUN_S_MAX where it is 0.
+        """
         run: Run | None = getattr(self._own, "run", None)
         if run is None or run.stopped:
             run = self._own.run = self._made(run)
@@ -67,7 +71,7 @@ class Watchdog:
             if run.bundle is not bundle:
                 self._crashes.name(run.place, bundle.fingerprint)
             self._crashes.running(run.place, True)
-        run.bundle = bundle
+        run.bundle, run.seconds_max = bundle, seconds_max or RUN_S_MAX
         run.started = time.monotonic()
         return run
 
@@ -91,15 +95,20 @@ class Watchdog:
             now = time.monotonic()
             for run in list(self._runs):
                 started, bundle = run.started, run.bundle
-                if started and bundle is not None and not run.stopped and now - started > RUN_S_MAX:
+                if started and bundle is not None and not run.stopped and now - started > run.seconds_max:
                     run.stopped = (
-                        f"a batch of model {bundle.reference} ran for more than {RUN_S_MAX:g} s and was stopped"
+                        f"a batch of model {bundle.reference} ran for more than {run.seconds_max:g} s and was stopped"
                     )
                     run.options.terminate = True
                     log.error("%s", run.stopped)
 
     def stop(self) -> None:
+        """Ends what still runs, too."""
         self.stopped.set()
+        for run in list(self._runs):
+            if run.started and run.bundle is not None:
+                run.stopped = run.stopped or f"model {run.bundle.reference} was stopped with the server"
+                run.options.terminate = True
 
 
 class Crashes:
@@ -111,6 +120,7 @@ class Crashes:
     def __init__(self, directory: Path) -> None:
         """Reads what earlier processes left. Where the directory cannot be used, nothing is counted, and the log says so."""
         self._directory = directory
+        self.file = directory / "crashes.json"
         self._counts: dict[str, int] = {}
         self._places: mmap.mmap | None = None
         self._taken = 0
@@ -145,18 +155,22 @@ class Crashes:
             self._places[place * _PLACE + 48] = runs
 
     def _open(self) -> None:
-        """This process's own two files. The lock on one says that the process is there."""
-        handle, name = tempfile.mkstemp(".trace", f"{os.getpid()}-", self._directory)
-        self._trace: IO[bytes] = os.fdopen(handle, "wb")  # kept open until the end
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with open(Path(name).with_suffix(".running"), "w+b") as file:
-            file.truncate(_PLACES * _PLACE)
+        """This process's own two files. The lock on one says that the process is there.
+
+        Their names are nobody else's: in containers with one directory, processes may have one number.
+        """
+        trace = self._directory / f"{os.getpid()}-{secrets.token_hex(8)}.trace"
+        self._trace: IO[bytes] = open(trace, "xb")  # noqa: SIM115 kept open until the end
+        fcntl.flock(self._trace, fcntl.LOCK_EX)
+        with open(trace.with_suffix(".running"), "x+b") as file:
+            file.write(bytes(_PLACES * _PLACE))  # not a hole: on a full disk a page of one ends the process
+            file.flush()
             self._places = mmap.mmap(file.fileno(), _PLACES * _PLACE)
         faulthandler.enable(self._trace, all_threads=True)
 
     def _read(self) -> dict[str, int]:
         """Counts what processes that are gone have left, and removes it."""
-        file = self._directory / "crashes.json"
+        file = self.file
         try:
             counts = {str(key): int(value) for key, value in json.loads(read_file(file, _BYTES_MAX)).items()}
         except (OSError, ValueError, AttributeError, TypeError):
