@@ -88,7 +88,8 @@ def measured(directory: Path, seconds: float) -> dict[str, Any]:
         rows = [asyncio.run(load(server.address, count, seconds)) for count in SESSIONS]
         alone = redis_alone(directory / "server" / "data" / "redis.sock", bundle.schema.state_nbytes, seconds / 3)
     return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "load_before": busy, "state_tensors": len(bundle.schema.state),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(),
+        "load_before": busy, "state_tensors": len(bundle.schema.state),
         "state_nbytes": bundle.schema.state_nbytes, "import_s": import_s, "plain_steps_per_s": plain, "rows": rows,
         "redis_values_per_s": alone,
     }  # fmt: skip
@@ -161,7 +162,8 @@ def page(found: dict[str, Any]) -> str:
         for row in found["rows"]
     ]
     return TEXT.format(
-        date=found["date"], busy=found["load_before"], tensors=found["state_tensors"], nbytes=found["state_nbytes"], import_s=found["import_s"],
+        date=found["date"], busy=found["load_before"],
+        tensors=found["state_tensors"], nbytes=found["state_nbytes"], import_s=found["import_s"],
         machine="\n".join(f"- {key}: {value}" for key, value in found["machine"].items()), rows="\n".join(rows),
         batch=BATCH, plain=found["plain_steps_per_s"], pipelined=PIPELINED, redis=found["redis_values_per_s"],
         redis_mb=found["redis_values_per_s"] * found["state_nbytes"] / 1e6,

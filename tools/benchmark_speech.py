@@ -109,7 +109,8 @@ def measured(graph: Path, seconds: float) -> dict[str, Any]:
     best = max(rates, key=lambda name: rates[name])
     version = importlib.metadata.version("silero-vad")
     return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "load_before": busy, "model": f"silero-vad {version}",
+        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(),
+        "load_before": busy, "model": f"silero-vad {version}",
         "ceilings_sessions": {name: rate * PERIOD_S for name, rate in rates.items()}, "ceiling": best,
         "wrapper": wrapper_kind, "wrapper_sessions": wrapper * PERIOD_S, "engram": sessions,
         "of_ceiling": {name: one["sessions"] / (rates[best] * PERIOD_S) for name, one in sessions.items()},
@@ -301,7 +302,8 @@ def page(found: dict[str, Any]) -> str:
         p99 = "-" if one["p99_ms"] is None else f"{one['p99_ms']:.1f}"
         rows.append(f"| Engram, `{name}` | {one['sessions']:,} | {p99} | {found['of_ceiling'][name]:.2f} |")
     return TEXT.format(
-        date=found["date"], busy=found["load_before"], model=found["model"], frame=FRAME, period=1000 * PERIOD_S, connections=CONNECTIONS, groups=GROUPS,
+        date=found["date"], busy=found["load_before"],
+        model=found["model"], frame=FRAME, period=1000 * PERIOD_S, connections=CONNECTIONS, groups=GROUPS,
         machine="\n".join(f"- {key}: {value}" for key, value in found["machine"].items()), rows="\n".join(rows), best=best,
     )  # fmt: skip
 
