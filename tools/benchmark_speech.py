@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,7 @@ on this machine; the most sessions of which 99 of 100 answers come within {perio
 frames/s x {period:.0f} ms, whatever the latency.
 
 {machine}
+- load of the machine before: {busy:.1f}
 
 | what | sessions | p99 ms | of the ceiling |
 |---|---:|---:|---:|
@@ -82,6 +84,7 @@ def main() -> int:
 
 
 def measured(graph: Path, seconds: float) -> dict[str, Any]:
+    busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as scratch:
         directory = Path(scratch)
         say("imports the model")
@@ -106,7 +109,8 @@ def measured(graph: Path, seconds: float) -> dict[str, Any]:
     best = max(rates, key=lambda name: rates[name])
     version = importlib.metadata.version("silero-vad")
     return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "model": f"silero-vad {version}",
+        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(),
+        "load_before": busy, "model": f"silero-vad {version}",
         "ceilings_sessions": {name: rate * PERIOD_S for name, rate in rates.items()}, "ceiling": best,
         "wrapper": wrapper_kind, "wrapper_sessions": wrapper * PERIOD_S, "engram": sessions,
         "of_ceiling": {name: one["sessions"] / (rates[best] * PERIOD_S) for name, one in sessions.items()},
@@ -298,7 +302,8 @@ def page(found: dict[str, Any]) -> str:
         p99 = "-" if one["p99_ms"] is None else f"{one['p99_ms']:.1f}"
         rows.append(f"| Engram, `{name}` | {one['sessions']:,} | {p99} | {found['of_ceiling'][name]:.2f} |")
     return TEXT.format(
-        date=found["date"], model=found["model"], frame=FRAME, period=1000 * PERIOD_S, connections=CONNECTIONS, groups=GROUPS,
+        date=found["date"], busy=found["load_before"],
+        model=found["model"], frame=FRAME, period=1000 * PERIOD_S, connections=CONNECTIONS, groups=GROUPS,
         machine="\n".join(f"- {key}: {value}" for key, value in found["machine"].items()), rows="\n".join(rows), best=best,
     )  # fmt: skip
 
