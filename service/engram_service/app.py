@@ -228,4 +228,4 @@ def _expose(metrics: Metrics, core: Core, store: Store, memories: Memories, devi
     if not device.is_cpu:
         metrics.read_with(metrics.device_memory_bytes, device.memory_allocated, device.name)
     else:
-        metrics.read_with(metrics.device_memory_bytes, arenas, str(device))
+        metrics.read_with(metrics.device_memory_bytes, arenas, device.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from engram_service.settings import Settings
 Connect = Callable[[ServerProcess], Any]
 
 ENDLESS = 1e15
-SHORT_PATIENCE = "from engram_service import catalog\ncatalog._PATIENCE_S = 1.0\n"
+SHORT_PATIENCE = "from engram_service import catalog\ncatalog._PATIENCE_S = 1.0, 60.0\n"
 CRASHING_CHECK = """
 import ctypes
 from engram_models.graph_step import GraphStep
@@ -105,8 +106,7 @@ def test_a_server_that_examines_a_model_stops_at_once(tmp_path: Path) -> None:
         process = subprocess.Popen(
             [*command, "--data-dir", str(tmp_path / "data"), *server.flags], stdout=log, stderr=log
         )
-    time.sleep(3)
-    assert ready(server).startswith("not ready")
+    until(lambda: ready(server).startswith("not ready"))
     process.terminate()
     assert process.wait(5) == 0
 
@@ -116,6 +116,7 @@ def test_a_model_that_takes_its_time_does_not_hold_up_the_others(tmp_path: Path,
     write_looping(tmp_path / "models", "to-the-end", ENDLESS)
     server = server_of(tmp_path, SHORT_PATIENCE).start()
     raw = connect(server)
+    until(lambda: not raw.open("there", model="good").errors)
     assert first_step(raw, "good") == 1
     assert "models: some are still being loaded" in ready(server)
     began = time.monotonic()
@@ -128,6 +129,15 @@ def ready(server: ServerProcess) -> str:
             return str(answer.read().decode())
     except urllib.error.HTTPError as error:
         return error.read().decode()
+    except OSError:
+        return "not there"
+
+
+def until(there: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 30
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_model_that_ends_the_process_as_it_is_loaded_is_refused_after_the_second_time(
@@ -178,6 +188,23 @@ def test_what_no_examination_finds_is_found_out_again(
     (file,) = (tmp_path / "cache").iterdir()
     file.write_text(kept)
     assert known.of(bundle, 64) == Examination(None, TILE_ROWS)
+
+
+@pytest.mark.parametrize("kept", ["[" * 100_000, "[]", '{"f": 1e999}', '{"f": []}', "\x00"])
+def test_what_no_server_left_in_its_directory_is_passed_over(kept: str, tmp_path: Path) -> None:
+    (tmp_path / "crashes.json").write_text(kept)
+    (tmp_path / "1.trace").mkdir()
+    os.mkfifo(tmp_path / "2.trace")
+    (tmp_path / "3.trace").write_bytes(bytes(range(256)))
+    script = f"""
+from pathlib import Path
+from engram_service.runtimes.watchdog import Crashes
+crashes = Crashes(Path({str(tmp_path)!r}))
+crashes.running(5, "f" * 32)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=20)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert len(list(tmp_path.glob("*.running"))) == 1
 
 
 @pytest.mark.parametrize(("rounds", "expected"), [(3e5, Examination(None, TILE_ROWS)), (3, Examination(1, 1))])

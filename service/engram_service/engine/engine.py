@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from engram_service.catalog import Catalog, Served
 from engram_service.engine.records import pack_records
 from engram_service.metrics import Metrics
+from engram_service.runtimes.base import RuntimeStopped
 from engram_service.scheduler import FIXED_ROWS, Tick
 from engram_service.sessions.admission import FEEDBACK
 from engram_service.sessions.table import Reference, References, SessionTable
@@ -166,7 +167,8 @@ class Engine:
         try:
             advance, states = self._advance(served, tick)
         except Exception as error:  # the cell's own failure; the engine must live on
-            log.exception("a tick of %s failed", served.reference)
+            if not isinstance(error, RuntimeStopped):  # of which the watchdog has told
+                log.exception("a tick of %s failed", served.reference)
             self._queue.finished()
             self._answers.failed(served, tick, error)
             return None
