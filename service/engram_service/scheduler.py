@@ -93,6 +93,18 @@ class Tick:
         """The sessions' rows, which are pinned: the sessions are busy until the tick is answered."""
         return self.sessions.rows
 
+    def halves(self) -> list[Tick]:
+        """The same rows as two ticks that have no session in common; none where there is one session alone."""
+        sessions = np.unique(self.rows)
+        if len(sessions) < 2:
+            return []
+        first = np.isin(self.rows, sessions[: len(sessions) // 2])
+        found: list[Tick] = []
+        for wanted in (first, ~first):
+            parts = [(part.batch, part.index[wanted[part.start :][: len(part.index)]]) for part in self.parts]
+            found.append(replace(_tick([(batch, index) for batch, index in parts if len(index)]), turn=self.turn))
+        return found
+
 
 class Scheduler:
     """The rows that wait for one model."""

@@ -89,6 +89,44 @@ def test_outcomes_of_another_number_of_rows_are_an_error_and_never_spread_over_t
                 step([np.full((4, 2), rows, np.float32)], [states])
 
 
+def test_a_row_that_a_model_fails_on_disturbs_no_other_row(tmp_path: Path, connect: Connect) -> None:
+    """y = table[x], h' = h + y: an x beyond the table is an error of the whole batch to whoever runs it."""
+    schema = Schema(
+        (TensorSpec("x", "int64", ()),),
+        (TensorSpec("y", "float32", ()),),
+        (TensorSpec("h", "float32", (), "recurrent"),),
+    )
+    node, tensor = helper.make_node, helper.make_tensor_value_info
+    nodes = [node("Gather", ["table", "x"], ["y"]), node("Add", ["h", "y"], ["next_h"])]
+    values = [tensor(name, TensorProto.FLOAT, ["batch"]) for name in ("h", "y", "next_h")]
+    inputs = [tensor("x", TensorProto.INT64, ["batch"]), values[0]]
+    table = helper.make_tensor("table", TensorProto.FLOAT, [5], [1, 2, 4, 8, 16])
+    made = helper.make_graph(nodes, "words", inputs, values[1:], [table])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString()
+    words = [np.arange(CHECK_STEPS * CHECK_ROWS).reshape(CHECK_STEPS, CHECK_ROWS) % 5]
+    check = CheckVector.record(schema, GraphStep(model, schema), words, [np.zeros(CHECK_ROWS, np.float32)])
+    write_graph_bundle(tmp_path / "models", "words", "1", model, schema, check)
+    with server_of(tmp_path) as server:
+        raw = connect(server)
+        handles = np.frombuffer(raw.open(*(f"w{n}" for n in range(40)), model="words").handles, np.uint32)
+        for seq in (1, 2):
+            given = np.arange(40) % 5
+            if seq == 1:
+                given[[3, 17]] = 9
+            raw.steps(handles.tolist(), [1 + (seq == 2 and n not in (3, 17)) for n in range(40)], given.tobytes())
+            good, bad = {}, set()
+            while len(good) + len(bad) < 40:
+                frame = raw.next()
+                if frame.WhichOneof("frame") == "errors":
+                    bad |= set(np.frombuffer(frame.errors.handles, np.uint32).tolist())
+                elif frame.WhichOneof("frame") == "outputs":
+                    outputs = np.frombuffer(frame.outputs.outputs, np.float32).tolist()
+                    good |= dict(zip(np.frombuffer(frame.outputs.handles, np.uint32).tolist(), outputs, strict=True))
+            assert bad == (set(handles[[3, 17]].tolist()) if seq == 1 else set())
+            expected = {int(handle): 2.0 ** (n % 5) for n, handle in enumerate(handles) if int(handle) not in bad}
+            assert good == expected
+
+
 def test_a_server_that_examines_a_model_stops_at_once(tmp_path: Path) -> None:
     write_looping(tmp_path / "models", "endless", ENDLESS)
     server = server_of(tmp_path)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from engram_service.catalog import Catalog, Served
 from engram_service.engine.records import pack_records
 from engram_service.metrics import Metrics
-from engram_service.runtimes.base import RuntimeStopped
+from engram_service.runtimes.base import Advanced, RuntimeStopped
 from engram_service.scheduler import FIXED_ROWS, Tick
 from engram_service.sessions.admission import FEEDBACK
 from engram_service.sessions.table import Reference, References, SessionTable
@@ -67,10 +68,14 @@ class Answers(Protocol):
         """The store's word on an interval commit of these sessions."""
 
     def failed(self, served: Served, tick: Tick, error: Exception) -> None:
-        """The cell raised: nothing of the tick was committed."""
+        """The model raised: nothing of the tick was committed."""
 
     def unpacked(self, advance: Advance, error: Exception) -> None:
         """The commit of a tick could not be put together: nothing of it was committed."""
+
+
+class _Untouched(Exception):
+    """A tick failed before anything of it was applied."""
 
 
 class _Line:
@@ -163,18 +168,36 @@ class Engine:
 
     def _tick(self, model: int, tick: Tick) -> Commit | None:
         """Computes a tick; what is to be committed of it, if anything."""
-        served = self._catalog.models[model]
         try:
-            advance, states = self._advance(served, tick)
-        except Exception as error:  # the cell's own failure; the engine must live on
-            if not isinstance(error, RuntimeStopped):  # of which the watchdog has told
-                log.exception("a tick of %s failed", served.reference)
+            found = self._advanced(self._catalog.models[model], tick)
+        finally:
             self._queue.finished()
-            self._answers.failed(served, tick, error)
-            return None
-        self._queue.finished()
-        self._answers.advanced(advance)
-        return self._tick_commit(advance, states)
+        commits: list[Commit] = []
+        for advance, states in found:
+            self._answers.advanced(advance)
+            if (commit := self._tick_commit(advance, states)) is not None:
+                commits.append(commit)
+        for commit in commits[1:]:  # of a tick that was tried by halves
+            if (job := commit()) is not None:
+                self._store.submit(job)
+        return commits[0] if commits else None
+
+    def _advanced(self, served: Served, tick: Tick) -> list[tuple[Advance, list[NDArray[np.uint8]]]]:
+        """`_advance`. A row may have numbers that the model fails on (an index beyond its table): that is its session's matter,
+        so a batch that failed is tried again by halves."""
+        try:
+            return [self._advance(served, tick)]
+        except _Untouched as untouched:
+            if halves := tick.halves():
+                return [found for half in halves for found in self._advanced(served, half)]
+            error: BaseException = untouched.__cause__ or untouched
+        except Exception as other:  # the cell's own failure; the engine must live on
+            error = other
+        assert isinstance(error, Exception)
+        if not isinstance(error, RuntimeStopped):  # of which the watchdog has told
+            log.error("a tick of %s failed", served.reference, exc_info=error)
+        self._answers.failed(served, tick, error)
+        return []
 
     def _advance(self, served: Served, tick: Tick) -> tuple[Advance, list[NDArray[np.uint8]]]:
         """Runs the tick's waves. The new states are in the arena, and come back as bytes for each session's last row."""
@@ -185,12 +208,13 @@ class Engine:
         if feedback is not None and not feedback.any():
             feedback = None
         if tick.last is None:
-            result = served.runtime.step(slots, inputs, feedback)
+            result = _first(served, slots, inputs, feedback)
             outputs, states = result.outputs, result.states
         else:
             outputs = np.empty((len(tick), served.arena.output_nbytes), np.uint8)
-            for wave in tick.waves:
-                result = served.runtime.step(slots[wave], inputs[wave], None if feedback is None else feedback[wave])
+            for number, wave in enumerate(tick.waves):
+                step = served.runtime.step if number else partial(_first, served)
+                result = step(slots[wave], inputs[wave], None if feedback is None else feedback[wave])
                 outputs[wave] = result.outputs
             states = [served.arena.packed(slots[tick.last])]
         served.arena.keep(slots, tick.seqs, outputs)
@@ -276,6 +300,18 @@ class Engine:
         self._queue.took(advance.served.index, rows, advance.computed - advance.started)
         metrics.stage_seconds.labels("queue").observe(advance.started - advance.tick.parts[0].batch.arrived)
         metrics.stage_seconds.labels("compute").observe(advance.computed - advance.started)
+
+
+def _first(
+    served: Served, slots: NDArray[np.int32], inputs: NDArray[np.uint8], feedback: NDArray[np.bool_] | None
+) -> Advanced:
+    """A tick's first step. Raises _Untouched where the model failed on it."""
+    try:
+        return served.runtime.step(slots, inputs, feedback)
+    except RuntimeStopped:  # as slow the second time
+        raise
+    except Exception as error:
+        raise _Untouched from error
 
 
 def _inputs(tick: Tick) -> NDArray[np.uint8]:
