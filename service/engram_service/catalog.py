@@ -33,7 +33,7 @@ Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 15.0  # of a start with one model
+_PATIENCE_S = (30.0, 120.0)  # of a start with one model, and with all
 _LOOK_S = 0.25
 
 
@@ -141,9 +141,10 @@ class Catalog:
 
     async def begun(self, loading: asyncio.Task[list[str]], stop: asyncio.Event) -> None:
         """Waits for the first `reload` as long as it goes on: one model may take its time without holding up the others."""
+        (patience, in_all), began = _PATIENCE_S, time.monotonic()
         while not loading.done() and not stop.is_set():
-            since = self._since
-            if since is not None and time.monotonic() - since > _PATIENCE_S:
+            now = time.monotonic()
+            if (self._since is not None and now - self._since > patience) or now - began > in_all:
                 log.warning("serving begins without the models that are still being looked at")
                 return
             await asyncio.wait({loading}, timeout=_LOOK_S)

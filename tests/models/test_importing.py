@@ -317,6 +317,25 @@ def test_time_is_no_batch(name: str | None, tmp_path: Path, capsys: pytest.Captu
     assert bundle.one_by_one
 
 
+def test_a_shape_without_the_batch_fits_where_two_dimensions_may_be_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = zoo.Net(34)
+    net.op("ReduceMean", net.op("MatMul", net.weight(5, 8), "frames"), net.const([2]), keepdims=0, out="seen")
+    net.op("Tanh", net.op("Add", "seen", "h"), out="y")
+    net.op("Mul", "y", net.const(0.5), out="h_out")
+    frames = ["frames_dynamic_axes_1", 8, "frames_dynamic_axes_2"]  # as torch names them
+    inputs = {"frames": ("float32", frames), "h": ("float32", ["h_dynamic_axes_1", 5])}
+    kind = ("float32", [frames[0], 5])
+    path = write(net.model(inputs, {"y": kind, "h_out": kind}), tmp_path)
+    assert "--shape frames=8xSIZE" in refused(capsys, path)
+    bundle = bring(path, "--shape", "frames=8x3")
+    assert (bundle.batch, bundle.schema.inputs[0].shape) == ("any", (8, 3))
+    assert "--shape: dimension 1 of 'frames' is 8 in the file" in refused(
+        capsys, path.rename(tmp_path / "other.onnx"), "--shape", "frames=7x3"
+    )
+
+
 def test_dimensions_without_names_are_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     net = zoo.Net(34)
     w, r, b = net.weight(1, 36, 6), net.weight(1, 36, 12), net.weight(1, 72)

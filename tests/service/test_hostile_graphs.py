@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from engram_service.settings import Settings
 Connect = Callable[[ServerProcess], Any]
 
 ENDLESS = 1e15
-SHORT_PATIENCE = "from engram_service import catalog\ncatalog._PATIENCE_S = 1.0\n"
+SHORT_PATIENCE = "from engram_service import catalog\ncatalog._PATIENCE_S = 1.0, 60.0\n"
 CRASHING_CHECK = """
 import ctypes
 from engram_models.graph_step import GraphStep
@@ -88,6 +89,44 @@ def test_outcomes_of_another_number_of_rows_are_an_error_and_never_spread_over_t
                 step([np.full((4, 2), rows, np.float32)], [states])
 
 
+def test_a_row_that_a_model_fails_on_disturbs_no_other_row(tmp_path: Path, connect: Connect) -> None:
+    """y = table[x], h' = h + y: an x beyond the table is an error of the whole batch to whoever runs it."""
+    schema = Schema(
+        (TensorSpec("x", "int64", ()),),
+        (TensorSpec("y", "float32", ()),),
+        (TensorSpec("h", "float32", (), "recurrent"),),
+    )
+    node, tensor = helper.make_node, helper.make_tensor_value_info
+    nodes = [node("Gather", ["table", "x"], ["y"]), node("Add", ["h", "y"], ["next_h"])]
+    values = [tensor(name, TensorProto.FLOAT, ["batch"]) for name in ("h", "y", "next_h")]
+    inputs = [tensor("x", TensorProto.INT64, ["batch"]), values[0]]
+    table = helper.make_tensor("table", TensorProto.FLOAT, [5], [1, 2, 4, 8, 16])
+    made = helper.make_graph(nodes, "words", inputs, values[1:], [table])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString()
+    words = [np.arange(CHECK_STEPS * CHECK_ROWS).reshape(CHECK_STEPS, CHECK_ROWS) % 5]
+    check = CheckVector.record(schema, GraphStep(model, schema), words, [np.zeros(CHECK_ROWS, np.float32)])
+    write_graph_bundle(tmp_path / "models", "words", "1", model, schema, check)
+    with server_of(tmp_path) as server:
+        raw = connect(server)
+        handles = np.frombuffer(raw.open(*(f"w{n}" for n in range(40)), model="words").handles, np.uint32)
+        for seq in (1, 2):
+            given = np.arange(40) % 5
+            if seq == 1:
+                given[[3, 17]] = 9
+            raw.steps(handles.tolist(), [1 + (seq == 2 and n not in (3, 17)) for n in range(40)], given.tobytes())
+            good, bad = {}, set()
+            while len(good) + len(bad) < 40:
+                frame = raw.next()
+                if frame.WhichOneof("frame") == "errors":
+                    bad |= set(np.frombuffer(frame.errors.handles, np.uint32).tolist())
+                elif frame.WhichOneof("frame") == "outputs":
+                    outputs = np.frombuffer(frame.outputs.outputs, np.float32).tolist()
+                    good |= dict(zip(np.frombuffer(frame.outputs.handles, np.uint32).tolist(), outputs, strict=True))
+            assert bad == (set(handles[[3, 17]].tolist()) if seq == 1 else set())
+            expected = {int(handle): 2.0 ** (n % 5) for n, handle in enumerate(handles) if int(handle) not in bad}
+            assert good == expected
+
+
 def test_a_server_that_examines_a_model_stops_at_once(tmp_path: Path) -> None:
     write_looping(tmp_path / "models", "endless", ENDLESS)
     server = server_of(tmp_path)
@@ -105,8 +144,7 @@ def test_a_server_that_examines_a_model_stops_at_once(tmp_path: Path) -> None:
         process = subprocess.Popen(
             [*command, "--data-dir", str(tmp_path / "data"), *server.flags], stdout=log, stderr=log
         )
-    time.sleep(3)
-    assert ready(server).startswith("not ready")
+    until(lambda: ready(server).startswith("not ready"))
     process.terminate()
     assert process.wait(5) == 0
 
@@ -116,6 +154,7 @@ def test_a_model_that_takes_its_time_does_not_hold_up_the_others(tmp_path: Path,
     write_looping(tmp_path / "models", "to-the-end", ENDLESS)
     server = server_of(tmp_path, SHORT_PATIENCE).start()
     raw = connect(server)
+    until(lambda: not raw.open("there", model="good").errors)
     assert first_step(raw, "good") == 1
     assert "models: some are still being loaded" in ready(server)
     began = time.monotonic()
@@ -128,6 +167,15 @@ def ready(server: ServerProcess) -> str:
             return str(answer.read().decode())
     except urllib.error.HTTPError as error:
         return error.read().decode()
+    except OSError:
+        return "not there"
+
+
+def until(there: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 30
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_model_that_ends_the_process_as_it_is_loaded_is_refused_after_the_second_time(
@@ -178,6 +226,23 @@ def test_what_no_examination_finds_is_found_out_again(
     (file,) = (tmp_path / "cache").iterdir()
     file.write_text(kept)
     assert known.of(bundle, 64) == Examination(None, TILE_ROWS)
+
+
+@pytest.mark.parametrize("kept", ["[" * 100_000, "[]", '{"f": 1e999}', '{"f": []}', "\x00"])
+def test_what_no_server_left_in_its_directory_is_passed_over(kept: str, tmp_path: Path) -> None:
+    (tmp_path / "crashes.json").write_text(kept)
+    (tmp_path / "1.trace").mkdir()
+    os.mkfifo(tmp_path / "2.trace")
+    (tmp_path / "3.trace").write_bytes(bytes(range(256)))
+    script = f"""
+from pathlib import Path
+from engram_service.runtimes.watchdog import Crashes
+crashes = Crashes(Path({str(tmp_path)!r}))
+crashes.running(5, "f" * 32)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=20)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert len(list(tmp_path.glob("*.running"))) == 1
 
 
 @pytest.mark.parametrize(("rounds", "expected"), [(3e5, Examination(None, TILE_ROWS)), (3, Examination(1, 1))])

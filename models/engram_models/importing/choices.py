@@ -104,7 +104,7 @@ def plans_of(
     groups = list(kinds.values())
     options = [choices[group[0].tensor] for group in groups]
     ordered = sorted(islice(product(*(range(len(one)) for one in options)), 4096), key=sum)[:PLANS_MAX]
-    plans, missing = [], None
+    plans, missing, misfit = [], None, None
     for picks in ordered:
         axes = {
             line.tensor: option[pick]
@@ -115,6 +115,10 @@ def plans_of(
             plans.append((axes, {line.tensor: full_dims(line, axes[line.tensor], flags, sizes) for line in lines}))
         except Missing as error:
             missing = missing or error
+        except ImportRefused as error:  # what --shape says does not go with the batch there
+            misfit = misfit or error
+    if misfit and not plans and not missing:
+        raise misfit
     return plans, missing
 
 

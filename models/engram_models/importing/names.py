@@ -40,6 +40,7 @@ _RATE_WORDS = frozenset(("sr", "rate", "fs", "samplerate", "hz"))
 _IN_TAILS: tuple[Words, ...] = ((), ("0",), ("t", "1"), ("tm", "1"), ("t",), ("t", "0"))
 _OUT_TAILS: tuple[Words, ...] = ((), ("n",), ("t",), ("1",), ("t", "1"), ("tp", "1"), ("t", "n"))
 _ENDS: tuple[tuple[Words, Words], ...] = ((("i",), ("o",)),)  # r1i, r1o
+_PLACE = re.compile(r"_dynamic_axes_\d+$")
 _KEY_VALUES: tuple[Words, ...] = (("past", "key", "values"), ("present", "key", "values"))
 _AFFIXES = (  # of one word: (before the input's, after it, before the output's, after it)
     ("", "in", "", "out"), ("", "i", "", "o"), ("", "", "", "n"), ("", "", "", "out"), ("", "", "", "new"),
@@ -115,12 +116,17 @@ def is_rate(name: str) -> bool:
 
 
 def is_batch_dim(name: str) -> bool:
-    said = () if name.startswith("?") else words(name)  # an unnamed one, whose place says nothing
+    said = _said_of_dim(name)
     return any(word in _BATCH_WORDS for word in said) and not any(word in _TIME_WORDS - {"t"} for word in said)
 
 
 def is_time_dim(name: str) -> bool:
-    return not name.startswith("?") and any(word in _TIME_WORDS for word in words(name)) and not is_batch_dim(name)
+    return any(word in _TIME_WORDS for word in _said_of_dim(name)) and not is_batch_dim(name)
+
+
+def _said_of_dim(name: str) -> Words:
+    """Nothing, where a tensor's name and a place are all that an exporter has written: `length_dynamic_axes_1`."""
+    return () if name.startswith("?") or _PLACE.search(name) else words(name)
 
 
 def _said(name: str) -> Words:

@@ -173,11 +173,11 @@ class Crashes:
         file = self.file
         try:
             counts = {str(key): int(value) for key, value in json.loads(read_file(file, _BYTES_MAX)).items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             counts = {}
         before = dict(counts)
         for trace in self._directory.glob("*.trace"):
-            if (fingerprint := _crashed(trace)) is not None:
+            if trace.is_file() and (fingerprint := _crashed(trace)) is not None:
                 if fingerprint:
                     counts[fingerprint] = counts.get(fingerprint, 0) + 1
                     log.error("a model with fingerprint %s has ended this server's last process", fingerprint)
