@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ Written by `make bench-large` on {date}. {tensors} state tensors, {nbytes:,} byt
 step writes all of it to Redis (durability `step`) before it is answered. Client, server and Redis share this machine:
 
 {machine}
+- load of the machine before: {busy:.1f}
 
 | sessions | steps/s, which are records/s | MB/s of state | p50 ms | p99 ms |
 |---:|---:|---:|---:|---:|
@@ -69,6 +71,7 @@ def main() -> int:
 def measured(directory: Path, seconds: float) -> dict[str, Any]:
     import zoo
 
+    busy = os.getloadavg()[0]
     path = zoo.streaming_transformer(LAYERS, WIDTH, LEFT).write(directory)
     say("imports the model")
     begun = time.perf_counter()
@@ -85,7 +88,8 @@ def measured(directory: Path, seconds: float) -> dict[str, Any]:
         rows = [asyncio.run(load(server.address, count, seconds)) for count in SESSIONS]
         alone = redis_alone(directory / "server" / "data" / "redis.sock", bundle.schema.state_nbytes, seconds / 3)
     return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "state_tensors": len(bundle.schema.state),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(),
+        "load_before": busy, "state_tensors": len(bundle.schema.state),
         "state_nbytes": bundle.schema.state_nbytes, "import_s": import_s, "plain_steps_per_s": plain, "rows": rows,
         "redis_values_per_s": alone,
     }  # fmt: skip
@@ -158,7 +162,8 @@ def page(found: dict[str, Any]) -> str:
         for row in found["rows"]
     ]
     return TEXT.format(
-        date=found["date"], tensors=found["state_tensors"], nbytes=found["state_nbytes"], import_s=found["import_s"],
+        date=found["date"], busy=found["load_before"],
+        tensors=found["state_tensors"], nbytes=found["state_nbytes"], import_s=found["import_s"],
         machine="\n".join(f"- {key}: {value}" for key, value in found["machine"].items()), rows="\n".join(rows),
         batch=BATCH, plain=found["plain_steps_per_s"], pipelined=PIPELINED, redis=found["redis_values_per_s"],
         redis_mb=found["redis_values_per_s"] * found["state_nbytes"] / 1e6,

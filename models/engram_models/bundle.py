@@ -242,6 +242,8 @@ def _load(path: Path) -> Bundle:
     schema = _schema(path / MANIFEST, manifest)
     tensors = _tensors(path / WEIGHTS)
     for key, tensor in tensors.items():
+        if not key.startswith(("weight.", "initial.", "check.")):
+            raise BundleError(f"{path}: {key} is not a weight, an initial value or part of the check vector")
         if not key.startswith("check.") and not tensor.finite:
             raise BundleError(f"{path}: {key} has NaN or infinity")
     found = fingerprint(manifest["kind"], manifest["config"], schema, step["graph"], tensors)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engram_models.bundle import Bundle, BundleError, load_bundle
+from engram_models.bundle import WEIGHTS, Bundle, BundleError, load_bundle
 from engram_models.bundle_writing import write
 from engram_models.cell import Cell, State, torch_dtype
 from engram_models.check import CHECK_ROWS, CHECK_STEPS, Arrays, CheckError, CheckVector
@@ -109,7 +109,7 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
 
 def _load(bundle: Bundle, device: torch.device | str) -> Cell:
     weights = bundle.read_weights()
-    cell = _empty(bundle, sum(tensor.values.nbytes for tensor in weights.values()))
+    cell = _empty(bundle, (bundle.path / WEIGHTS).stat().st_size)
     _load_weights(bundle.path, cell, weights)
     cell.to(device).eval().requires_grad_(False)
     try:
@@ -120,7 +120,7 @@ def _load(bundle: Bundle, device: torch.device | str) -> Cell:
 
 
 def _empty(bundle: Bundle, nbytes: int) -> Cell:
-    """The untrained cell that the manifest describes, with the schema that it records. The bundle has `nbytes` of weights."""
+    """The untrained cell that the manifest describes, with the schema that it records. Its weights' file has `nbytes`."""
     kind = cell_type(bundle.kind)
     if kind is None:
         raise BundleError(f"{bundle.path}: kind {bundle.kind!r} is not a cell that this version has")

@@ -1,4 +1,4 @@
-"""Looks at a bundle in a process of its own: does it compute what it recorded, and how may its rows be batched?
+"""Looks at a bundle in a process of its own: does it compute what it recorded, how may its rows be batched, how slow is it?
 
 A graph from a stranger may take all memory, never end, or end its process; so it runs there first. For the service's catalog and
 `engram models check`.
@@ -7,19 +7,26 @@ A graph from a stranger may take all memory, never end, or end its process; so i
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+import threading
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from engram_models.bundle import GRAPH, WEIGHTS, Bundle, BundleError, load_bundle
 from engram_models.check import CheckError
 from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
 from engram_models.importing import sandbox
 from engram_models.importing.errors import ImportRefused
-from engram_models.probe import batch_floor
+from engram_models.probe import batch_floor, work
 
 TILE_ROWS = 32
+_TRIES = 3
 _SECONDS = 120.0
+_PROBE_S = 20.0  # a model for which the probe would take longer has a simpler answer
+_WORTH = 4  # a tile that costs so many rows alone is not worth it
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,40 +35,49 @@ class Examination:
 
     floor: int | None
     tile: int
+    row_s: float = field(default=0.0, compare=False)  # of a processor, that a row takes in such batches
 
     @property
     def batching(self) -> Batching:
         return Batching(self.floor, self.tile)
 
 
-def examine(bundle: Bundle, rows_max: int) -> Examination:
-    """Raises BundleError where it computes something else, or does what no bundle may do to the process that runs it."""
+def examine(bundle: Bundle, rows_max: int, stopped: threading.Event | None = None) -> Examination:
+    """Raises BundleError where it computes something else, or does what no bundle may do to the process that runs it.
+
+    Once `stopped` is set, it ends at once.
+    """
     size = sum((bundle.path / name).stat().st_size for name in (GRAPH, WEIGHTS))
-    arguments = {"path": str(bundle.path.absolute()), "rows_max": rows_max}
+    named = {"fingerprint": bundle.fingerprint, "graph": bundle.graph}
+    arguments = {"path": str(bundle.path.absolute()), "rows_max": rows_max, **named}
     with tempfile.TemporaryDirectory(prefix="engram-") as folder:
         try:
-            found = sandbox.run(f"{__name__}:examined", Path(folder), arguments, sandbox.memory_limit(size), _SECONDS)
+            found = sandbox.run(
+                f"{__name__}:examined", Path(folder), arguments, sandbox.memory_limit(size), _SECONDS, stopped=stopped
+            )
         except ImportRefused as error:
             raise BundleError(f"{bundle.path}: {error}") from error
     return Examination(**found)
 
 
-def checked_step(bundle: Bundle, batching: Batching) -> GraphStep:
-    """The bundle's step, after it has computed what was recorded. Raises BundleError."""
+def checked_step(bundle: Bundle, batching: Batching, options: Any = None) -> GraphStep:
+    """The bundle's step, after it has computed what was recorded; `options` are those of GraphStep. Raises BundleError."""
     try:
         step = GraphStep(bundle.read_graph(), bundle.schema, batching)
-        bundle.check.verify(bundle.schema, step, bundle.tolerance)
+        bundle.check.verify(bundle.schema, lambda inputs, states: step(inputs, states, options), bundle.tolerance)
     except (GraphError, CheckError) as error:
         raise BundleError(f"{bundle.path}: {error}") from error
     return step
 
 
-def examined(_: Path, path: str, rows_max: int) -> dict[str, Any]:
+def examined(_: Path, path: str, rows_max: int, fingerprint: str, graph: str) -> dict[str, Any]:
     """What `examine` has done in the process of its own. Raises ImportRefused, without the path."""
     from engram_models.importing.reading import check_graph, parse_model  # which has onnx
 
     try:
         bundle = load_bundle(Path(path))
+        if (bundle.fingerprint, bundle.graph) != (fingerprint, graph):
+            raise ImportRefused("its files were changed while it was examined")
         check_graph(parse_model(bundle.read_graph()))
         return asdict(_batching(bundle, rows_max))
     except BundleError as error:
@@ -70,11 +86,30 @@ def examined(_: Path, path: str, rows_max: int) -> dict[str, Any]:
 
 def _batching(bundle: Bundle, rows_max: int) -> Examination:
     if bundle.one_by_one:
-        checked_step(bundle, ALONE)
-        return Examination(None, 1)
+        return Examination(None, 1, _seconds(checked_step(bundle, ALONE), bundle, 1))
     step = checked_step(bundle, Batching())
+    alone, tile = _seconds(step, bundle, 1), _seconds(step, bundle, TILE_ROWS)
+    calls, rows = work(rows_max)
+    if calls * alone + (rows - calls) * max(0.0, tile - alone) / (TILE_ROWS - 1) > _PROBE_S:
+        return _tiled(step, bundle, alone, tile) if tile < _WORTH * alone else Examination(None, 1, alone)
     floor = batch_floor(step, bundle.schema, bundle.check, rows_max)
     if floor is not None:
-        return Examination(floor, 1)
+        return Examination(floor, 1, tile / TILE_ROWS)
+    return _tiled(step, bundle, alone, tile)
+
+
+def _tiled(step: GraphStep, bundle: Bundle, alone: float, tile: float) -> Examination:
     alike = batch_floor(step, bundle.schema, bundle.check, TILE_ROWS, [TILE_ROWS]) is not None
-    return Examination(None, TILE_ROWS if alike else 1)
+    return Examination(None, TILE_ROWS, tile / TILE_ROWS) if alike else Examination(None, 1, alone)
+
+
+def _seconds(step: GraphStep, bundle: Bundle, rows: int) -> float:
+    """Of a processor, that so many equal rows take: the least of a few."""
+    inputs = [np.repeat(values[0, :1], rows, 0) for values in bundle.check.inputs]
+    states = [np.repeat(values[:1], rows, 0) for values in bundle.check.before]
+    taken: list[float] = []
+    for _ in range(_TRIES):
+        started = time.thread_time()
+        step(inputs, states)
+        taken.append(time.thread_time() - started)
+    return min(taken)

@@ -88,11 +88,12 @@ class GraphStep:
     ) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
         """inputs and states [n, *shape] each, contiguous, in schema order -> outputs, states alike; constants are those given.
 
-        `options`: ONNX Runtime's RunOptions, through which another thread may stop the run. Raises what ONNX Runtime raises.
+        `options`: ONNX Runtime's RunOptions, through which another thread may stop the run. Raises what ONNX Runtime raises, and
+        GraphError where the outcomes are not as many rows.
         """
         given, rows = [*inputs, *states], len(inputs[0])
         if self._whole and rows % (self.batching.floor or 1) == 0:
-            outcomes = self._run(given, options)
+            outcomes = self._fitting(self._run(given, options), rows)
         else:
             outcomes = self._parted(given, rows, options)
         outputs, changed = outcomes[: len(self.schema.outputs)], iter(outcomes[len(self.schema.outputs) :])
@@ -110,7 +111,8 @@ class GraphStep:
                     np.asarray(array[part[0]], order="C") if spec.shared else array[index]
                     for array, spec in zip(given, self._given, strict=True)
                 ]
-                for whole, spec, new in zip(wholes, self._outcomes, self._run(values, options), strict=True):
+                results = self._fitting(self._run(values, options), len(index))
+                for whole, spec, new in zip(wholes, self._outcomes, results, strict=True):
                     whole[part] = new if spec.shared else new[: len(part)]
         return wholes
 
@@ -127,11 +129,31 @@ class GraphStep:
             yield np.flatnonzero(which == number)
 
     def _run(self, values: Sequence[NDArray[Any]], options: Any) -> list[NDArray[Any]]:
+        """One call. Raises GraphError where what comes has other rows or shapes than the schema: NumPy would spread one row to all."""
+        rows = len(values[0])
+        results = self._called(values, options)
+        for result, spec in zip(results, self._outcomes, strict=True):
+            if result.shape != (spec.shape if spec.shared else (rows, *spec.shape)):
+                wanted = spec.shape if spec.shared else (rows, *spec.shape)
+                raise GraphError(
+                    f"the graph gave {spec.name} of shape {result.shape} for {rows} rows, and not {wanted}"
+                )
+        return results
+
+    def _called(self, values: Sequence[NDArray[Any]], options: Any) -> list[NDArray[Any]]:
         if self._raw:
             return self._run_raw(values, options)
         results: list[NDArray[Any]] = self._session.run(
             self._outputs, dict(zip(self._inputs, values, strict=True)), options
         )
+        return results
+
+    def _fitting(self, results: list[NDArray[Any]], rows: int) -> list[NDArray[Any]]:
+        """The results, if they are of so many rows: a graph may have shapes that follow from numbers. Raises GraphError."""
+        for result, spec in zip(results, self._outcomes, strict=True):
+            wanted = spec.shape if spec.shared else (rows, *spec.shape)
+            if result.shape != wanted:
+                raise GraphError(f"the graph's {spec.name} came out as {list(result.shape)}, not {list(wanted)}")
         return results
 
     def _run_raw(self, values: Sequence[NDArray[Any]], options: Any) -> list[NDArray[Any]]:

@@ -49,6 +49,13 @@ def batch_floor(
     return None
 
 
+def work(batch_max: int) -> tuple[int, int]:
+    """How many calls, and rows in all of them, `batch_floor` makes at most."""
+    draws = [(size, -(-_ROWS_MIN // size)) for size in {*_sizes(batch_max)} if size > 0]
+    most = max(batch_max, FLOORS[-1])
+    return _STEPS * (1 + sum(n for _, n in draws)), _STEPS * (most + sum(size * n for size, n in draws))
+
+
 def _sizes(batch_max: int) -> list[int]:
     """Every small size, multiples of the floors around powers of two, where libraries change their ways, and others."""
     powers = [2**k for k in range(5, 13) if 2**k <= 2 * batch_max]

@@ -78,6 +78,7 @@ async def serve(settings: Settings) -> None:
         _register_cells(settings)
         loader = Loader(settings, device)
         catalog = Catalog(settings, loader, metrics)
+        stack.callback(catalog.close)
         core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits), supervisor)
         metrics.engine_threads.set(workers)
         core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers, supervisor)
@@ -94,7 +95,9 @@ async def serve(settings: Settings) -> None:
         server = Server(settings, access, certificate, health, streams, handlers, memory_handlers)
         _expose(metrics, core, store, memories, device)
 
-        await catalog.reload()
+        supervisor.thread("graphs watch", loader.watchdog.look, loader.watchdog.stopped).start()
+        if not await _load_models(catalog, supervisor, health, stop):
+            return
         _start_store(store, core, health)
         core.engine.start()
         gc.collect()
@@ -103,9 +106,6 @@ async def serve(settings: Settings) -> None:
         _announce(settings, port, http.address, device)
 
         loop.add_signal_handler(signal.SIGHUP, lambda: supervisor.once("models reload", catalog.reload()))
-        watchdog = supervisor.thread("graphs watch", loader.watchdog.look, loader.watchdog.stopped)
-        watchdog.start()
-        stack.callback(loader.watchdog.stop)
         supervisor.run("sweep", core.sweep)
         supervisor.run("residency", core.residency.beat)
         supervisor.run("models watch", catalog.watch)
@@ -118,6 +118,23 @@ async def serve(settings: Settings) -> None:
         queue.close()
         core.engine.join()
     log.info("stopped")
+
+
+async def _load_models(catalog: Catalog, supervisor: Supervisor, health: Health, stop: asyncio.Event) -> bool:
+    """The first look at the models. What takes long goes on in the background, and the server is not ready until then.
+    False: the server shall stop."""
+    loading = supervisor.once("models load", catalog.reload())
+    await catalog.begun(loading, stop)
+    if stop.is_set():
+        await supervisor.cancel()
+        log.info("stopped while models were loaded")
+        return False
+    if loading.done():
+        loading.result()
+        return True
+    health.fail("models", "some are still being loaded")
+    loading.add_done_callback(lambda _: health.clear("models"))
+    return True
 
 
 def _register_cells(settings: Settings) -> None:
@@ -211,4 +228,4 @@ def _expose(metrics: Metrics, core: Core, store: Store, memories: Memories, devi
     if not device.is_cpu:
         metrics.read_with(metrics.device_memory_bytes, device.memory_allocated, device.name)
     else:
-        metrics.read_with(metrics.device_memory_bytes, arenas, str(device))
+        metrics.read_with(metrics.device_memory_bytes, arenas, device.name)

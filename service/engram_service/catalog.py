@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from engram.v1 import model_pb2
-from engram_models.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, BundleError, BundleRef, Repository
+from engram_models.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, BundleError, BundleRef, Repository, version_key
 from engram_models.spec import TensorSpec
 from engram_service.errors import NotFound
 from engram_service.metrics import Metrics
@@ -31,6 +32,9 @@ _T = TypeVar("_T")
 Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
 log = logging.getLogger(__name__)
+
+_PATIENCE_S = (30.0, 120.0)  # of a start with one model, and with all
+_LOOK_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class Catalog:
         self._failed: dict[Path, _Failure] = {}
         self._told: list[str] = []  # what was wrong with the directories at the last look
         self._lock = asyncio.Lock()
+        self._since: float | None = None  # when the bundle that is being loaded was begun
         self._pool = ThreadPoolExecutor(1, "load")
 
     def resolve(self, name: str, version: str = "") -> Served:
@@ -125,11 +130,29 @@ class Catalog:
             for ref in found:
                 if (ref.name, ref.version) not in self._by_key:
                     await self._load(ref)
+                if (ref.name, ref.version) in self._by_key:  # served from now on, however long the next ones take
+                    versions = self._versions.setdefault(ref.name, [])
+                    self._versions[ref.name] = sorted({*versions, ref.version}, key=version_key)
             paths = {ref.path for ref in found}
             self._failed = {path: failure for path, failure in self._failed.items() if path in paths}
             self._versions = _versions([ref for ref in found if (ref.name, ref.version) in self._by_key])
             failed = [ref for ref in found if ref.path in self._failed]
             return [*errors, *(f"{ref.name}/{ref.version}: {self._failed[ref.path].why}" for ref in failed)]
+
+    async def begun(self, loading: asyncio.Task[list[str]], stop: asyncio.Event) -> None:
+        """Waits for the first `reload` as long as it goes on: one model may take its time without holding up the others."""
+        (patience, in_all), began = _PATIENCE_S, time.monotonic()
+        while not loading.done() and not stop.is_set():
+            now = time.monotonic()
+            if (self._since is not None and now - self._since > patience) or now - began > in_all:
+                log.warning("serving begins without the models that are still being looked at")
+                return
+            await asyncio.wait({loading}, timeout=_LOOK_S)
+
+    def close(self) -> None:
+        """Whatever is being loaded is given up."""
+        self._loader.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def watch(self) -> None:
         """Reloads when something in the directories changes; runs until cancelled."""
@@ -142,6 +165,7 @@ class Catalog:
         before, stamp = self._failed.get(ref.path), await self._in_thread(_stamp, ref)
         if before is not None and before.stamp == stamp and not before.passing:
             return
+        self._since = time.monotonic()
         try:
             served = await self._in_thread(self._build, ref, len(self.models))
         except Exception as error:  # whatever it is, it is this bundle's
@@ -152,6 +176,8 @@ class Catalog:
                 self._metrics.model_loads.labels("failed").inc()
                 log.error("model not served: %s/%s: %s", ref.name, ref.version, why)
             return
+        finally:
+            self._since = None
         self._failed.pop(ref.path, None)
         self.models.append(served)
         self._by_key[ref.name, ref.version] = served
@@ -172,7 +198,7 @@ class Catalog:
         runtime = self._loader.load(ref.path)
         bundle = runtime.arena.bundle
         layout = RecordLayout(bundle.fingerprint, bundle.schema.state_nbytes, bundle.schema.output_nbytes, runtime.code)
-        return Served(index, bundle, runtime, layout, Queries(bundle), self._loader.rows_max(bundle))
+        return Served(index, bundle, runtime, layout, Queries(bundle), self._loader.rows_max(bundle, runtime.row_s))
 
 
 def _stamp(ref: BundleRef) -> Stamp:

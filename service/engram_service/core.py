@@ -402,6 +402,9 @@ class Core:
     def failed(self, served: Served, tick: Tick, error: Exception) -> None:
         self._loop.call_soon_threadsafe(self._on_failed, served, tick, error)
 
+    def broken(self, advance: Advance, index: NDArray[np.intp], error: Exception) -> None:
+        self._loop.call_soon_threadsafe(self._on_broken, advance, index, error)
+
     def unpacked(self, advance: Advance, error: Exception) -> None:
         self._loop.call_soon_threadsafe(self._on_unpacked, advance, error)
 
@@ -493,10 +496,12 @@ class Core:
     def _on_failed(self, served: Served, tick: Tick, error: Exception) -> None:
         """The sessions go back to their records; their clients may send the same steps again."""
         advance = Advance(served, tick, np.empty((0, 0), np.uint8), 0.0, 0.0, unanswered=len(tick))
-        failed = f"model {served.reference} failed on a batch with this session: {type(error).__name__}"
-        what = str(error) if isinstance(error, RuntimeStopped) else failed
-        why = Internal("INTERNAL", f"{what}; nothing was applied", model=served.bundle.name)
-        self._go_back(advance, np.unique(tick.rows), None, why)
+        self._go_back(advance, np.unique(tick.rows), None, _failure(served, error))
+
+    def _on_broken(self, advance: Advance, index: NDArray[np.intp], error: Exception) -> None:
+        """Those of the tick that made it fail."""
+        self._settle(advance, index)
+        self._go_back(advance, np.unique(advance.tick.rows[index]), index, _failure(advance.served, error))
 
     def _on_unpacked(self, advance: Advance, error: Exception) -> None:
         sessions = advance.tick.rows[advance.committing]
@@ -772,3 +777,9 @@ class Core:
         await self.residency.flush_all(deadline)
         for stream in list(self.streams.values()):
             stream.end()
+
+
+def _failure(served: Served, error: Exception) -> Internal:
+    failed = f"model {served.reference} failed on this session's input: {type(error).__name__}"
+    what = str(error) if isinstance(error, RuntimeStopped) else failed
+    return Internal("INTERNAL", f"{what}; nothing was applied", model=served.bundle.name)

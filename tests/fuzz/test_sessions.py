@@ -30,7 +30,10 @@ from hypothesis.stateful import (
 
 import engram
 from engram.v1 import session_pb2
-from engram_models import LSTM, Cell, Hopfield, PatternMemory, load_cell, write_bundle
+from engram_models import LSTM, Bundle, GraphStep, Hopfield, PatternMemory, load_bundle, write_bundle
+from engram_models.examination import checked_step
+from engram_models.graph_step import Batching
+from engram_models.patterns import own_memory
 
 SIZE, OWN = 20, 3
 ROWS = 32  # of the reference's batch: every floor's multiple, as the servers' largest one
@@ -45,11 +48,16 @@ SERVERS = st.integers(0, 1)
 
 @dataclass(slots=True)
 class Pair:
-    """Two servers on one Redis, a client of each, and the cells that they serve."""
+    """Two servers on one Redis, a client of each, and the steps that they serve."""
 
     servers: list[Any]
     clients: list[engram.Client]
-    cells: dict[str, Cell]
+    steps: dict[str, GraphStep]
+    bundles: dict[str, Bundle]
+
+
+def _values(bundle: Bundle) -> dict[str, np.ndarray]:
+    return {name: tensor.values for name, tensor in bundle.read_weights().items()}
 
 
 @dataclass(slots=True)
@@ -57,8 +65,8 @@ class Expected:
     """What a session must be. `patterns`: of a memory, by label in their order, -1 and +1."""
 
     model: str
-    state: tuple[torch.Tensor, ...]  # [1, ...] each
-    last: torch.Tensor  # [1, output]
+    state: list[np.ndarray]  # [1, ...] each
+    last: np.ndarray  # [1, output]
     seq: int = 0
     patterns: dict[str, np.ndarray] = field(default_factory=dict)
     handle: tuple[int, engram.BlockingSession] | None = None  # the client that has it open, and its session
@@ -73,15 +81,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory, module_redis: Any, server_typ
     models = tmp_path_factory.mktemp("models")
     own = np.random.default_rng(3).choice([-1, 1], (OWN, SIZE))
     made = {"lstm": LSTM(4, 6, output_size=4), "hopfield": Hopfield.of(own, [f"own{row}" for row in range(OWN)])}
-    cells = {name: load_cell(write_bundle(models, name, "1", cell)) for name, cell in made.items()}
+    bundles = {name: load_bundle(write_bundle(models, name, "1", cell)) for name, cell in made.items()}
+    steps = {name: checked_step(bundle, Batching()) for name, bundle in bundles.items()}
     flags = ("--models", str(models), "--redis-url", module_redis.url, *QUICK)
     paths: list[pathlib.Path] = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     one, two = (server_type(path, *flags) for path in paths)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as an engine's thread
     with one, two, engram.Client(one.address, PATIENT) as first, engram.Client(two.address, PATIENT) as second:
-        yield Pair([one, two], [first, second], cells)
-    torch.set_num_threads(threads)
+        yield Pair([one, two], [first, second], steps, bundles)
 
 
 class Sessions(RuleBasedStateMachine):
@@ -100,29 +106,31 @@ class Sessions(RuleBasedStateMachine):
     # What must be
 
     def initial(self, model: str) -> Expected:
-        cell = self.pair.cells[model]
-        own = cell.memory() if isinstance(cell, Hopfield) else None
+        bundle = self.pair.bundles[model]
+        own = own_memory(bundle.config, _values(bundle)) if model == "hopfield" else None
         rows = {} if own is None else dict(zip(own.labels, PatternMemory.unpack(own.bits, SIZE), strict=True))
-        return Expected(model, tuple(cell.initial_state(1)), torch.zeros(1, *cell.output.shape), 0, rows)
+        return Expected(
+            model, bundle.initial_states(1), np.zeros((1, *bundle.schema.outputs[0].shape), np.float32), 0, rows
+        )
 
     def advance(self, one: Expected, xs: np.ndarray | None, count: int = 0) -> np.ndarray:
-        """The cell's outputs for these inputs, or for its own outputs; in a batch, as a server would."""
-        cell = self.pair.cells[one.model]
+        """The model's outputs for these inputs, or for its own outputs; in a batch, as a server would."""
+        step = self.pair.steps[one.model]
         outputs = []
         inputs: list[Any] = list(xs) if xs is not None else [None] * count
-        with torch.no_grad():
-            for x in inputs:
-                row = one.last if x is None else torch.from_numpy(x[None])
-                state = cell.state_type(*(tensor.expand(ROWS, *tensor.shape[1:]).clone() for tensor in one.state))
-                y, after = cell(row.expand(ROWS, -1).clone(), state)
-                one.state, one.last = tuple(tensor[:1].clone() for tensor in after), y[:1].clone()
-                outputs.append(y[0].numpy())
+        for x in inputs:
+            row = one.last if x is None else x[None]
+            (y,), after = step([np.repeat(row, ROWS, 0)], [np.repeat(tensor, ROWS, 0) for tensor in one.state])
+            one.state, one.last = [tensor[:1] for tensor in after], y[:1]
+            outputs.append(y[0])
         one.seq += len(inputs)
-        return np.array(outputs, np.float32).reshape(len(inputs), *cell.output.shape)
+        return np.array(outputs, np.float32).reshape(len(inputs), *step.schema.outputs[0].shape)
 
     def inputs(self, one: Expected, seed: int, rows: int) -> np.ndarray:
         return (
-            np.random.default_rng(seed).normal(size=(rows, *self.pair.cells[one.model].input.shape)).astype(np.float32)
+            np.random.default_rng(seed)
+            .normal(size=(rows, *self.pair.steps[one.model].schema.inputs[0].shape))
+            .astype(np.float32)
         )
 
     # Which session, and who holds it
@@ -157,7 +165,7 @@ class Sessions(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        for model in self.pair.cells:
+        for model in self.pair.steps:
             self.create(0, model)
 
     @rule(server=SERVERS, model=st.sampled_from(["lstm", "hopfield"]))
@@ -352,10 +360,10 @@ class Sessions(RuleBasedStateMachine):
     def teardown(self) -> None:
         for name, one in self.open.items():
             state = self.pair.clients[0].sessions.state(name)
-            names = [spec.name for spec in self.pair.cells[one.model].state_schema]
+            names = [spec.name for spec in self.pair.steps[one.model].schema.state]
             assert list(state) == names
             for values, expected in zip(state.values(), one.state, strict=True):
-                assert values.tobytes() == expected[0].numpy().tobytes(), "every state has the cell's own bits"
+                assert values.tobytes() == expected[0].tobytes(), "every state has the model's own bits"
             if one.model == "hopfield":
                 found = self.pair.clients[1].sessions.patterns(name, values=True)
                 assert found.labels == list(one.patterns)

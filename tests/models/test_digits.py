@@ -27,7 +27,7 @@ def test_digits_reader_reads_the_digits_that_it_never_saw() -> None:
     by_row = (beliefs.argmax(2) == digits.labels[:, None]).mean(0)
     assert by_row[-1] >= ACCURACY_MIN
     assert by_row[0] < by_row[3] < by_row[-1]
-    assert (bundle.input.shape, bundle.output.shape) == ((8,), (10,))
+    assert [spec.shape for spec in (*bundle.schema.inputs, *bundle.schema.outputs)] == [(8,), (10,)]
 
 
 def test_the_recorded_result_is_that_of_the_bundle() -> None:

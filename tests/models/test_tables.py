@@ -91,8 +91,11 @@ def test_scales_are_part_of_the_fingerprint_and_of_the_check(tmp_path: Path) -> 
     assert prints[0] != prints[1]
     manifest = tmp_path / "m" / "1" / "model.toml"
     manifest.write_text(manifest.read_text().replace('transform = "none"', 'transform = "cube"'))
-    with pytest.raises(BundleError, match="transform 'cube' is not one of none, root"):
+    with pytest.raises(BundleError, match=r"fingerprint (\w+) is recorded, (\w+) is what") as error:
         load_bundle(manifest.parent)
+    manifest.write_text(manifest.read_text().replace(prints[0], str(error.value).split(", ")[1].split()[0]))
+    with pytest.raises(BundleError, match="transform 'cube' is not one of none, root"):
+        load_cell(manifest.parent)
 
 
 def test_the_probe_sees_numbers_of_the_size_of_the_data() -> None:

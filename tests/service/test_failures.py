@@ -29,6 +29,7 @@ def step(self, slots, inputs, feedback):
 
 OnnxGraphs.step = step
 """
+PICKY_MODEL = FAILING_MODEL.replace("time.sleep(0.5)", "time.sleep(0)")
 SLOW_LOSS = """
 import time
 from engram_service.core import Core
@@ -101,6 +102,60 @@ def test_steps_behind_one_that_fails_in_the_model_are_refused_and_may_be_sent_ag
         assert raw.refusal() == ("INTERNAL", [3])
         assert raw.step(handles[0], 1) == first, "nothing was applied"
         assert server.series()["engram_rows_in_flight"] == 0
+
+
+def test_whoever_shares_a_batch_with_a_step_that_fails_does_not_feel_it(
+    server_with: Callable[..., ServerProcess], connect: Connect
+) -> None:
+    server = server_with()
+    server.faults = PICKY_MODEL
+    with server:
+        raw = connect(server)
+        names = [f"session-{number}" for number in range(12)]
+        both = []
+        for kind in (stream_pb2.DURABILITY_STEP, stream_pb2.DURABILITY_INTERVAL):
+            opened = raw.open(*(f"{name}-{kind}" for name in names), durability=kind)
+            both += np.frombuffer(opened.handles, np.uint32).tolist()
+        bad = [both[place] for place in (0, 5, 6, 20)]
+        inputs = np.zeros((24, 8), np.float32)
+        inputs[[0, 5, 6, 20]] = 99
+        raw.steps(both, [1] * 24, inputs)
+        told = outcomes(raw, 24)
+        assert {handle for (handle, _), said in told.items() if said == "INTERNAL no"} == set(bad)
+        raw.steps(bad, [1] * 4)
+        assert set(outcomes(raw, 4).values()) == {told[both[1], 1]}, "as if the first had not been sent"
+        # Two steps of each in one frame: the second of some fails, and with it both of theirs.
+        inputs = np.zeros((48, 8), np.float32)
+        inputs[[25, 31]] = 99  # of sessions that are durable at each step: others may go back further
+        raw.steps(both * 2, [2] * 24 + [3] * 24, inputs)
+        told = outcomes(raw, 48)
+        failed = {handle for (handle, _), said in told.items() if said == "INTERNAL no"}
+        assert failed == {both[1], both[7]} and all(told[handle, 2] == "INTERNAL no" for handle in failed)
+        raw.steps(sorted(failed) * 2, [2, 2, 3, 3])
+        again = outcomes(raw, 4)
+        assert {again[handle, 3] for handle in failed} == {told[both[2], 3]}
+        assert server.series()["engram_rows_in_flight"] == 0
+
+
+def outcomes(raw: Any, count: int) -> dict[tuple[int, int], Any]:
+    """Output, or reason, of so many steps by handle and seq."""
+    found: dict[tuple[int, int], Any] = {}
+    while len(found) < count:
+        response = raw.next()
+        kind = response.WhichOneof("frame")
+        if kind not in ("outputs", "errors"):
+            continue
+        frame = getattr(response, kind)
+        columns = (np.frombuffer(frame.handles, np.uint32).tolist(), np.frombuffer(frame.seqs, np.uint64).tolist())
+        steps = list(zip(*columns, strict=True))
+        if kind == "outputs":
+            size = len(frame.outputs) // len(steps)
+            found |= {step: frame.outputs[place * size : (place + 1) * size] for place, step in enumerate(steps)}
+        else:
+            reasons = [f"{one.reason} {one.metadata['applied']}" for one in frame.errors]
+            which = np.frombuffer(frame.error_indexes, np.uint32).tolist()
+            found |= {step: reasons[index] for step, index in zip(steps, which, strict=True)}
+    return found
 
 
 def test_a_commit_that_cannot_be_put_together_holds_nobody(

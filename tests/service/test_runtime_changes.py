@@ -13,7 +13,7 @@ import robots
 from engram_service.store.keys import META_PREFIX
 from engram_service.store.record import HEADER, checksums
 
-CHANGES = 'engram_runtime_changes_total{from="torch_cells on a GPU",model="robot",to="onnx_graphs on a CPU"}'
+CHANGES = 'engram_runtime_changes_total{from="torch_cells-cuda",model="robot",to="onnx_graphs-cpu"}'
 FAILING = """
 from engram_service.runtimes.base import RuntimeStopped
 from engram_service.runtimes.onnx_graphs import OnnxGraphs

@@ -14,13 +14,11 @@ import numpy as np
 import onnx
 import pytest
 from conftest import ServerProcess
+from looping import write_looping
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 from robots import SCHEMA, graph, step, write
 
 from engram_models.bundle import BundleError, load_bundle
-from engram_models.bundle_writing import write_graph_bundle
-from engram_models.check import CHECK_ROWS, CHECK_STEPS, CheckVector
 from engram_models.examination import TILE_ROWS, Examination
 from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
 from engram_models.spec import Schema, TensorSpec
@@ -46,39 +44,6 @@ def crash(self, inputs, states, options=None):
 
 GraphStep.__call__ = crash
 """
-
-
-def write_looping(directory: Path, name: str) -> None:
-    """y = h' = h + 1, after as many rounds of nothing as the first input says."""
-    schema = Schema(
-        (TensorSpec("rounds", "float32", ()),),
-        (TensorSpec("y", "float32", ()),),
-        (TensorSpec("h", "float32", (), "recurrent"),),
-    )
-    value = helper.make_tensor_value_info
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Tanh", ["v"], ["w"])], "body",
-        [value("i", TensorProto.INT64, []), value("go", TensorProto.BOOL, []), value("v", TensorProto.FLOAT, None)],
-        [value("on", TensorProto.BOOL, []), value("w", TensorProto.FLOAT, None)],
-    )  # fmt: skip
-    nodes = [
-        helper.make_node("ReduceMax", ["rounds"], ["most"], keepdims=0),
-        helper.make_node("Cast", ["most"], ["count"], to=TensorProto.INT64),
-        helper.make_node("Loop", ["count", "", "h"], ["looped"], body=body),
-        helper.make_node("Mul", ["looped", "nought"], ["none"]),
-        helper.make_node("Add", ["h", "one"], ["more"]),
-        helper.make_node("Add", ["more", "none"], ["y"]),
-        helper.make_node("Identity", ["y"], ["next_h"]),
-    ]
-    rows = [value(name, TensorProto.FLOAT, ["batch"]) for name in ("rounds", "h", "y", "next_h")]
-    constants = [
-        helper.make_tensor(name, TensorProto.FLOAT, [], [number]) for name, number in (("nought", 0), ("one", 1))
-    ]
-    made = helper.make_graph(nodes, "looping", rows[:2], rows[2:], constants)
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString()
-    inputs, before = np.ones((CHECK_STEPS, CHECK_ROWS), np.float32), np.zeros(CHECK_ROWS, np.float32)
-    check = CheckVector.record(schema, GraphStep(model, schema), [inputs], [before])
-    write_graph_bundle(directory, name, "1", model, schema, check)
 
 
 @pytest.fixture
@@ -125,7 +90,7 @@ def test_a_model_that_ends_the_process_twice_is_refused_by_name_and_the_others_a
         assert server.ended() == -signal.SIGSEGV
     with server:
         raw = connect(server)
-        opened(raw, "good")
+        assert np.frombuffer(raw.step(opened(raw, "good"), 1, value(3)), np.float32) == 1
         refused = raw.open("a-looping", model="looping").errors[0].error
         assert refused.reason == "MODEL_NOT_FOUND"
         assert "looping/1" in server.log.read_text() and "ended this server's process 2 times" in server.log.read_text()
@@ -134,7 +99,7 @@ def test_a_model_that_ends_the_process_twice_is_refused_by_name_and_the_others_a
 def test_a_process_that_was_killed_counts_against_no_model(tmp_path: Path) -> None:
     bundle = load_bundle(write(tmp_path / "models"))
     fingerprint, thread = bundle.fingerprint.encode(), 0x7F00
-    running = b"%016x %32s" % (thread, fingerprint)
+    running = b"%016x%s\1" % (thread, fingerprint)
     trace = b"Fatal Python error: Segmentation fault\n\nThread 0x00000000001 (most recent call first):\n\nCurrent thread 0x%016x (most"
     cases = {"1": b"", "2": trace % thread, "3": trace % 0x1234}  # killed; crashed; crashed in another thread
     for pid, written in cases.items():
@@ -159,7 +124,7 @@ def test_what_was_found_out_is_kept_and_what_cannot_be_read_is_found_out_again(
     bundle = load_bundle(write(tmp_path / "models"))
     kept = Findings(tmp_path / "cache")
     assert kept.of(bundle, 64) == Examination(1, 1)
-    monkeypatch.setattr(findings, "examine", lambda bundle, rows_max: Examination(None, TILE_ROWS))
+    monkeypatch.setattr(findings, "examine", lambda *_: Examination(None, TILE_ROWS))
     assert kept.of(bundle, 64) == Examination(1, 1), "not looked at again"
     assert kept.of(bundle, 65) == Examination(None, TILE_ROWS), "other batches were not tried"
     for file in (tmp_path / "cache").iterdir():

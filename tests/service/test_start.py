@@ -87,6 +87,7 @@ def test_metrics_and_health(server: ServerProcess, connect: Connect) -> None:
         "engram_stage_seconds_count",
         "engram_commit_bytes_total",
         "engram_redis_up 1.0",
+        'engram_device_memory_bytes{device="cpu"}',
     ):
         assert name in text
     assert "counted" not in text, "no label grows with users"

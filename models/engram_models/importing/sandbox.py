@@ -15,6 +15,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ SECONDS = 120.0
 ANSWER_BYTES_MAX = 1 << 24
 _PROGRESS = b"\x01progress "
 _LINE_MAX = 300
+_LOOK_S = 0.25  # so often is looked whether it shall be stopped
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "VIRTUAL_ENV", "TMPDIR", "LD_LIBRARY_PATH")
 
 _FEW_THREADS = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -47,10 +49,11 @@ def run(
     memory_bytes: int,
     seconds: float = SECONDS,
     progress: Callable[[str], None] | None = None,
+    stopped: threading.Event | None = None,
 ) -> Any:
     """What `call` (`module:function`) returns, which is JSON, of `folder` and `arguments`, JSON too. Raises ImportRefused.
 
-    What the function says with `report` comes to `progress`, line by line.
+    What the function says with `report` comes to `progress`, line by line. Once `stopped` is set, it is ended at once.
     """
     (folder / "answer.json").unlink(missing_ok=True)
     limits = {"memory_bytes": memory_bytes, "seconds": seconds}
@@ -64,9 +67,11 @@ def run(
         env={**environment, **_FEW_THREADS, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
     )  # fmt: skip
     try:
-        in_time = _follow(process, time.monotonic() + seconds, progress)
+        in_time = _follow(process, time.monotonic() + seconds, progress, stopped or threading.Event())
     finally:
         _end(process)
+    if stopped is not None and stopped.is_set():
+        raise ImportRefused("it was stopped, for nobody waits for it any more")
     if not in_time:
         raise ImportRefused(
             f"it ran for more than {seconds:g} s and was stopped: a loop without an end, or a model that is too slow"
@@ -80,15 +85,17 @@ def report(line: str) -> None:
     os.write(1, _PROGRESS + text.encode(errors="replace") + b"\n")
 
 
-def _follow(process: subprocess.Popen[bytes], until: float, progress: Callable[[str], None] | None) -> bool:
+def _follow(
+    process: subprocess.Popen[bytes], until: float, progress: Callable[[str], None] | None, stopped: threading.Event
+) -> bool:
     """Whether it ended in time. What else is written on its standard output is read and dropped."""
     assert process.stdout is not None
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        while (left := until - time.monotonic()) > 0:
-            if not selector.select(left):
-                break
+        while (left := until - time.monotonic()) > 0 and not stopped.is_set():
+            if not selector.select(min(left, _LOOK_S)):
+                continue
             part = os.read(process.stdout.fileno(), 1 << 16)
             if not part:
                 break
@@ -97,11 +104,13 @@ def _follow(process: subprocess.Popen[bytes], until: float, progress: Callable[[
             for line in lines if progress else ():
                 if line.startswith(_PROGRESS) and progress:
                     progress(line[len(_PROGRESS) :].decode(errors="replace"))
-    try:
-        process.wait(max(0.0, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+    while (left := until - time.monotonic()) > 0 and not stopped.is_set():
+        try:
+            process.wait(min(left, _LOOK_S))
+            return True
+        except subprocess.TimeoutExpired:
+            continue
+    return process.poll() is not None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_service.catalog import Catalog, Served
+from engram_service.engine import apart
 from engram_service.engine.records import pack_records
 from engram_service.metrics import Metrics
 from engram_service.scheduler import FIXED_ROWS, Tick
@@ -46,6 +47,11 @@ class Advance:
     committing: NDArray[np.intp] = field(
         default_factory=lambda: np.empty(0, np.intp)
     )  # row of the tick for each row of the job
+    good: NDArray[np.intp] | None = None  # rows that were computed; None: all
+    last: NDArray[np.intp] = field(
+        default_factory=lambda: np.empty(0, np.intp)
+    )  # of each session that was: its last row
+    error: Exception | None = None  # why others were not
     unanswered: int = 0  # rows whose answer has not been handed to a stream
     answered: NDArray[np.bool_] | None = None  # rows that were answered by a deadline; event loop only
 
@@ -67,6 +73,9 @@ class Answers(Protocol):
 
     def failed(self, served: Served, tick: Tick, error: Exception) -> None:
         """The cell raised: nothing of the tick was committed."""
+
+    def broken(self, advance: Advance, index: NDArray[np.intp], error: Exception) -> None:
+        """The cell raised for these rows of the tick: nothing of their sessions was committed."""
 
     def unpacked(self, advance: Advance, error: Exception) -> None:
         """The commit of a tick could not be put together: nothing of it was committed."""
@@ -172,6 +181,9 @@ class Engine:
             return None
         self._queue.finished()
         self._answers.advanced(advance)
+        if advance.good is not None and advance.error is not None:
+            log.warning("rows of a tick of %s failed, the others did not: %s", served.reference, advance.error)
+            self._answers.broken(advance, np.setdiff1d(np.arange(len(tick)), advance.good), advance.error)
         return self._tick_commit(advance, states)
 
     def _advance(self, served: Served, tick: Tick) -> tuple[Advance, list[NDArray[np.uint8]]]:
@@ -183,29 +195,61 @@ class Engine:
         if feedback is not None and not feedback.any():
             feedback = None
         if tick.last is None:
-            result = served.runtime.step(slots, inputs, feedback)
-            outputs, states = result.outputs, result.states
+            result = apart.advance(served.runtime, slots, inputs, feedback)
+            outputs, states, broken, error = result.done.outputs, result.done.states, result.broken, result.error
         else:
-            outputs = np.empty((len(tick), served.arena.output_nbytes), np.uint8)
-            for wave in tick.waves:
-                result = served.runtime.step(slots[wave], inputs[wave], None if feedback is None else feedback[wave])
-                outputs[wave] = result.outputs
-            states = [served.arena.packed(slots[tick.last])]
-        served.arena.keep(slots, tick.seqs, outputs)
-        last = slice(None) if tick.last is None else tick.last
+            outputs, broken, error = self._waves(served, tick, slots, inputs, feedback)
+            states = []
+        index = None if broken is None else np.flatnonzero(~broken)
+        last = np.arange(len(tick)) if tick.last is None else tick.last
+        if broken is not None and index is not None:
+            kept = ~broken[last]
+            last, states = last[kept], [block[kept] for block in states]
+            served.arena.keep(slots[index], tick.seqs[index], outputs[index])
+        else:
+            served.arena.keep(slots, tick.seqs, outputs)
+        if tick.last is not None:
+            states = [served.arena.packed(slots[last])]
         with self._queue.lock:  # columns move when the table grows
             self._table.computed[tick.rows[last]] = tick.seqs[last]
         advance = Advance(served, tick, outputs, started, time.monotonic(), unanswered=len(tick))
+        advance.good, advance.last, advance.error = index, last, error
         self._observe(advance)
         return advance, states
 
+    def _waves(
+        self, served: Served, tick: Tick, slots: NDArray[np.int32], inputs: NDArray[np.uint8],
+        feedback: NDArray[np.bool_] | None,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None, Exception | None]:  # fmt: skip
+        """Outputs; rows of sessions of which a step failed, if there are any; why. What stands behind such a one is left out."""
+        outputs = np.zeros((len(tick), served.arena.output_nbytes), np.uint8)
+        broken: NDArray[np.bool_] | None = None
+        error: Exception | None = None
+        for wave in tick.waves:
+            rows = np.arange(len(tick)) if wave is None else wave
+            if broken is not None:
+                rows = rows[~broken[rows]]
+            if not len(rows):
+                continue
+            result = apart.advance(
+                served.runtime, slots[rows], inputs[rows], None if feedback is None else feedback[rows]
+            )
+            outputs[rows] = result.done.outputs
+            if result.broken is not None:
+                these = np.isin(tick.rows, tick.rows[rows[result.broken]])
+                broken, error = these if broken is None else broken | these, result.error
+        return outputs, broken, error
+
     def _tick_commit(self, advance: Advance, states: list[NDArray[np.uint8]]) -> Commit | None:
         """The commit of the tick's sessions of durability step; rows of the others are answered at once."""
-        tick = advance.tick
-        last = np.arange(len(tick)) if tick.last is None else tick.last
+        tick, last = advance.tick, advance.last
         interval = self._table.interval[tick.rows]
         if interval.any():
-            self._answers.volatile(advance, np.flatnonzero(interval))
+            volatile = np.flatnonzero(interval)
+            if advance.good is not None:
+                volatile = np.intersect1d(volatile, advance.good)
+            if len(volatile):
+                self._answers.volatile(advance, volatile)
             kept = ~interval[last]
             last, states = last[kept], [block[kept] for block in states]
         if not len(last):

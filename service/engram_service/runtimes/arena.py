@@ -146,6 +146,8 @@ class Arena:
 
 def split(rows: NDArray[np.uint8], specs: tuple[TensorSpec, ...]) -> list[NDArray[np.uint8]]:
     """The tensors' bytes in rows [n, bytes of all], [n, nbytes] each; views."""
+    if len(specs) == 1:
+        return [rows]
     blocks, start = [], 0
     for spec in specs:
         blocks.append(rows[:, start : start + spec.nbytes])
@@ -157,10 +159,14 @@ def from_bytes(rows: NDArray[np.uint8], spec: TensorSpec) -> NDArray[Any]:
     """Rows of bytes, uint8 [n, spec.nbytes], as [n, *shape]; a view where they are contiguous. Rows may be none."""
     if not rows.flags.c_contiguous:
         rows = np.ascontiguousarray(rows)
+    if len(spec.shape) == 1 and spec.nbytes:  # the usual one, in one operation: small batches feel each
+        return rows.view(spec.np_dtype)
     return rows.reshape(-1).view(spec.np_dtype).reshape(len(rows), *spec.shape)
 
 
 def to_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
     """[n, *shape] as rows of bytes, uint8 [n, bytes]; a view where it is contiguous. Rows may be none."""
+    if values.ndim == 2 and values.flags.c_contiguous and values.size:
+        return values.view(np.uint8)
     values = np.ascontiguousarray(values)
     return values.reshape(-1).view(np.uint8).reshape(len(values), prod(values.shape[1:]) * values.itemsize)

@@ -31,11 +31,13 @@ class Runtime(ABC):
 
     Attributes:
         name: for people, logs and metrics.
+        row_s: how long a row takes, about; 0: not known.
         code: what a record says of the runtime that wrote it; never used again for another one. 0 is nobody's.
     """
 
     name: ClassVar[str]
     code: ClassVar[int]
+    row_s: float = 0.0
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
@@ -54,5 +56,5 @@ class Runtime(ABC):
         """
 
 
-NAMES = {1: "onnx_graphs on a CPU", 2: "torch_cells on a CPU", 3: "torch_cells on a GPU"}
-"""What records say (`Runtime.code`), in words."""
+NAMES = {1: "onnx_graphs-cpu", 2: "torch_cells-cpu", 3: "torch_cells-cuda"}
+"""What records say (`Runtime.code`), as logs and metrics say it."""

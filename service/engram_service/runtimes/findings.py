@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,12 +16,13 @@ import numpy as np
 import onnxruntime
 
 from engram_models.bundle import Bundle
-from engram_models.examination import Examination, examine
+from engram_models.examination import TILE_ROWS, Examination, examine
 from engram_models.files import read_file
+from engram_models.probe import FLOORS
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # of what is looked at and how: what an older version found does not count
+_FORMAT = 2  # of what is looked at and how: what an older version found does not count
 _BYTES_MAX = 1 << 12
 
 
@@ -28,16 +31,16 @@ class Findings:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.stopped = threading.Event()  # ends an examination that is under way
 
     def of(self, bundle: Bundle, rows_max: int) -> Examination:
         """Kept, or found now, in a process of its own. Raises BundleError."""
         file = self._directory / f"{_key(bundle, rows_max)}.json"
         try:
-            found = json.loads(read_file(file, _BYTES_MAX))
-            return Examination(**found)
-        except (OSError, ValueError, TypeError):
+            return _kept(Examination(**json.loads(read_file(file, _BYTES_MAX))))
+        except (OSError, ValueError, TypeError, RecursionError):
             pass
-        examination = examine(bundle, rows_max)
+        examination = examine(bundle, rows_max, self.stopped)
         self._keep(file, examination)
         return examination
 
@@ -49,6 +52,16 @@ class Findings:
             temporary.replace(file)
         except OSError as error:
             log.warning("what was found out about models is not kept: %s: %s", self._directory, error.strerror)
+
+
+def _kept(found: Examination) -> Examination:
+    """What an examination can find. Raises ValueError."""
+    kinds = tuple(type(value) for value in (found.floor, found.tile, found.row_s))
+    if kinds not in ((int, int, float), (type(None), int, float)):
+        raise ValueError(found)
+    if found.floor not in (None, *FLOORS) or found.tile not in (1, TILE_ROWS) or not 0 <= found.row_s < math.inf:
+        raise ValueError(found)
+    return found
 
 
 def _key(bundle: Bundle, rows_max: int) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engram_models.bundle import Bundle, BundleError, load_bundle
 from engram_models.examination import checked_step
+from engram_models.graph_step import Batching, GraphStep
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.base import Runtime
 from engram_service.runtimes.devices import Device
@@ -19,7 +20,9 @@ log = logging.getLogger(__name__)
 
 _WINDOW_BYTES = 2048  # of outputs kept for each resident session, within the limits below
 _TICK_BYTES = 32 << 20
+_TICK_S = 0.25  # other models wait meanwhile, and what runs for long is stopped (watchdog.py)
 _WINDOW_MIN, _WINDOW_MAX = 8, OUTPUTS_MAX
+_CHECK_S = 60.0  # for the recorded check, which an examination has done before, with time to spare
 
 
 class Loader:
@@ -39,22 +42,45 @@ class Loader:
         crashes = self._crashes.of(bundle)
         if crashes >= CRASHES_MAX:
             raise BundleError(
-                f"{path}: it has ended this server's process {crashes} times and is not served any more; remove it, or mend it"
+                f"{path}: it has ended this server's process {crashes} times and is not served any more; remove it, or mend it, "
+                f"or have the count begin anew: delete {self._crashes.file}"
             )
         if not self._device.is_cpu and (bundle.kind != "onnx"):
             return self._on_gpu(bundle)
         if bundle.graph:
-            step = checked_step(bundle, self._findings.of(bundle, self.rows_max(bundle)).batching)
+            found = self._findings.of(bundle, self.rows_max(bundle))
+            step = self._checked(bundle, found.batching)
             from engram_service.runtimes.onnx_graphs import OnnxGraphs
 
-            return OnnxGraphs(self._arena(bundle), step, self.watchdog)
+            runtime = OnnxGraphs(self._arena(bundle), step, self.watchdog)
+            runtime.row_s = found.row_s
+            return runtime
         return self._plug_in(bundle)
 
-    def rows_max(self, bundle: Bundle) -> int:
-        """Rows in one tick: so many that its states, which are there several times on their way to the store, are not much."""
+    def stop(self) -> None:
+        """Whatever is being loaded ends soon, with an error."""
+        self._findings.stopped.set()
+        self.watchdog.stop()
+
+    def _checked(self, bundle: Bundle, batching: Batching) -> GraphStep:
+        """Its step, proved here too: a graph may do something else in this process than where it was examined."""
+        run = self.watchdog.begin(bundle, _CHECK_S)
+        try:
+            return checked_step(bundle, batching, run.options)
+        except BundleError as error:
+            if not run.stopped:
+                raise
+            raise BundleError(f"{bundle.path}: {run.stopped}") from error
+        finally:
+            self.watchdog.end(run)
+
+    def rows_max(self, bundle: Bundle, row_s: float = 0.0) -> int:
+        """Rows in one tick: so many that its states, which are there several times on their way to the store, are not much, and
+        that it does not take long, where it is known how long a row takes."""
         schema = bundle.schema
         row_nbytes = max(1, schema.state_nbytes + schema.input_nbytes + schema.output_nbytes)
-        return max(1, min(self._settings.tick_rows_max, _TICK_BYTES // row_nbytes))
+        fitting = min(self._settings.tick_rows_max, _TICK_BYTES // row_nbytes)
+        return max(1, min(fitting, int(_TICK_S / row_s)) if row_s else fitting)
 
     def _plug_in(self, bundle: Bundle) -> Runtime:
         """A cell without a graph, which the operator has turned on."""

@@ -39,13 +39,15 @@ class OnnxGraphs(Runtime):
             from_bytes(block, spec) for block, spec in zip(split(inputs, schema.inputs), schema.inputs, strict=True)
         ]
         before = [column.take(index, 0, mode="clip") for column in arena.state]
-        with self._watchdog.watching(arena.bundle) as run:
-            try:
-                outputs, after = self._step(given, before, run.options)
-            except Exception as error:
-                if run.stopped:
-                    raise RuntimeStopped(run.stopped) from error
-                raise
+        run = self._watchdog.begin(arena.bundle)
+        try:
+            outputs, after = self._step(given, before, run.options)
+        except Exception as error:
+            if run.stopped:
+                raise RuntimeStopped(run.stopped) from error
+            raise
+        finally:
+            self._watchdog.end(run)
         for column, new, changes in zip(arena.state, after, self._changing, strict=True):
             if changes:
                 column[index] = new

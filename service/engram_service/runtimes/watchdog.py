@@ -14,10 +14,9 @@ import logging
 import mmap
 import os
 import re
+import secrets
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -33,19 +32,21 @@ RUN_S_MAX = 10.0
 CRASHES_MAX = 2  # then a model is not served
 _LOOK_S = 0.5
 _PLACES = 64  # threads that run graphs at once
-_PLACE = 64  # bytes: the thread in 16 hex digits, a space, the model's fingerprint in 32
+_PLACE = 64  # bytes: the thread in 16 hex digits, a model's fingerprint in 32, and 1 while the thread runs it
 _BYTES_MAX = 1 << 20
 _CRASHED = re.compile(rb"Current thread 0x0*([0-9a-f]+)")
 
 
 @dataclass(slots=True)
 class Run:
-    """One call of a graph."""
+    """What one thread runs just now, if anything: it writes the fields, and the watchdog reads them and stops it."""
 
-    bundle: Bundle
-    started: float
+    seconds_max: float = 0.0
     options: onnxruntime.RunOptions = field(default_factory=onnxruntime.RunOptions)
+    bundle: Bundle | None = None
+    started: float = 0.0
     stopped: str = ""  # why, if it was
+    place: int = -1  # in the file of what runs
 
 
 class Watchdog:
@@ -53,36 +54,61 @@ class Watchdog:
 
     def __init__(self, crashes: Crashes | None = None) -> None:
         self._crashes = crashes
-        self._runs: dict[int, Run] = {}  # by thread; each writes its own key alone
+        self._own = threading.local()
+        self._runs: list[Run] = []  # one a thread that has run something
+        self._lock = threading.Lock()
         self.stopped = threading.Event()
 
-    @contextmanager
-    def watching(self, bundle: Bundle) -> Iterator[Run]:
-        """Around one call of a graph, in the thread that makes it."""
-        thread, run = threading.get_ident(), Run(bundle, time.monotonic())
+    def begin(self, bundle: Bundle, seconds_max: float = 0.0) -> Run:
+        """Before a call of a graph, in the thread that makes it; `end` goes with it. Takes a microsecond.
+
+        `seconds_max`: RUN_S_MAX where it is 0.
+        """
+        run: Run | None = getattr(self._own, "run", None)
+        if run is None or run.stopped:
+            run = self._own.run = self._made(run)
         if self._crashes is not None:
-            self._crashes.running(thread, bundle.fingerprint)
-        self._runs[thread] = run
-        try:
-            yield run
-        finally:
-            del self._runs[thread]
-            if self._crashes is not None:
-                self._crashes.running(thread, "")
+            if run.bundle is not bundle:
+                self._crashes.name(run.place, bundle.fingerprint)
+            self._crashes.running(run.place, True)
+        run.bundle, run.seconds_max = bundle, seconds_max or RUN_S_MAX
+        run.started = time.monotonic()
+        return run
+
+    def end(self, run: Run) -> None:
+        run.started = 0.0
+        if self._crashes is not None:
+            self._crashes.running(run.place, False)
+
+    def _made(self, before: Run | None) -> Run:
+        """A thread's own; a new one after it was stopped, for its options say so for good."""
+        place = -1 if self._crashes is None else self._crashes.place() if before is None else before.place
+        run = Run(place=place)
+        with self._lock:
+            if before is not None:
+                self._runs.remove(before)
+            self._runs.append(run)
+        return run
 
     def look(self) -> None:
         while not self.stopped.wait(_LOOK_S):
             now = time.monotonic()
-            for run in list(self._runs.values()):
-                if not run.stopped and now - run.started > RUN_S_MAX:
+            for run in list(self._runs):
+                started, bundle = run.started, run.bundle
+                if started and bundle is not None and not run.stopped and now - started > run.seconds_max:
                     run.stopped = (
-                        f"a batch of model {run.bundle.reference} ran for more than {RUN_S_MAX:g} s and was stopped"
+                        f"a batch of model {bundle.reference} ran for more than {run.seconds_max:g} s and was stopped"
                     )
                     run.options.terminate = True
                     log.error("%s", run.stopped)
 
     def stop(self) -> None:
+        """Ends what still runs, too."""
         self.stopped.set()
+        for run in list(self._runs):
+            if run.started and run.bundle is not None:
+                run.stopped = run.stopped or f"model {run.bundle.reference} was stopped with the server"
+                run.options.terminate = True
 
 
 class Crashes:
@@ -94,9 +120,10 @@ class Crashes:
     def __init__(self, directory: Path) -> None:
         """Reads what earlier processes left. Where the directory cannot be used, nothing is counted, and the log says so."""
         self._directory = directory
+        self.file = directory / "crashes.json"
         self._counts: dict[str, int] = {}
         self._places: mmap.mmap | None = None
-        self._own: dict[int, int] = {}  # thread -> its place
+        self._taken = 0
         self._lock = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -108,36 +135,49 @@ class Crashes:
     def of(self, bundle: Bundle) -> int:
         return self._counts.get(bundle.fingerprint, 0)
 
-    def running(self, thread: int, fingerprint: str) -> None:
-        """What the thread runs from now on; "": nothing."""
+    def place(self) -> int:
+        """Of the calling thread, in the file of what runs; -1: nothing is written."""
         if self._places is None:
-            return
-        place = self._own.get(thread)
-        if place is None:
-            with self._lock:
-                place = self._own.setdefault(thread, len(self._own) % _PLACES)
-        start = place * _PLACE
-        self._places[start : start + 49] = b"%016x %32s" % (thread, fingerprint.encode())
+            return -1
+        with self._lock:
+            place = self._taken % _PLACES
+            self._taken += 1
+        self._places[place * _PLACE : place * _PLACE + 16] = b"%016x" % threading.get_ident()
+        return place
+
+    def name(self, place: int, fingerprint: str) -> None:
+        """Which model the thread at this place runs when it does."""
+        if self._places is not None:
+            self._places[place * _PLACE + 16 : place * _PLACE + 48] = fingerprint.encode()
+
+    def running(self, place: int, runs: bool) -> None:
+        if self._places is not None:
+            self._places[place * _PLACE + 48] = runs
 
     def _open(self) -> None:
-        """This process's own two files. The lock on one says that the process is there."""
-        self._trace: IO[bytes] = open(self._directory / f"{os.getpid()}.trace", "wb")  # noqa: SIM115 kept open until the end
+        """This process's own two files. The lock on one says that the process is there.
+
+        Their names are nobody else's: in containers with one directory, processes may have one number.
+        """
+        trace = self._directory / f"{os.getpid()}-{secrets.token_hex(8)}.trace"
+        self._trace: IO[bytes] = open(trace, "xb")  # noqa: SIM115 kept open until the end
         fcntl.flock(self._trace, fcntl.LOCK_EX)
-        with open(self._directory / f"{os.getpid()}.running", "w+b") as file:
-            file.truncate(_PLACES * _PLACE)
+        with open(trace.with_suffix(".running"), "x+b") as file:
+            file.write(bytes(_PLACES * _PLACE))  # not a hole: on a full disk a page of one ends the process
+            file.flush()
             self._places = mmap.mmap(file.fileno(), _PLACES * _PLACE)
         faulthandler.enable(self._trace, all_threads=True)
 
     def _read(self) -> dict[str, int]:
         """Counts what processes that are gone have left, and removes it."""
-        file = self._directory / "crashes.json"
+        file = self.file
         try:
             counts = {str(key): int(value) for key, value in json.loads(read_file(file, _BYTES_MAX)).items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             counts = {}
         before = dict(counts)
         for trace in self._directory.glob("*.trace"):
-            if (fingerprint := _crashed(trace)) is not None:
+            if trace.is_file() and (fingerprint := _crashed(trace)) is not None:
                 if fingerprint:
                     counts[fingerprint] = counts.get(fingerprint, 0) + 1
                     log.error("a model with fingerprint %s has ended this server's last process", fingerprint)
@@ -162,7 +202,7 @@ def _crashed(trace: Path) -> str | None:
     except OSError:
         return ""
     for start in range(0, len(places), _PLACE) if found else ():
-        thread, _, fingerprint = places[start : start + 49].partition(b" ")
-        if found and thread.lstrip(b"0") == found.group(1):
-            return fingerprint.strip().decode("ascii", "replace")
+        thread, fingerprint, runs = places[start : start + 16], places[start + 16 : start + 48], places[start + 48]
+        if found and runs and thread.lstrip(b"0") == found.group(1):
+            return fingerprint.decode("ascii", "replace")
     return ""
