@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -558,6 +563,24 @@ def test_a_loop_without_an_end_is_stopped(
 ) -> None:
     monkeypatch.setattr("engram_models.importing.axes.SECONDS", 2.0)
     assert "ran for more than 2 s" in refused(capsys, zoo.endless().write(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["interrupted", "ended"])
+def test_an_import_that_is_stopped_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    path = zoo.endless().write(tmp_path)
+    (tmp_path / "temporary").mkdir()
+    command = [sys.executable, "-m", "engram", "models", "import", str(path), "--models", str(tmp_path / "models")]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    until = time.monotonic() + 60
+    while not list((tmp_path / "temporary").glob("engram-import-*/call.json")) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number
+    assert said.count("\n") == (number == signal.SIGINT), said
+    assert not list((tmp_path / "temporary").glob("engram-*"))
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_chain_of_two_files_is_merged_first(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -72,8 +73,13 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             _print_proposal(proposal)
 
+    # Else the sandbox's process would run on, and the stranger's file stay in the directory of temporary files.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         imported = _import(args, show)
+    except KeyboardInterrupt:
+        print("engram models import: interrupted, nothing is written", file=sys.stderr)
+        raise
     except ImportRefused as error:
         if args.json:
             print(json_text({"ok": False, "error": str(error), **_described(seen)}, indent=2))
@@ -82,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
             return 1
         print(f"engram models import: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if args.json:
         print(json_text({**_result(imported), **_described(seen)}, indent=2))
     else:
