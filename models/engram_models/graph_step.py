@@ -129,18 +129,6 @@ class GraphStep:
             yield np.flatnonzero(which == number)
 
     def _run(self, values: Sequence[NDArray[Any]], options: Any) -> list[NDArray[Any]]:
-        """One call. Raises GraphError where what comes has other rows or shapes than the schema: NumPy would spread one row to all."""
-        rows = len(values[0])
-        results = self._called(values, options)
-        for result, spec in zip(results, self._outcomes, strict=True):
-            if result.shape != (spec.shape if spec.shared else (rows, *spec.shape)):
-                wanted = spec.shape if spec.shared else (rows, *spec.shape)
-                raise GraphError(
-                    f"the graph gave {spec.name} of shape {result.shape} for {rows} rows, and not {wanted}"
-                )
-        return results
-
-    def _called(self, values: Sequence[NDArray[Any]], options: Any) -> list[NDArray[Any]]:
         if self._raw:
             return self._run_raw(values, options)
         results: list[NDArray[Any]] = self._session.run(

@@ -201,7 +201,9 @@ os.getpid = lambda: 1
 from pathlib import Path
 from engram_service.runtimes.watchdog import Crashes
 crashes = Crashes(Path({str(tmp_path)!r}))
-crashes.running(5, "f" * 32)
+place = crashes.place()
+crashes.name(place, "f" * 32)
+crashes.running(place, True)
 print("there", flush=True)
 sys.stdin.read()
 """
@@ -238,7 +240,9 @@ def test_what_no_server_left_in_its_directory_is_passed_over(kept: str, tmp_path
 from pathlib import Path
 from engram_service.runtimes.watchdog import Crashes
 crashes = Crashes(Path({str(tmp_path)!r}))
-crashes.running(5, "f" * 32)
+place = crashes.place()
+crashes.name(place, "f" * 32)
+crashes.running(place, True)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=20)
     assert (ended.returncode, ended.stderr) == (0, "")
