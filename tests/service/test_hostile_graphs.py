@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ServerProcess
 from looping import write_looping
 from onnx import TensorProto, helper
 from robots import write
@@ -31,7 +30,9 @@ from engram_service.runtimes.findings import Findings
 from engram_service.runtimes.loader import Loader
 from engram_service.settings import Settings
 
+ServerProcess = Any
 Connect = Callable[[ServerProcess], Any]
+ServerOf = Callable[..., ServerProcess]
 
 ENDLESS = 1e15
 SHORT_PATIENCE = "from engram_service import catalog\ncatalog._PATIENCE_S = 1.0, 60.0\n"
@@ -50,10 +51,14 @@ GraphStep.__call__ = crash
 """
 
 
-def server_of(tmp_path: Path, faults: str = "") -> ServerProcess:
-    server = ServerProcess(tmp_path, "--models", str(tmp_path / "models"), "--cache-dir", str(tmp_path / "cache"))
-    server.faults = faults
-    return server
+@pytest.fixture
+def server_of(server_type: type) -> ServerOf:
+    def make(tmp_path: Path, faults: str = "") -> ServerProcess:
+        server = server_type(tmp_path, "--models", str(tmp_path / "models"), "--cache-dir", str(tmp_path / "cache"))
+        server.faults = faults
+        return server
+
+    return make
 
 
 def first_step(raw: Any, model: str) -> float:
@@ -89,7 +94,9 @@ def test_outcomes_of_another_number_of_rows_are_an_error_and_never_spread_over_t
                 step([np.full((4, 2), rows, np.float32)], [states])
 
 
-def test_a_row_that_a_model_fails_on_disturbs_no_other_row(tmp_path: Path, connect: Connect) -> None:
+def test_a_row_that_a_model_fails_on_disturbs_no_other_row(
+    server_of: ServerOf, tmp_path: Path, connect: Connect
+) -> None:
     """y = table[x], h' = h + y: an x beyond the table is an error of the whole batch to whoever runs it."""
     schema = Schema(
         (TensorSpec("x", "int64", ()),),
@@ -127,7 +134,7 @@ def test_a_row_that_a_model_fails_on_disturbs_no_other_row(tmp_path: Path, conne
             assert good == expected
 
 
-def test_a_server_that_examines_a_model_stops_at_once(tmp_path: Path) -> None:
+def test_a_server_that_examines_a_model_stops_at_once(server_of: ServerOf, tmp_path: Path) -> None:
     write_looping(tmp_path / "models", "endless", ENDLESS)
     server = server_of(tmp_path)
     command = [
@@ -149,7 +156,9 @@ def test_a_server_that_examines_a_model_stops_at_once(tmp_path: Path) -> None:
     assert process.wait(5) == 0
 
 
-def test_a_model_that_takes_its_time_does_not_hold_up_the_others(tmp_path: Path, connect: Connect) -> None:
+def test_a_model_that_takes_its_time_does_not_hold_up_the_others(
+    server_of: ServerOf, tmp_path: Path, connect: Connect
+) -> None:
     write_looping(tmp_path / "models", "good")
     write_looping(tmp_path / "models", "to-the-end", ENDLESS)
     server = server_of(tmp_path, SHORT_PATIENCE).start()
@@ -179,7 +188,7 @@ def until(there: Callable[[], Any]) -> None:
 
 
 def test_a_model_that_ends_the_process_as_it_is_loaded_is_refused_after_the_second_time(
-    tmp_path: Path, connect: Connect
+    server_of: ServerOf, tmp_path: Path, connect: Connect
 ) -> None:
     write_looping(tmp_path / "models", "good")
     write_looping(tmp_path / "models", "mean", 7.0)

@@ -86,7 +86,10 @@ def test_a_batch_that_failed_names_its_model_and_the_sessions_go_on(
         raw = connect(server)
         handle = np.frombuffer(raw.open("s", model="robot").handles, np.uint32).tolist()[0]
         assert raw.step(handle, 1, inputs[:1]) == outputs[:1].tobytes()
-        for seq, why in ((2, "of model robot/1 ran for more than 10 s"), (3, "model robot/1 failed on a batch")):
+        for seq, why in (
+            (2, "of model robot/1 ran for more than 10 s"),
+            (3, "model robot/1 failed on this session's input"),
+        ):
             raw.steps([handle], [seq], inputs[seq - 1].tobytes())
             (error,) = raw.next("errors").errors
             assert (error.reason, error.metadata["model"], error.metadata["applied"]) == ("INTERNAL", "robot", "no")

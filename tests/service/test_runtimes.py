@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import ServerProcess
 from looping import write_looping
 from numpy.typing import NDArray
 from robots import SCHEMA, graph, step, write
@@ -25,6 +24,7 @@ from engram_models.spec import Schema, TensorSpec
 from engram_service.runtimes import findings
 from engram_service.runtimes.findings import Findings
 
+ServerProcess = Any
 Connect = Callable[[ServerProcess], Any]
 
 SHORT_RUNS = """
@@ -47,10 +47,10 @@ GraphStep.__call__ = crash
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> ServerProcess:
+def server(tmp_path: Path, server_type: type) -> ServerProcess:
     write_looping(tmp_path / "models", "looping")
     write_looping(tmp_path / "models", "good")
-    return ServerProcess(tmp_path, "--models", str(tmp_path / "models"), "--cache-dir", str(tmp_path / "cache"))
+    return server_type(tmp_path, "--models", str(tmp_path / "models"), "--cache-dir", str(tmp_path / "cache"))
 
 
 def opened(raw: Any, model: str) -> int:
