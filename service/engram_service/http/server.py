@@ -23,7 +23,7 @@ from engram_service.settings import Settings, split_address
 from engram_service.supervision import Supervisor
 
 _CORE_SHARE = 0.25  # of a core, for all of the HTTP port
-_BACKLOG = 64  # connections that the kernel holds for us, and the most that are taken in one turn of the loop
+_BACKLOG = 64  # connections that the kernel holds for us
 _KERNEL_BYTES = 128 << 10
 _GOODBYE_S = 1
 _JOIN_S = 3.0
@@ -67,7 +67,7 @@ class HttpServer:
         # The loop of a run that failed may have closed its sockets; the addresses stay bound.
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(one.dup()) for one in self._sockets]
-            self._server = uvicorn.Server(self._config(guard))
+            self._server = _Server(self._config(guard))
             if self._stopped.is_set():
                 return
             async with asyncio.TaskGroup() as group:
@@ -81,7 +81,7 @@ class HttpServer:
             http=cast(Any, functools.partial(GuardedProtocol, guard)),
             ws="none",
             lifespan="off",
-            backlog=_BACKLOG,
+            backlog=1,
             h11_max_incomplete_event_size=self._limits.head_bytes_max,
             timeout_keep_alive=int(self._limits.idle_s),
             timeout_graceful_shutdown=_GOODBYE_S,
@@ -91,6 +91,19 @@ class HttpServer:
             log_level="error",  # it warns of each request that is none
             access_log=False,
         )
+
+
+class _Server(uvicorn.Server):
+    """Takes one connection in a turn of the loop.
+
+    asyncio takes as many as its backlog says, and where there is no file for the first it tries all the others, logs each, and sets
+    a timer for each to try again: the timers multiply until the loop does nothing else. The kernel's backlog is set apart from that.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(_BACKLOG)
 
 
 def _bind(address: str) -> list[socket.socket]:
