@@ -96,8 +96,8 @@ class HttpServer:
 class _Server(uvicorn.Server):
     """Takes one connection in a turn of the loop.
 
-    asyncio takes as many as its backlog says, and where there is no file for the first it tries all the others, logs each, and sets
-    a timer for each to try again: the timers multiply until the loop does nothing else. The kernel's backlog is set apart from that.
+    asyncio takes as many as its backlog says, and where there is no file for the first it tries all the others, logs each, and
+    sets a timer for each to try again: the timers multiply until the loop does nothing else. The kernel's backlog is set apart.
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
