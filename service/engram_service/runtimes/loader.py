@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from engram_models.bundle import Bundle, BundleError, load_bundle
+from engram_models.bundle import IMPORTED, Bundle, BundleError, load_bundle
 from engram_models.examination import checked_step
 from engram_models.graph_step import Batching, GraphStep
 from engram_service.runtimes.arena import Arena
@@ -45,7 +45,7 @@ class Loader:
                 f"{path}: it has ended this server's process {crashes} times and is not served any more; remove it, or mend it, "
                 f"or have the count begin anew: delete {self._crashes.file}"
             )
-        if not self._device.is_cpu and (bundle.kind != "onnx"):
+        if not self._device.is_cpu and bundle.kind != IMPORTED:
             return self._on_gpu(bundle)
         if bundle.graph:
             found = self._findings.of(bundle, self.rows_max(bundle))

@@ -105,10 +105,9 @@ class TorchCells(Runtime):
             slots[start:stop], inputs[start:stop], None if feedback is None else feedback[start:stop], padded
         )
         rows = stop - start
+        # Of the calling thread: several that share a batch wait for each other at each operation.
         if torch.get_num_threads() != 1:
-            torch.set_num_threads(
-                1
-            )  # of the calling thread: several that share a batch wait for each other at each operation
+            torch.set_num_threads(1)
         with torch.inference_mode():
             where = torch.from_numpy(index)
             value = _tensor(x, self._cell)
