@@ -41,6 +41,7 @@ from engram_service.sessions.refusals import (
     Refused,
     bad_handles,
     closed,
+    dropped,
     errors_frame,
     fates,
     gaps,
@@ -378,12 +379,20 @@ class Core:
             refused.append((mask, acknowledged()))
         pending = (seqs > table.applied[sessions]) & ~gone
         if pending.any():
+            self._prolong(sessions[pending], seqs[pending].max(), deadline)
             self.repeats.wait(stream, table.refer(sessions[pending]), handles[pending], seqs[pending], deadline)
         silent, loud = ~gone & ~pending & quiet, ~gone & ~pending & ~quiet
         if silent.any():
             self.send_outputs(stream, handles[silent], sessions[silent], seqs[silent], None)
         if loud.any():
             self.repeats.answer(stream, served, table.refer(sessions[loud]), handles[loud], seqs[loud], deadline)
+
+    def _prolong(self, sessions: NDArray[np.int32], seq: np.uint64, deadline: float) -> None:
+        """Steps under way have the time of whoever asks for them again, too."""
+        self.queue.prolong(sessions, seq, deadline)
+        for advance in list(self._advances):
+            for part in advance.tick.parts:
+                part.batch.prolong(sessions, seq, deadline)
 
     # Answers from the engine and the committers: their threads only hand over
 
@@ -608,15 +617,21 @@ class Core:
             self.metrics.steps.labels(advance.served.bundle.name, refusal.reason.lower()).inc(len(rows))
 
     def _drop_waiting(self, wanted: Any, refusal: Refusal | None = None) -> None:
-        """Takes rows out of the queue; their sessions will expect those seqs again."""
-        table = self.table
-        for batch, index in self.queue.drop(wanted):
-            seqs = batch.seqs[index]
-            np.minimum.at(table.admitted, batch.rows[index], seqs - np.uint64(1))
+        """Takes rows out of the queue, and tells their streams why. Without a refusal the streams are gone."""
+        for batch, index in self._dropped(wanted, refusal or closed()):
             if refusal is not None:
-                self.refuse_rows(batch.stream, batch.handles[index], seqs, refusal)
+                self.refuse_rows(batch.stream, batch.handles[index], batch.seqs[index], refusal)
             else:
                 batch.stream.in_flight -= len(index)
+
+    def _dropped(self, wanted: Any, refusal: Refusal) -> list[tuple[Batch, NDArray[np.intp]]]:
+        """Takes rows out of the queue; their sessions will expect those seqs again, and who waits for one of them is refused."""
+        dropped = self.queue.drop(wanted)
+        for batch, index in dropped:
+            np.minimum.at(self.table.admitted, batch.rows[index], batch.seqs[index] - np.uint64(1))
+        for batch, index in dropped:
+            self.repeats.refuse(batch.sessions[index], refusal, dropped=True)
+        return dropped
 
     # Sessions that this server has no longer
 
@@ -738,7 +753,13 @@ class Core:
             # A later step of a session cannot run without the one that is dropped.
             return late[sessions]
 
-        self._drop_waiting(expired, self.late())
+        for batch, index in self._dropped(expired, dropped()):
+            handles, seqs = batch.handles[index], batch.seqs[index]
+            if batch.deadline < now:
+                self.refuse_rows(batch.stream, handles, seqs, self.late())
+            else:
+                behind = gaps(np.ones(len(index), np.bool_), self.table.admitted[batch.rows[index]])
+                self._refuse(batch.stream, handles, seqs, behind)
 
     def _expire_advance(self, advance: Advance, now: float) -> None:
         """Answers rows whose commit did not come in time; should it come later, their seqs can be asked for again."""

@@ -58,6 +58,11 @@ class Batch:
         """The sessions' rows: whoever frees one drops what waits of it before."""
         return self.sessions.rows
 
+    def prolong(self, rows: NDArray[np.int32], seq: np.uint64, deadline: float) -> None:
+        """Gives it time until then, if it had less and has a step of these sessions up to this seq."""
+        if self.deadline < deadline and (np.isin(self.rows, rows) & (self.seqs <= seq)).any():
+            self.deadline = deadline
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -189,6 +194,12 @@ class Scheduler:
                     self._waiting[batch.stream.id] -= int(mask.sum())
         self._forget_empty()
         return dropped
+
+    def prolong(self, rows: NDArray[np.int32], seq: np.uint64, deadline: float) -> None:
+        """What waits of these sessions up to this seq has time until then, if it had less."""
+        for queue in self._queues.values():
+            for batch in queue:
+                batch.prolong(rows, seq, deadline)
 
     def _take(
         self, queue: deque[Batch], quota: int, run_max: int, busy: NDArray[np.bool_], now: float,

@@ -92,6 +92,12 @@ class WorkQueue:
         with self.lock:
             return [found for scheduler in self._schedulers.values() for found in scheduler.drop(wanted)]
 
+    def prolong(self, rows: NDArray[np.int32], seq: np.uint64, deadline: float) -> None:
+        """See Scheduler.prolong; of every model."""
+        with self.lock:
+            for scheduler in self._schedulers.values():
+                scheduler.prolong(rows, seq, deadline)
+
     def take(self, wait: bool = True, turns: bool = True) -> Job | tuple[int, Tick] | None:
         """The next job, else the next tick and its model; without `turns` none of large streams that have small ones beside them.
 

@@ -80,18 +80,19 @@ class UnaryStream:
 
     async def step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
         """The seq of the last row, and the outputs, uint8 [rows + generate, output_nbytes]. Raises Refusal."""
-        for attempt in range(_TRIES):
-            try:
-                async with asyncio.timeout(asked.timeout_s):
-                    with self._core.shares.of(tenant_of(asked.session_id)).unary(asked.rows + asked.generate):
-                        return await self._step(asked)
-            except Aborted as error:
-                # Another server had taken the session over since the last call. Where nothing was applied, or the step has a
-                # number by which it is known again, it is claimed again.
-                if attempt == _TRIES - 1 or (asked.seq == 0 and error.metadata.get("applied") == "unknown"):
-                    raise
-            except TimeoutError:
-                raise self._core.late() from None
+        try:
+            async with asyncio.timeout(asked.timeout_s):
+                for attempt in range(_TRIES):
+                    try:
+                        with self._core.shares.of(tenant_of(asked.session_id)).unary(asked.rows + asked.generate):
+                            return await self._step(asked)
+                    except Aborted as error:
+                        # Another server had taken the session over since the last call. Where nothing was applied, or the
+                        # step has a number by which it is known again, it is claimed again.
+                        if attempt == _TRIES - 1 or (asked.seq == 0 and error.metadata.get("applied") == "unknown"):
+                            raise
+        except TimeoutError:
+            raise self._core.late() from None
         raise AssertionError("unreachable")
 
     async def run(self) -> None:
@@ -129,13 +130,10 @@ class UnaryStream:
         total = asked.rows + asked.generate
         call = _Call(np.zeros((total, served.arena.output_nbytes), np.uint8), first, total, asked.quiet)
         keys = [(handle, first + i) for i in range(total)]
-        # What answers another call answers this one too, unless that one wants no outputs.
-        under_way = all(any(asked.quiet or not one.quiet for one in self._calls.get(key, ())) for key in keys)
         for key in keys:
             self._calls.setdefault(key, []).append(call)
         try:
-            if not under_way:
-                core.steps(self._stream, self._frame(asked, handle, first, served.bundle.schema.input_nbytes))
+            core.steps(self._stream, self._frame(asked, handle, first, served.bundle.schema.input_nbytes))
             await call.done
         finally:
             for key in keys:
@@ -198,6 +196,9 @@ class UnaryStream:
         indexes = np.frombuffer(frame.error_indexes, np.uint32)
         # The first refused row says why; those behind it are only gaps.
         for i in np.argsort(seqs, kind="stable").tolist():
+            error = frame.errors[int(indexes[i])]
+            if error.reason == "DEADLINE_EXCEEDED":
+                continue  # of one of the calls for this step; each has its own clock
             for call in self._calls.pop((int(handles[i]), int(seqs[i])), ()):
                 if not call.done.done():
-                    call.done.set_exception(of_detail(frame.errors[int(indexes[i])]))
+                    call.done.set_exception(of_detail(error))

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
-from engram_service.errors import Aborted, FailedPrecondition, NotFound, Refusal
+from engram_service.errors import Aborted, FailedPrecondition, NotFound, Refusal, ResourceExhausted
 from engram_service.sessions.handles import CLOSED, ENDED, TAKEN_OVER, UNKNOWN
 from engram_service.sessions.table import SessionTable
 from engram_service.store import Verdict
 
 Refused = list[tuple[NDArray[np.bool_], Refusal]]
 
+_RETRY_MS = 50
 _GAPS_MAX = 64  # places of sessions that are told in answer to one frame
 _FATES = ("no", "yes", "unknown")
 _NO, _YES, _OPEN = range(3)
@@ -35,6 +36,11 @@ def closed() -> Refusal:
 
 def ended() -> Refusal:
     return Aborted("SESSION_CLOSED", "this stream has closed the session, or let go of it; open it again")
+
+
+def dropped() -> Refusal:
+    message = "the step that this one repeats was dropped, for a step before it came too late; send it again"
+    return ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
 
 
 def lost(verdict: Verdict) -> Refusal:

@@ -66,11 +66,16 @@ class Repeats:
                     served = self._core.catalog.models[table.model.item(row)]
                     self.answer(one.stream, served, References.of([session]), *_columns([one]), one.deadline)
 
-    def refuse(self, sessions: References, refusal: Refusal) -> None:
-        """These sessions are gone, or their steps will not be applied."""
+    def refuse(self, sessions: References, refusal: Refusal, dropped: bool = False) -> None:
+        """These sessions are gone, or their steps will not be applied; `dropped`: those that are not admitted any more."""
         for session in sessions.each() if self._waiting else []:
-            for one in self._waiting.pop(session, ()):
-                self._core.refuse_rows(one.stream, *_columns([one]), refusal)
+            row, waiting = self._core.table.row_of(session), self._waiting.pop(session, [])
+            under_way = self._core.table.admitted.item(row) if dropped and row is not None else 0
+            if left := [one for one in waiting if one.seq <= under_way]:
+                self._waiting[session] = left
+            for one in waiting:
+                if one.seq > under_way:
+                    self._core.refuse_rows(one.stream, *_columns([one]), refusal)
 
     def expire(self, now: float) -> None:
         """Refuses those whose time is up."""
