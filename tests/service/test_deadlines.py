@@ -1,4 +1,4 @@
-"""Whose time is up is told so, and nobody else: not who asks for the same step and has time, nor who sent a later one."""
+"""Whose time is up is told so, and nobody else: not who asks for the same step and has time left, nor who sent a later one."""
 
 from __future__ import annotations
 
