@@ -40,8 +40,8 @@ from engram_service.sessions.handles import CLOSED, TAKEN_OVER, UNKNOWN
 from engram_service.sessions.refusals import (
     Refused,
     bad_handles,
+    behind_late,
     closed,
-    dropped,
     errors_frame,
     fates,
     gaps,
@@ -618,20 +618,24 @@ class Core:
 
     def _drop_waiting(self, wanted: Any, refusal: Refusal | None = None) -> None:
         """Takes rows out of the queue, and tells their streams why. Without a refusal the streams are gone."""
-        for batch, index in self._dropped(wanted, refusal or closed()):
+        dropped = self._dropped(wanted)
+        for batch, index in dropped:
             if refusal is not None:
                 self.refuse_rows(batch.stream, batch.handles[index], batch.seqs[index], refusal)
             else:
                 batch.stream.in_flight -= len(index)
+        self._refuse_repeats(dropped, refusal or closed())
 
-    def _dropped(self, wanted: Any, refusal: Refusal) -> list[tuple[Batch, NDArray[np.intp]]]:
-        """Takes rows out of the queue; their sessions will expect those seqs again, and who waits for one of them is refused."""
+    def _dropped(self, wanted: Any) -> list[tuple[Batch, NDArray[np.intp]]]:
+        """Takes rows out of the queue; their sessions will expect those seqs again."""
         dropped = self.queue.drop(wanted)
         for batch, index in dropped:
             np.minimum.at(self.table.admitted, batch.rows[index], batch.seqs[index] - np.uint64(1))
+        return dropped
+
+    def _refuse_repeats(self, dropped: list[tuple[Batch, NDArray[np.intp]]], refusal: Refusal) -> None:
         for batch, index in dropped:
             self.repeats.refuse(batch.sessions[index], refusal, dropped=True)
-        return dropped
 
     # Sessions that this server has no longer
 
@@ -753,13 +757,15 @@ class Core:
             # A later step of a session cannot run without the one that is dropped.
             return late[sessions]
 
-        for batch, index in self._dropped(expired, dropped()):
+        dropped = self._dropped(expired)
+        for batch, index in dropped:
             handles, seqs = batch.handles[index], batch.seqs[index]
             if batch.deadline < now:
                 self.refuse_rows(batch.stream, handles, seqs, self.late())
             else:
                 behind = gaps(np.ones(len(index), np.bool_), self.table.admitted[batch.rows[index]])
                 self._refuse(batch.stream, handles, seqs, behind)
+        self._refuse_repeats(dropped, behind_late())
 
     def _expire_advance(self, advance: Advance, now: float) -> None:
         """Answers rows whose commit did not come in time; should it come later, their seqs can be asked for again."""

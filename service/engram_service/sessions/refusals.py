@@ -38,8 +38,8 @@ def ended() -> Refusal:
     return Aborted("SESSION_CLOSED", "this stream has closed the session, or let go of it; open it again")
 
 
-def dropped() -> Refusal:
-    message = "the step that this one repeats was dropped, for a step before it came too late; send it again"
+def behind_late() -> Refusal:
+    message = "the step that this one repeats was dropped, since the time of a step before it was up; send it again"
     return ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
 
 
