@@ -3,6 +3,7 @@ why they cannot; they do not hang, and gRPC writes nothing to stderr."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 import engram
+
+_SEES_THREADS = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="gRPC's core is seen on Linux alone")
 
 _FORK = """
 import os, sys, select
@@ -97,6 +100,73 @@ def test_a_child_of_an_open_client_is_told_at_once(shared_server: Any) -> None:
     forked = "FailedPrecondition FORKED"
     expected = [forked] * 4 + ["None", engram.__version__, engram.__version__]
     assert done.stdout.splitlines() == [*expected, forked, "None"], (done.stdout, done.stderr)
+
+
+@_SEES_THREADS
+@pytest.mark.parametrize("used", [True, False])
+def test_a_child_where_others_use_grpc_is_told(shared_server: Any, used: bool) -> None:
+    """Whether or not there was a client before: the threads of the other's channel are not in the child."""
+    done = script(
+        shared_server,
+        f"""
+        import grpc
+        channel = grpc.insecure_channel(sys.argv[1])
+        channel.unary_unary("/engram.v1.EngramService/GetServer")(b"", timeout=10)
+        if {used}:
+            ask()
+        print(in_child(ask))
+        print(in_child(lambda: in_child(ask)))
+        channel.close()
+        ask()
+        print(in_child(ask))
+        """,
+    )
+    forked = "FailedPrecondition FORKED"
+    assert (done.stdout.splitlines(), done.stderr) == ([forked, forked, engram.__version__], "")
+
+
+@_SEES_THREADS
+def test_a_fork_waits_for_the_threads_that_closed_clients_leave(shared_server: Any) -> None:
+    """They end soon, but not at once; another's channel makes it a second here."""
+    done = script(
+        shared_server,
+        """
+        import threading, grpc
+        channel = grpc.insecure_channel(sys.argv[1])
+        channel.unary_unary("/engram.v1.EngramService/GetServer")(b"", timeout=10)
+        ask()
+        threading.Timer(1.0, channel.close).start()
+        print(in_child(ask))
+        """,
+    )
+    assert (done.stdout.split(), done.stderr) == ([engram.__version__], "")
+
+
+def test_threads_that_fork_at_the_same_time(shared_server: Any) -> None:
+    """What is held for one's fork is held until each has forked, and let go of after."""
+    done = script(
+        shared_server,
+        """
+        import threading
+        def fork_all():
+            said = []
+            def forks():
+                for _ in range(4):
+                    said.append(in_child(ask))
+            threads = [threading.Thread(target=forks) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            print(len(said), *set(said))
+        with engram.Client(sys.argv[1]) as client:
+            client.server()
+            fork_all()
+        fork_all()
+        """,
+    )
+    expected = ["12 FailedPrecondition FORKED", f"12 {engram.__version__}"]
+    assert (done.stdout.splitlines(), done.stderr) == (expected, "")
 
 
 def test_worker_pools_of_forked_processes(shared_server: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from engram._version import __version__
@@ -46,6 +47,16 @@ if TYPE_CHECKING:
 # gRPC's handlers of forks do not know its asyncio part, and now and then hang in the child. What is to be done about forks,
 # _poller.py does. Read when gRPC begins.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+
+def _before_fork() -> None:
+    """For forks before the first client, where others use gRPC: from its import on, _poller sees to them itself."""
+    if "grpc" in sys.modules and "engram._poller" not in sys.modules:
+        importlib.import_module("engram._poller").before_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork)
 
 __all__ = [
     "Aborted",

@@ -3,7 +3,8 @@
 gRPC for asyncio has one thread that polls, and every event loop on which there is a channel reads what it found from one
 socket. So there are three things to see to:
 
-    a fork            the thread is not in the child. Where no client is open, gRPC is taken down before the fork, and the
+    a fork            the thread is not in the child, nor are those of gRPC's core, which end some time after the last channel.
+                      Where no client is open, gRPC is taken down before the fork, its last thread is waited for, and the
                       child begins anew; else the child is told at its first use, for it would wait for ever
     several loops     a loop may find that another was quicker, or what is meant for one that has ended: no error of anybody's
     patched threads   gevent and eventlet replace threads by what a wait in gRPC would stop altogether
@@ -16,6 +17,7 @@ import gc
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +28,10 @@ import grpc.aio
 from engram._errors import FailedPrecondition
 
 _POLLER = "_poll_wrapper"  # part of the name of gRPC's thread
+_TASKS = "/proc/self/task"  # Linux alone has it; elsewhere the core's threads are not seen
+# What the core calls its threads, cut to the 15 characters that the kernel keeps.
+_CORE = frozenset(("event_engine", "lifeguard", "grpc_global_tim", "grpc_shutdown"))
+_END_S = 5.0
 _PATCHED = (("gevent.monkey", "is_module_patched", "threading"), ("eventlet.patcher", "is_monkey_patched", "thread"))
 
 
@@ -37,6 +43,11 @@ class _Process:
         self.forks = 0  # between the first process and this one
         self.broken = False  # gRPC was in use when this process was forked
         self.held = False
+        self.lock = (
+            threading.RLock()
+        )  # from before a fork until after it, for another thread may fork, or open a client
+        self.ending = False  # threads of gRPC's core may be there of channels that were ours
+        self.lasting = False  # some of its threads were there when this process was forked
 
 
 _process = _Process()
@@ -49,7 +60,9 @@ def enter(user: Any) -> None:
         raise _forked(
             "this process was forked from one with an Engram client, or other gRPC, in use, whose threads are not here"
         )
-    _process.users.add(user)
+    with _process.lock:
+        _process.users.add(user)
+        _process.ending = True
 
 
 def leave(user: Any) -> None:
@@ -132,12 +145,40 @@ def _polling() -> bool:
     return any(_POLLER in thread.name for thread in threading.enumerate())
 
 
-def _before() -> None:
-    if not _polling():
-        return
+def _tasks() -> list[str]:
+    """The threads of this process, Python's and others'."""
+    with suppress(OSError):
+        return os.listdir(_TASKS)
+    return []
+
+
+def _core_threads() -> bool:
+    """Whether threads of gRPC's core are there. They hold locks, and what is given to them the child would wait for."""
+    for task in _tasks():
+        with suppress(OSError), open(f"{_TASKS}/{task}/comm") as name:  # it may have ended
+            if name.read().rstrip() in _CORE:
+                return True
+    return False
+
+
+def _await_core() -> None:
+    """Until the core's threads have ended. Closed channels leave them to end by themselves, and nothing of gRPC's waits
+    for it. Others' channels may keep them: they are not waited for again until a client has been open."""
+    deadline = time.monotonic() + _END_S
+    while _process.ending and _core_threads() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    _process.ending = False
+
+
+def before_fork() -> None:
+    """What is to be done before each fork."""
+    _process.lock.acquire()
     if not _process.users:
-        gc.collect()  # closed clients may wait for the collector, and hold the poller meanwhile
-    if _polling():
+        if _polling():
+            gc.collect()  # closed clients may wait for the collector, and hold the poller meanwhile
+        if not _polling():
+            _await_core()
+    if _process.users or _polling():
         # In the child nothing may take the poller down: it would wait for a thread that is not there.
         running = asyncio._get_running_loop()
         asyncio._set_running_loop(_no_loop)
@@ -146,19 +187,27 @@ def _before() -> None:
         finally:
             asyncio._set_running_loop(running)
         _process.held = True
+    else:
+        _process.lasting = _core_threads()
 
 
 def _in_parent() -> None:
-    if _process.held:
-        _process.held = False
-        grpc.aio.shutdown_grpc_aio()
+    held, _process.held, _process.lasting = _process.held, False, False
+    try:
+        if held:
+            grpc.aio.shutdown_grpc_aio()
+    finally:
+        _process.lock.release()
 
 
 def _in_child() -> None:
     _process.forks += 1
     _process.users = weakref.WeakSet()
-    _process.broken |= _process.held
-    _process.held = False
+    # gRPC's own handlers of forks, where they are not switched off, have begun the core's threads anew by now.
+    begun = _process.lasting and len(_tasks()) > 1
+    _process.broken |= _process.held or (_process.lasting and not begun)
+    _process.held = _process.lasting = _process.ending = False
+    _process.lock.release()
 
 
-os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
+os.register_at_fork(before=before_fork, after_in_parent=_in_parent, after_in_child=_in_child)
