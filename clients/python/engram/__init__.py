@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from engram._types import ModelInfo, ServerInfo, SessionInfo, Settled, TensorSpec
 
 # gRPC's handlers of forks do not know its asyncio part, and now and then hang in the child. What is to be done about forks,
-# _poller.py does. Read when gRPC begins.
+# _poller.py does. Read when gRPC is imported.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
