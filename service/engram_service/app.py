@@ -29,6 +29,7 @@ from engram_service.health import Health
 from engram_service.http.server import HttpServer
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
+from engram_service.pauses import Pauses
 from engram_service.runtimes.devices import Device, device_of
 from engram_service.runtimes.loader import Loader
 from engram_service.sessions.calls import StoreCalls
@@ -74,14 +75,15 @@ async def serve(settings: Settings) -> None:
         store = await _store(settings, stack, supervisor, health)
         table = SessionTable()
         workers = settings.engine_threads(device.is_cpu)
-        queue = WorkQueue(table, lambda model: catalog.models[model].rows_max, settings.tick_run_max, workers)
+        pauses = Pauses(metrics, health)
+        queue = WorkQueue(table, lambda model: catalog.models[model].rows_max, settings.tick_run_max, workers, pauses)
         _register_cells(settings)
         loader = Loader(settings, device)
         catalog = Catalog(settings, loader, metrics)
         stack.callback(catalog.close)
-        core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits), supervisor)
+        core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits), supervisor, pauses)
         metrics.engine_threads.set(workers)
-        core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers, supervisor)
+        core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers, supervisor, pauses)
         calls, holds = StoreCalls(core), Holds(core)
         sessions, endings = Sessions(core, store, calls, holds), Endings(core, store, calls, holds)
         unary = UnaryStream(core, sessions)

@@ -31,6 +31,7 @@ from engram_service.errors import (
 )
 from engram_service.logs import named
 from engram_service.metrics import Metrics
+from engram_service.pauses import Pauses
 from engram_service.rows import Rows, rows_of
 from engram_service.runtimes.base import RuntimeStopped
 from engram_service.scheduler import Batch, Tick
@@ -81,7 +82,9 @@ class Core:
         metrics: Metrics,
         shares: Shares,
         supervisor: Supervisor,
+        pauses: Pauses,
     ) -> None:
+        self.pauses = pauses
         self.shares = shares
         self.table = table
         self.queue = queue
@@ -274,6 +277,8 @@ class Core:
             acked = min(int.from_bytes(frame.acknowledged_seqs, "little"), table.applied.item(row))
             table.acked[row] = max(acked, table.acked.item(row))
         fresh = seq == table.admitted.item(row) + 1 and seq <= table.acked.item(row) + served.arena.window
+        if self.pauses.refusal(served.index):
+            return False
         if not fresh or table.opening.item(row) or table.slot.item(row) == NO_SLOT or len(frame.inputs) != takes.nbytes:
             return False
         inputs = np.frombuffer(frame.inputs, np.uint8).reshape(1, takes.nbytes)
@@ -357,6 +362,8 @@ class Core:
                 f"{window} outputs of this session are not acknowledged, the limit; acknowledge those that have arrived"
             )
             refused.append((full, ResourceExhausted("REPLY_WINDOW_FULL", message, retry_after_ms=_RETRY_MS)))
+        if pause := self.pauses.refusal(served.index):
+            refused.append(((columns.seqs > table.admitted[safe]) & (rows >= 0), pause))
         if table.opening[safe].any():
             held = table.opening[safe] & (rows >= 0)
             message = "the session is being opened, moved or closed just now; try again"
@@ -506,6 +513,8 @@ class Core:
         """The sessions go back to their records; their clients may send the same steps again."""
         advance = Advance(served, tick, np.empty((0, 0), np.uint8), 0.0, 0.0, unanswered=len(tick))
         self._go_back(advance, np.unique(tick.rows), None, _failure(served, error))
+        if pause := self.pauses.refusal(served.index):  # what waits would be late
+            self._drop_waiting(lambda batch: self.table.model[batch.rows[batch.waiting]] == served.index, pause)
 
     def _on_broken(self, advance: Advance, index: NDArray[np.intp], error: Exception) -> None:
         """Those of the tick that made it fail."""
@@ -746,6 +755,7 @@ class Core:
                 if any(part.batch.deadline < now for part in advance.tick.parts):
                     self._expire_advance(advance, now)
             self.repeats.expire(now)
+            self.pauses.forget(now)
 
     def _expire_waiting(self, now: float) -> None:
         late = np.zeros(len(self.table.model), np.bool_)

@@ -35,6 +35,7 @@ class Metrics:
         )
         self.steps = counter("steps", "Steps by what became of them", "model", "outcome")
         self.ticks = counter("ticks", "Batched cell calls over ready rows", "model")
+        self.batches_stopped = counter("batches_stopped", "Batches that ran too long and were stopped", "model")
         self.tick_rows = histogram("tick_rows", "Rows in a tick", _ROWS, "model")
         self.tick_busy_seconds = counter(
             "tick_busy_seconds", "Seconds that the engine spent in ticks: its rate is the utilisation"

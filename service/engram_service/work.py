@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_service.pauses import Pauses
 from engram_service.scheduler import FIXED_ROWS, Batch, Scheduler, Tick
 from engram_service.sessions.table import SessionTable
 
@@ -28,17 +29,20 @@ _SHARE_MIN = 5 * FIXED_ROWS  # rows that a thread takes before it leaves the res
 class WorkQueue:
     """Ready rows and jobs; `take` blocks until there is something to do."""
 
-    def __init__(self, table: SessionTable, rows_max: Callable[[int], int], run_max: int, takers: int) -> None:
+    def __init__(
+        self, table: SessionTable, rows_max: Callable[[int], int], run_max: int, takers: int, pauses: Pauses
+    ) -> None:
         """`rows_max`: how many rows a tick of a model may have, by its index."""
         self.lock = threading.Condition()
         self._table = table
         self._rows_max = rows_max
         self._run_max = run_max
         self._takers = takers
+        self._pauses = pauses
         self._schedulers: dict[int, Scheduler] = {}
         self._jobs: deque[Job] = deque()
         self._turn = 0
-        self._ticks_running = 0
+        self._running: list[int] = []  # the models of the ticks that are computed
         self._job_running = False
         self._closed = False
 
@@ -107,11 +111,11 @@ class WorkQueue:
         with self.lock:
             while True:
                 if self._jobs:
-                    if not self._ticks_running and not self._job_running:
+                    if not self._running and not self._job_running:
                         self._job_running = True
                         return self._jobs.popleft()
                 elif not self._job_running and (found := self._next_tick(turns)):
-                    self._ticks_running += 1
+                    self._running.append(found[0])
                     return found
                 elif self._closed:
                     return None
@@ -123,13 +127,13 @@ class WorkQueue:
         """How long a tick of so many rows was computed."""
         self._schedulers[model].took(rows, seconds)
 
-    def finished(self) -> None:
-        """The caller's job or tick is done with the arena."""
+    def finished(self, model: int | None = None) -> None:
+        """The caller's tick of this model is done with the arena; None: its job."""
         with self.lock:
-            if self._job_running:
+            if model is None:
                 self._job_running = False
             else:
-                self._ticks_running -= 1
+                self._running.remove(model)
             if self._jobs or self._closed or self.waiting_rows:
                 self.lock.notify_all()
 
@@ -142,6 +146,8 @@ class WorkQueue:
         models, now = list(self._schedulers), time.monotonic()
         for offset in range(len(models)):
             model = models[(self._turn + offset) % len(models)]
+            if self._pauses.bars(model, model in self._running):
+                continue
             scheduler = self._schedulers[model]
             share = max(_SHARE_MIN, -(-scheduler.waiting_rows // self._takers))
             if tick := scheduler.next(self._table.busy, min(share, self._rows_max(model)), now, turns):

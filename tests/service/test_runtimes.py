@@ -6,7 +6,11 @@ import json
 import signal
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,15 @@ from engram_models.bundle import BundleError, load_bundle
 from engram_models.examination import TILE_ROWS, Examination
 from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
 from engram_models.spec import Schema, TensorSpec
+from engram_service import pauses
+from engram_service.health import Health
+from engram_service.metrics import Metrics
+from engram_service.pauses import Pauses
 from engram_service.runtimes import findings
 from engram_service.runtimes.findings import Findings
+from engram_service.scheduler import Batch
+from engram_service.sessions.table import SessionTable
+from engram_service.work import WorkQueue
 
 ServerProcess = Any
 Connect = Callable[[ServerProcess], Any]
@@ -31,6 +42,14 @@ SHORT_RUNS = """
 from engram_service.runtimes import watchdog
 watchdog.RUN_S_MAX = 1.0
 """
+SHORT_PAUSES = (
+    SHORT_RUNS
+    + """
+from engram_service import pauses
+pauses.PAUSE_S = 3.0
+"""
+)
+ENDLESS = 1e15
 CRASHING = """
 import ctypes
 from engram_models.graph_step import GraphStep
@@ -53,8 +72,8 @@ def server(tmp_path: Path, server_type: type) -> ServerProcess:
     return server_type(tmp_path, "--models", str(tmp_path / "models"), "--cache-dir", str(tmp_path / "cache"))
 
 
-def opened(raw: Any, model: str) -> int:
-    return int(np.frombuffer(raw.open(f"a-{model}", model=model).handles, np.uint32)[0])
+def opened(raw: Any, model: str, session: str = "a") -> int:
+    return int(np.frombuffer(raw.open(f"{session}-{model}", model=model).handles, np.uint32)[0])
 
 
 def value(number: float) -> NDArray[np.float32]:
@@ -77,6 +96,109 @@ def test_a_batch_without_an_end_is_stopped_and_the_others_are_served_on(
         assert np.frombuffer(raw.step(looping, 2, value(3)), np.float32) == 2, (
             "nothing of the stopped batch was applied"
         )
+
+
+def ready(server: ServerProcess) -> str:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/readyz", timeout=10) as answer:
+            return str(answer.read().decode())
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+
+
+def refused(raw: Any, handle: int, seq: int, number: float) -> Any:
+    raw.steps([handle], [seq], value(number))
+    return raw.next("errors").errors[0]
+
+
+def test_a_model_whose_batches_are_stopped_again_and_again_does_not_hold_up_the_others(
+    server: ServerProcess, connect: Connect
+) -> None:
+    server.faults = SHORT_PAUSES
+    server.flags += ("--workers", "1")
+    with server:
+        raw, other = connect(server), connect(server)
+        looping, good, waiting = opened(raw, "looping"), opened(raw, "good"), opened(other, "looping", "b")
+        assert np.frombuffer(raw.step(looping, 1, value(3)), np.float32) == 1
+        assert refused(raw, looping, 2, ENDLESS).reason == "INTERNAL"
+        assert np.frombuffer(raw.step(looping, 2, value(3)), np.float32) == 2, "the first one has no pause"
+        assert "warning" not in ready(server)
+        raw.steps([looping], [3], value(ENDLESS))
+        time.sleep(0.3)
+        again = refused(other, waiting, 1, 3)  # it waits for the only thread, and is told when that is free
+        assert (again.reason, again.metadata["applied"]) == ("MODEL_PAUSED", "no"), again
+        assert raw.next("errors").errors[0].reason == "INTERNAL"
+        began = time.monotonic()
+        for number in (3, ENDLESS):
+            error = refused(raw, looping, 3, number)
+            assert (error.code, error.reason, error.metadata["applied"]) == (14, "MODEL_PAUSED", "no")
+            assert "looping/1" in error.message and 0 < error.retry_after_ms <= 3000, error
+        assert np.frombuffer(raw.step(good, 1, value(3)), np.float32) == 1
+        raw.steps([looping], [2], value(3))
+        assert np.frombuffer(raw.next("outputs").outputs, np.float32) == 2, "what was computed before is answered"
+        assert time.monotonic() - began < 1.0
+        assert "warning: model looping/1: 2 of its batches" in ready(server) and ready(server).startswith("ready")
+        assert "refused for 3 s" in server.log.read_text()
+        time.sleep(error.retry_after_ms / 1000)
+        assert np.frombuffer(raw.step(looping, 3, value(3)), np.float32) == 3
+        assert refused(raw, looping, 4, ENDLESS).reason == "INTERNAL"
+        assert 3000 < refused(raw, looping, 4, 3).retry_after_ms <= 6000, "twice as long, though one was computed"
+        assert server.series()['engram_batches_stopped_total{model="looping"}'] == 3
+
+
+@dataclass
+class Sender:
+    id: int
+
+
+@dataclass
+class Model:
+    bundle: Any
+    index: int = 0
+
+
+def test_pauses_double_to_a_limit_and_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(pauses.time, "monotonic", lambda: now[0])
+    health = Health()
+    known, model = Pauses(Metrics(), health), Model(load_bundle(write(tmp_path)))
+
+    def stop() -> int:
+        """How long its steps are refused then, in seconds."""
+        known.stopped(model, now[0])
+        now[0] += 0.001
+        refusal = known.refusal(0)
+        return round(refusal.retry_after_ms / 1000) if refusal else 0
+
+    found = []
+    for _ in range(9):
+        found.append(stop())
+        assert known.bars(0, running=False) == (found[-1] > 0), "none, while they are refused"
+        known.stopped(model, now[0] - 1)  # which ran beside it
+        now[0] += found[-1]
+        assert known.refusal(0) is None and not known.bars(0, running=False)
+        assert known.bars(0, running=True) == (len(found) > 1), "and one at a time afterwards"
+    assert found == [0, 10, 20, 40, 80, 160, 300, 300, 300]
+
+    def session(number: int) -> Batch:
+        one = table.refer(np.array([number], np.int32))
+        columns = np.zeros(1, np.uint32), np.ones(1, np.uint64), np.zeros(1, np.uint8), np.zeros((1, 4), np.uint8)
+        return Batch(Sender(number), one, *columns, True, 0.0, np.inf)
+
+    table = SessionTable()
+    queue = WorkQueue(table, lambda model: 1, 1, 2, known)
+    for number, index in enumerate((0, 0, 1, 1)):
+        queue.add(index, session(number))
+    taken = [queue.take(wait=False) for _ in range(4)]
+    assert [work and work[0] for work in taken] == [0, 1, 1, None], "its other batch waits"
+    queue.finished(0)
+    assert queue.take(wait=False)[0] == 0
+    assert known.refusal(1) is None and not known.bars(1, running=True), "another model's are its own"
+    known.forget(now[0])
+    assert len(health.warnings()) == 1
+    known.forget(now[0] + 600)
+    assert not health.warnings() and not known.bars(0, running=True)
+    assert stop() == 0
 
 
 def test_a_model_that_ends_the_process_twice_is_refused_by_name_and_the_others_are_served(

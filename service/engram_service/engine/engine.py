@@ -21,6 +21,8 @@ from engram_service.catalog import Catalog, Served
 from engram_service.engine import apart
 from engram_service.engine.records import pack_records
 from engram_service.metrics import Metrics
+from engram_service.pauses import Pauses
+from engram_service.runtimes.base import RuntimeStopped
 from engram_service.scheduler import FIXED_ROWS, Tick
 from engram_service.sessions.admission import FEEDBACK
 from engram_service.sessions.table import Reference, References, SessionTable
@@ -117,8 +119,7 @@ class Engine:
 
     def __init__(
         self, queue: WorkQueue, table: SessionTable, catalog: Catalog, store: Store, answers: Answers, metrics: Metrics,
-        meta: Callable[[Reference], MetaFields | None], workers: int,
-        supervisor: Supervisor,
+        meta: Callable[[Reference], MetaFields | None], workers: int, supervisor: Supervisor, pauses: Pauses,
     ) -> None:  # fmt: skip
         self._queue = queue
         self._table = table
@@ -127,6 +128,7 @@ class Engine:
         self._answers = answers
         self._metrics = metrics
         self._meta = meta
+        self._pauses = pauses
         self._stopped = threading.Event()
         self._threads = [supervisor.thread(f"engine-{n}", self._run, self._stopped) for n in range(workers)]
 
@@ -171,15 +173,17 @@ class Engine:
 
     def _tick(self, model: int, tick: Tick) -> Commit | None:
         """Computes a tick; what is to be committed of it, if anything."""
-        served = self._catalog.models[model]
+        served, began = self._catalog.models[model], time.monotonic()
         try:
             advance, states = self._advance(served, tick)
         except Exception as error:  # the cell's own failure; the engine must live on
             log.exception("a tick of %s failed", served.reference)
-            self._queue.finished()
+            if isinstance(error, RuntimeStopped):
+                self._pauses.stopped(served, began)
+            self._queue.finished(model)
             self._answers.failed(served, tick, error)
             return None
-        self._queue.finished()
+        self._queue.finished(model)
         self._answers.advanced(advance)
         if advance.good is not None and advance.error is not None:
             log.warning("rows of a tick of %s failed, the others did not: %s", served.reference, advance.error)

@@ -21,6 +21,7 @@ from engram_service.core import Core
 from engram_service.health import Health
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
+from engram_service.pauses import Pauses
 from engram_service.queries import Queries
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.onnx_graphs import OnnxGraphs
@@ -73,7 +74,9 @@ async def _made() -> World:
             _serve(catalog, write_bundle(Path(scratch), cell.kind, "1", cell))
     store = Store(StoreSettings("unix:///nowhere", "memory", 0, 100, 1))
     shares, supervisor = Shares(lambda tenant: Limits()), Supervisor(metrics, Health())
-    core = Core(settings, table, WorkQueue(table, lambda model: 512, 8, 1), catalog, store, metrics, shares, supervisor)
+    pauses = Pauses(metrics, Health())
+    queue = WorkQueue(table, lambda model: 512, 8, 1, pauses)
+    core = Core(settings, table, queue, catalog, store, metrics, shares, supervisor, pauses)
     calls, holds = StoreCalls(core), Holds(core)
     sessions, endings = Sessions(core, store, calls, holds), Endings(core, store, calls, holds)
     memories = Memories(catalog.resolve, store, 1 << 20)

@@ -49,6 +49,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_STORE_UNAVAILABLE: _ClassVar[ErrorReason]
     ERROR_REASON_STORE_OUT_OF_MEMORY: _ClassVar[ErrorReason]
     ERROR_REASON_DRAINING: _ClassVar[ErrorReason]
+    ERROR_REASON_MODEL_PAUSED: _ClassVar[ErrorReason]
     ERROR_REASON_RECORD_CORRUPTED: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
     ERROR_REASON_TOKEN_MISSING: _ClassVar[ErrorReason]
@@ -95,6 +96,7 @@ ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason
 ERROR_REASON_STORE_OUT_OF_MEMORY: ErrorReason
 ERROR_REASON_DRAINING: ErrorReason
+ERROR_REASON_MODEL_PAUSED: ErrorReason
 ERROR_REASON_RECORD_CORRUPTED: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_TOKEN_MISSING: ErrorReason
