@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from engram import __version__
 from engram_service.api.access import Access
@@ -24,7 +28,7 @@ from engram_service.api.unary_stream import UnaryStream
 from engram_service.catalog import Catalog
 from engram_service.core import Core
 from engram_service.descriptors import Descriptors
-from engram_service.engine.engine import Engine
+from engram_service.engine.engine import THREADS, Engine
 from engram_service.health import Health
 from engram_service.http.server import HttpServer
 from engram_service.memory.memories import Memories
@@ -48,7 +52,9 @@ from engram_service.work import WorkQueue
 log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0002  # the event loop and the engine share the interpreter: neither may wait long for it
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STOP_GRACE_S = 1.0
+_LOOK_S = 0.05
 _REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is away for a second
 
 
@@ -56,8 +62,8 @@ async def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises SettingError, StoreError or OSError if it cannot start."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    at_once: list[Callable[[], None]] = []  # what is done even then
+    _heed_signals(loop, stop, at_once)
 
     async with AsyncExitStack() as stack:
         metrics, health = Metrics(), Health()
@@ -69,16 +75,17 @@ async def serve(settings: Settings) -> None:
         http = HttpServer(settings, metrics, health, supervisor)
         stack.callback(http.stop)
         device = device_of(settings.device)
+        loader = Loader(settings, device)
+        stack.callback(_leave, loader)
         tokens = Tokens(Path(settings.tokens_file) if settings.tokens_file else None)
         access = Access(tokens, Audit(metrics))
         certificate = Certificate.of(settings)
-        store = await _store(settings, stack, supervisor, health)
+        store = await _store(settings, stack, supervisor, health, at_once)
         table = SessionTable()
         workers = settings.engine_threads(device.is_cpu)
         pauses = Pauses(metrics, health)
         queue = WorkQueue(table, lambda model: catalog.models[model].rows_max, settings.tick_run_max, workers, pauses)
         _register_cells(settings)
-        loader = Loader(settings, device)
         catalog = Catalog(settings, loader, metrics)
         stack.callback(catalog.close)
         core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits), supervisor, pauses)
@@ -116,9 +123,7 @@ async def serve(settings: Settings) -> None:
         supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
         supervisor.run("descriptors", lambda: files.watch(port, streams.peers))
         await stop.wait()
-        await _drain(server, core, supervisor)
-        queue.close()
-        core.engine.join()
+        await _drain(server, core, supervisor, loader)
     log.info("stopped")
 
 
@@ -156,12 +161,51 @@ def _register_cells(settings: Settings) -> None:
     log.info("plug-in cells: %s (kinds %s)", ", ".join(names), ", ".join(kinds))
 
 
-async def _drain(server: Server, core: Core, supervisor: Supervisor) -> None:
+def _heed_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, at_once: list[Callable[[], None]]) -> None:
+    """The first SIGTERM or SIGINT sets `stop`, a second one ends the process, whatever it is about."""
+
+    def first() -> None:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, second)  # not the default: the first process of a container would ignore that
+        stop.set()
+
+    def second(number: int, frame: FrameType | None) -> None:
+        log.warning("ended at once, by a second signal: what was accepted and is not answered may be sent again")
+        for end in at_once:
+            end()
+        os._exit(128 + number)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, first)
+
+
+async def _drain(server: Server, core: Core, supervisor: Supervisor, loader: Loader) -> None:
     log.info("draining")
     server.set_serving(False)
-    await core.drain(time.monotonic() + core.settings.drain_timeout_s)
+    deadline = time.monotonic() + core.settings.drain_timeout_s
+    await core.drain(deadline)
     await server.stop(_STOP_GRACE_S)
     await supervisor.cancel()
+    core.queue.close()
+    if not await core.engine.ended(max(deadline, time.monotonic() + _STOP_GRACE_S)):
+        loader.stop()
+        await core.engine.ended(time.monotonic() + _STOP_GRACE_S)
+
+
+def _leave(loader: Loader) -> None:
+    """The last of all: threads in an operator of a model, which cannot be stopped, would keep the process from its end."""
+    deadline = time.monotonic() + _STOP_GRACE_S  # what was told to stop may be about to
+    while left := loader.watchdog.running() or [name for name in _thread_names() if name.startswith(THREADS)]:
+        if time.monotonic() > deadline:
+            told = "left behind, for it does not end: %s; its steps are not answered and may be sent again"
+            log.warning(told, ", ".join(left))
+            os._exit(0)
+        time.sleep(_LOOK_S)
+
+
+def _thread_names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
 
 
 def _announce(settings: Settings, port: int, http: str, device: Device) -> None:
@@ -171,7 +215,9 @@ def _announce(settings: Settings, port: int, http: str, device: Device) -> None:
         log.warning("%s", exposure)
 
 
-async def _store(settings: Settings, stack: AsyncExitStack, supervisor: Supervisor, health: Health) -> Store:
+async def _store(
+    settings: Settings, stack: AsyncExitStack, supervisor: Supervisor, health: Health, at_once: list[Callable[[], None]]
+) -> Store:
     url, ack, appendfsync = settings.redis_url, settings.redis_ack, settings.redis_appendfsync
     if not url:
         if ack == "disk":  # the private Redis, be it as old as it may, then answers after it has synced
@@ -179,6 +225,7 @@ async def _store(settings: Settings, stack: AsyncExitStack, supervisor: Supervis
         private = PrivateRedis(
             PrivateSettings(settings.data_directory(), appendfsync, settings.redis_maxmemory_mb), supervisor
         )
+        at_once.append(private.leave)
         await asyncio.to_thread(private.start)
         stack.callback(private.stop)
         url = private.url

@@ -81,9 +81,7 @@ class Metrics:
             "task_failures", "Failures of background tasks; what runs all the time was started again", "task"
         )
         self.http_connections_dropped = counter(
-            "http_connections_dropped",
-            "Connections of the HTTP port that were ended for the sake of others, by why",
-            "why",
+            "http_connections_dropped", "Connections of the HTTP port ended for the sake of others, by why", "why"
         )
         self.model_loads = counter("model_loads", "Bundles loaded or refused", "outcome")
         self.model_loads.labels("failed")  # there from the beginning: an increase from nothing is none to Prometheus

@@ -1,8 +1,8 @@
 """Pauses for models whose batches are stopped again and again: whoever shares their threads would wait for each of these batches.
 
-From the second stopped batch on, the model's steps are refused for a while, which doubles with every further one. Then it goes on,
-one batch at a time whatever threads are free. All is forgotten once none of its batches has been stopped for ten minutes. That others
-were computed meanwhile does not shorten this: it may be a single caller's inputs that it comes to no end with.
+From the second stopped batch on, the model's steps are refused for a while, which doubles with every further one. Then it goes
+on, one batch at a time whatever threads are free. All is forgotten once none of its batches has been stopped for ten minutes.
+That it has computed others meanwhile does not shorten this: it may be a single caller's inputs that it comes to no end with.
 """
 
 from __future__ import annotations

@@ -9,15 +9,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
-from looping import write_looping
+from looping import write_looping, write_pooling
 from numpy.typing import NDArray
 from robots import SCHEMA, graph, step, write
 
@@ -144,6 +145,50 @@ def test_a_model_whose_batches_are_stopped_again_and_again_does_not_hold_up_the_
         assert refused(raw, looping, 4, ENDLESS).reason == "INTERNAL"
         assert 3000 < refused(raw, looping, 4, 3).retry_after_ms <= 6000, "twice as long, though one was computed"
         assert server.series()['engram_batches_stopped_total{model="looping"}'] == 3
+
+
+@pytest.fixture
+def stuck(tmp_path: Path, server_type: type, connect: Connect) -> Iterator[ServerProcess]:
+    """A server of which the only engine thread is in an operator that takes an hour."""
+    write_pooling(tmp_path / "models", "pooling")
+    flags = ("--workers", "1", "--drain-timeout-s", "2", "--cache-dir", str(tmp_path / "cache"))
+    with server_type(tmp_path, "--models", str(tmp_path / "models"), *flags) as server:
+        raw = connect(server)
+        pooling = opened(raw, "pooling")
+        assert np.frombuffer(raw.step(pooling, 1, value(1)), np.float32) == 1
+        raw.steps([pooling], [2], value(3e6))
+        time.sleep(0.5)
+        yield server
+
+
+def redis_ends(server: ServerProcess) -> bool:
+    pid, deadline = int((server.directory / "data" / "redis.pid").read_text().split()[0]), time.monotonic() + 5
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.single_redis("it is about the private Redis")
+def test_a_server_ends_though_an_operator_of_a_model_does_not(stuck: ServerProcess) -> None:
+    began = time.monotonic()
+    assert stuck.stop() == 0
+    assert 2 < time.monotonic() - began < 8, "what was accepted had its time"
+    left = [line for line in stuck.log.read_text().splitlines() if "left behind" in line]
+    assert len(left) == 1 and "model pooling/1" in left[0], left
+    assert redis_ends(stuck)
+
+
+@pytest.mark.single_redis("it is about the private Redis")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_server_at_once(stuck: ServerProcess, number: signal.Signals) -> None:
+    stuck.signal(number)
+    time.sleep(0.5)
+    began = time.monotonic()
+    stuck.signal(number)
+    assert stuck.ended() == 128 + number and time.monotonic() - began < 1
+    assert "a second signal" in stuck.log.read_text() and redis_ends(stuck)
 
 
 @dataclass

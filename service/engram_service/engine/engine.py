@@ -7,6 +7,7 @@ and clients want the cores too, for whoever the kernel has put to sleep.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -31,6 +32,9 @@ from engram_service.supervision import Supervisor
 from engram_service.work import Job, WorkQueue
 
 log = logging.getLogger(__name__)
+
+THREADS = "engine-"  # what their names begin with
+_LOOK_S = 0.005
 
 Commit = Callable[
     [], CommitJob | None
@@ -130,17 +134,20 @@ class Engine:
         self._meta = meta
         self._pauses = pauses
         self._stopped = threading.Event()
-        self._threads = [supervisor.thread(f"engine-{n}", self._run, self._stopped) for n in range(workers)]
+        self._threads = [supervisor.thread(f"{THREADS}{n}", self._run, self._stopped) for n in range(workers)]
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
-    def join(self) -> None:
-        """Until the threads have ended; the queue is closed before."""
+    async def ended(self, deadline: float) -> bool:
+        """Whether the threads have ended by then; the queue is closed before."""
         self._stopped.set()  # one that failed is not started again
-        for thread in self._threads:
-            thread.join()
+        while alive := any(thread.is_alive() for thread in self._threads):
+            if time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(_LOOK_S)
+        return not alive
 
     def _run(self) -> None:
         """Computes a tick while Redis writes the one before, and waits for Redis only where there is nothing to compute."""

@@ -102,6 +102,15 @@ class Watchdog:
                     run.options.terminate = True
                     log.error("%s", run.stopped)
 
+    def running(self) -> list[str]:
+        """What runs just now, and for how long."""
+        now = time.monotonic()
+        return [
+            f"a batch of model {run.bundle.reference}, which has run for {now - started:.0f} s"
+            for run in list(self._runs)
+            if (started := run.started) and run.bundle is not None
+        ]
+
     def stop(self) -> None:
         """Ends what still runs, too."""
         self.stopped.set()
