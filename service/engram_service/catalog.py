@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from engram.v1 import model_pb2
-from engram_models.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, BundleError, BundleRef, Repository, version_key
+from engram_models.bundle import (
+    GRAPH,
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    BundleError,
+    BundleRef,
+    Repository,
+    load_bundle,
+    version_key,
+)
 from engram_models.spec import TensorSpec
 from engram_service.errors import NotFound
 from engram_service.metrics import Metrics
@@ -78,6 +88,10 @@ class Catalog:
         self._versions: dict[str, list[str]] = {}  # name -> versions on disk, ascending
         self._by_key: dict[tuple[str, str], Served] = {}
         self._failed: dict[Path, _Failure] = {}
+        self._stamps: dict[
+            int, Stamp
+        ] = {}  # by index: of the files that are served, or were found to be or not to be those
+        self._replaced: dict[int, str] = {}  # by index: what is to be said where they are not
         self._told: list[str] = []  # what was wrong with the directories at the last look
         self._lock = asyncio.Lock()
         self._since: float | None = None  # when the bundle that is being loaded was begun
@@ -120,16 +134,19 @@ class Catalog:
         )
 
     async def reload(self) -> list[str]:
-        """Loads what is new in the repository; returns what could not be loaded and why, which is in the log too."""
+        """Loads what is new in the repository; returns what is not served and why, which is in the log too."""
         async with self._lock:
             found, errors = await self._in_thread(self._repository.scan)
             for error in errors:
                 if error not in self._told:
                     log.error("models: %s", error)
             self._told = errors
+            new = [ref for ref in found if (ref.name, ref.version) not in self._by_key]
             for ref in found:
-                if (ref.name, ref.version) not in self._by_key:
-                    await self._load(ref)
+                if there := self._by_key.get((ref.name, ref.version)):
+                    await self._compare(ref, there)
+                else:
+                    await self._load(ref, len(new) - new.index(ref) - 1)
                 if (ref.name, ref.version) in self._by_key:  # served from now on, however long the next ones take
                     versions = self._versions.setdefault(ref.name, [])
                     self._versions[ref.name] = sorted({*versions, ref.version}, key=version_key)
@@ -137,7 +154,9 @@ class Catalog:
             self._failed = {path: failure for path, failure in self._failed.items() if path in paths}
             self._versions = _versions([ref for ref in found if (ref.name, ref.version) in self._by_key])
             failed = [ref for ref in found if ref.path in self._failed]
-            return [*errors, *(f"{ref.name}/{ref.version}: {self._failed[ref.path].why}" for ref in failed)]
+            failures = [f"{ref.name}/{ref.version}: {self._failed[ref.path].why}" for ref in failed]
+            served = [one for ref in found if (one := self._by_key.get((ref.name, ref.version)))]
+            return [*errors, *failures, *(self._replaced[one.index] for one in served if one.index in self._replaced)]
 
     async def begun(self, loading: asyncio.Task[list[str]], stop: asyncio.Event) -> None:
         """Waits for the first `reload` as long as it goes on: one model may take its time without holding up the others."""
@@ -160,14 +179,36 @@ class Catalog:
             await asyncio.sleep(self._settings.models_poll_s)
             await self.reload()
 
-    async def _load(self, ref: BundleRef) -> None:
-        """Serves a bundle, unless it failed before and is still the same."""
+    async def _compare(self, ref: BundleRef, served: Served) -> None:
+        """Looks whether a served version's files are still those that are served; what is served stays."""
+        stamp = await self._in_thread(_stamp, ref)
+        if stamp == self._stamps.get(served.index):
+            return
+        try:
+            there = await self._in_thread(load_bundle, ref.path)
+            same = (there.fingerprint, there.graph) == (served.bundle.fingerprint, served.bundle.graph)
+        except BundleError as error:
+            if error.passing:
+                return
+            same = False
+        self._stamps[served.index] = stamp
+        if same:
+            self._replaced.pop(served.index, None)
+        elif served.index not in self._replaced:
+            why = (
+                f"{served.reference}: the files in {ref.path} are not those that are served, which stay until a restart"
+            )
+            self._replaced[served.index] = f"{why}; give another model a version of its own"
+            log.warning("model %s", self._replaced[served.index])
+
+    async def _load(self, ref: BundleRef, behind: int) -> None:
+        """Serves a bundle, unless it failed before and is still the same. `behind`: how many wait for it."""
         before, stamp = self._failed.get(ref.path), await self._in_thread(_stamp, ref)
         if before is not None and before.stamp == stamp and not before.passing:
             return
         self._since = time.monotonic()
         try:
-            served = await self._in_thread(self._build, ref, len(self.models))
+            served = await self._in_thread(self._build, ref, len(self.models), behind)
         except Exception as error:  # whatever it is, it is this bundle's
             why = str(error) if isinstance(error, BundleError) else f"{type(error).__name__}: {error}"
             passing = isinstance(error, BundleError) and error.passing
@@ -180,6 +221,7 @@ class Catalog:
             self._since = None
         self._failed.pop(ref.path, None)
         self.models.append(served)
+        self._stamps[served.index] = stamp
         self._by_key[ref.name, ref.version] = served
         self._metrics.model_loads.labels("loaded").inc()
         runtime = served.runtime
@@ -194,8 +236,8 @@ class Catalog:
     async def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
-    def _build(self, ref: BundleRef, index: int) -> Served:
-        runtime = self._loader.load(ref.path)
+    def _build(self, ref: BundleRef, index: int, behind: int) -> Served:
+        runtime = self._loader.load(ref.path, behind)
         bundle = runtime.arena.bundle
         layout = RecordLayout(bundle.fingerprint, bundle.schema.state_nbytes, bundle.schema.output_nbytes, runtime.code)
         return Served(index, bundle, runtime, layout, Queries(bundle), self._loader.rows_max(bundle, runtime.row_s))

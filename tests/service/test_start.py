@@ -143,6 +143,46 @@ def test_models_come_and_are_refused_while_it_runs(
         assert len(again.step(int(np.frombuffer(response.handles, np.uint32)[0]), 2, np.zeros(3, np.float32))) == 16
 
 
+def test_what_is_examined_and_files_that_are_not_those_served_are_in_the_log(
+    tmp_path: pathlib.Path, connect: Connect, server_with: Callable[..., ServerProcess]
+) -> None:
+    import engram_models
+
+    models, flags = tmp_path / "models", ("--cache-dir", str(tmp_path / "cache"), "--models-poll-s", "3600")
+    for name in "abc":
+        engram_models.write_bundle(models, name, "1", engram_models.LSTM(3, 4))
+    other = engram_models.write_bundle(tmp_path / "others", "b", "1", engram_models.LSTM(3, 4))
+    with server_with("--models", str(models), *flags) as server:
+        raw = connect(server)
+
+        def told(of_what: str) -> list[str]:
+            lines = [json.loads(line)["message"] for line in server.log.read_text().splitlines()]
+            return [line for line in lines if of_what in line]
+
+        def reload() -> list[str]:
+            asked = session_pb2.ReloadModelsRequest()
+            return list(raw.unary("ReloadModels", asked, session_pb2.ReloadModelsResponse).errors)
+
+        examined = told("is examined")
+        assert [line.split()[1] for line in examined] == ["a/1", "b/1", "c/1"]
+        assert [int(line.split()[-1]) for line in examined] == [2, 1, 0], "how many are behind it"
+        served = models / "b" / "1"
+        for file in served.iterdir():
+            os.utime(file)
+        assert reload() == told("are not those") == [], "the same files, copied again"
+        served.rename(tmp_path / "served")
+        other.rename(served)
+        for _ in range(2):
+            (error,) = reload()
+            assert "b/1" in error and "are not those" in error
+            assert len(told("are not those")) == 1
+        (served / "model.toml").write_text("nonsense")
+        assert len(reload()) == len(told("are not those")) == 1
+        served.rename(tmp_path / "other")
+        (tmp_path / "served").rename(served)
+        assert reload() == []
+
+
 @pytest.mark.parametrize("durability", [stream_pb2.DURABILITY_STEP, stream_pb2.DURABILITY_INTERVAL])
 def test_a_drain_finishes_what_was_accepted(
     durability: stream_pb2.Durability, redis_process: Any, server_with: Callable[..., ServerProcess], connect: Connect

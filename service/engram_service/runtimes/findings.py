@@ -33,13 +33,15 @@ class Findings:
         self._directory = directory
         self.stopped = threading.Event()  # ends an examination that is under way
 
-    def of(self, bundle: Bundle, rows_max: int) -> Examination:
-        """Kept, or found now, in a process of its own. Raises BundleError."""
+    def of(self, bundle: Bundle, rows_max: int, behind: int = 0) -> Examination:
+        """Kept, or found now, in a process of its own. `behind`: models that wait for this one. Raises BundleError."""
         file = self._directory / f"{_key(bundle, rows_max)}.json"
         try:
             return _kept(Examination(**json.loads(read_file(file, _BYTES_MAX))))
         except (OSError, ValueError, TypeError, RecursionError):
             pass
+        told = "model %s is examined, in a process of its own; models to be looked at after it: %d"
+        log.info(told, bundle.reference, behind)
         examination = examine(bundle, rows_max, self.stopped)
         self._keep(file, examination)
         return examination

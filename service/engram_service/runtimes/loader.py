@@ -36,8 +36,8 @@ class Loader:
         self._crashes = Crashes(cache / "crashes")
         self.watchdog = Watchdog(self._crashes)
 
-    def load(self, path: Path) -> Runtime:
-        """Raises BundleError."""
+    def load(self, path: Path, behind: int = 0) -> Runtime:
+        """`behind`: bundles that wait for this one. Raises BundleError."""
         bundle = load_bundle(path)
         crashes = self._crashes.of(bundle)
         if crashes >= CRASHES_MAX:
@@ -48,7 +48,7 @@ class Loader:
         if not self._device.is_cpu and bundle.kind != IMPORTED:
             return self._on_gpu(bundle)
         if bundle.graph:
-            found = self._findings.of(bundle, self.rows_max(bundle))
+            found = self._findings.of(bundle, self.rows_max(bundle), behind)
             step = self._checked(bundle, found.batching)
             from engram_service.runtimes.onnx_graphs import OnnxGraphs
 
