@@ -69,6 +69,7 @@ class ServerProcess:
         self.credentials: grpc.ChannelCredentials | None = None  # where it speaks TLS
         self.prefix: tuple[str, ...] = ()  # the command that runs it, under limits say
         self._process: subprocess.Popen[bytes] | None = None
+        self._told = False  # to end
         self._cluster = RedisCluster(directory / "cluster") if self.on_cluster and "--redis-url" not in flags else None
 
     @property
@@ -104,6 +105,7 @@ class ServerProcess:
             *self.prefix, sys.executable, *program, "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
             "--data-dir", str(self.directory / "data"), *flags,
         ]  # fmt: skip
+        self._told = False
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"}
@@ -114,8 +116,8 @@ class ServerProcess:
     def stop(self) -> int:
         """SIGTERM, as an operator stops it; its exit code."""
         assert self._process is not None
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        if self._process.poll() is None and not self._told:  # a second one would end it at once
+            self.terminate()
         try:
             return self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -129,6 +131,7 @@ class ServerProcess:
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._process.send_signal(number)
+        self._told |= number in (signal.SIGTERM, signal.SIGINT)
 
     def ended(self) -> int:
         """Waits until it has ended by itself; its exit code."""

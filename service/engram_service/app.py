@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -28,7 +27,7 @@ from engram_service.api.unary_stream import UnaryStream
 from engram_service.catalog import Catalog
 from engram_service.core import Core
 from engram_service.descriptors import Descriptors
-from engram_service.engine.engine import THREADS, Engine
+from engram_service.engine.engine import Engine
 from engram_service.health import Health
 from engram_service.http.server import HttpServer
 from engram_service.memory.memories import Memories
@@ -53,6 +52,7 @@ log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0002  # the event loop and the engine share the interpreter: neither may wait long for it
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME_S = 0.5  # a terminal signals all of its processes, and some of these pass it on: it is the same one then
 _STOP_GRACE_S = 1.0
 _LOOK_S = 0.05
 _REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is away for a second
@@ -76,7 +76,8 @@ async def serve(settings: Settings) -> None:
         stack.callback(http.stop)
         device = device_of(settings.device)
         loader = Loader(settings, device)
-        stack.callback(_leave, loader)
+        threads: list[str] = []  # of the engine, that do not end
+        stack.callback(_leave, loader, threads)
         tokens = Tokens(Path(settings.tokens_file) if settings.tokens_file else None)
         access = Access(tokens, Audit(metrics))
         certificate = Certificate.of(settings)
@@ -123,7 +124,7 @@ async def serve(settings: Settings) -> None:
         supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
         supervisor.run("descriptors", lambda: files.watch(port, streams.peers))
         await stop.wait()
-        await _drain(server, core, supervisor, loader)
+        threads += await _drain(server, core, supervisor, loader)
     log.info("stopped")
 
 
@@ -163,14 +164,19 @@ def _register_cells(settings: Settings) -> None:
 
 def _heed_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, at_once: list[Callable[[], None]]) -> None:
     """The first SIGTERM or SIGINT sets `stop`, a second one ends the process, whatever it is about."""
+    asked = 0.0
 
     def first() -> None:
+        nonlocal asked
+        asked = time.monotonic()
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
             signal.signal(number, second)  # not the default: the first process of a container would ignore that
         stop.set()
 
     def second(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - asked < _SAME_S:
+            return
         log.warning("ended at once, by a second signal: what was accepted and is not answered may be sent again")
         for end in at_once:
             end()
@@ -180,7 +186,8 @@ def _heed_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, at_once:
         loop.add_signal_handler(number, first)
 
 
-async def _drain(server: Server, core: Core, supervisor: Supervisor, loader: Loader) -> None:
+async def _drain(server: Server, core: Core, supervisor: Supervisor, loader: Loader) -> list[str]:
+    """Threads of the engine that do not end."""
     log.info("draining")
     server.set_serving(False)
     deadline = time.monotonic() + core.settings.drain_timeout_s
@@ -188,24 +195,20 @@ async def _drain(server: Server, core: Core, supervisor: Supervisor, loader: Loa
     await server.stop(_STOP_GRACE_S)
     await supervisor.cancel()
     core.queue.close()
-    if not await core.engine.ended(max(deadline, time.monotonic() + _STOP_GRACE_S)):
+    if await core.engine.left(max(deadline, time.monotonic() + _STOP_GRACE_S)):
         loader.stop()
-        await core.engine.ended(time.monotonic() + _STOP_GRACE_S)
+    return await core.engine.left(time.monotonic() + _STOP_GRACE_S)
 
 
-def _leave(loader: Loader) -> None:
-    """The last of all: threads in an operator of a model, which cannot be stopped, would keep the process from its end."""
+def _leave(loader: Loader, threads: list[str]) -> None:
+    """The last of all: what is in an operator of a model, and cannot be stopped, would keep the process from its end."""
     deadline = time.monotonic() + _STOP_GRACE_S  # what was told to stop may be about to
-    while left := loader.watchdog.running() or [name for name in _thread_names() if name.startswith(THREADS)]:
+    while left := loader.watchdog.running() or threads:
         if time.monotonic() > deadline:
             told = "left behind, for it does not end: %s; its steps are not answered and may be sent again"
             log.warning(told, ", ".join(left))
             os._exit(0)
         time.sleep(_LOOK_S)
-
-
-def _thread_names() -> list[str]:
-    return [thread.name for thread in threading.enumerate()]
 
 
 def _announce(settings: Settings, port: int, http: str, device: Device) -> None:

@@ -33,7 +33,6 @@ from engram_service.work import Job, WorkQueue
 
 log = logging.getLogger(__name__)
 
-THREADS = "engine-"  # what their names begin with
 _LOOK_S = 0.005
 
 Commit = Callable[
@@ -134,20 +133,20 @@ class Engine:
         self._meta = meta
         self._pauses = pauses
         self._stopped = threading.Event()
-        self._threads = [supervisor.thread(f"{THREADS}{n}", self._run, self._stopped) for n in range(workers)]
+        self._threads = [supervisor.thread(f"engine-{n}", self._run, self._stopped) for n in range(workers)]
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
-    async def ended(self, deadline: float) -> bool:
-        """Whether the threads have ended by then; the queue is closed before."""
+    async def left(self, deadline: float) -> list[str]:
+        """Names of the threads that have not ended by then; the queue is closed before."""
         self._stopped.set()  # one that failed is not started again
-        while alive := any(thread.is_alive() for thread in self._threads):
+        while names := [thread.name for thread in self._threads if thread.is_alive()]:
             if time.monotonic() >= deadline:
                 break
             await asyncio.sleep(_LOOK_S)
-        return not alive
+        return names
 
     def _run(self) -> None:
         """Computes a tick while Redis writes the one before, and waits for Redis only where there is nothing to compute."""
