@@ -99,6 +99,15 @@ class Static(nn.Module):
 def static():
     return Static(), (torch.randn(1, 8), torch.zeros(8))
 
+class Counting(nn.Module):
+    def forward(self, x, window, count):
+        window = torch.cat([window[:, 1:], x[:, None]], 1)
+        count = count + 1
+        return window.sum(1) / count.clamp(max=4), window, count
+
+def counting():
+    return Counting(), (torch.randn(2, 5), torch.zeros(2, 4, 5), torch.tensor(0))
+
 def raising():
     raise RuntimeError("no weights here")
 
@@ -201,6 +210,13 @@ def test_a_batch_that_is_fixed_stays_fixed_and_is_told(mine: Path, capfd: pytest
     inputs, outputs = shapes(converted("mine:static", None, mine))
     assert "batch size is fixed" in capfd.readouterr().err
     assert (inputs, outputs) == ({"x": [1, 8], "h": [8]}, {"output_0": [1, 8], "output_1": [8]})
+
+
+def test_a_count_that_all_rows_share_has_no_batch(mine: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    inputs, outputs = shapes(converted("mine:counting", None, mine))
+    assert "batch size is fixed" not in capfd.readouterr().err
+    assert inputs == {"x": ["batch", 5], "window": ["batch", 4, 5], "count": []}
+    assert outputs == {"output_0": ["batch", 5], "next_window": ["batch", 4, 5], "next_count": []}
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")
