@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -89,12 +90,17 @@ def write(
 
 
 def checked_target(directory: Path, name: str, version: str) -> Path:
-    """Where such a bundle goes. Raises BundleError where the names are none, or it is there already."""
+    """Where such a bundle goes. Raises BundleError where the names are none, it is there already, or cannot be written."""
     if not NAME.fullmatch(name) or not NAME.fullmatch(version):
         raise BundleError(f"{name}/{version}: {NAME_RULE}")
     target = directory / name / version
     if target.exists():
         raise BundleError(f"{target} exists; versions are never overwritten, choose another")
+    there = next(folder for folder in target.parents if folder.exists() or folder == folder.parent)
+    if not there.is_dir():
+        raise BundleError(f"{target}: {there} is no directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BundleError(f"{target}: {there} cannot be written")
     return target
 
 

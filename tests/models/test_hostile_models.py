@@ -189,7 +189,7 @@ def _renamed(name: str) -> Callable[[ModelProto], None]:
 
 
 REFUSED: dict[str, tuple[Callable[[ModelProto], object], str]] = {
-    "external data": (_initialiser(_external), "is in another file, which is not opened"),
+    "external data": (_initialiser(_external), "is in another file, which is not opened; put the weights inline: torch.onnx.export(..., external_data=False), or onnx.save("),
     "external data of a constant": (_constant, "is in another file, which is not opened"),
     "external data in a branch": (_branch, "is in another file, which is not opened"),
     "10 GB that are not there": (_initialiser(_ten_gigabytes), "has 0 numbers; its dimensions 50000x50000 ask for 2500000000"),

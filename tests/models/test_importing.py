@@ -392,6 +392,66 @@ def test_a_cache_that_grows_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "a state keeps its size" in refused(capsys, write(model, tmp_path), "--shape", "past=8")
 
 
+def of_torch(outputs: Sequence[str], batch: Any = "s77") -> onnx.ModelProto:
+    """As torch's exporter writes it without names: a sum that is kept, an answer that is a sum too, both called by operators."""
+    net = zoo.Net(37)
+    net.op("ReduceSum", net.op("Mul", "x", "sum"), net.const([1]), out=outputs[0], keepdims=1)
+    net.op("Add", "sum", "x", out=outputs[1])
+    one = ("float32", [batch, 1])
+    model = net.model({"x": one, "sum": one}, dict.fromkeys(outputs, one))
+    for node, name in zip(model.graph.node[1:], ("sum_1", "add"), strict=True):
+        node.metadata_props.add(key="pkg.torch.onnx.fx_node", value=f"%{name} : [num_users=1] = call_function[...]")
+        node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value='File "/home/somebody/secret.py", line 7')
+    return model
+
+
+def test_what_an_exporter_calls_by_its_operator_pairs_no_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(of_torch(["sum_1", "add"]), tmp_path)
+    said = refused(capsys, path)
+    assert "'sum' (float32 s77x1) may be a state whose next value is 'sum_1', 'add'" in said
+    assert command("import", path, "--models", tmp_path / "other") == 1
+    assert "with output_names=[...] at the export" in capsys.readouterr().out
+    bundle = bring(path, "--state", "sum=add")
+    assert bundle.batch == "any"
+    assert b"secret" not in bundle.read_graph()
+
+
+def test_outputs_that_are_called_like_data_are_named_where_nothing_else_fits() -> None:
+    """Values of TorchScript have such names."""
+    model = cell([("h", "x.31"), ("c", "x.56")], data="obs")
+    assert all(
+        "whose next value is 'x.56', 'x.31'" in doubt for doubt in pair_states(Interface.of(model), Flags()).doubts
+    )
+
+
+def test_names_that_are_given_at_the_export_pair_states(tmp_path: Path) -> None:
+    bundle = bring(write(of_torch(["y", "sum_out"]), tmp_path))
+    assert [spec.name for spec in bundle.schema.state] == ["sum"]
+    assert [spec.name for spec in bundle.schema.outputs] == ["y"]
+
+
+def test_rows_that_every_tensor_has_are_called_no_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = bring(write(cell([("h", "h_out")], dim=2), tmp_path))
+    assert bundle.schema.inputs[0].shape == (2, 5)
+    assert "a session has all 2" in capsys.readouterr().out
+
+
+def test_a_number_beside_states_with_a_batch_axis_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = zoo.Net(38)
+    net.op("Add", net.op("Mul", "h", "decay"), "x", out="h_out")
+    net.op("Mul", "decay", net.const(0.9), out="decay_out")
+    net.op("Neg", "h_out", out="y")
+    row, one = ("float32", ["batch", 4]), ("float32", [])
+    model = net.model({"x": row, "h": row, "decay": one}, {"y": row, "h_out": row, "decay_out": one})
+    path = write(model, tmp_path)
+    said = refused(capsys, path, "--state", "decay=decay_out")
+    assert "the state 'decay' has no batch axis, and 'h' has 'batch'" in said
+    assert "--shape batch=1" in said
+    assert bring(path, "--state", "decay=decay_out", "--shape", "batch=1").one_by_one
+
+
 # Values, windows, and what the graph has of its own.
 
 
@@ -556,6 +616,21 @@ def test_a_version_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFi
     assert command("import", path, "--models", tmp_path) == 1
     assert "--version" in capsys.readouterr().err
     assert command("import", path, "--models", tmp_path, "--version", "2") == 0
+
+
+@pytest.mark.parametrize("way", ["a file", "not ours to write"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "place"
+    if way == "a file":
+        place.write_text("")
+    elif os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    else:
+        place.mkdir(0o500)
+    assert command("import", tmp_path / "not-read.onnx", "--models", place / "models") == 1
+    assert f"{place} {'is no directory' if way == 'a file' else 'cannot be written'}" in capsys.readouterr().err
 
 
 def test_a_loop_without_an_end_is_stopped(

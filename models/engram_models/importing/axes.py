@@ -85,6 +85,11 @@ def settle(
         whole = all(case.choices[line.tensor] == [None] for line in lines)
         first = min(bare, key=lambda line: line.role == "window")
         proposal.why = "it has no batch axis" if whole else f"{shown(first.tensor)} has no batch axis"
+        if whole and (rows := _rows_of_all(lines)):
+            proposal.notes.append(
+                f"every input and state has a dimension of {rows}, and a session has all {rows}: if that is the batch, export "
+                "the model with a free one (dynamic_shapes of torch.onnx.export), or with a batch of 1"
+            )
         _alone(case)
     else:
         _together(case, plans)
@@ -110,6 +115,17 @@ def _together(case: _Case, plans: Sequence[tuple[Axes, Plan]]) -> None:
             return
     proposal.why = whys[0] or f"it does not run with more than one row: {found[0].get('why', '')}"
     _alone(case)
+
+
+def _rows_of_all(lines: Sequence[Line]) -> int:
+    """The first size above 1 that all inputs and states of more than one number have, or 0."""
+    dims = [line.dims for line in lines if line.dims and len(line.dims) > 1]
+    common = (
+        [dim for dim in dims[0] if isinstance(dim, int) and dim > 1 and all(dim in each for each in dims)]
+        if dims
+        else []
+    )
+    return common[0] if common else 0
 
 
 def _several(lines: Sequence[Line], choices: Mapping[str, list[int | None]]) -> bool:
@@ -258,7 +274,16 @@ def _alone(case: _Case) -> None:
     """One row at a time, with the batch of 1 that the file has, or with none."""
     proposal, lines, batch = case.proposal, case.lines, case.batch
     proposal.static = True
-    if batch and not all(batch in (line.dims or ()) for line in lines if line.role == "recurrent"):
+    states = [line for line in lines if line.role == "recurrent"]
+    without = [shown(line.tensor) for line in states if batch not in (line.dims or ())]
+    if batch and 0 < len(without) < len(states):
+        having = next(line.tensor for line in states if batch in (line.dims or ()))
+        proposal.doubts.append(
+            f"the state {without[0]} has no batch axis, and {shown(having)} has {batch!r}: sessions cannot share a call. "
+            f"--shape {batch}=1 serves them one by one; to batch them, export {without[0]} with a batch axis"
+        )
+        return
+    if batch and without:
         proposal.doubts.append(
             f"the dimension {batch!r} is no batch of sessions, for states do not have it ({proposal.why}): say how many a step has "
             f"along it with --shape {batch}=SIZE, such as --shape {batch}=1"

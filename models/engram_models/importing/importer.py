@@ -149,7 +149,7 @@ def check_target(models: Path, name: str, version: str) -> None:
     try:
         checked_target(models, name, version)
     except BundleError as error:
-        raise ImportRefused(f"{error} (--name, --version)") from error
+        raise ImportRefused(f"{error} (--models, --name, --version)") from error
 
 
 def name_of(source: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import onnx
@@ -19,6 +20,8 @@ DTYPES: dict[int, str] = {
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "bool")
 RANK_MAX = 16
 TENSORS_MAX = 4096
+_FX_NODE = "pkg.torch.onnx.fx_node"  # an entry of a node's metadata: "%sum_1 : [num_users=1] = call_function[...]"
+_PART = re.compile(r"getitem(_\d+)?")  # of what gives several tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class GraphTensor:
     dtype: str
     dims: tuple[Dim, ...] | None
     default: bool = False  # an initializer of the same name gives its value where nothing else does
+    mute: bool = False  # torch's exporter has named it after an operator: `sum_1` is no next value of `sum`
 
     @property
     def whole(self) -> bool:
@@ -53,7 +57,8 @@ class Interface:
         """Raises ImportRefused for what no session can have: tensors of strings, sequences, names that are not printable."""
         initializers = {tensor.name for tensor in model.graph.initializer}
         inputs = tuple(_tensor(value, "input", value.name in initializers) for value in model.graph.input)
-        outputs = tuple(_tensor(value, "output", False) for value in model.graph.output)
+        mute = _named_after_operators(model.graph)
+        outputs = tuple(_tensor(value, "output", False, value.name in mute) for value in model.graph.output)
         if len(inputs) - len(initializers) > TENSORS_MAX or len(outputs) > TENSORS_MAX:
             raise ImportRefused(
                 f"it has {len(inputs)} inputs and {len(outputs)} outputs; at most {TENSORS_MAX} can be served"
@@ -69,7 +74,17 @@ def unnamed(dim: Dim) -> bool:
     return isinstance(dim, str) and dim.startswith("?")
 
 
-def _tensor(value: onnx.ValueInfoProto, kind: str, default: bool) -> GraphTensor:
+def _named_after_operators(graph: onnx.GraphProto) -> set[str]:
+    found: set[str] = set()
+    for node in graph.node:
+        said = next((entry.value for entry in node.metadata_props if entry.key == _FX_NODE), "")
+        if said:
+            own = str(said).partition(" ")[0].removeprefix("%")  # what is not UTF-8 comes as bytes
+            found.update(name for name in node.output if name == own or _PART.fullmatch(name))
+    return found
+
+
+def _tensor(value: onnx.ValueInfoProto, kind: str, default: bool, mute: bool = False) -> GraphTensor:
     name = value.name
     if not name or not name.isprintable() or len(name) > 200:
         raise ImportRefused(
@@ -87,13 +102,13 @@ def _tensor(value: onnx.ValueInfoProto, kind: str, default: bool) -> GraphTensor
         found = next((word.lower() for word, number in kinds if number == tensor.elem_type), f"type {tensor.elem_type}")
         raise ImportRefused(f"the {kind} {shown(name)} is of {found}; served are {', '.join(DTYPES.values())}")
     if not tensor.HasField("shape"):
-        return GraphTensor(name, dtype, None, default)
+        return GraphTensor(name, dtype, None, default, mute)
     if len(tensor.shape.dim) > RANK_MAX:
         raise ImportRefused(
             f"the {kind} {shown(name)} has {len(tensor.shape.dim)} dimensions; at most {RANK_MAX} are served"
         )
     dims = tuple(_dim(dim, name, place) for place, dim in enumerate(tensor.shape.dim))
-    return GraphTensor(name, dtype, dims, default)
+    return GraphTensor(name, dtype, dims, default, mute)
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension, name: str, place: int) -> Dim:

@@ -57,6 +57,12 @@ def write(model: onnx.ModelProto, proposal: Proposal) -> NormalForm:
     model.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in versions.items())
     del model.metadata_props[:]
     model.doc_string = ""
+    for one in graphs(model.graph):
+        del one.metadata_props[:]
+        one.doc_string = ""
+        for node in one.node:  # an exporter writes its owner's paths and lines of source here
+            del node.metadata_props[:]
+            node.doc_string = ""
     initials = {names[id(line)]: line.initial for line in proposal.states if isinstance(line.initial, np.ndarray)}
     try:
         onnx.checker.check_model(model)

@@ -41,6 +41,11 @@ def pair_states(interface: Interface, flags: Flags) -> Pairs:
     given = [t for t in interface.inputs if t.name in flags.inputs | set(flags.contexts)]
     _by_shape(left, free, given, named, pairs)
     _doubt(left, free, given, pairs)
+    if pairs.doubts and (mute := [shown(t.name) for t in free if t.mute and t.name not in pairs.outputs.values()]):
+        pairs.notes.append(
+            f"{', '.join(mute[:_NAMED_MOST])}: so torch's exporter calls them; with output_names=[...] at the export, "
+            "such as h_out for h, names pair the states"
+        )
     return pairs
 
 
@@ -71,7 +76,7 @@ def _by_flags(interface: Interface, flags: Flags, named: dict[str, str], pairs: 
 def _by_names(inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor]) -> dict[str, str]:
     """Pairs that names make clear: the clearest first, and of equally clear ones only those without a rival."""
     found: dict[str, str] = {}
-    graded = [(names_pair(a.name, b.name), a, b) for a in inputs for b in outputs if fits(a, b)]
+    graded = [(names_pair(a.name, b.name), a, b) for a in inputs for b in outputs if fits(a, b) and not b.mute]
     for grade in (1, 2, 3, 4):
         edges = [(a.name, b.name) for clear, a, b in graded if clear == grade]
         edges = [(a, b) for a, b in edges if a not in found and b not in found.values()]
@@ -148,7 +153,8 @@ def _doubt(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[Grap
     for tensor in left:
         if tensor.name in pairs.outputs or any(shown(tensor.name) in doubt for doubt in pairs.doubts):
             continue
-        takers = [t for t in outputs if fits(tensor, t) and not is_data(t.name)]
+        able = [t for t in outputs if fits(tensor, t)]
+        takers = [t for t in able if t.mute or not is_data(t.name)]
         kept = is_kept(tensor.name) and not is_data(tensor.name) and not is_rate(tensor.name)
         if _scalar(tensor) and not kept:
             if takers and not (is_rate(tensor.name) or is_length(tensor.name)):
@@ -159,7 +165,7 @@ def _doubt(left: list[GraphTensor], free: list[GraphTensor], told: Sequence[Grap
         if tensor is only and pairs.outputs and not kept:
             continue
         single = tensor.one_element and len(tensor.dims or ()) <= 1
-        pairs.doubts.append(_which(tensor, takers, f", --constant {tensor.name}=VALUE" if single else ""))
+        pairs.doubts.append(_which(tensor, takers or able, f", --constant {tensor.name}=VALUE" if single else ""))
 
 
 def _which(tensor: GraphTensor, takers: Sequence[GraphTensor], more: str = "") -> str:

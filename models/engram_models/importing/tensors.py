@@ -30,7 +30,8 @@ def check_tensor(tensor: TensorProto, what: str) -> None:
     """Type and dimensions are those of the bytes that are there: no more and no fewer."""
     if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
         raise ImportRefused(
-            f"{what} is in another file, which is not opened; put the weights inline: onnx.save(onnx.load(file), new_file)"
+            f"{what} is in another file, which is not opened; put the weights inline: torch.onnx.export(..., external_data=False), "
+            "or onnx.save(onnx.load(file), new_file)"
         )
     kind = next((name for name, number in TensorProto.DataType.items() if number == tensor.data_type), "UNDEFINED")
     if kind not in _BITS or tensor.HasField("segment"):
