@@ -108,6 +108,16 @@ class Counting(nn.Module):
 def counting():
     return Counting(), (torch.randn(2, 5), torch.zeros(2, 4, 5), torch.tensor(0))
 
+class Stuck(nn.Module):
+    def forward(self, x, h):  # [layers, batch, width]
+        if h.shape[0] != 2:
+            time.sleep(600)
+        h = h + x
+        return h.sum(0), h
+
+def stuck():
+    return Stuck(), (torch.randn(2, 5), torch.zeros(2, 2, 5))
+
 def raising():
     raise RuntimeError("no weights here")
 
@@ -217,6 +227,11 @@ def test_a_count_that_all_rows_share_has_no_batch(mine: Path, capfd: pytest.Capt
     assert "batch size is fixed" not in capfd.readouterr().err
     assert inputs == {"x": ["batch", 5], "window": ["batch", 4, 5], "count": []}
     assert outputs == {"output_0": ["batch", 5], "next_window": ["batch", 4, 5], "next_count": []}
+
+
+def test_a_way_to_batch_that_never_ends_is_given_up(mine: Path) -> None:
+    path = converted("mine:stuck", None, mine, timeout_s=120)
+    assert shapes(path)[0] == {"x": ["batch", 5], "h": [2, "batch", 5]}
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from engram_models.importing.torch_programs import Program
 
 _WAYS_MAX = 64  # of saying which axes are the batch
+_LEAST_S, _CALLS = 5.0, 50  # how long one of them may run: so many seconds and so many calls of the module
 Axes = list[int | None]
 
 
@@ -26,10 +29,15 @@ def resized(examples: Sequence[Tensor], axes: Axes, rows: int) -> list[Tensor]:
 
 def batch_axes(program: Program, told: Mapping[str, int], first: tuple[Tensor, ...]) -> Axes | None:
     """The axis of each input that is the batch. None where no way of saying it runs as it should."""
+    began = time.monotonic()
+    program.step(*(tensor.clone() for tensor in program.examples))
+    limit_s = _LEAST_S + _CALLS * (time.monotonic() - began)
     for rows in dict.fromkeys(_sizes(program, told)):
         choices = [_choices(program, place, told, rows) for place in range(len(program.names))]
         for axes in itertools.islice(_ways(choices), _WAYS_MAX):
-            if any(axis is not None for axis in axes) and _survives(partial(_scales, program, axes, first, rows)):
+            if any(axis is not None for axis in axes) and _survives(
+                partial(_scales, program, axes, first, rows), limit_s
+            ):
                 return axes
     return None
 
@@ -61,8 +69,8 @@ def _choices(program: Program, place: int, told: Mapping[str, int], rows: int) -
     return [*axes, None]
 
 
-def _survives(question: Callable[[], bool]) -> bool:
-    """Asked in a fork: with sizes that do not fit, operators of torch may read beyond their arrays, and crash."""
+def _survives(question: Callable[[], bool], limit_s: float) -> bool:
+    """Asked in a fork: with sizes that do not fit, operators of torch may write beyond their arrays, and crash or never end."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -70,7 +78,14 @@ def _survives(question: Callable[[], bool]) -> bool:
             code = 0 if question() else 1
         finally:
             os._exit(code)
-    return os.waitpid(child, 0)[1] == 0
+    until = time.monotonic() + limit_s
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.002)
+    return ended[1] == 0
 
 
 def _scales(program: Program, axes: Axes, first: tuple[Tensor, ...], rows: int) -> bool:
