@@ -436,6 +436,8 @@ def test_rows_that_every_tensor_has_are_called_no_batch(tmp_path: Path, capsys: 
     bundle = bring(write(cell([("h", "h_out")], dim=2), tmp_path))
     assert bundle.schema.inputs[0].shape == (2, 5)
     assert "a session has all 2" in capsys.readouterr().out
+    bring(write(cell([("h", "h_out")]), tmp_path, "free"))
+    assert "a session has all" not in capsys.readouterr().out
 
 
 def test_a_number_beside_states_with_a_batch_axis_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ def settle(
         whole = all(case.choices[line.tensor] == [None] for line in lines)
         first = min(bare, key=lambda line: line.role == "window")
         proposal.why = "it has no batch axis" if whole else f"{shown(first.tensor)} has no batch axis"
-        if whole and (rows := _rows_of_all(lines)):
+        if not batch and (rows := _rows_of_all(lines)):
             proposal.notes.append(
                 f"every input and state has a dimension of {rows}, and a session has all {rows}: if that is the batch, export "
                 "the model with a free one (dynamic_shapes of torch.onnx.export), or with a batch of 1"
