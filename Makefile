@@ -17,6 +17,8 @@ SECONDS_A_TARGET ?= 120
 SECONDS ?= 1800
 OPENS ?= 100000
 CODE := clients/python service models tests tools
+# Where the environment forbids bytecode, each of the processes that a target starts would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
@@ -89,9 +91,10 @@ check: lint types proto-lint proto-check
 $(BIN)/helm: tools/kubernetes_tools.py | $(STAMP)
 	$(BIN)/python tools/kubernetes_tools.py
 
-# One thread a worker: more of them than cores keep each other waiting at every small matrix.
+# One thread a worker: more of them than cores keep each other waiting at every small matrix. Where a test asks for several, they
+# sleep while they wait: by default they spin, on cores that the other workers want.
 test: $(STAMP) $(BIN)/helm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --redis cluster tests/service tests/sdk tests/fuzz/test_sessions.py
