@@ -53,6 +53,23 @@ def checked_names(path: Path) -> list[str]:
     return names
 
 
+def torch_sort(source: str, names: list[str]) -> str:
+    """What torch wrote by the names of its entries: `export` or `script`. Raises ImportRefused where neither can be run."""
+    parts = {name.partition("/")[2] for name in names}
+    if "archive_format" in parts or any(
+        name.endswith(("serialized_exported_program.json", "models/model.json")) for name in names
+    ):
+        return "export"
+    if "constants.pkl" in parts and any(part.startswith("code/") for part in parts):
+        return "script"
+    if "data.pkl" in parts:
+        raise ImportRefused(
+            f"{source}: weights of torch.save, without the program that uses them; import the module:factory that builds the "
+            "module and loads them, or save it by torch.jit.save or torch.export.save"
+        )
+    raise ImportRefused(f"{source}: neither TorchScript nor a program of torch.export.save")
+
+
 def read_entry(path: Path, name: str, bytes_max: int) -> bytes:
     """One entry of an archive whose names were checked. Raises ImportRefused."""
     try:

@@ -40,7 +40,7 @@ def _convert(request: dict[str, Any]) -> list[str]:
     """Writes the graph; gives what the user should know."""
     source, output = request["source"], Path(request["output"])
     if request["sort"] == "file":
-        from engram_models.importing.archive import checked_names
+        from engram_models.importing.archive import checked_names, torch_sort
         from engram_models.importing.errors import ImportRefused
 
         names = checked_names(Path(source))
@@ -52,6 +52,7 @@ def _convert(request: dict[str, Any]) -> list[str]:
             raise ImportRefused(
                 f"{source}: has no config.json and model.weights.h5, which a .keras file of Keras 3 has"
             )
+        torch_sort(source, names)  # what is no program is refused before torch is imported, which takes seconds
     try:
         import torch  # noqa: F401
     except ImportError:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from engram_models.importing.archive import checked_names
+from engram_models.importing.archive import checked_names, torch_sort
 from engram_models.importing.arrays import read_arrays
 from engram_models.importing.errors import ImportRefused, shown
 from engram_models.importing.returned import script_results, written_results
@@ -71,20 +71,8 @@ def program(request: Mapping[str, Any]) -> Program:
     source = request["source"]
     if request["sort"] == "factory":
         return _of_factory(request)
-    names = checked_names(Path(source))
-    parts = {name.partition("/")[2] for name in names}
-    if "archive_format" in parts or any(
-        name.endswith(("serialized_exported_program.json", "models/model.json")) for name in names
-    ):
-        return _of_export(source)
-    if "constants.pkl" in parts and any(part.startswith("code/") for part in parts):
-        return _of_script(request)
-    if "data.pkl" in parts:
-        raise ImportRefused(
-            f"{source}: weights of torch.save, without the program that uses them; import the module:factory that builds the "
-            "module and loads them, or save it by torch.jit.save or torch.export.save"
-        )
-    raise ImportRefused(f"{source}: neither TorchScript nor a program of torch.export.save")
+    sort = torch_sort(source, checked_names(Path(source)))
+    return _of_export(source) if sort == "export" else _of_script(request)
 
 
 def _of_export(source: str) -> Program:
