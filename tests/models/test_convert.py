@@ -47,6 +47,18 @@ def policy():
 def with_examples():
     return policy(), (torch.randn(1, 6), torch.zeros(2, 1, 8), torch.zeros(2, 1, 8))
 
+class Adding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+
+    def forward(self, obs, h):
+        h = torch.tanh(h + self.layer(obs))
+        return h.sum(0), h
+
+def adding():
+    return Adding()
+
 class Named(nn.Module):
     def __init__(self):
         super().__init__()
@@ -195,15 +207,12 @@ def test_a_factory_keeps_the_names_of_its_forward(
 
 def test_a_factory_without_examples_takes_shapes_or_arrays(mine: Path) -> None:
     with pytest.raises(ImportRefused, match="--shape obs=2x"):
-        converted("mine:policy", None, mine)
-    assert shapes(converted("mine:policy", None, mine, shapes=POLICY_SHAPES))[0]["h"] == [2, "batch", 8]
-    np.savez(
-        mine / "call.npz",
-        obs=np.ones((2, 6), np.float32),
-        h=np.zeros((2, 2, 8), np.float32),
-        c=np.zeros((2, 2, 8), np.float32),
-    )
-    assert shapes(converted("mine:policy", mine / "call.npz", mine))[0]["h"] == [2, "batch", 8]
+        converted("mine:adding", None, mine)
+    wanted = {"obs": ["batch", 6], "h": [2, "batch", 8]}
+    given, _ = example_shapes(["obs=2x6", "h=2x2x8"])
+    assert shapes(converted("mine:adding", None, mine, shapes=given))[0] == wanted
+    np.savez(mine / "call.npz", obs=np.ones((2, 6), np.float32), h=np.zeros((2, 2, 8), np.float32))
+    assert shapes(converted("mine:adding", mine / "call.npz", mine))[0] == wanted
 
 
 def test_dropout_is_off_however_a_module_comes(mine: Path) -> None:
