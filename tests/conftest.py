@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import grpc
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 
 from engram_models import shipped_models_dir
 from engram_service.ports import free_port
@@ -46,6 +47,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "single_redis(why): not with --redis cluster")
     ServerProcess.on_cluster = config.getoption("--redis") == "cluster"
+    # How long an example takes is the machine's load; what may not take long has an assertion of its own.
+    settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("suite")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -104,8 +104,8 @@ def test_without_the_setting_its_bundle_is_not_served(
     assert "my-min-gru" in log and "setting cells" in log
 
 
-def test_a_plug_in_that_is_not_there_stops_the_start() -> None:
-    done = serve(ENGRAM_CELLS="nowhere_at_all:Cell")
+def test_a_plug_in_that_is_not_there_stops_the_start(tmp_path: pathlib.Path) -> None:
+    done = serve("--data-dir", str(tmp_path / "data"), ENGRAM_CELLS="nowhere_at_all:Cell")
     assert done.returncode == 2
     assert (
         "engram serve: cells: cell 'nowhere_at_all:Cell': importing nowhere_at_all failed: no such module"
