@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numerical import assert_gradients
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -134,7 +135,14 @@ def test_gradients_equal_numerical_ones(cell: Cell) -> None:
 
     state = random_state(cell, 2, torch.float64)
     inputs = [torch.randn(2, *cell.input.shape, dtype=torch.float64), *state, *(w.detach() for w in weights)]
-    assert torch.autograd.gradcheck(run, [tensor.clone().requires_grad_() for tensor in inputs], atol=1e-8, rtol=0)
+    assert_gradients(run, inputs)
+
+
+def test_a_gradient_that_lacks_a_part_is_found() -> None:
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert_gradients(lambda x, y: (x * y, x.square()), [x, 3 * x])
+    with pytest.raises(AssertionError, match="result 1 by input 0"):
+        assert_gradients(lambda x, y: (x * y, x * x.detach()), [x, 3 * x])
 
 
 @pytest.mark.parametrize("layers", [1, 2])
