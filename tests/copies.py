@@ -6,12 +6,16 @@ import pathlib
 import shutil
 from typing import Any
 
+from redises import until
+
 _DATA = ("appendonly*", "dump.rdb")
 
 
 def take(redis: Any, target: pathlib.Path) -> None:
     """Copies the data of a RedisProcess or of each node of a RedisCluster, while it runs."""
     for place, process in enumerate(_nodes(redis)):
+        # While a slow disk is busy with an fsync, Redis keeps what it has answered for up to two seconds before it writes it.
+        until(lambda process=process: not process.client.info("persistence").get("aof_buffer_length"))
         node = target / str(place)
         node.mkdir(parents=True)
         for pattern in _DATA:
