@@ -45,6 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: children would ignore it too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "single_redis(why): not with --redis cluster")
     ServerProcess.on_cluster = config.getoption("--redis") == "cluster"
     # How long an example takes is the machine's load; what may not take long has an assertion of its own.
