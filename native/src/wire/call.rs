@@ -1,0 +1,331 @@
+//! One call: its caller's messages go to the inbox, and what Python answers goes back as fast as its caller reads.
+
+use base64::{Engine, engine::general_purpose::STANDARD_NO_PAD};
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream, SendStream};
+use http::{HeaderMap, HeaderValue, Response};
+use parking_lot::Mutex;
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+use tokio::sync::Notify;
+
+use super::frames;
+use super::inbox::{Happening, Inbox};
+use super::messages::{Messages, Unreadable};
+
+/// What grpc-message may not have as it is.
+const UNSAFE: &AsciiSet = &CONTROLS.add(b'%');
+
+/// How a call ends: a canonical status code, words, and details (google.rpc.Status), if any.
+#[derive(Clone, Debug)]
+pub struct Status {
+    pub code: u16,
+    pub message: String,
+    pub details: Vec<u8>,
+}
+
+impl Status {
+    pub fn new(code: u16, message: impl Into<String>) -> Self {
+        Status {
+            code,
+            message: message.into(),
+            details: vec![],
+        }
+    }
+
+    pub fn headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert("grpc-status", HeaderValue::from(self.code));
+        if !self.message.is_empty() {
+            let encoded = utf8_percent_encode(&self.message, UNSAFE).to_string();
+            headers.insert(
+                "grpc-message",
+                HeaderValue::from_str(&encoded).expect("it is ASCII"),
+            );
+        }
+        if !self.details.is_empty() {
+            let encoded = STANDARD_NO_PAD.encode(&self.details);
+            headers.insert(
+                "grpc-status-details-bin",
+                HeaderValue::from_str(&encoded).expect("it is ASCII"),
+            );
+        }
+        headers
+    }
+}
+
+/// A call, as who answers it knows it.
+pub struct Call {
+    pub id: u32,
+    pub identity: Option<u32>,
+    sending: Mutex<Sending>,
+    rows: AtomicUsize, // that came and whose answer has not gone
+    rows_max: usize,
+    answered: Notify,
+}
+
+struct Sending {
+    respond: SendResponse<Bytes>,
+    head: Option<Response<()>>, // until it is sent
+    stream: Option<SendStream<Bytes>>,
+    queue: VecDeque<(Bytes, usize)>, // what the caller has no window for yet, and the rows that it answers
+    status: Option<Status>,
+    over: bool,
+    waker: Option<Waker>, // of the task that sends
+}
+
+impl Call {
+    pub fn new(
+        id: u32,
+        identity: Option<u32>,
+        respond: SendResponse<Bytes>,
+        head: Response<()>,
+        rows_max: usize,
+    ) -> Arc<Self> {
+        Arc::new(Call {
+            id,
+            identity,
+            sending: Mutex::new(Sending {
+                respond,
+                head: Some(head),
+                stream: None,
+                queue: VecDeque::new(),
+                status: None,
+                over: false,
+                waker: None,
+            }),
+            rows: AtomicUsize::new(0),
+            rows_max,
+            answered: Notify::new(),
+        })
+    }
+
+    /// Sends a message that answers so many rows: at once where its caller has a window for it. From any thread.
+    pub fn send(&self, message: Bytes, rows: usize) {
+        let mut sending = self.sending.lock();
+        if sending.over || sending.status.is_some() {
+            drop(sending);
+            self.gone(rows);
+        } else if sending.queue.is_empty() && sending.fits(message.len()) {
+            sending.write(message);
+            drop(sending);
+            self.gone(rows);
+        } else {
+            sending.queue.push_back((message, rows));
+            sending.wake();
+        }
+    }
+
+    /// Sends the head of the response now, before there is a message.
+    pub fn begin(&self) {
+        self.sending.lock().begin();
+    }
+
+    /// Ends the call when all that was sent before is on its way.
+    pub fn finish(&self, status: Status) {
+        let mut sending = self.sending.lock();
+        if sending.status.is_none() {
+            sending.status = Some(status);
+            sending.wake();
+        }
+    }
+
+    fn gone(&self, rows: usize) {
+        if rows > 0 && self.rows.fetch_sub(rows, Ordering::Relaxed) >= self.rows_max {
+            self.answered.notify_waiters();
+        }
+    }
+
+    async fn room(&self) {
+        loop {
+            let answered = self.answered.notified();
+            if self.rows.load(Ordering::Relaxed) < self.rows_max {
+                return;
+            }
+            answered.await;
+        }
+    }
+
+    /// Reads the call and sends what is given to it, until it is over. `stream`: its frames of steps become rows.
+    pub async fn serve(
+        &self,
+        inbox: &Inbox,
+        body: RecvStream,
+        messages: Messages,
+        stream: bool,
+        time: Option<Duration>,
+    ) {
+        let reading = self.read(inbox, body, messages, stream);
+        let late = async {
+            match time {
+                Some(time) => tokio::time::sleep(time).await,
+                None => std::future::pending().await,
+            }
+        };
+        let (mut reading, mut late) = (std::pin::pin!(reading), std::pin::pin!(late));
+        let (mut read, mut in_time) = (false, true);
+        let whole = loop {
+            tokio::select! {
+                unreadable = &mut reading, if !read => match unreadable {
+                    Ok(()) => { read = true; inbox.push(self.id, Happening::HalfClose); }
+                    Err(Some(Unreadable(code, why))) => { self.finish(Status::new(code, why)); read = true; }
+                    Err(None) => break false,
+                },
+                whole = std::future::poll_fn(|context| self.poll_send(context)) => break whole,
+                () = &mut late, if in_time => {
+                    in_time = false;
+                    self.sending.lock().queue.clear();
+                    self.finish(Status::new(4, "the time of the call is up"));
+                }
+            }
+        };
+        let mut sending = self.sending.lock();
+        sending.over = true;
+        sending.queue.clear();
+        if let Some(stream) = &mut sending.stream
+            && !(whole && read)
+        {
+            // The caller is told to stop where it goes on though the call is over.
+            stream.send_reset(if whole {
+                Reason::NO_ERROR
+            } else {
+                Reason::CANCEL
+            });
+        }
+    }
+
+    /// Returns at the end of what the caller sends. Err: why it makes no sense; None: the caller has gone.
+    async fn read(
+        &self,
+        inbox: &Inbox,
+        mut body: RecvStream,
+        mut messages: Messages,
+        stream: bool,
+    ) -> Result<(), Option<Unreadable>> {
+        loop {
+            // Whoever has too much under way is read no further, and its window closes.
+            self.room().await;
+            inbox.room().await;
+            let Some(chunk) = body.data().await else {
+                break;
+            };
+            let chunk = chunk.map_err(|_| None)?;
+            let length = chunk.len();
+            messages.feed(chunk, |message| {
+                match if stream { frames::steps(message) } else { None } {
+                    Some(steps) => {
+                        self.rows.fetch_add(steps.rows(), Ordering::Relaxed);
+                        inbox.push_steps(self.id, &steps);
+                    }
+                    None => inbox.push(self.id, Happening::Message(message.to_vec())),
+                }
+            })?;
+            let _ = body.flow_control().release_capacity(length);
+        }
+        if messages.cut() {
+            return Err(Some(Unreadable(
+                13,
+                "the call ends within a message".into(),
+            )));
+        }
+        Ok(())
+    }
+
+    /// Ready when the call is over: whether all of it was sent.
+    fn poll_send(&self, context: &mut Context) -> Poll<bool> {
+        let mut sending = self.sending.lock();
+        let mut gone = 0;
+        let ready = sending.poll(context, &mut gone);
+        if ready.is_pending()
+            && !sending
+                .waker
+                .as_ref()
+                .is_some_and(|waker| waker.will_wake(context.waker()))
+        {
+            sending.waker = Some(context.waker().clone());
+        }
+        drop(sending);
+        self.gone(gone);
+        ready
+    }
+}
+
+impl Sending {
+    fn begin(&mut self) {
+        if let Some(head) = self.head.take() {
+            self.stream = self.respond.send_response(head, false).ok();
+        }
+    }
+
+    /// Whether a message may be written now.
+    fn fits(&mut self, length: usize) -> bool {
+        self.begin();
+        let Some(stream) = &mut self.stream else {
+            return true;
+        }; // nobody will read it
+        stream.reserve_capacity(length);
+        stream.capacity() >= length
+    }
+
+    fn write(&mut self, message: Bytes) {
+        if let Some(stream) = &mut self.stream {
+            let _ = stream.send_data(message, false);
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = &self.waker {
+            waker.wake_by_ref();
+        }
+    }
+
+    fn poll(&mut self, context: &mut Context, gone: &mut usize) -> Poll<bool> {
+        while let Some((message, _)) = self.queue.front_mut() {
+            let left = message.len();
+            self.begin();
+            let Some(stream) = &mut self.stream else {
+                return Poll::Ready(false);
+            };
+            stream.reserve_capacity(left);
+            let part = match stream.poll_capacity(context) {
+                Poll::Ready(Some(Ok(part))) => part.min(left),
+                Poll::Ready(_) => return Poll::Ready(false),
+                Poll::Pending => break,
+            };
+            let (message, rows) = self.queue.front_mut().expect("it was there");
+            let piece = message.split_to(part);
+            let _ = stream.send_data(piece, false);
+            if message.is_empty() {
+                *gone += *rows;
+                self.queue.pop_front();
+            }
+        }
+        if self.queue.is_empty()
+            && let Some(status) = &self.status
+        {
+            let headers = status.headers();
+            return Poll::Ready(match (&mut self.stream, self.head.take()) {
+                (Some(stream), _) => stream.send_trailers(headers).is_ok(),
+                (None, Some(mut head)) => {
+                    head.headers_mut().extend(headers);
+                    self.respond.send_response(head, true).is_ok()
+                }
+                (None, None) => false,
+            });
+        }
+        let reset = match &mut self.stream {
+            Some(stream) => stream.poll_reset(context),
+            None => self.respond.poll_reset(context),
+        };
+        if reset.is_ready() {
+            Poll::Ready(false)
+        } else {
+            Poll::Pending
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! What all calls have brought and Python has not taken: rows of steps as columns, and events.
+
+use parking_lot::Mutex;
+use std::collections::VecDeque;
+use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tokio::sync::Notify;
+
+use super::frames::Steps;
+
+/// A row without an acknowledged seq.
+const NOT_ACKNOWLEDGED: u64 = u64::MAX;
+
+/// What happens to a call that is no row.
+#[derive(Debug)]
+pub enum Happening {
+    /// A call begins: its path, the place of its token in the table (None: there is no table), its metadata, and how long
+    /// its caller waits.
+    Begin {
+        path: String,
+        identity: Option<u32>,
+        metadata: Vec<(String, String)>,
+        timeout_ms: Option<u64>,
+    },
+    /// A message of it, unless it is a frame of usual steps.
+    Message(Vec<u8>),
+    /// Its caller sends no more.
+    HalfClose,
+    /// It is over, for its caller has gone, its time is up, or its bytes made no sense. Nothing reaches it any more.
+    End,
+}
+
+#[derive(Debug)]
+pub struct Noted {
+    pub call: u32,
+    pub rows_before: u64, // of all rows ever taken or waiting: what came before it on any call
+    pub what: Happening,
+}
+
+/// Rows of steps, column by column. A row's input is `input_nbytes` long and begins at the end of the one before.
+#[derive(Default)]
+pub struct Columns {
+    pub calls: Vec<u32>,
+    pub handles: Vec<u32>,
+    pub seqs: Vec<u64>,
+    pub acknowledged: Vec<u64>, // u64::MAX: none
+    pub flags: Vec<u8>,
+    pub timeouts_ms: Vec<u32>, // 0: none
+    pub input_nbytes: Vec<u32>,
+    pub inputs: Vec<u8>,
+}
+
+impl Columns {
+    pub fn len(&self) -> usize {
+        self.calls.len()
+    }
+
+    fn push(&mut self, call: u32, steps: &Steps) {
+        let (start, rows) = (self.len(), steps.rows());
+        let end = start + rows;
+        self.calls.resize(end, call);
+        self.handles.extend(
+            steps
+                .handles
+                .as_chunks()
+                .0
+                .iter()
+                .map(|bytes| u32::from_le_bytes(*bytes)),
+        );
+        self.seqs.extend(
+            steps
+                .seqs
+                .as_chunks()
+                .0
+                .iter()
+                .map(|bytes| u64::from_le_bytes(*bytes)),
+        );
+        self.acknowledged.extend(
+            steps
+                .acknowledged
+                .as_chunks()
+                .0
+                .iter()
+                .map(|bytes| u64::from_le_bytes(*bytes)),
+        );
+        self.acknowledged.resize(end, NOT_ACKNOWLEDGED);
+        self.flags.extend_from_slice(steps.flags);
+        self.flags.resize(end, 0);
+        self.timeouts_ms.resize(end, steps.timeout_ms);
+        self.input_nbytes
+            .resize(end, (steps.inputs.len() / rows) as u32);
+        self.inputs.extend_from_slice(steps.inputs);
+    }
+
+    fn clear(&mut self) {
+        self.calls.clear();
+        self.handles.clear();
+        self.seqs.clear();
+        self.acknowledged.clear();
+        self.flags.clear();
+        self.timeouts_ms.clear();
+        self.input_nbytes.clear();
+        self.inputs.clear();
+    }
+}
+
+#[derive(Default)]
+struct Waiting {
+    columns: Columns,
+    noted: VecDeque<Noted>,
+    noted_nbytes: usize,
+    rows: u64,    // ever
+    asleep: bool, // Python waits for the descriptor
+}
+
+pub struct Inbox {
+    waiting: Mutex<Waiting>,
+    nbytes_max: usize,
+    nbytes: AtomicUsize,
+    freed: Notify,
+    reader: Mutex<PipeReader>,
+    writer: PipeWriter,
+    descriptor: RawFd,
+}
+
+impl Inbox {
+    /// `nbytes_max`: of inputs and messages; who brings more waits, and with it the connection's peer.
+    pub fn new(nbytes_max: usize) -> std::io::Result<Self> {
+        let (reader, writer) = std::io::pipe()?;
+        let descriptor = reader.as_raw_fd();
+        Ok(Inbox {
+            waiting: Mutex::new(Waiting {
+                asleep: true,
+                ..Waiting::default()
+            }),
+            nbytes_max,
+            nbytes: AtomicUsize::new(0),
+            freed: Notify::new(),
+            reader: Mutex::new(reader),
+            writer,
+            descriptor,
+        })
+    }
+
+    /// Readable while there may be something to take.
+    pub fn descriptor(&self) -> RawFd {
+        self.descriptor
+    }
+
+    pub fn push_steps(&self, call: u32, steps: &Steps) {
+        let mut waiting = self.waiting.lock();
+        waiting.columns.push(call, steps);
+        waiting.rows += steps.rows() as u64;
+        self.nbytes.fetch_add(steps.inputs.len(), Ordering::Relaxed);
+        self.wake(&mut waiting);
+    }
+
+    pub fn push(&self, call: u32, what: Happening) {
+        let nbytes = if let Happening::Message(message) = &what {
+            message.len()
+        } else {
+            0
+        };
+        let mut waiting = self.waiting.lock();
+        let rows_before = waiting.rows;
+        waiting.noted.push_back(Noted {
+            call,
+            rows_before,
+            what,
+        });
+        waiting.noted_nbytes += nbytes;
+        self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
+        self.wake(&mut waiting);
+    }
+
+    fn wake(&self, waiting: &mut Waiting) {
+        if waiting.asleep {
+            waiting.asleep = false;
+            let _ = (&self.writer).write(&[1]); // one byte at most is in the pipe
+        }
+    }
+
+    /// Returns when there is room for more.
+    pub async fn room(&self) {
+        loop {
+            let freed = self.freed.notified();
+            if self.nbytes.load(Ordering::Relaxed) < self.nbytes_max {
+                return;
+            }
+            freed.await;
+        }
+    }
+
+    /// All that has come, in place of `columns`, whose memory is used again. Where it is nothing, the descriptor says when there
+    /// is something.
+    pub fn take(&self, columns: &mut Columns) -> (u64, VecDeque<Noted>) {
+        columns.clear();
+        let (first, noted, nbytes) = {
+            let mut waiting = self.waiting.lock();
+            std::mem::swap(&mut waiting.columns, columns);
+            let noted = std::mem::take(&mut waiting.noted);
+            let nbytes = std::mem::take(&mut waiting.noted_nbytes) + columns.inputs.len();
+            if columns.len() == 0 && noted.is_empty() && !waiting.asleep {
+                waiting.asleep = true;
+                let _ = self.reader.lock().read(&mut [0]); // the byte of the last wake
+            }
+            (waiting.rows - columns.len() as u64, noted, nbytes)
+        };
+        if self.nbytes.fetch_sub(nbytes, Ordering::Relaxed) >= self.nbytes_max {
+            self.freed.notify_waiters();
+        }
+        (first, noted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn steps<'a>(handles: &'a [u8], seqs: &'a [u8], inputs: &'a [u8]) -> Steps<'a> {
+        Steps {
+            handles,
+            seqs,
+            inputs,
+            timeout_ms: 7,
+            ..Steps::default()
+        }
+    }
+
+    fn readable(inbox: &Inbox) -> bool {
+        let mut poll = libc::pollfd {
+            fd: inbox.descriptor(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        unsafe { libc::poll(&mut poll, 1, 0) > 0 }
+    }
+
+    #[test]
+    fn what_came_is_taken_in_its_order() {
+        let inbox = Inbox::new(1000).unwrap();
+        inbox.push_steps(3, &steps(&[1, 0, 0, 0, 2, 0, 0, 0], &[5; 16], &[9; 6]));
+        inbox.push(4, Happening::HalfClose);
+        inbox.push_steps(5, &steps(&[8, 0, 0, 0], &[6; 8], &[7; 2]));
+        let mut columns = Columns::default();
+        let (first, noted) = inbox.take(&mut columns);
+        assert_eq!(
+            (first, noted.len(), noted[0].call, noted[0].rows_before),
+            (0, 1, 4, 2)
+        );
+        assert_eq!(
+            (columns.calls.as_slice(), columns.handles.as_slice()),
+            (&[3, 3, 5][..], &[1, 2, 8][..])
+        );
+        assert_eq!(
+            (columns.input_nbytes.as_slice(), columns.inputs.len()),
+            (&[3, 3, 2][..], 8)
+        );
+        assert_eq!(
+            (
+                columns.acknowledged[0],
+                columns.flags[2],
+                columns.timeouts_ms[1]
+            ),
+            (NOT_ACKNOWLEDGED, 0, 7)
+        );
+        assert_eq!(inbox.take(&mut columns).0, 3);
+        assert_eq!(columns.len(), 0);
+    }
+
+    #[test]
+    fn the_descriptor_is_written_once_until_nothing_is_left() {
+        let inbox = Inbox::new(1000).unwrap();
+        let mut columns = Columns::default();
+        assert!(!readable(&inbox));
+        for _ in 0..3 {
+            inbox.push(1, Happening::HalfClose);
+            assert!(readable(&inbox));
+        }
+        assert_eq!(inbox.take(&mut columns).1.len(), 3);
+        inbox.push(1, Happening::End);
+        assert_eq!(inbox.take(&mut columns).1.len(), 1);
+        assert!(inbox.take(&mut columns).1.is_empty());
+        assert!(!readable(&inbox), "nothing was left, so the next one wakes");
+        inbox.push(1, Happening::End);
+        assert!(readable(&inbox));
+    }
+
+    #[tokio::test]
+    async fn who_brings_more_than_fits_waits() {
+        let inbox = Inbox::new(10).unwrap();
+        inbox.room().await;
+        inbox.push(1, Happening::Message(vec![0; 11]));
+        tokio::select! {
+            biased;
+            () = inbox.room() => panic!("there is no room"),
+            () = tokio::task::yield_now() => {}
+        }
+        inbox.take(&mut Columns::default());
+        inbox.room().await;
+    }
+}

@@ -1,0 +1,432 @@
+//! The wire as Python sees it: `take` what has come, `answer` rows, `send` and `finish` calls. No object for a row or a frame.
+
+mod call;
+mod frames;
+mod inbox;
+mod messages;
+mod server;
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+use parking_lot::Mutex;
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+use std::collections::HashMap;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+use tokio::runtime::{Builder, Runtime};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::{RootCertStore, ServerConfig};
+
+use call::Status;
+use inbox::{Columns, Happening, Noted};
+use server::{Limits, Listener, Server};
+
+/// What happened to a call that is no row of steps.
+#[pyclass(frozen)]
+pub struct Event {
+    /// "begin", "message", "half_close" or "end".
+    #[pyo3(get)]
+    kind: &'static str,
+    #[pyo3(get)]
+    call: u32,
+    /// How many rows have come before it, ever, on any call.
+    #[pyo3(get)]
+    rows_before: u64,
+    /// Of a call that begins.
+    #[pyo3(get)]
+    path: String,
+    /// The number that the table of tokens gives the caller's; None where there is no table.
+    #[pyo3(get)]
+    identity: Option<u32>,
+    #[pyo3(get)]
+    metadata: Vec<(String, String)>,
+    #[pyo3(get)]
+    timeout_ms: Option<u64>,
+    data: Vec<u8>,
+}
+
+#[pymethods]
+impl Event {
+    /// The message, as bytes.
+    #[getter]
+    fn data(&self) -> &[u8] {
+        &self.data
+    }
+}
+
+impl From<Noted> for Event {
+    fn from(noted: Noted) -> Self {
+        let mut event = Event {
+            kind: "end",
+            call: noted.call,
+            rows_before: noted.rows_before,
+            path: String::new(),
+            identity: None,
+            metadata: vec![],
+            timeout_ms: None,
+            data: vec![],
+        };
+        match noted.what {
+            Happening::Begin {
+                path,
+                identity,
+                metadata,
+                timeout_ms,
+            } => {
+                (event.kind, event.path, event.identity) = ("begin", path, identity);
+                (event.metadata, event.timeout_ms) = (metadata, timeout_ms);
+            }
+            Happening::Message(data) => (event.kind, event.data) = ("message", data),
+            Happening::HalfClose => event.kind = "half_close",
+            Happening::End => {}
+        }
+        event
+    }
+}
+
+/// Connections of gRPC clients, ended in threads of their own.
+///
+/// One Python thread calls it, which need not wait for anything: the descriptor says when there is something to take.
+#[pyclass(frozen)]
+pub struct Wire {
+    server: Arc<Server>,
+    runtime: Mutex<Option<Runtime>>,
+    columns: Mutex<Columns>,
+}
+
+#[pymethods]
+impl Wire {
+    /// `head`: metadata of every stream's response. Raises OSError, ValueError.
+    #[new]
+    #[pyo3(signature = (*, connections=65536, calls=1024, header_nbytes=16384, message_nbytes=4194304, rows=16384,
+                        inbox_nbytes=268435456, handshake_s=10.0, idle_s=300.0, keepalive_s=30.0, resets=200, threads=1, head=vec![]))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        connections: usize,
+        calls: u32,
+        header_nbytes: u32,
+        message_nbytes: usize,
+        rows: usize,
+        inbox_nbytes: usize,
+        handshake_s: f64,
+        idle_s: f64,
+        keepalive_s: f64,
+        resets: usize,
+        threads: usize,
+        head: Vec<(String, String)>,
+    ) -> PyResult<Self> {
+        let times = [handshake_s, idle_s, keepalive_s];
+        if times.iter().any(|time| !(0.001..=1e9).contains(time))
+            || threads == 0
+            || rows == 0
+            || connections == 0
+        {
+            return Err(PyValueError::new_err("a limit is out of range"));
+        }
+        let limits = Limits {
+            connections,
+            calls,
+            header_nbytes,
+            message_nbytes,
+            rows,
+            inbox_nbytes,
+            handshake_s,
+            idle_s,
+            keepalive_s,
+            resets,
+        };
+        let server = Server::new(limits, header_map(head)?)?;
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(threads)
+            .enable_all()
+            .thread_name("wire")
+            .build()?;
+        Ok(Wire {
+            server: Arc::new(server),
+            runtime: Mutex::new(Some(runtime)),
+            columns: Mutex::new(Columns::default()),
+        })
+    }
+
+    /// Readable as soon as there is something to take, after a `take` that found nothing.
+    #[getter]
+    fn descriptor(&self) -> RawFd {
+        self.server.inbox.descriptor()
+    }
+
+    /// Takes connections from a listening socket from now on. The descriptor becomes the wire's own. Raises OSError.
+    fn listen(&self, descriptor: RawFd) -> PyResult<()> {
+        // Given to us as a number; whose it was has let go of it (socket.detach).
+        let owned = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        let runtime = self.runtime.lock();
+        let runtime = runtime
+            .as_ref()
+            .ok_or_else(|| PyOSError::new_err("the wire is closed"))?;
+        let _entered = runtime.enter();
+        let listener = if is_unix(descriptor)? {
+            let listener = std::os::unix::net::UnixListener::from(owned);
+            listener.set_nonblocking(true)?;
+            Listener::Unix(tokio::net::UnixListener::from_std(listener)?)
+        } else {
+            let listener = std::net::TcpListener::from(owned);
+            listener.set_nonblocking(true)?;
+            Listener::Tcp(tokio::net::TcpListener::from_std(listener)?)
+        };
+        runtime.spawn(server::listen(self.server.clone(), listener));
+        Ok(())
+    }
+
+    /// Certificate and key as PEM, for connections from now on, and the authority of clients' certificates, if they need some.
+    /// Raises ValueError where they cannot be used; then those before stay.
+    #[pyo3(signature = (certificate, key, clients=None))]
+    fn set_tls(&self, certificate: &[u8], key: &[u8], clients: Option<&[u8]>) -> PyResult<()> {
+        let config = tls_config(certificate, key, clients).map_err(PyValueError::new_err)?;
+        self.server
+            .set_tls(Some(TlsAcceptor::from(Arc::new(config))));
+        Ok(())
+    }
+
+    /// Replaces the table of tokens: a number for the SHA-256 of each. None: calls need no token. Streams of tokens that are in it
+    /// no more end.
+    #[pyo3(signature = (identities))]
+    fn set_tokens(&self, identities: Option<HashMap<[u8; 32], u32>>) {
+        self.server.set_identities(identities);
+    }
+
+    /// How many rows have come since the last `take`, the number of the first of them (all rows ever come are numbered from 0), and
+    /// the events. `column` gives the rows.
+    fn take(&self, python: Python) -> (usize, u64, Vec<Event>) {
+        python.detach(|| {
+            let mut columns = self.columns.lock();
+            let (first, noted) = self.server.inbox.take(&mut columns);
+            (
+                columns.len(),
+                first,
+                noted.into_iter().map(Event::from).collect(),
+            )
+        })
+    }
+
+    /// Bytes of the inputs of the rows that were taken last.
+    #[getter]
+    fn input_nbytes(&self) -> usize {
+        self.columns.lock().inputs.len()
+    }
+
+    /// Copies the rows that were taken last into arrays of as many rows: calls and handles (uint32), seqs and acknowledged
+    /// (uint64; 2**64 - 1: none), flags (uint8), timeouts_ms and input_nbytes (uint32), inputs (uint8, one row's behind the other's).
+    #[allow(clippy::too_many_arguments)]
+    fn columns(
+        &self,
+        python: Python,
+        calls: PyBuffer<u32>,
+        handles: PyBuffer<u32>,
+        seqs: PyBuffer<u64>,
+        acknowledged: PyBuffer<u64>,
+        flags: PyBuffer<u8>,
+        timeouts_ms: PyBuffer<u32>,
+        input_nbytes: PyBuffer<u32>,
+        inputs: PyBuffer<u8>,
+    ) -> PyResult<()> {
+        let columns = self.columns.lock();
+        calls.copy_from_slice(python, &columns.calls)?;
+        handles.copy_from_slice(python, &columns.handles)?;
+        seqs.copy_from_slice(python, &columns.seqs)?;
+        acknowledged.copy_from_slice(python, &columns.acknowledged)?;
+        flags.copy_from_slice(python, &columns.flags)?;
+        timeouts_ms.copy_from_slice(python, &columns.timeouts_ms)?;
+        input_nbytes.copy_from_slice(python, &columns.input_nbytes)?;
+        inputs.copy_from_slice(python, &columns.inputs)
+    }
+
+    /// Answers rows of streams: calls and handles (uint32), seqs (uint64), outputs (uint8 [rows, nbytes], or empty for rows that
+    /// want none), durable seqs (uint64, or empty). Rows of one call that stand together go in one frame. Raises ValueError.
+    fn answer(
+        &self,
+        python: Python,
+        calls: PyBuffer<u32>,
+        handles: PyBuffer<u32>,
+        seqs: PyBuffer<u64>,
+        outputs: PyBuffer<u8>,
+        durable: PyBuffer<u64>,
+    ) -> PyResult<()> {
+        let rows = calls.item_count();
+        let fits = handles.item_count() == rows
+            && seqs.item_count() == rows
+            && (rows == 0 || outputs.item_count().is_multiple_of(rows))
+            && (durable.item_count() == 0 || durable.item_count() == rows);
+        if !fits {
+            return Err(PyValueError::new_err("the columns differ in length"));
+        }
+        let ids = calls.to_vec(python)?;
+        let (handles, seqs) = (bytes_of(&handles)?, bytes_of(&seqs)?);
+        let (outputs, durable) = (bytes_of(&outputs)?, bytes_of(&durable)?);
+        python.detach(|| self.answer_rows(&ids, handles, seqs, outputs, durable));
+        Ok(())
+    }
+
+    /// Sends a message to a call's caller; it answers so many rows.
+    #[pyo3(signature = (call, message, rows=0))]
+    fn send(&self, call: u32, message: &[u8], rows: usize) {
+        if let Some(call) = self.server.call(call) {
+            call.send(frames::prefixed(message), rows);
+        }
+    }
+
+    /// Ends a call behind what was sent to it: a canonical status code, words, and a google.rpc.Status as bytes, if any.
+    #[pyo3(signature = (call, code=0, message=String::new(), details=vec![]))]
+    fn finish(&self, call: u32, code: u16, message: String, details: Vec<u8>) {
+        if let Some(call) = self.server.call(call) {
+            call.finish(Status {
+                code,
+                message,
+                details,
+            });
+        }
+    }
+
+    /// Takes no more connections, and tells the peers of those that are there to make none of their next calls on them.
+    fn drain(&self) {
+        self.server.draining.send_replace(true);
+    }
+
+    /// What is counted: connections now; accepted, turned away for there were too many, failed before HTTP/2 was agreed upon, and
+    /// calls without a token, ever; calls now.
+    fn counters(&self) -> HashMap<&'static str, u64> {
+        let counters = &self.server.counters;
+        HashMap::from([
+            ("connections", counters.connections.load(Relaxed) as u64),
+            ("accepted", counters.accepted.load(Relaxed)),
+            ("turned_away", counters.turned_away.load(Relaxed)),
+            ("failed", counters.failed.load(Relaxed)),
+            ("unauthenticated", counters.unauthenticated.load(Relaxed)),
+            ("calls", self.server.calls.read().len() as u64),
+        ])
+    }
+
+    /// Lets go of every connection, and of what was not sent within the grace.
+    #[pyo3(signature = (grace_s=0.0))]
+    fn close(&self, python: Python, grace_s: f64) {
+        if let Some(runtime) = self.runtime.lock().take() {
+            python.detach(|| {
+                runtime.shutdown_timeout(Duration::from_secs_f64(grace_s.clamp(0.0, 3600.0)))
+            });
+        }
+    }
+}
+
+impl Wire {
+    fn answer_rows(
+        &self,
+        ids: &[u32],
+        handles: &[u8],
+        seqs: &[u8],
+        outputs: &[u8],
+        durable: &[u8],
+    ) {
+        let width = outputs.len().checked_div(ids.len()).unwrap_or(0);
+        let calls = self.server.calls.read();
+        let mut start = 0;
+        for run in ids.chunk_by(|one, next| one == next) {
+            let end = start + run.len();
+            if let Some(call) = calls.get(&run[0]) {
+                let durable = if durable.is_empty() {
+                    durable
+                } else {
+                    &durable[8 * start..8 * end]
+                };
+                let message = frames::outputs(
+                    &handles[4 * start..4 * end],
+                    &seqs[8 * start..8 * end],
+                    &outputs[width * start..width * end],
+                    durable,
+                );
+                call.send(message, run.len());
+            }
+            start = end;
+        }
+    }
+}
+
+/// The memory of a column, which its owner leaves as it is while it is used here.
+fn bytes_of<T: pyo3::buffer::Element>(buffer: &PyBuffer<T>) -> PyResult<&[u8]> {
+    if !buffer.is_c_contiguous() {
+        return Err(PyValueError::new_err("a column is not contiguous"));
+    }
+    if buffer.len_bytes() == 0 {
+        return Ok(&[]); // whose pointer may be null
+    }
+    // Held by the buffer, contiguous, and of so many bytes.
+    Ok(unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.len_bytes()) })
+}
+
+fn header_map(head: Vec<(String, String)>) -> PyResult<HeaderMap> {
+    let mut headers = HeaderMap::new();
+    for (name, value) in head {
+        let name =
+            HeaderName::try_from(name).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        headers.insert(
+            name,
+            HeaderValue::try_from(value)
+                .map_err(|error| PyValueError::new_err(error.to_string()))?,
+        );
+    }
+    Ok(headers)
+}
+
+fn is_unix(descriptor: RawFd) -> std::io::Result<bool> {
+    let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let mut length = std::mem::size_of_val(&address) as libc::socklen_t;
+    if unsafe { libc::getsockname(descriptor, (&raw mut address).cast(), &raw mut length) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(i32::from(address.ss_family) == libc::AF_UNIX)
+}
+
+fn tls_config(
+    certificate: &[u8],
+    key: &[u8],
+    clients: Option<&[u8]>,
+) -> Result<ServerConfig, String> {
+    let chain = certificates(certificate)?;
+    let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| format!("the key: {error}"))?;
+    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+    let builder = ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?;
+    let builder = match clients {
+        None => builder.with_no_client_auth(),
+        Some(authority) => {
+            let mut roots = RootCertStore::empty();
+            for certificate in certificates(authority)? {
+                roots
+                    .add(certificate)
+                    .map_err(|error| format!("the clients' authority: {error}"))?;
+            }
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+                .build()
+                .map_err(|error| format!("the clients' authority: {error}"))?;
+            builder.with_client_cert_verifier(verifier)
+        }
+    };
+    let mut config = builder
+        .with_single_cert(chain, key)
+        .map_err(|error| error.to_string())?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    match found {
+        Ok(chain) if chain.is_empty() => Err("there is no certificate in it".into()),
+        Ok(chain) => Ok(chain),
+        Err(error) => Err(format!("a certificate: {error}")),
+    }
+}
