@@ -280,13 +280,13 @@ impl Wire {
     }
 
     /// Ends a call behind what was sent to it: a canonical status code, words, and a google.rpc.Status as bytes, if any.
-    #[pyo3(signature = (call, code=0, message=String::new(), details=vec![]))]
-    fn finish(&self, call: u32, code: u16, message: String, details: Vec<u8>) {
+    #[pyo3(signature = (call, code=0, message=String::new(), details=None))]
+    fn finish(&self, call: u32, code: u16, message: String, details: Option<&[u8]>) {
         if let Some(call) = self.server.call(call) {
             call.finish(Status {
                 code,
                 message,
-                details,
+                details: details.unwrap_or_default().to_vec(),
             });
         }
     }

@@ -1,0 +1,75 @@
+"""What Engram does for each message, in Rust. src/wire/mod.rs says what each of these does."""
+
+from typing import final
+
+from numpy.typing import NDArray
+import numpy as np
+
+__version__: str
+
+@final
+class Event:
+    """What happened to a call that is no row of steps."""
+
+    kind: str
+    """"begin", "message", "half_close" or "end"."""
+    call: int
+    rows_before: int
+    """How many rows have come before it, ever, on any call."""
+    path: str
+    identity: int | None
+    metadata: list[tuple[str, str]]
+    timeout_ms: int | None
+    data: bytes
+
+@final
+class Wire:
+    """Connections of gRPC clients, ended in threads of their own. One Python thread calls it, and waits for `descriptor`."""
+
+    descriptor: int
+    input_nbytes: int
+
+    def __init__(
+        self,
+        *,
+        connections: int = 65536,
+        calls: int = 1024,
+        header_nbytes: int = 16384,
+        message_nbytes: int = 4194304,
+        rows: int = 16384,
+        inbox_nbytes: int = 268435456,
+        handshake_s: float = 10.0,
+        idle_s: float = 300.0,
+        keepalive_s: float = 30.0,
+        resets: int = 200,
+        threads: int = 1,
+        head: list[tuple[str, str]] = ...,
+    ) -> None: ...
+    def listen(self, descriptor: int) -> None: ...
+    def set_tls(self, certificate: bytes, key: bytes, clients: bytes | None = None) -> None: ...
+    def set_tokens(self, identities: dict[bytes, int] | None) -> None: ...
+    def take(self) -> tuple[int, int, list[Event]]: ...
+    def columns(
+        self,
+        calls: NDArray[np.uint32],
+        handles: NDArray[np.uint32],
+        seqs: NDArray[np.uint64],
+        acknowledged: NDArray[np.uint64],
+        flags: NDArray[np.uint8],
+        timeouts_ms: NDArray[np.uint32],
+        input_nbytes: NDArray[np.uint32],
+        inputs: NDArray[np.uint8],
+    ) -> None: ...
+    def answer(
+        self,
+        calls: NDArray[np.uint32],
+        handles: NDArray[np.uint32],
+        seqs: NDArray[np.uint64],
+        outputs: NDArray[np.uint8],
+        durable: NDArray[np.uint64],
+    ) -> None: ...
+    def send(self, call: int, message: bytes, rows: int = 0) -> None: ...
+    def finish(self, call: int, code: int = 0, message: str = "", details: bytes | None = None) -> None: ...
+    def drain(self) -> None: ...
+    def counters(self) -> dict[str, int]: ...
+    def close(self, grace_s: float = 0.0) -> None: ...
