@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE_STAMP := $(VENV)/.native
+NATIVE := $(wildcard native/*.toml native/*.lock native/*.pyi native/src/*.rs native/src/*/*.rs)
 DEMO := .venv-demo
 DEMO_STAMP := $(DEMO)/.installed
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
@@ -20,7 +22,7 @@ CODE := clients/python service models tests tools
 # Where the environment forbids bytecode, each of the processes that a target starts would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install docs proto lint format check proto-lint proto-check types test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check native-check types test native-test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -51,7 +53,7 @@ help:
 	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
 	@echo "make learn-quick  every recipe's small version, minutes; part of make test"
 
-install: $(STAMP)
+install: $(STAMP) $(NATIVE_STAMP)
 
 $(STAMP) $(DEMO_STAMP): %/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Engram needs Python 3.11 or newer; set PYTHON=")'
@@ -59,6 +61,14 @@ $(STAMP) $(DEMO_STAMP): %/.installed: pyproject.toml constraints.txt
 	$*/bin/python $(PIP_INSTALL) '.[$(if $(filter $@,$(DEMO_STAMP)),server,dev)]'
 	$(if $(filter $@,$(DEMO_STAMP)),,$*/bin/python $(PIP_MODEL) silero-vad || \
 		echo "make install: without silero-vad, whose model tests/sdk/test_speech.py serves; that test says that it is left out")
+	@touch $@
+
+# CARGO, if it is found, runs the rest of the line.
+CARGO = command -v cargo >/dev/null || { echo "make $@: left out, for there is no cargo: what is in native/"; exit 0; };
+
+$(NATIVE_STAMP): $(STAMP) $(NATIVE)
+	@$(CARGO) echo "make: the extension engram_native is built, which takes a minute or two the first time"; \
+		$(BIN)/maturin develop --release --locked --manifest-path native/Cargo.toml
 	@touch $@
 
 proto: $(STAMP)
@@ -86,15 +96,21 @@ proto-lint: $(STAMP)
 proto-check: $(STAMP)
 	$(BIN)/python tools/generate.py --check $(GENERATED)
 
-check: lint types proto-lint proto-check
+native-check:
+	@$(CARGO) cd native && cargo fmt --check && cargo clippy --locked --all-targets -- --deny warnings
+
+check: lint types proto-lint proto-check native-check
 
 $(BIN)/helm: tools/kubernetes_tools.py | $(STAMP)
 	$(BIN)/python tools/kubernetes_tools.py
 
 # One thread a worker: more of them than cores keep each other waiting at every small matrix. Where a test asks for several, they
 # sleep while they wait: by default they spin, on cores that the other workers want.
-test: $(STAMP) $(BIN)/helm
+test: $(STAMP) $(NATIVE_STAMP) $(BIN)/helm native-test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 3 --dist worksteal
+
+native-test:
+	@$(CARGO) cd native && cargo test --locked --quiet
 
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --redis cluster tests/service tests/sdk tests/fuzz/test_sessions.py
