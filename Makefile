@@ -22,7 +22,7 @@ CODE := clients/python service models tests tools
 # Where the environment forbids bytecode, each of the processes that a target starts would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install docs proto lint format check proto-lint proto-check native-check types test native-test test-cluster test-all learn learn-quick demo bench bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check native-check types test native-test test-cluster test-all learn learn-quick demo bench bench-connections bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -34,6 +34,7 @@ help:
 	@echo "make docs      the table of settings, the references of errors and protocol, and the dashboard"
 	@echo "make bench     measure, and write docs/benchmarks/;  make bench-recall  memories and the NTM"
 	@echo "make bench-arena  more active sessions than slots;  make bench-stored  a million stored sessions (ten minutes)"
+	@echo "make bench-connections  independent connections, one session each, up to 4,096; needs cargo"
 	@echo "make dist      wheel and sdist;  make release-check  installs both as users do: two servers restarted in turn under load"
 	@echo "make simulate        a load on servers and shards, with failures, calibrated by make bench: docs/scaling.md"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
@@ -137,6 +138,9 @@ demo: $(DEMO_STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py
+
+bench-connections: $(STAMP) $(NATIVE_STAMP)
+	$(BIN)/python tools/benchmark_connections.py
 
 bench-recall: $(STAMP)
 	$(BIN)/python tools/benchmark_recall.py

@@ -2,8 +2,8 @@
 
 from typing import final
 
-from numpy.typing import NDArray
 import numpy as np
+from numpy.typing import NDArray
 
 __version__: str
 

@@ -24,7 +24,7 @@ def main() -> int:
     args = parser.parse_args()
     wire = engram_native.Wire()
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
-    print("127.0.0.1:%d" % listener.getsockname()[1], flush=True)
+    print(f"127.0.0.1:{listener.getsockname()[1]}", flush=True)
     wire.listen(listener.detach())
     with selectors.DefaultSelector() as selector:
         selector.register(wire.descriptor, selectors.EVENT_READ)
