@@ -1,4 +1,4 @@
-"""`make bench-connections`: independent connections, one session each, and a gateway's eight; docs/benchmarks/connections.md, .json.
+"""`make bench-connections`: one session a connection, and a gateway's eight; writes docs/benchmarks/connections.*.
 
 W in a closed loop, driven by native/load, which costs little itself. Beside the server, in the same run: the native wire with
 nothing behind it. Every output of a session's first steps is compared with plain ONNX Runtime. Needs cargo.
@@ -130,10 +130,10 @@ def page(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     peers = [peer for peer in PEERS if peer in args.peers]
     lines = [
         "# Independent connections", "",
-        f"`make bench-connections`, {datetime.now(UTC):%Y-%m-%d}, {on['cores']} cores, {on['processor']}. W, closed loop, one session a",
-        f"connection but in the last row; load client, server and Redis share the machine; windows of {args.seconds:g} s, medians of",
-        f"{args.rounds} rounds; steps/s (p50 / p99 ms). *step*, *interval*: the durability. *wire*: the native wire with nothing behind",
-        "it, neither model nor Redis; the server does not use it yet.", "",
+        f"`make bench-connections`, {datetime.now(UTC):%Y-%m-%d}, {on['cores']} cores, {on['processor']}. W, closed loop,",
+        "one session a connection but in the last row; load client, server and Redis share the machine; windows of",
+        f"{args.seconds:g} s, medians of {args.rounds} rounds; steps/s (p50 / p99 ms). *step*, *interval*: the durability.",
+        "*wire*: the native wire with nothing behind it, neither model nor Redis; the server does not use it yet.", "",
         "| connections | sessions | " + " | ".join(peers) + " |", "|---:|---:|" + "---:|" * len(peers),
     ]  # fmt: skip
     for sessions, connections in dict.fromkeys((row["sessions"], row["connections"]) for row in rows):

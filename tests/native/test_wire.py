@@ -416,7 +416,7 @@ def test_tls_and_clients_certificates_that_change(loops: Callable[..., Loop], ce
         (server.read_bytes(), b"no key"),
         (b"-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n", key.read_bytes()),
     ):
-        with pytest.raises(ValueError, match="certificate|key"):
+        with pytest.raises(ValueError, match=r"certificate|key"):
             loop.wire.set_tls(*bad)
     assert answers(client_key.read_bytes(), client.read_bytes()) == b"x", "what was there before stays"
     host, port = loop.address.split(":")
