@@ -98,7 +98,7 @@ proto-check: $(STAMP)
 	$(BIN)/python tools/generate.py --check $(GENERATED)
 
 native-check:
-	@$(CARGO) cd native && cargo fmt --check && cargo clippy --locked --all-targets -- --deny warnings
+	@$(CARGO) cd native && cargo fmt --all --check && cargo clippy --locked --workspace --all-targets -- --deny warnings
 
 check: lint types proto-lint proto-check native-check
 
@@ -111,7 +111,7 @@ test: $(STAMP) $(NATIVE_STAMP) $(BIN)/helm native-test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 native-test:
-	@$(CARGO) cd native && cargo test --locked --quiet
+	@$(CARGO) cd native && cargo test --locked --quiet --workspace
 
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --redis cluster tests/service tests/sdk tests/fuzz/test_sessions.py
