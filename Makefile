@@ -27,7 +27,7 @@ export PYTHONDONTWRITEBYTECODE :=
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
 	@echo "make demo      stream real digits through a server that is killed half way; installs the server alone, in $(DEMO)"
-	@echo "make test      the quick suite, some twelve minutes on two cores"
+	@echo "make test      the quick suite, some eight minutes on two cores"
 	@echo "make check     ruff, format, mypy --strict, proto lint, generated code"
 	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
 	@echo "make proto     regenerate engram.v1 from proto/"
