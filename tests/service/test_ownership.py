@@ -117,6 +117,44 @@ def test_an_open_that_comes_late_takes_nothing_from_a_newer_one(pair: list[Serve
     step(newest, handle, 2)
 
 
+SLOW_LOOK = """
+import time
+from engram_service.store import Store
+
+real, calls = Store.holders, []
+
+def holders(self, ids):
+    calls.append(1)
+    if len(calls) == 1:
+        time.sleep(0.5)
+    return real(self, ids)
+
+Store.holders = holders
+"""
+
+
+def test_of_two_opens_of_one_stream_the_later_one_stays(
+    server_with: Callable[..., ServerProcess], connect: Connect
+) -> None:
+    """A client that has called an open off asks again: the first one, which goes on and comes late, takes nothing from the second."""
+    server = server_with()
+    server.faults = SLOW_LOOK
+    with server:
+        raw = connect(server)
+        for number in (1, 2):
+            raw.send(
+                open=stream_pb2.OpenFrame(request_id=number, model="digits-reader", session_ids=["one"], client_id=5)
+            )
+            time.sleep(0.1)
+        second, first = raw.next("opened"), raw.next("opened")
+        assert (second.request_id, first.request_id) == (2, 1)
+        assert [error.error.reason for error in first.errors] == ["TAKEN_OVER"]
+        (handle,) = np.frombuffer(second.handles, np.uint32).tolist()
+        raw.step(handle, 1)
+        raw.send(close=stream_pb2.CloseFrame(request_id=3, handles=second.handles))
+        assert not raw.next("closed").errors
+
+
 def test_a_client_is_asked_behind_thousands_of_opens(shared_server: ServerProcess, connect: Connect) -> None:
     """What it answers comes behind the opens that it has sent already."""
     names = [f"many-{time.time()}-{number}" for number in range(2000)]

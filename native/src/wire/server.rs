@@ -112,9 +112,9 @@ impl Server {
         }
     }
 
-    fn identity(&self, headers: &HeaderMap) -> Result<Option<u32>, Status> {
-        let identities = self.identities.read();
-        let Some(table) = identities.as_ref() else {
+    /// Who calls, by this table.
+    fn identity(&self, identities: &Identities, headers: &HeaderMap) -> Result<Option<u32>, Status> {
+        let Some(table) = identities else {
             return Ok(None);
         };
         let token = headers
@@ -260,7 +260,8 @@ fn begin(
     mut respond: SendResponse<Bytes>,
     under_way: &Arc<AtomicUsize>,
 ) -> bool {
-    let read = match read_head(server, request.method(), request.headers()) {
+    let identities = server.identities.read(); // until the call is among those that a new table ends
+    let read = match read_head(server, &identities, request.method(), request.headers()) {
         Ok(read) => read,
         Err(status) => {
             let mut response = response(&HeaderMap::new());
@@ -285,6 +286,7 @@ fn begin(
     let id = server.numbers.fetch_add(1, Relaxed);
     let call = Call::new(id, read.identity, respond, head, server.limits.rows);
     server.calls.write().insert(id, call.clone());
+    drop(identities);
     let timeout_ms = read.time.map(|time| time.as_millis() as u64);
     server.inbox.push(
         id,
@@ -341,7 +343,7 @@ struct Head {
 }
 
 /// What the head of a request says, or why the call is refused.
-fn read_head(server: &Server, method: &http::Method, headers: &HeaderMap) -> Result<Head, Status> {
+fn read_head(server: &Server, identities: &Identities, method: &http::Method, headers: &HeaderMap) -> Result<Head, Status> {
     let content = headers
         .get("content-type")
         .and_then(|value| value.to_str().ok())
@@ -352,7 +354,7 @@ fn read_head(server: &Server, method: &http::Method, headers: &HeaderMap) -> Res
             "this port speaks gRPC: POST with content-type application/grpc",
         ));
     }
-    let identity = server.identity(headers)?;
+    let identity = server.identity(identities, headers)?;
     let gzip = match headers.get("grpc-encoding").map(HeaderValue::as_bytes) {
         None | Some(b"identity") => false,
         Some(b"gzip") => true,

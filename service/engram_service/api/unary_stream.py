@@ -157,7 +157,7 @@ class UnaryStream:
     async def _open(self, asked: Asked) -> None:
         wanted = Wanted(
             asked.model, asked.version, tenant_of(asked.session_id), [asked.session_id], False, CLIENT_ID, 0, False,
-            constants=asked.constants,
+            shared=True, constants=asked.constants,
         )  # fmt: skip
         opened = await self._sessions.open(self._stream, wanted, asked.timeout_s)
         if opened.errors:

@@ -67,6 +67,7 @@ class Wanted:
     ttl_ms: int
     attach: bool
     confirms: bool = False  # the client can be asked whether it is still there
+    shared: bool = False  # whoever opens the session on this stream opens it for all that do
     constants: Sequence[model_pb2.Constant] = ()  # of the sessions that this makes
     start: NDArray[np.uint8] | None = None  # the state that they begin with; None: the model's initial one
 
@@ -107,6 +108,7 @@ class Sessions:
         self._pool = ThreadPoolExecutor(_OPENING_THREADS, "open")
         self._large = ThreadPoolExecutor(1, "open-large")
         self._opening = 0  # sessions that are being opened, and are not in the table yet
+        self._last: dict[tuple[int, str], set[str]] = {}  # by stream and key: `outdone` of the last open under way
 
     def close(self) -> None:
         for pool in (self._pool, self._large):
@@ -138,17 +140,39 @@ class Sessions:
         result.errors = {i: refusal for i, refusal in enumerate(check_ids(ids)) if refusal is not None}
         good = [i for i in range(len(ids)) if i not in result.errors]
         share = core.shares.of(wanted.tenant)
-        with share.sessions(core.table.count_of(wanted.tenant), len(new)) as entered, self._room(stream, len(ids), new):
+        with (
+            share.sessions(core.table.count_of(wanted.tenant), len(new)) as entered,
+            self._room(stream, len(ids), new),
+            self._in_order(stream, wanted) as outdone,
+        ):
             seen = await self._seen(stream, wanted, [ids[i] for i in good], deadline)
             for start in range(0, len(good), _SLICE):
                 piece = slice(start, start + _SLICE)
-                work = self._open(stream, wanted, served, good[piece], (seen[0], seen[1][piece]), deadline, result)
+                work = self._open(
+                    stream, wanted, served, good[piece], (seen[0], seen[1][piece]), outdone, deadline, result
+                )
                 await asyncio.shield(core.supervisor.once("open", work))
                 there = {ids[place] for place in good[piece] if core.table.find(ids[place]) is not None} & new
                 entered(len(there))
                 new -= there  # which are counted in the table from now on
                 self._opening -= len(there)
         return result
+
+    @contextlib.contextmanager
+    def _in_order(self, stream: Stream, wanted: Wanted) -> Iterator[set[str]]:
+        """Keys of which the same stream asks for a newer open meanwhile: this one, which comes late, is to take nothing from it."""
+        outdone: set[str] = set()
+        places = [(stream.id, key) for key in wanted.ids] if not wanted.shared else []
+        for place in dict.fromkeys(places):
+            if (earlier := self._last.get(place)) is not None:
+                earlier.add(place[1])
+            self._last[place] = outdone
+        try:
+            yield outdone
+        finally:
+            for place in places:
+                if self._last.get(place) is outdone:
+                    del self._last[place]
 
     @contextlib.contextmanager
     def _room(self, stream: Stream, handles: int, new: set[str]) -> Iterator[None]:
@@ -163,7 +187,7 @@ class Sessions:
 
     async def _open(
         self, stream: Stream, wanted: Wanted, served: Served, places: Sequence[int], seen: tuple[int, list[str]],
-        deadline: float, result: Opened,
+        outdone: set[str], deadline: float, result: Opened,
     ) -> None:  # fmt: skip
         """Claims some of the sessions, those at these places of the request. Whom others have claimed since they were looked at are
         looked at again, and claimed again; nobody waits for that but this open."""
@@ -171,7 +195,13 @@ class Sessions:
         try:
             while True:
                 async with self._holds.hold([one.session_id for _, one in left], deadline):
-                    left = await self._claim(stream, wanted, served, left, seen, deadline, result)
+                    late = [place for place, one in left if one.session_id in outdone]
+                    result.errors.update(dict.fromkeys(late, taken_over()))
+                    good = [n for n, (place, _) in enumerate(left) if place not in late]
+                    seen = seen[0], [seen[1][n] for n in good]
+                    left = [left[n] for n in good]
+                    if left:
+                        left = await self._claim(stream, wanted, served, left, seen, deadline, result)
                 if not left:
                     return
                 if time.monotonic() > deadline:
