@@ -113,7 +113,11 @@ impl Server {
     }
 
     /// Who calls, by this table.
-    fn identity(&self, identities: &Identities, headers: &HeaderMap) -> Result<Option<u32>, Status> {
+    fn identity(
+        &self,
+        identities: &Identities,
+        headers: &HeaderMap,
+    ) -> Result<Option<u32>, Status> {
         let Some(table) = identities else {
             return Ok(None);
         };
@@ -343,7 +347,12 @@ struct Head {
 }
 
 /// What the head of a request says, or why the call is refused.
-fn read_head(server: &Server, identities: &Identities, method: &http::Method, headers: &HeaderMap) -> Result<Head, Status> {
+fn read_head(
+    server: &Server,
+    identities: &Identities,
+    method: &http::Method,
+    headers: &HeaderMap,
+) -> Result<Head, Status> {
     let content = headers
         .get("content-type")
         .and_then(|value| value.to_str().ok())
