@@ -28,7 +28,7 @@ help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
 	@echo "make demo      stream real digits through a server that is killed half way; installs the server alone, in $(DEMO)"
 	@echo "make test      the quick suite, some eight minutes on two cores"
-	@echo "make check     ruff, format, mypy --strict, proto lint, generated code"
+	@echo "make check     ruff, format, mypy --strict, proto lint, generated code, rustfmt and clippy where cargo is"
 	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
 	@echo "make proto     regenerate engram.v1 from proto/"
 	@echo "make docs      the table of settings, the references of errors and protocol, and the dashboard"

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -87,6 +88,16 @@ class ServerProcess:
         if self._cluster is not None:
             return self._cluster.client
         return redis.Redis(unix_socket_path=str(self.directory / "data" / "redis.sock"))
+
+    def ready(self) -> str:
+        """What its /readyz says, whether it is ready or not."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/readyz", timeout=10) as answer:
+                return str(answer.read().decode())
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+        except OSError:
+            return "not there"
 
     def series(self) -> dict[str, float]:
         """What its /metrics says, by name and labels as they are written there."""

@@ -88,9 +88,7 @@ class Catalog:
         self._versions: dict[str, list[str]] = {}  # name -> versions on disk, ascending
         self._by_key: dict[tuple[str, str], Served] = {}
         self._failed: dict[Path, _Failure] = {}
-        self._stamps: dict[
-            int, Stamp
-        ] = {}  # by index: of the files that are served, or were found to be or not to be those
+        self._stamps: dict[int, Stamp] = {}  # by index: of the files, when they were last compared with what is served
         self._replaced: dict[int, str] = {}  # by index: what is to be said where they are not
         self._told: list[str] = []  # what was wrong with the directories at the last look
         self._lock = asyncio.Lock()

@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,7 +149,7 @@ def test_a_server_that_examines_a_model_stops_at_once(server_of: ServerOf, tmp_p
         process = subprocess.Popen(
             [*command, "--data-dir", str(tmp_path / "data"), *server.flags], stdout=log, stderr=log
         )
-    until(lambda: ready(server).startswith("not ready"))
+    until(lambda: server.ready().startswith("not ready"))
     process.terminate()
     assert process.wait(5) == 0
 
@@ -165,19 +163,9 @@ def test_a_model_that_takes_its_time_does_not_hold_up_the_others(
     raw = connect(server)
     until(lambda: not raw.open("there", model="good").errors)
     assert first_step(raw, "good") == 1
-    assert "models: some are still being loaded" in ready(server)
+    assert "models: some are still being loaded" in server.ready()
     began = time.monotonic()
     assert server.stop() == 0 and time.monotonic() - began < 10
-
-
-def ready(server: ServerProcess) -> str:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/readyz", timeout=10) as answer:
-            return str(answer.read().decode())
-    except urllib.error.HTTPError as error:
-        return error.read().decode()
-    except OSError:
-        return "not there"
 
 
 def until(there: Callable[[], Any]) -> None:

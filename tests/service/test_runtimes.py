@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,14 +97,6 @@ def test_a_batch_without_an_end_is_stopped_and_the_others_are_served_on(
         )
 
 
-def ready(server: ServerProcess) -> str:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/readyz", timeout=10) as answer:
-            return str(answer.read().decode())
-    except urllib.error.HTTPError as error:
-        return error.read().decode()
-
-
 def refused(raw: Any, handle: int, seq: int, number: float) -> Any:
     raw.steps([handle], [seq], value(number))
     return raw.next("errors").errors[0]
@@ -123,7 +113,7 @@ def test_a_model_whose_batches_are_stopped_again_and_again_does_not_hold_up_the_
         assert np.frombuffer(raw.step(looping, 1, value(3)), np.float32) == 1
         assert refused(raw, looping, 2, ENDLESS).reason == "INTERNAL"
         assert np.frombuffer(raw.step(looping, 2, value(3)), np.float32) == 2, "the first one has no pause"
-        assert "warning" not in ready(server)
+        assert "warning" not in server.ready()
         raw.steps([looping], [3], value(ENDLESS))
         time.sleep(0.3)
         again = refused(other, waiting, 1, 3)  # it waits for the only thread, and is told when that is free
@@ -138,7 +128,7 @@ def test_a_model_whose_batches_are_stopped_again_and_again_does_not_hold_up_the_
         raw.steps([looping], [2], value(3))
         assert np.frombuffer(raw.next("outputs").outputs, np.float32) == 2, "what was computed before is answered"
         assert time.monotonic() - began < 1.0
-        assert "warning: model looping/1: 2 of its batches" in ready(server) and ready(server).startswith("ready")
+        assert "warning: model looping/1: 2 of its batches" in server.ready() and server.ready().startswith("ready")
         assert "refused for 3 s" in server.log.read_text()
         time.sleep(error.retry_after_ms / 1000)
         assert np.frombuffer(raw.step(looping, 3, value(3)), np.float32) == 3
