@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engram_models.importing.errors import ImportRefused
+from engram_models.importing.errors import ImportRefusedError
 from engram_models.importing.sandbox import report
 
 
@@ -32,7 +32,7 @@ def fail(folder: Path) -> None:
 
 
 def refuse(folder: Path) -> None:
-    raise ImportRefused("it is not to my taste")
+    raise ImportRefusedError("it is not to my taste")
 
 
 def spin(folder: Path) -> None:

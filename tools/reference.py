@@ -97,10 +97,10 @@ def errors_page(file: FileDescriptorProto) -> str:
         *_reasons(file), "",
         "Reasons of the SDK's own: `CONNECTION_LOST` (Unavailable; no server was reached in time), `CLIENT_CLOSED`,",
         "`CLOSE_INCOMPLETE` (the client was closed, and not all was done before), `STATE_REWOUND`",
-        "(DataLoss: the session stands before a step that was answered, so the store has lost it),",
+        "(DataLossError: the session stands before a step that was answered, so the store has lost it),",
         "`TOKEN_IN_PLAIN_TEXT` (a token is not",
         "sent without TLS except to this machine), `TOKEN_UNAVAILABLE` (the function that gives tokens failed), and",
-        "FailedPrecondition for clients that cannot work where they are: `FORKED`, `OTHER_EVENT_LOOP` and",
+        "FailedPreconditionError for clients that cannot work where they are: `FORKED`, `OTHER_EVENT_LOOP` and",
         "`PATCHED_THREADS` ([sdk](sdk.md#processes-threads-and-event-loops)).", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What every cell must keep to be served, each as a function that raises CellFault. For our own cells (tests) and for others'
+"""What every cell must keep to be served, each as a function that raises CellError. For our own cells (tests) and for others'
 (`engram models check --cell`): the same code.
 
 A check gets a cell in evaluation mode and leaves it as it was.
@@ -30,7 +30,7 @@ _DOUBLE_TOLERANCE = 1e-3
 _LARGE = 1e4
 
 
-class CellFault(Exception):
+class CellError(Exception):
     """What a cell does that no served cell may do, and what to do about it."""
 
 
@@ -39,7 +39,7 @@ def check_all(cell: Cell) -> Iterator[tuple[str, str]]:
     for name, check in CHECKS.items():
         try:
             check(cell)
-        except CellFault as fault:
+        except CellError as fault:
             yield name, str(fault)
         except Exception as error:  # of a stranger's code
             yield name, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -58,7 +58,7 @@ def names_and_config(cell: Cell) -> None:
     try:
         again = json.loads(json.dumps(cell.config, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise CellFault(f"its config is not of plain values (numbers, strings, lists): {error}") from None
+        raise CellError(f"its config is not of plain values (numbers, strings, lists): {error}") from None
     _require(again == _listed(cell.config), "its config is not of plain values: JSON gives back another one")
 
 
@@ -196,7 +196,7 @@ def bundle_and_back(cell: Cell) -> None:
         try:
             other = load_cell(write_bundle(Path(directory), "cell", "1", cell))
         except BundleError as error:
-            raise CellFault(f"its bundle cannot be written or loaded: {str(error).rpartition('/1: ')[2]}") from None
+            raise CellError(f"its bundle cannot be written or loaded: {str(error).rpartition('/1: ')[2]}") from None
     with torch.inference_mode():
         _equal(_run(cell, _inputs(cell)), _run(other, _inputs(cell)), "loaded from its bundle, the cell")
 
@@ -269,7 +269,7 @@ def _check_state(cell: Cell, state: State, rows: int) -> None:
 
 def _equal(one: list[Tensor], other: list[Tensor], who: str) -> None:
     if len(one) != len(other) or not all(map(_bits_equal, one, other)):
-        raise CellFault(f"{who} gives other bits")
+        raise CellError(f"{who} gives other bits")
 
 
 def _bits_equal(one: Tensor, other: Tensor) -> bool:
@@ -292,4 +292,4 @@ def _listed(value: object) -> object:
 
 def _require(holds: bool, fault: str) -> None:
     if not holds:
-        raise CellFault(fault)
+        raise CellError(fault)

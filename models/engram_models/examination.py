@@ -19,7 +19,7 @@ from engram_models.bundle import GRAPH, WEIGHTS, Bundle, BundleError, load_bundl
 from engram_models.check import CheckError
 from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
 from engram_models.importing import sandbox
-from engram_models.importing.errors import ImportRefused
+from engram_models.importing.errors import ImportRefusedError
 from engram_models.probe import batch_floor, work
 
 TILE_ROWS = 32
@@ -55,7 +55,7 @@ def examine(bundle: Bundle, rows_max: int, stopped: threading.Event | None = Non
             found = sandbox.run(
                 f"{__name__}:examined", Path(folder), arguments, sandbox.memory_limit(size), _SECONDS, stopped=stopped
             )
-        except ImportRefused as error:
+        except ImportRefusedError as error:
             raise BundleError(f"{bundle.path}: {error}") from error
     return Examination(**found)
 
@@ -71,17 +71,17 @@ def checked_step(bundle: Bundle, batching: Batching, options: Any = None) -> Gra
 
 
 def examined(_: Path, path: str, rows_max: int, fingerprint: str, graph: str) -> dict[str, Any]:
-    """What `examine` has done in the process of its own. Raises ImportRefused, without the path."""
+    """What `examine` has done in the process of its own. Raises ImportRefusedError, without the path."""
     from engram_models.importing.reading import check_graph, parse_model  # which has onnx
 
     try:
         bundle = load_bundle(Path(path))
         if (bundle.fingerprint, bundle.graph) != (fingerprint, graph):
-            raise ImportRefused("its files were changed while it was examined")
+            raise ImportRefusedError("its files were changed while it was examined")
         check_graph(parse_model(bundle.read_graph()))
         return asdict(_batching(bundle, rows_max))
     except BundleError as error:
-        raise ImportRefused(str(error).removeprefix(f"{path}: ")) from error
+        raise ImportRefusedError(str(error).removeprefix(f"{path}: ")) from error
 
 
 def _batching(bundle: Bundle, rows_max: int) -> Examination:

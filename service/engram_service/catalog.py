@@ -29,7 +29,7 @@ from engram_models.bundle import (
     version_key,
 )
 from engram_models.spec import TensorSpec
-from engram_service.errors import NotFound
+from engram_service.errors import NotFoundError
 from engram_service.metrics import Metrics
 from engram_service.queries import Queries
 from engram_service.runtimes.arena import Arena
@@ -96,7 +96,7 @@ class Catalog:
         self._pool = ThreadPoolExecutor(1, "load")
 
     def resolve(self, name: str, version: str = "") -> Served:
-        """The named version, or the latest. Raises NotFound."""
+        """The named version, or the latest. Raises NotFoundError."""
         versions = self._versions.get(name, [])
         if not version and versions:
             version = versions[-1]
@@ -105,8 +105,8 @@ class Catalog:
             return served
         if not any(known == name for known, _ in self._by_key):
             names = ", ".join(sorted({known for known, _ in self._by_key})) or "none"
-            raise NotFound("MODEL_NOT_FOUND", f"no model {name!r} is served; there are: {names}", model=name)
-        raise NotFound(
+            raise NotFoundError("MODEL_NOT_FOUND", f"no model {name!r} is served; there are: {names}", model=name)
+        raise NotFoundError(
             "VERSION_NOT_FOUND", f"model {name!r} has no version {version!r}; it has: {', '.join(versions)}", model=name
         )
 

@@ -21,19 +21,19 @@ from engram.v1 import stream_pb2
 from engram_service.catalog import Catalog, Served
 from engram_service.engine.engine import Advance, Engine
 from engram_service.errors import (
-    DeadlineExceeded,
-    FailedPrecondition,
-    Internal,
-    InvalidArgument,
-    Refusal,
-    ResourceExhausted,
-    Unavailable,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    ServiceError,
+    UnavailableError,
 )
 from engram_service.logs import named
 from engram_service.metrics import Metrics
 from engram_service.pauses import Pauses
 from engram_service.rows import Rows, rows_of
-from engram_service.runtimes.base import RuntimeStopped
+from engram_service.runtimes.base import RuntimeStoppedError
 from engram_service.scheduler import Batch, Tick
 from engram_service.sessions.admission import FEEDBACK, QUIET, StepColumns, classify, column, read_columns
 from engram_service.sessions.backlog import Backlog
@@ -111,12 +111,12 @@ class Core:
     # Streams
 
     def connect(self, trace: str = "", tenant: str = "") -> Stream:
-        """A new client stream of a tenant. Raises ResourceExhausted or, while draining, Unavailable."""
+        """A new client stream of a tenant. Raises ResourceExhaustedError or, while draining, UnavailableError."""
         if self.draining:
-            raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
+            raise UnavailableError("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
         if len(self.streams) >= self.settings.streams_max:
             limit = self.settings.streams_max
-            raise ResourceExhausted(
+            raise ResourceExhaustedError(
                 "TOO_MANY_STREAMS", f"this server has {limit} streams, its limit", retry_after_ms=1000
             )
         share = self.shares.of(tenant)
@@ -151,13 +151,13 @@ class Core:
             self._check_room(stream, len(frame.handles) // _HANDLE_NBYTES, frame.timeout_ms)
             columns = read_columns(frame, self.settings.frame_rows_max)
             if not len(columns):
-                raise InvalidArgument("INVALID_FRAME", "the frame has no rows")
+                raise InvalidArgumentError("INVALID_FRAME", "the frame has no rows")
             rows = self.rows_of(stream, columns.handles)
             refused = bad_handles(rows)
             served = self._model_of(rows, refused)
             inputs = self._inputs(served, frame, columns)
             self.shares.of(stream.tenant).take(len(columns))
-        except Refusal as refusal:
+        except ServiceError as refusal:
             self._refuse_frame(stream, frame, refusal)
             return
         self._counted += len(columns)
@@ -201,7 +201,7 @@ class Core:
         other = (rows >= 0) & (models != model)
         if other.any():
             message = f"this handle's session is not of model {served.reference}, as the frame's first is; one frame, one model"
-            refused.append((other, InvalidArgument("INVALID_HANDLE", message)))
+            refused.append((other, InvalidArgumentError("INVALID_HANDLE", message)))
         return served
 
     def _inputs(self, served: Served, frame: stream_pb2.StepsFrame, columns: StepColumns) -> NDArray[np.uint8]:
@@ -209,13 +209,13 @@ class Core:
         takes = self._takes(served)
         if frame.dtype and len(takes.specs) == 1 and frame.dtype != takes.specs[0].dtype:
             message = f"model {served.reference} takes {takes.specs[0].dtype}, not {frame.dtype}"
-            raise InvalidArgument("INVALID_INPUT_DTYPE", message)
+            raise InvalidArgumentError("INVALID_INPUT_DTYPE", message)
         rows = len(frame.handles) // 4
         if not frame.inputs and bool((columns.flags & FEEDBACK).all()):
             return np.zeros((len(columns), takes.nbytes), np.uint8)
         if len(frame.inputs) != rows * takes.nbytes:
             expected = f"{rows} rows of {takes} are {rows * takes.nbytes} bytes"
-            raise InvalidArgument(
+            raise InvalidArgumentError(
                 "INVALID_INPUT_WIDTH",
                 f"column inputs has {len(frame.inputs)} bytes; for model {served.reference}, {expected}",
             )
@@ -230,9 +230,9 @@ class Core:
         return found
 
     def _check_room(self, stream: Stream, rows: int, timeout_ms: int) -> None:
-        """Room for the rows of a frame. Raises Unavailable or ResourceExhausted."""
+        """Room for the rows of a frame. Raises UnavailableError or ResourceExhaustedError."""
         if self.draining:
-            raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
+            raise UnavailableError("DRAINING", "this server is going away; reconnect", retry_after_ms=_RETRY_MS)
         limit = self._rows_max(timeout_ms)
         if self._counted >= limit:
             self._counted = self.rows_in_flight()
@@ -240,7 +240,7 @@ class Core:
         if self._counted >= limit and stream.in_flight + rows > limit // len(self.streams):
             message = f"{self._counted} rows are in flight, and {limit} are this server's limit just now"
             hint = self._backlog.retry_ms(time.monotonic(), rows)
-            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=hint)
+            raise ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=hint)
 
     def _rows_max(self, timeout_ms: int) -> int:
         """Rows in flight before streams with more than their share are refused: no more than are done before the queue's time
@@ -342,16 +342,18 @@ class Core:
         """Rows that no session could take: seq 0, inputs that are not finite, too many unacknowledged steps."""
         table = self.table
         if not columns.seqs.all():
-            refused.append((columns.seqs == 0, InvalidArgument("INVALID_SEQ", "seq counts from 1; 0 is not a step")))
+            refused.append(
+                (columns.seqs == 0, InvalidArgumentError("INVALID_SEQ", "seq counts from 1; 0 is not a step"))
+            )
         takes, gives = self._takes(served), served.bundle.schema.outputs
         fed = (columns.flags & FEEDBACK).astype(np.bool_)
         if fed.any() and not served.bundle.schema.generates:
             sizes = f"gives {rows_of(gives)} and takes {takes}"
             message = f"model {served.reference} {sizes}: it cannot run on its own output"
-            refused.append((fed, FailedPrecondition("CANNOT_GENERATE", message)))
+            refused.append((fed, FailedPreconditionError("CANNOT_GENERATE", message)))
         for bad, reason, what in takes.faults(inputs, served.bundle.allows_non_finite):
             if (bad & ~fed).any():
-                refused.append((bad & ~fed, InvalidArgument(reason, f"{what}; nothing was applied")))
+                refused.append((bad & ~fed, InvalidArgumentError(reason, f"{what}; nothing was applied")))
         safe = np.where(rows >= 0, rows, 0)
         window = served.arena.window
         full = (
@@ -361,13 +363,13 @@ class Core:
             message = (
                 f"{window} outputs of this session are not acknowledged, the limit; acknowledge those that have arrived"
             )
-            refused.append((full, ResourceExhausted("REPLY_WINDOW_FULL", message, retry_after_ms=_RETRY_MS)))
+            refused.append((full, ResourceExhaustedError("REPLY_WINDOW_FULL", message, retry_after_ms=_RETRY_MS)))
         if pause := self.pauses.refusal(served.index):
             refused.append(((columns.seqs > table.admitted[safe]) & (rows >= 0), pause))
         if table.opening[safe].any():
             held = table.opening[safe] & (rows >= 0)
             message = "the session is being opened, moved or closed just now; try again"
-            refused.append((held, ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)))
+            refused.append((held, ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)))
 
     # Repeated steps
 
@@ -523,13 +525,13 @@ class Core:
 
     def _on_unpacked(self, advance: Advance, error: Exception) -> None:
         sessions = advance.tick.rows[advance.committing]
-        why = Internal("INTERNAL", f"the server failed on the commit of this step: {type(error).__name__}")
+        why = InternalError("INTERNAL", f"the server failed on the commit of this step: {type(error).__name__}")
         index = np.flatnonzero(np.isin(advance.tick.rows, sessions))
         self._settle(advance, index)
         self._go_back(advance, sessions, index, why)
 
     def _go_back(
-        self, advance: Advance, sessions: NDArray[Any], index: NDArray[np.intp] | None, why: Refusal
+        self, advance: Advance, sessions: NDArray[Any], index: NDArray[np.intp] | None, why: ServiceError
     ) -> None:  # fmt: skip
         """These sessions of a tick are as their records have them; the tick's rows in `index` (None: all) are refused."""
         kept, flushing = self.table.refer(sessions), bool(self.table.flushing[sessions].any())
@@ -542,14 +544,14 @@ class Core:
         else:
             self._let_on(sessions)
 
-    def _rewind_when_flushed(self, served: Served, sessions: References, why: Refusal) -> None:
+    def _rewind_when_flushed(self, served: Served, sessions: References, why: ServiceError) -> None:
         if self.table.flushing[sessions.rows].any():
             self._loop.call_later(_FLUSH_POLL_S, self._rewind_when_flushed, served, sessions, why)
             return
         self._rewind(served, sessions.rows, why)
         self._let_on(sessions.rows)
 
-    def _rewind(self, served: Served, sessions: NDArray[Any], why: Refusal) -> None:
+    def _rewind(self, served: Served, sessions: NDArray[Any], why: ServiceError) -> None:
         """The sessions are pinned."""
         self.residency.forget_slots(served, sessions)
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), why)
@@ -598,7 +600,7 @@ class Core:
 
     # Refusals
 
-    def _refuse_frame(self, stream: Stream, frame: stream_pb2.StepsFrame, refusal: Refusal) -> None:
+    def _refuse_frame(self, stream: Stream, frame: stream_pb2.StepsFrame, refusal: ServiceError) -> None:
         """A frame of which no row could be used."""
         rows = len(frame.handles) // 4
         self.metrics.rows_refused.labels(refusal.reason).inc(max(1, rows))
@@ -616,16 +618,18 @@ class Core:
             self.metrics.rows_refused.labels(refusal.reason).inc(int(mask.sum()))
         stream.send(response, len(response.errors.seqs) // 8)
 
-    def refuse_rows(self, stream: Stream, handles: NDArray[Any], seqs: NDArray[np.uint64], refusal: Refusal) -> None:
+    def refuse_rows(
+        self, stream: Stream, handles: NDArray[Any], seqs: NDArray[np.uint64], refusal: ServiceError
+    ) -> None:
         self._refuse(stream, handles, seqs, [(np.ones(len(seqs), np.bool_), refusal)])
 
-    def _refuse_index(self, advance: Advance, index: NDArray[np.intp] | None, refusal: Refusal) -> None:
+    def _refuse_index(self, advance: Advance, index: NDArray[np.intp] | None, refusal: ServiceError) -> None:
         tick = advance.tick
         for stream, rows in self._by_stream(advance, index):
             self.refuse_rows(stream, tick.handles[rows], tick.seqs[rows], refusal)
             self.metrics.steps.labels(advance.served.bundle.name, refusal.reason.lower()).inc(len(rows))
 
-    def _drop_waiting(self, wanted: Any, refusal: Refusal | None = None) -> None:
+    def _drop_waiting(self, wanted: Any, refusal: ServiceError | None = None) -> None:
         """Takes rows out of the queue, and tells their streams why. Without a refusal the streams are gone."""
         dropped = self._dropped(wanted)
         for batch, index in dropped:
@@ -642,7 +646,7 @@ class Core:
             np.minimum.at(self.table.admitted, batch.rows[index], batch.seqs[index] - np.uint64(1))
         return dropped
 
-    def _refuse_repeats(self, dropped: list[tuple[Batch, NDArray[np.intp]]], refusal: Refusal) -> None:
+    def _refuse_repeats(self, dropped: list[tuple[Batch, NDArray[np.intp]]], refusal: ServiceError) -> None:
         for batch, index in dropped:
             self.repeats.refuse(batch.sessions[index], refusal, dropped=True)
 
@@ -697,7 +701,7 @@ class Core:
         """Before an open, move or close: waiting steps of these sessions are dropped; their clients send them again, or
         learn that somebody else has the session."""
         message = "the session is being opened, moved or closed just now; try again"
-        refusal = ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+        refusal = ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
         self._drop_waiting(lambda batch: np.isin(batch.rows[batch.waiting], sessions), refusal)
         self.residency.unwant(sessions)
 
@@ -792,13 +796,13 @@ class Core:
             self._refuse_index(advance, index, self.late())
             advance.answered[index] = True
 
-    def late(self) -> Refusal:
+    def late(self) -> ServiceError:
         """What a row is told whose time is up."""
         if self.store_trouble:
             reason = "STORE_OUT_OF_MEMORY" if "OOM" in self.store_trouble else "STORE_UNAVAILABLE"
             message = f"the store takes no writes ({self.store_trouble}); repeat the step with the same seq"
-            return Unavailable(reason, message, retry_after_ms=500)
-        return DeadlineExceeded("DEADLINE_EXCEEDED", "the step's time was up; repeat it with the same seq")
+            return UnavailableError(reason, message, retry_after_ms=500)
+        return DeadlineExceededError("DEADLINE_EXCEEDED", "the step's time was up; repeat it with the same seq")
 
     # Drain
 
@@ -816,7 +820,7 @@ class Core:
             stream.end()
 
 
-def _failure(served: Served, error: Exception) -> Internal:
+def _failure(served: Served, error: Exception) -> InternalError:
     failed = f"model {served.reference} failed on this session's input: {type(error).__name__}"
-    what = str(error) if isinstance(error, RuntimeStopped) else failed
-    return Internal("INTERNAL", f"{what}; nothing was applied", model=served.bundle.name)
+    what = str(error) if isinstance(error, RuntimeStoppedError) else failed
+    return InternalError("INTERNAL", f"{what}; nothing was applied", model=served.bundle.name)

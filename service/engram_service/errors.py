@@ -1,18 +1,18 @@
 """What the server refuses, as one small tree. Every refusal carries its gRPC status code and its reason.
 
-    Refusal                    the root: code, reason, message, retry_after_ms, metadata
-      InvalidArgument          INVALID_ARGUMENT      the request can never succeed as it is
-      NotFound                 NOT_FOUND
-      AlreadyExists            ALREADY_EXISTS
-      FailedPrecondition       FAILED_PRECONDITION   right request, wrong state
-      Aborted                  ABORTED               someone else has the session now
-      ResourceExhausted        RESOURCE_EXHAUSTED    a limit; try again after retry_after_ms
-      DeadlineExceeded         DEADLINE_EXCEEDED
-      Unavailable              UNAVAILABLE           the store or this server is not there just now
-      DataLoss                 DATA_LOSS
-      Internal                 INTERNAL
-      Unauthenticated          UNAUTHENTICATED       no token, or none that is known
-      PermissionDenied         PERMISSION_DENIED     a token without the right that the call needs
+    ServiceError               the root: code, reason, message, retry_after_ms, metadata
+      InvalidArgumentError     INVALID_ARGUMENT      the request can never succeed as it is
+      NotFoundError            NOT_FOUND
+      AlreadyExistsError       ALREADY_EXISTS
+      FailedPreconditionError  FAILED_PRECONDITION   right request, wrong state
+      AbortedError             ABORTED               someone else has the session now
+      ResourceExhaustedError   RESOURCE_EXHAUSTED    a limit; try again after retry_after_ms
+      DeadlineExceededError    DEADLINE_EXCEEDED
+      UnavailableError         UNAVAILABLE           the store or this server is not there just now
+      DataLossError            DATA_LOSS
+      InternalError            INTERNAL
+      UnauthenticatedError     UNAUTHENTICATED       no token, or none that is known
+      PermissionDeniedError    PERMISSION_DENIED     a token without the right that the call needs
 
 A refusal travels in two ways: api/status.py turns it into a gRPC status with google.rpc details, and `detail()` turns it
 into the ErrorDetail of a stream's row. Reasons are the names of engram.v1.ErrorReason without their prefix.
@@ -28,7 +28,7 @@ from engram.v1 import error_pb2
 from engram_service.tenants import id_of
 
 
-class Refusal(Exception):
+class ServiceError(Exception):
     """A request, or a row, that was not done; nothing of it was applied unless the subclass says otherwise."""
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
@@ -51,66 +51,66 @@ class Refusal(Exception):
         )
 
 
-class InvalidArgument(Refusal):
+class InvalidArgumentError(ServiceError):
     code = grpc.StatusCode.INVALID_ARGUMENT
 
 
-class NotFound(Refusal):
+class NotFoundError(ServiceError):
     code = grpc.StatusCode.NOT_FOUND
 
 
-class AlreadyExists(Refusal):
+class AlreadyExistsError(ServiceError):
     code = grpc.StatusCode.ALREADY_EXISTS
 
 
-class FailedPrecondition(Refusal):
+class FailedPreconditionError(ServiceError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
-class Aborted(Refusal):
+class AbortedError(ServiceError):
     code = grpc.StatusCode.ABORTED
 
 
-class ResourceExhausted(Refusal):
+class ResourceExhaustedError(ServiceError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-class DeadlineExceeded(Refusal):
+class DeadlineExceededError(ServiceError):
     """The time was up. A row that was already computed when it ran out may still be committed."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-class Unavailable(Refusal):
+class UnavailableError(ServiceError):
     """The store or the server is away. A row that was already computed may still be committed: repeat its seq."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
 
-class DataLoss(Refusal):
+class DataLossError(ServiceError):
     code = grpc.StatusCode.DATA_LOSS
 
 
-class Internal(Refusal):
+class InternalError(ServiceError):
     code = grpc.StatusCode.INTERNAL
 
 
-class Unauthenticated(Refusal):
+class UnauthenticatedError(ServiceError):
     code = grpc.StatusCode.UNAUTHENTICATED
 
 
-class PermissionDenied(Refusal):
+class PermissionDeniedError(ServiceError):
     code = grpc.StatusCode.PERMISSION_DENIED
 
 
-def no_session(key: str) -> NotFound:
+def no_session(key: str) -> NotFoundError:
     """There is no such session, or it is another tenant's: callers cannot tell which."""
     session_id = id_of(key)
-    return NotFound("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
+    return NotFoundError("SESSION_NOT_FOUND", f"there is no session {session_id!r}", session=session_id)
 
 
-def of_detail(detail: error_pb2.ErrorDetail) -> Refusal:
+def of_detail(detail: error_pb2.ErrorDetail) -> ServiceError:
     """The refusal that a row's ErrorDetail stands for."""
-    by_code = {int(kind.code.value[0]): kind for kind in Refusal.__subclasses__()}
-    kind = by_code.get(detail.code, Internal)
+    by_code = {int(kind.code.value[0]): kind for kind in ServiceError.__subclasses__()}
+    kind = by_code.get(detail.code, InternalError)
     return kind(detail.reason, detail.message, retry_after_ms=detail.retry_after_ms, **dict(detail.metadata))

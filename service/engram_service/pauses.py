@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engram_models.bundle import Bundle
-from engram_service.errors import Unavailable
+from engram_service.errors import UnavailableError
 from engram_service.health import Health
 from engram_service.metrics import Metrics
 
@@ -70,7 +70,7 @@ class Pauses:
             log.warning("model %s: %s", name, why)
             self._health.warn(f"model {name}", why)
 
-    def refusal(self, model: int) -> Unavailable | None:
+    def refusal(self, model: int) -> UnavailableError | None:
         """What a step of this model is told just now; None: it may be computed."""
         stops = self._stops.get(model)
         if stops is None or (left := stops.until - time.monotonic()) <= 0:
@@ -79,7 +79,7 @@ class Pauses:
             f"{stops.count} batches of model {stops.name} ran too long and were stopped, so its steps are refused for another "
             f"{left:.0f} s; send the step again then. If that goes on, an input or the model itself has to be mended"
         )
-        return Unavailable("MODEL_PAUSED", message, retry_after_ms=int(left * 1000) + 1, model=stops.name)
+        return UnavailableError("MODEL_PAUSED", message, retry_after_ms=int(left * 1000) + 1, model=stops.name)
 
     def bars(self, model: int, running: bool) -> bool:
         """Whether no batch of this model may be begun. `running`: one of it runs in another thread."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from engram_service.errors import Refusal
+from engram_service.errors import ServiceError
 from engram_service.health import Health
 from engram_service.metrics import Metrics
 
@@ -63,7 +63,7 @@ class Supervisor:
         task = self._keep(asyncio.create_task(work, name=name))
 
         def ended(task: asyncio.Task[Any]) -> None:
-            if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, Refusal):
+            if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, ServiceError):
                 self._count(name, error)
 
         task.add_done_callback(ended)

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from engram_models.files import is_passing, read_toml
-from engram_service.errors import Unauthenticated
+from engram_service.errors import UnauthenticatedError
 from engram_service.settings import SettingError
 from engram_service.tenants import usable_tenant
 
@@ -118,15 +118,17 @@ class Tokens:
         return self._path is not None
 
     def caller(self, token: str) -> Caller:
-        """Whose token this is. Raises Unauthenticated."""
+        """Whose token this is. Raises UnauthenticatedError."""
         if not self.asked_for:
             return Caller()
         if not token:
-            raise Unauthenticated("TOKEN_MISSING", "this server asks for a token: metadata authorization: Bearer TOKEN")
+            raise UnauthenticatedError(
+                "TOKEN_MISSING", "this server asks for a token: metadata authorization: Bearer TOKEN"
+            )
         return self._valid(digest_of(token))
 
     def renewed(self, caller: Caller) -> Caller:
-        """The caller as the file has it by now. Raises Unauthenticated where its token was revoked or has expired."""
+        """The caller as the file has it by now. Raises UnauthenticatedError where its token was revoked or has expired."""
         return self._valid(caller.digest) if self.asked_for else caller
 
     def limits(self, tenant: str) -> Limits:
@@ -163,9 +165,9 @@ class Tokens:
     def _valid(self, digest: str) -> Caller:
         found = self._book.callers.get(digest)
         if found is None:
-            raise Unauthenticated("TOKEN_UNKNOWN", "this token is not known, or was revoked")
+            raise UnauthenticatedError("TOKEN_UNKNOWN", "this token is not known, or was revoked")
         if found.expires <= time.time():
-            raise Unauthenticated("TOKEN_EXPIRED", f"the token {found.token!r} has expired; ask for a new one")
+            raise UnauthenticatedError("TOKEN_EXPIRED", f"the token {found.token!r} has expired; ask for a new one")
         return found
 
 

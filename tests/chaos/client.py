@@ -239,7 +239,7 @@ class Driver:
         branch, name = self._branch, f"{name_of(number)}-{self._branch}"
         copies = self._client.sessions
         # A call whose answer was lost is made again by the SDK, and may then find what it did the first time.
-        with contextlib.suppress(engram.AlreadyExists):
+        with contextlib.suppress(engram.AlreadyExistsError):
             if self._random.random() < 0.5:
                 await copies.fork(session.id, name, min_seq=seq)
             else:
@@ -333,7 +333,7 @@ def run(task: dict[str, Any]) -> int:
         loop.add_signal_handler(signal.SIGTERM, stopping.set)
         # All answers are written down; that a store which is away just now does not let go of the sessions is no fault.
         async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(contextlib.suppress(engram.CloseIncomplete))
+            stack.enter_context(contextlib.suppress(engram.CloseIncompleteError))
             client = await stack.enter_async_context(engram.AsyncClient(task["addresses"], OPTIONS))
             driver = Driver(task, client, stopping)
             loop.add_signal_handler(CANCEL, driver.cancel)

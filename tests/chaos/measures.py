@@ -187,7 +187,7 @@ def _lost_by_failover(campaign: Campaign, seed: int, ack: str, hung: bool) -> di
         async with engram.AsyncClient(client.addresses, _OPTIONS) as other:
             for session, seq in zip(await _open(other, 100), acknowledged, strict=True):
                 lost += max(0, seq - session.seq)
-        with contextlib.suppress(engram.CloseIncomplete):  # its last steps were called off with its server dead
+        with contextlib.suppress(engram.CloseIncompleteError):  # its last steps were called off with its server dead
             await client.aclose()
         return {"acknowledged": sum(acknowledged), "lost": lost}
 

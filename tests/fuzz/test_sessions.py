@@ -153,7 +153,7 @@ class Sessions(RuleBasedStateMachine):
         session = self.pair.clients[server].open(one.model, name)
         assert session.seq == one.seq
         one.handle = (server, session)
-        self.lost(former, one, engram.TakenOver)
+        self.lost(former, one, engram.TakenOverError)
         return session
 
     def lost(self, former: Any, one: Expected, error: type[engram.EngramError]) -> None:
@@ -228,7 +228,7 @@ class Sessions(RuleBasedStateMachine):
         with pytest.raises(grpc.RpcError) as caught:
             self.unary(server, "Step", request, session_pb2.StepResponse)
         assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION  # type: ignore[attr-defined]
-        self.lost(former, one, engram.TakenOver)
+        self.lost(former, one, engram.TakenOverError)
 
     @rule(number=SEEDS, server=SERVERS)
     def fork(self, number: int, server: int) -> None:
@@ -248,10 +248,10 @@ class Sessions(RuleBasedStateMachine):
         data, one = self.exports[number % len(self.exports)]
         sessions = self.pair.clients[server].sessions
         name, _ = self.pick(number)
-        with pytest.raises(engram.AlreadyExists):
+        with pytest.raises(engram.AlreadyExistsError):
             sessions.import_(data, name)
         at = number % len(data)
-        with pytest.raises(engram.InvalidInput):
+        with pytest.raises(engram.InvalidInputError):
             sessions.import_(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], self.fresh())
         new = self.fresh()
         assert sessions.import_(data, new).seq == one.seq
@@ -264,13 +264,13 @@ class Sessions(RuleBasedStateMachine):
         client = self.pair.clients[server]
         if by_name:
             client.sessions.close(name)
-            self.lost(one.handle, one, engram.Aborted)
+            self.lost(one.handle, one, engram.AbortedError)
         else:
             self.held(name, server).close()
         del self.open[name]
         self.closed.append(name)
         for ask in (client.sessions.get, client.sessions.state, client.sessions.export, client.sessions.close):
-            with pytest.raises(engram.NotFound):
+            with pytest.raises(engram.NotFoundError):
                 ask(name)
 
     # Memories
@@ -293,7 +293,7 @@ class Sessions(RuleBasedStateMachine):
         sessions = self.pair.clients[server].sessions
         assert sessions.store(name, patterns, labels).count == len(one.patterns) + rows
         one.patterns.update(zip(labels, patterns, strict=True))
-        with pytest.raises(engram.AlreadyExists):
+        with pytest.raises(engram.AlreadyExistsError):
             sessions.store(name, patterns, labels)
 
     @precondition(has_memory)
@@ -303,7 +303,7 @@ class Sessions(RuleBasedStateMachine):
         sessions = self.pair.clients[server].sessions
         cue = np.random.default_rng(seed).choice(np.array([-1, 1], np.int8), SIZE)
         if not one.patterns:
-            with pytest.raises(engram.FailedPrecondition):
+            with pytest.raises(engram.FailedPreconditionError):
                 sessions.recall(name, cue)
             return
         memory = PatternMemory(SIZE)
@@ -319,7 +319,7 @@ class Sessions(RuleBasedStateMachine):
     def forget(self, number: int, server: int, all_of_it: bool) -> None:
         name, one = self.memory(number)
         sessions = self.pair.clients[server].sessions
-        with pytest.raises(engram.NotFound):
+        with pytest.raises(engram.NotFoundError):
             sessions.forget(name, ["never stored"])
         if all_of_it:
             sessions.forget(name, all=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engram_models.commands import models
 from engram_models.importing.convert import converted, example_shapes, needs_conversion
-from engram_models.importing.errors import ImportRefused
+from engram_models.importing.errors import ImportRefusedError
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -206,7 +206,7 @@ def test_a_factory_keeps_the_names_of_its_forward(
 
 
 def test_a_factory_without_examples_takes_shapes_or_arrays(mine: Path) -> None:
-    with pytest.raises(ImportRefused, match="--shape obs=2x"):
+    with pytest.raises(ImportRefusedError, match="--shape obs=2x"):
         converted("mine:adding", None, mine)
     wanted = {"obs": ["batch", 6], "h": [2, "batch", 8]}
     given, _ = example_shapes(["obs=2x6", "h=2x2x8"])
@@ -260,7 +260,7 @@ def test_an_exported_program(mine: Path, policy: nn.Module, dynamic: bool, capfd
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TorchScript.*", "ignore::torch.jit.TracerWarning")
 def test_torchscript(mine: Path, policy: nn.Module) -> None:
     torch.jit.script(policy).save("scripted.pt")
-    with pytest.raises(ImportRefused, match=r"scripted.pt: forward takes obs, h, c; give the shapes"):
+    with pytest.raises(ImportRefusedError, match=r"scripted.pt: forward takes obs, h, c; give the shapes"):
         converted("scripted.pt", None, mine)
     path = converted("scripted.pt", None, mine, shapes=POLICY_SHAPES)
     assert list(shapes(path)[1]) == ["actions", "next_h", "next_c"] or list(shapes(path)[1])[1:] == ["next_h", "next_c"]
@@ -301,21 +301,21 @@ def test_a_scripted_branch_stays_a_branch(mine: Path) -> None:
     ],
 )
 def test_what_cannot_be_converted_is_refused_in_one_line(mine: Path, factory: str, message: str) -> None:
-    with pytest.raises(ImportRefused, match=message) as refused:
+    with pytest.raises(ImportRefusedError, match=message) as refused:
         converted(f"mine:{factory}", None, mine)
     assert str(refused.value).startswith(f"mine:{factory}: ")
     assert "\n" not in str(refused.value)
 
 
 def test_a_conversion_that_hangs_is_stopped(mine: Path) -> None:
-    with pytest.raises(ImportRefused, match="not converted within 4 s"):
+    with pytest.raises(ImportRefusedError, match="not converted within 4 s"):
         converted("mine:sleeping", None, mine, timeout_s=4)
 
 
 def test_the_code_sees_no_secrets(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ENGRAM_TOKEN", "REDIS_URL", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "secret")
-    with pytest.raises(ImportRefused) as refused:
+    with pytest.raises(ImportRefusedError) as refused:
         converted("mine:environment", None, mine)
     seen = str(refused.value)
     assert "PATH" in seen
@@ -324,7 +324,7 @@ def test_the_code_sees_no_secrets(mine: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_weights_alone_are_no_model(mine: Path, policy: nn.Module) -> None:
     torch.save(policy.state_dict(), "weights.pt")
-    with pytest.raises(ImportRefused, match=r"weights.pt: weights of torch.save, without the program"):
+    with pytest.raises(ImportRefusedError, match=r"weights.pt: weights of torch.save, without the program"):
         converted("weights.pt", None, mine)
 
 
@@ -334,7 +334,7 @@ def test_weights_alone_are_no_model(mine: Path, policy: nn.Module) -> None:
 )
 def test_shapes_on_the_command_line(flag: str, shape: list[int] | None) -> None:
     if shape is None:
-        with pytest.raises(ImportRefused, match="--shape"):
+        with pytest.raises(ImportRefusedError, match="--shape"):
             example_shapes([flag])
     else:
         assert list(example_shapes([flag])[0].values()) == [shape]
@@ -351,7 +351,7 @@ def test_which_sources_are_converted(mine: Path) -> None:
         "C:x y": False,
     }
     assert {source: needs_conversion(source) for source in wanted} == wanted
-    with pytest.raises(ImportRefused, match="no such file"):
+    with pytest.raises(ImportRefusedError, match="no such file"):
         converted("missing.pt2", None, mine)
 
 
@@ -377,13 +377,13 @@ def archive(path: Path, *entries: tuple[str, bytes]) -> Path:
 @pytest.mark.parametrize("name", ["../out", "/etc/passwd", "a/../../b", "a\\b", "new\nline", "c:d"])
 def test_names_that_lead_out_of_an_archive_are_refused(tmp_path: Path, name: str) -> None:
     path = archive(tmp_path / "m.keras", ("config.json", b"{}"), (name, b""))
-    with pytest.raises(ImportRefused, match="leads out of the archive"):
+    with pytest.raises(ImportRefusedError, match="leads out of the archive"):
         converted(str(path), None, tmp_path)
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     path = archive(tmp_path / "m.keras", ("config.json", b"{}"), ("model.weights.h5", bytes(64 << 20)))
-    with pytest.raises(ImportRefused, match="unpack to"):
+    with pytest.raises(ImportRefusedError, match="unpack to"):
         converted(str(path), None, tmp_path)
 
 
@@ -393,7 +393,7 @@ def test_a_size_that_lies_is_refused(tmp_path: Path) -> None:
     at = data.rindex(b"PK\x01\x02", 0, data.rindex(b"PK\x01\x02"))
     data[at + 24 : at + 28] = struct.pack("<I", 10)
     path.write_bytes(data)
-    with pytest.raises(ImportRefused, match=r"m.keras"):
+    with pytest.raises(ImportRefusedError, match=r"m.keras"):
         converted(str(path), None, tmp_path)
 
 
@@ -401,10 +401,10 @@ def test_a_size_that_lies_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_archive_is_refused(tmp_path: Path, suffix: str) -> None:
     for content in (b"", b"PK\x03\x04 and no more", os.urandom(1000)):
         (tmp_path / f"m.{suffix}").write_bytes(content)
-        with pytest.raises(ImportRefused, match="not a whole zip archive"):
+        with pytest.raises(ImportRefusedError, match="not a whole zip archive"):
             converted(str(tmp_path / f"m.{suffix}"), None, tmp_path)
     archive(tmp_path / f"m.{suffix}", ("hello.txt", b"hello"))
-    with pytest.raises(ImportRefused, match=r"neither TorchScript|has no config.json"):
+    with pytest.raises(ImportRefusedError, match=r"neither TorchScript|has no config.json"):
         converted(str(tmp_path / f"m.{suffix}"), None, tmp_path)
 
 
@@ -489,7 +489,7 @@ def test_a_keras_lstm_is_rebuilt(tmp_path: Path, capfd: pytest.CaptureFixture[st
 def test_keras_models_that_are_not_rebuilt(
     tmp_path: Path, layers: list[Any], weights: dict[str, list[NDArray[Any]]], message: str
 ) -> None:
-    with pytest.raises(ImportRefused, match=message):
+    with pytest.raises(ImportRefusedError, match=message):
         converted(str(keras_file(tmp_path / "m.keras", layers, weights)), None, tmp_path)
 
 
@@ -505,7 +505,7 @@ def test_a_keras_weight_in_another_file_is_not_read(tmp_path: Path) -> None:
     path = archive(
         tmp_path / "m.keras", ("config.json", json.dumps(config).encode()), ("model.weights.h5", buffer.getvalue())
     )
-    with pytest.raises(ImportRefused, match="weight 0 is not there"):
+    with pytest.raises(ImportRefusedError, match="weight 0 is not there"):
         converted(str(path), None, tmp_path)
 
 

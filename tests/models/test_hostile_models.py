@@ -16,7 +16,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from zoo import Net, scalar_counter, speech_activity, state_space
 
-from engram_models.importing.errors import LINE_MAX, ImportRefused
+from engram_models.importing.errors import LINE_MAX, ImportRefusedError
 from engram_models.importing.proof import prove
 from engram_models.importing.reading import parse_model, read_model
 from engram_models.spec import Schema, TensorSpec
@@ -39,13 +39,13 @@ def model() -> ModelProto:
 def refused(data: bytes | ModelProto) -> str:
     """Why it is refused, after it was seen that this is one line and took no time."""
     started = time.monotonic()
-    with pytest.raises(ImportRefused) as caught:
+    with pytest.raises(ImportRefusedError) as caught:
         parse_model(data if isinstance(data, bytes) else data.SerializeToString())
     assert time.monotonic() - started < SECONDS_MAX
     return one_line(caught.value)
 
 
-def one_line(error: ImportRefused) -> str:
+def one_line(error: ImportRefusedError) -> str:
     text = str(error)
     assert text.isprintable()
     assert len(text) <= LINE_MAX + 3
@@ -60,7 +60,7 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(make: Callable[[], object]) 
         # A cut between two fields may leave a model that is whole but for the fields after it: that must then be a good one.
         try:
             found = parse_model(data[:length])
-        except ImportRefused as error:
+        except ImportRefusedError as error:
             one_line(error)
         else:
             onnx.checker.check_model(found)
@@ -75,7 +75,7 @@ def test_flipped_bytes_are_refused_or_leave_what_can_be_read() -> None:
             spoilt[place] = generator.integers(0, 256)
         try:
             parse_model(bytes(spoilt))
-        except ImportRefused as error:
+        except ImportRefusedError as error:
             one_line(error)
 
 
@@ -94,10 +94,10 @@ def test_what_is_no_model_at_all_is_refused(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path, "a directory"), (tmp_path / "none.onnx", "No such file"), (tmp_path / "pipe.onnx", "a named pipe"),
     ):  # fmt: skip
-        with pytest.raises(ImportRefused, match=message):
+        with pytest.raises(ImportRefusedError, match=message):
             read_model(path)
     (tmp_path / "large.onnx").write_bytes(bytes(100))
-    with pytest.raises(ImportRefused, match="100 bytes; at most 99 are read"):
+    with pytest.raises(ImportRefusedError, match="100 bytes; at most 99 are read"):
         read_model(tmp_path / "large.onnx", 99)
 
 
@@ -304,10 +304,10 @@ def test_small_files_do_not_become_large_ones(case: str, tmp_path: Path) -> None
     script = (
         "import resource, sys, pathlib\n"
         "from engram_models.importing.reading import read_model\n"
-        "from engram_models.importing.errors import ImportRefused\n"
+        "from engram_models.importing.errors import ImportRefusedError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n    read_model(pathlib.Path(sys.argv[1]))\n"
-        "except ImportRefused as error:\n    print(error)\n"
+        "except ImportRefusedError as error:\n    print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     done = subprocess.run(
@@ -334,9 +334,9 @@ def test_no_file_is_read_outside(tmp_path: Path) -> None:
         spoilt.graph.initializer[0].external_data[0].value = location
         path = tmp_path / "inside" / "model.onnx"
         path.write_bytes(spoilt.SerializeToString())
-        with pytest.raises(ImportRefused, match="in another file"):
+        with pytest.raises(ImportRefusedError, match="in another file"):
             read_model(path)
-        with pytest.raises(ImportRefused) as caught:  # by whoever did not read it with read_model
+        with pytest.raises(ImportRefusedError) as caught:  # by whoever did not read it with read_model
             prove(spoilt.SerializeToString(), SCHEMA, {}, seconds=30)
         one_line(caught.value)
     assert canary.stat().st_atime == 1
@@ -369,7 +369,7 @@ def test_a_graph_that_grows_is_stopped_where_it_runs(grow: Callable[[Net, str], 
     made = net.model({"x": ("float32", ["batch", 6]), "h": state}, {"y": ("float32", ["batch", 12]), "h_next": state})
     data = parse_model(made.SerializeToString()).SerializeToString()
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    with pytest.raises(ImportRefused, match=r"MB of memory|would require more than") as caught:
+    with pytest.raises(ImportRefusedError, match=r"MB of memory|would require more than") as caught:
         prove(data, SCHEMA, {}, seconds=60)
     one_line(caught.value)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(before, 4_000_000)

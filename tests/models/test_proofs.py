@@ -18,7 +18,7 @@ from zoo import Case, Net
 from engram_models.check import CHECK_ROWS, CHECK_STEPS
 from engram_models.graph_step import ALONE, Batching, GraphStep
 from engram_models.importing.arrays import read_arrays
-from engram_models.importing.errors import ImportRefused
+from engram_models.importing.errors import ImportRefusedError
 from engram_models.importing.proof import Proof, prove, verify
 from engram_models.spec import Schema, TensorSpec
 
@@ -169,7 +169,7 @@ def test_a_graph_that_has_one_row_in_its_shape_goes_one_by_one() -> None:
 
 
 def test_what_is_random_is_refused() -> None:
-    with pytest.raises(ImportRefused, match=r"'y' differs by .* when the model is called again .* it is random"):
+    with pytest.raises(ImportRefusedError, match=r"'y' differs by .* when the model is called again .* it is random"):
         proof_of(lambda net, h: net.op("Add", h, net.op("RandomNormalLike", h), out="y"))
 
 
@@ -193,7 +193,7 @@ def test_notes_say_what_its_owner_may_not_know() -> None:
 
 def test_a_loop_without_an_end_is_stopped() -> None:
     case = zoo.endless()
-    with pytest.raises(ImportRefused, match="ran for more than 5 s and was stopped"):
+    with pytest.raises(ImportRefusedError, match="ran for more than 5 s and was stopped"):
         prove(case.model.SerializeToString(), schema_of(case), {}, seconds=5)
 
 
@@ -212,7 +212,9 @@ def test_integers_that_are_made_up_fit_or_a_real_run_is_asked_for() -> None:
 
     assert not prove(*embedding(0), {}, seconds=SECONDS).one_by_one
     model, schema = embedding(100)
-    with pytest.raises(ImportRefused, match=r"does not run on inputs made up for it: in operator Gather.*--verify"):
+    with pytest.raises(
+        ImportRefusedError, match=r"does not run on inputs made up for it: in operator Gather.*--verify"
+    ):
         prove(model, schema, {}, seconds=SECONDS)
     tokens = np.random.default_rng(0).integers(100, 103, (20,))
     assert not prove(model, schema, {}, examples={"token": tokens}, seconds=SECONDS).one_by_one
@@ -253,14 +255,14 @@ def swapped(model: bytes) -> bytes:
 def test_swapped_states_are_refused_with_the_first_step_that_differs() -> None:
     model, schema, vector = recorded()
     assert verify(model, schema, {}, vector, seconds=SECONDS).steps == 12
-    with pytest.raises(ImportRefused, match=r"'y' first differs .* at step 1 of 12 .* row 0.*--state") as caught:
+    with pytest.raises(ImportRefusedError, match=r"'y' first differs .* at step 1 of 12 .* row 0.*--state") as caught:
         verify(swapped(model), schema, {}, vector, seconds=SECONDS)
     assert str(caught.value).isprintable()
 
 
 def test_a_wrong_initial_value_differs_at_the_first_step() -> None:
     model, schema, vector = recorded()
-    with pytest.raises(ImportRefused, match=r"at step 0 of 12 .*--initial"):
+    with pytest.raises(ImportRefusedError, match=r"at step 0 of 12 .*--initial"):
         verify(model, schema, {"c": np.ones(12, np.float32)}, vector, seconds=SECONDS)
 
 
@@ -268,12 +270,12 @@ def test_one_number_of_one_row_is_enough() -> None:
     model, schema, vector = recorded()
     vector["y"][5, 1, 3] += 1e-3
     with pytest.raises(
-        ImportRefused, match=r"at step 5 of 12 \(the first is 0\), row 1: value 3 is .*0.001 .* 0.0001 is allowed"
+        ImportRefusedError, match=r"at step 5 of 12 \(the first is 0\), row 1: value 3 is .*0.001 .* 0.0001 is allowed"
     ):
         verify(model, schema, {}, vector, seconds=SECONDS)
     assert verify(model, schema, {}, vector, allowed=1e-2, seconds=SECONDS).largest == pytest.approx(1e-3, rel=0.1)
     vector["y"][5, 1, 3] = np.nan
-    with pytest.raises(ImportRefused, match="recorded nan"):
+    with pytest.raises(ImportRefusedError, match="recorded nan"):
         verify(model, schema, {}, vector, allowed=1e-2, seconds=SECONDS)
 
 
@@ -298,7 +300,7 @@ def test_a_run_of_one_row_and_of_another_float_type_is_taken() -> None:
 def test_a_run_that_does_not_fit_is_refused_before_anything_runs(change: Callable[[Any], Any], message: str) -> None:
     model, schema, vector = recorded()
     change(vector)
-    with pytest.raises(ImportRefused, match=message):
+    with pytest.raises(ImportRefusedError, match=message):
         verify(b"not even a graph", schema, {}, vector, seconds=SECONDS)
     assert model
 
@@ -328,9 +330,9 @@ def test_arrays_are_read_and_nothing_else(tmp_path: Path, monkeypatch: pytest.Mo
         (_bomb(), "more than 4 MB"),
     ):  # fmt: skip
         path.write_bytes(data)
-        with pytest.raises(ImportRefused, match=message):
+        with pytest.raises(ImportRefusedError, match=message):
             read_arrays(path)
-    with pytest.raises(ImportRefused, match="No such file"):
+    with pytest.raises(ImportRefusedError, match="No such file"):
         read_arrays(tmp_path / "none.npz")
 
 

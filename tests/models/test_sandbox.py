@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engram_models.importing import sandbox
-from engram_models.importing.errors import ImportRefused
+from engram_models.importing.errors import ImportRefusedError
 
 MEMORY = 1 << 28
 
@@ -42,14 +42,14 @@ def test_a_function_runs_in_its_folder_and_answers(tmp_path: Path) -> None:
 def test_what_goes_wrong_there_is_one_line_here(
     call: str, arguments: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ImportRefused, match=message) as refused:
+    with pytest.raises(ImportRefusedError, match=message) as refused:
         run(call, tmp_path, **arguments)
     assert str(refused.value).isprintable()
 
 
 def test_a_loop_without_an_end_is_stopped_with_its_children(tmp_path: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(ImportRefused, match="ran for more than 3 s and was stopped"):
+    with pytest.raises(ImportRefusedError, match="ran for more than 3 s and was stopped"):
         run("spin", tmp_path, seconds=3.0)
     assert time.monotonic() - started < 10
     child = int((tmp_path / "child").read_text())

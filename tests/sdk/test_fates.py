@@ -312,7 +312,7 @@ def test_what_backpressure_refused_is_taken_back(how: str) -> None:
         results = await asyncio.gather(task, return_exceptions=True)
         assert not session.in_doubt
         if how == "timeout":
-            assert isinstance(results[0], engram.ResourceExhausted)
+            assert isinstance(results[0], engram.ResourceExhaustedError)
             assert (results[0].applied, results[0].seq) == (False, 1)
         peer.faults.rows = None
         assert (await behind)[0] == 6
@@ -350,7 +350,7 @@ def test_a_failing_server_is_asked_what_became_of_the_step() -> None:
         session = await client.open("count", "a")
         failed = error_pb2.ErrorDetail(code=13, reason="INTERNAL", message="a fault", metadata={"applied": "unknown"})
         peer.faults.rows = lambda names, seqs: dict.fromkeys(range(len(names)), failed)
-        with pytest.raises(engram.Internal) as caught:
+        with pytest.raises(engram.InternalError) as caught:
             await session.step(row(5))
         peer.faults.rows = None
         assert (await session.settle()).applied == 0
@@ -364,15 +364,15 @@ def test_a_failing_server_is_asked_what_became_of_the_step() -> None:
 def test_what_was_never_sent_was_not_applied() -> None:
     async def body(peer: FakePeer, wire: Wire, client: engram.AsyncClient) -> None:
         session = await client.open("count", "a")
-        with pytest.raises(engram.InvalidInput) as unfit:
+        with pytest.raises(engram.InvalidInputError) as unfit:
             await session.step(np.zeros(WIDTH + 1, np.float32))
         peer.faults.rows = lambda names, seqs: {
             0: error_pb2.ErrorDetail(code=3, reason="NON_FINITE_INPUT", message="NaN")
         }
-        with pytest.raises(engram.InvalidInput) as refused:
+        with pytest.raises(engram.InvalidInputError) as refused:
             await session.step(row(5))
         await session.close()
-        with pytest.raises(engram.SessionClosed) as closed:
+        with pytest.raises(engram.SessionClosedError) as closed:
             await session.step(row(5))
         assert [one.value.applied for one in (unfit, refused, closed)] == [False, False, False]
         assert refused.value.seq == 1
@@ -396,7 +396,7 @@ def test_interval_steps_that_nobody_waits_for_are_not_replayed() -> None:
         wire.cut()
         await asyncio.sleep(0.05)
 
-    with pytest.raises(engram.CloseIncomplete) as caught:  # the attach said that four were
+    with pytest.raises(engram.CloseIncompleteError) as caught:  # the attach said that four were
         play(body)
     assert caught.value.not_durable == {"a": 4}
 
@@ -409,7 +409,7 @@ def test_a_close_that_failed_can_be_repeated() -> None:
         session = await client.open("count", "a")
         late = error_pb2.ErrorDetail(code=4, reason="DEADLINE_EXCEEDED", message="late")
         away = error_pb2.ErrorDetail(code=14, reason="STORE_UNAVAILABLE", message="no store", retry_after_ms=400)
-        for failure, kind in ((late, engram.DeadlineExceeded), (away, engram.Unavailable)):
+        for failure, kind in ((late, engram.DeadlineExceededError), (away, engram.UnavailableError)):
             peer.faults.close = [failure]
             with pytest.raises(kind):
                 await session.close(timeout=0.2)
@@ -429,9 +429,9 @@ def test_a_close_of_a_session_that_another_has_is_an_error() -> None:
     async def body(peer: FakePeer, wire: Wire, client: engram.AsyncClient) -> None:
         session = await client.open("count", "a")
         peer.faults.close = [error_pb2.ErrorDetail(code=10, reason="TAKEN_OVER", message="taken")]
-        with pytest.raises(engram.TakenOver):
+        with pytest.raises(engram.TakenOverError):
             await session.close()
-        with pytest.raises(engram.TakenOver):
+        with pytest.raises(engram.TakenOverError):
             await session.close()
         await session.detach()
 
@@ -445,7 +445,7 @@ def test_the_client_says_what_it_could_not_do() -> None:
         await fail_at("read", "timeout", peer, wire, lambda t: open_one.step(row(5), timeout=t))
         wire.cut()
         await asyncio.sleep(0.05)
-        with pytest.raises(engram.CloseIncomplete) as caught:
+        with pytest.raises(engram.CloseIncompleteError) as caught:
             await client.aclose()
         assert caught.value.open_steps == {"open": 1}
         assert caught.value.not_durable == {}
@@ -462,7 +462,7 @@ def test_a_refused_detach_is_told_and_an_error_on_the_way_is_not_hidden(monkeypa
         await client.open("count", "a")
         peer.faults.close = [refused]
 
-    with pytest.raises(engram.CloseIncomplete) as caught:
+    with pytest.raises(engram.CloseIncompleteError) as caught:
         play(body)
     assert caught.value.undetached == ["a"]
 
@@ -483,7 +483,7 @@ def test_calls_that_wait_at_the_close_are_told() -> None:
         waiting = asyncio.create_task(session.step(row(5)))
         await asyncio.sleep(0.01)
         await client.aclose()
-        with pytest.raises(engram.ClientClosed) as caught:
+        with pytest.raises(engram.ClientClosedError) as caught:
             await waiting
         assert caught.value.applied is False
 

@@ -108,7 +108,7 @@ def test_refused_for_good_fails_only_its_caller() -> None:
         tasks = [asyncio.create_task(session.step(row(10 * i))) for i in range(6)]
         others = [asyncio.create_task(other.step(row(0))) for _ in range(6)]
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert isinstance(results[2], engram.InvalidInput)
+        assert isinstance(results[2], engram.InvalidInputError)
         assert results[2].reason == "NON_FINITE_INPUT"
         # The three behind it moved up by one.
         assert [float(r[0]) for r in results if not isinstance(r, BaseException)] == [0, 11, 32, 43, 54]
@@ -125,7 +125,7 @@ def test_run_stops_at_its_first_bad_row_and_the_next_call_goes_on() -> None:
         peer.faults.rows = refuse_once({6: error_pb2.ErrorDetail(code=3, reason="NON_FINITE_INPUT", message="NaN")})
         run = asyncio.create_task(session.run(np.zeros((40, WIDTH))))
         after = asyncio.create_task(session.step(row(100)))
-        with pytest.raises(engram.InvalidInput) as caught:
+        with pytest.raises(engram.InvalidInputError) as caught:
             await run
         assert caught.value.metadata["row"] == "5"
         assert (await after)[0] == 105
@@ -154,7 +154,7 @@ def test_timeout_says_what_the_server_said() -> None:
         session = await client.open("count", "a")
         away = error_pb2.ErrorDetail(code=14, reason="STORE_UNAVAILABLE", message="no store", retry_after_ms=20)
         peer.faults.rows = lambda names, seqs: dict.fromkeys(range(len(names)), away)
-        with pytest.raises(engram.Unavailable) as caught:
+        with pytest.raises(engram.UnavailableError) as caught:
             await session.step(row(5), timeout=0.3)
         assert caught.value.reason == "STORE_UNAVAILABLE"
         peer.faults.rows = None
@@ -174,7 +174,7 @@ def test_a_step_that_was_not_applied_and_that_nobody_waits_for_is_not_sent_again
         peer.faults.rows = lambda names, seqs: dict.fromkeys(range(len(names)), late)
         calls = [sessions[0].step(row(5), timeout=0.2), client.step_many(sessions, np.stack([row(7)] * 2), timeout=0.3)]
         given_up = await asyncio.gather(*calls, return_exceptions=True)
-        assert [type(error) for error in given_up] == [engram.DeadlineExceeded] * 2
+        assert [type(error) for error in given_up] == [engram.DeadlineExceededError] * 2
         patient = asyncio.create_task(sessions[1].step(row(9)))
         await asyncio.sleep(0.3)
         peer.faults.rows = None
@@ -191,15 +191,15 @@ def test_default_timeout_of_a_run_is_for_a_server_that_stands_still() -> None:
         session = await client.open("count", "a")
         peer.delay_s = 0.05
         assert len(await session.run(np.zeros((160, WIDTH)))) == 160  # takes longer than the timeout, but goes on
-        with pytest.raises(engram.DeadlineExceeded):
+        with pytest.raises(engram.DeadlineExceededError):
             await session.run(np.zeros((160, WIDTH)), timeout=0.2)
         peer.delay_s = 60
-        with pytest.raises(engram.DeadlineExceeded):
+        with pytest.raises(engram.DeadlineExceededError):
             await session.run(np.zeros((160, WIDTH)))
-        with pytest.raises(engram.DeadlineExceeded):
+        with pytest.raises(engram.DeadlineExceededError):
             await session.detach(timeout=0.1)
 
-    with pytest.raises(engram.CloseIncomplete) as caught:
+    with pytest.raises(engram.CloseIncompleteError) as caught:
         play(body, engram.ClientOptions(timeout_s=0.3))
     assert list(caught.value.open_steps) == ["a"]
 
@@ -241,10 +241,10 @@ def test_steps_that_were_durable_and_are_gone_are_a_typed_error() -> None:
         peer.faults.forget_on_connect = lambda name, seq: 3 if name == "lost" else seq
         peer.faults.cut_after_frames = 0
         results = await asyncio.gather(lost.step(row(0)), kept.step(row(0)), return_exceptions=True)
-        assert isinstance(results[0], engram.DataLoss)
+        assert isinstance(results[0], engram.DataLossError)
         assert results[0].reason == "STATE_REWOUND"
         assert float(results[1][0]) == 10
-        with pytest.raises(engram.DataLoss):
+        with pytest.raises(engram.DataLossError):
             await lost.step(row(0))
 
     play(body)
@@ -279,9 +279,9 @@ def test_events_end_only_the_sessions_they_name() -> None:
         peer.faults.taken.add("b")
         peer.push(taken_over(1))
         await asyncio.sleep(0.1)
-        with pytest.raises(engram.TakenOver):
+        with pytest.raises(engram.TakenOverError):
             await b.step(row(0))
-        with pytest.raises(engram.TakenOver):
+        with pytest.raises(engram.TakenOverError):
             await client.step_many([a, b], np.zeros((2, WIDTH)))
         assert (await client.step_many([a, c], np.zeros((2, WIDTH))))[:, 0].tolist() == [1, 1]
         again = await client.open("count", "b")
@@ -328,7 +328,7 @@ def test_draining_server_is_left_without_an_error() -> None:
 def test_a_client_that_cannot_connect_leaves_nothing_behind() -> None:
     async def main() -> None:
         before = asyncio.all_tasks()
-        with pytest.raises(engram.Unavailable):
+        with pytest.raises(engram.UnavailableError):
             async with engram.AsyncClient("127.0.0.1:1", engram.ClientOptions(connect_timeout_s=0.2)):
                 pass
         assert asyncio.all_tasks() == before
@@ -339,7 +339,7 @@ def test_a_client_that_cannot_connect_leaves_nothing_behind() -> None:
 def test_no_server_is_unavailable_in_time() -> None:
     async def main() -> None:
         options = engram.ClientOptions(connect_timeout_s=0.5, backoff_initial_s=0.01)
-        with pytest.raises(engram.Unavailable) as caught:
+        with pytest.raises(engram.UnavailableError) as caught:
             async with engram.AsyncClient("127.0.0.1:1", options):
                 pass
         assert caught.value.reason == "CONNECTION_LOST"
@@ -359,7 +359,7 @@ def test_server_that_stays_away_fails_the_calls_that_wait() -> None:
             results = await asyncio.gather(
                 session.step(row(7)), session.run(np.zeros((3, WIDTH))), return_exceptions=True
             )
-            assert [type(r) for r in results] == [engram.Unavailable] * 2
+            assert [type(r) for r in results] == [engram.UnavailableError] * 2
             back = FakePeer()
             back.records = peer.records
             await back.start(port)
@@ -430,7 +430,7 @@ def test_step_many_tells_which_rows_failed() -> None:
         sessions = await client.open_many("count", [f"s{i}" for i in range(5)])
         bad = error_pb2.ErrorDetail(code=3, reason="NON_FINITE_INPUT", message="NaN")
         peer.faults.rows = lambda names, seqs: {i: bad for i, name in enumerate(names) if name in ("s1", "s3")}
-        with pytest.raises(engram.InvalidInput) as caught:
+        with pytest.raises(engram.InvalidInputError) as caught:
             await client.step_many(sessions, np.ones((5, WIDTH)))
         assert sorted(caught.value.rows) == [1, 3]
         assert caught.value.outputs is not None
@@ -449,7 +449,7 @@ def test_a_close_waits_for_its_session_to_be_attached_again_and_lets_others_work
         slot, table = session._slot, client._core.table
         handle = table.handle[slot]
         table.handle[slot] = VOID_HANDLE
-        with pytest.raises(engram.DeadlineExceeded):
+        with pytest.raises(engram.DeadlineExceededError):
             await session.close(timeout=0.1)
         closing = asyncio.create_task(session.close())
         await asyncio.sleep(0.05)

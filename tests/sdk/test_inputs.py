@@ -82,7 +82,7 @@ def test_stream_takes_one_item_more_than_it_sends(server: Any, ahead: int) -> No
             assert len(taken) <= given + ahead + 1
         outputs.close()  # type: ignore[attr-defined]
         assert len(taken) <= 3 + ahead + 1
-        with pytest.raises(engram.InvalidInput, match="ahead"):
+        with pytest.raises(engram.InvalidInputError, match="ahead"):
             next(session.stream(source(), ahead=0))
 
 
@@ -145,7 +145,7 @@ def test_a_bad_input_is_raised_where_the_call_is_awaited(server: Any) -> None:
             session = await client.open("digits-reader")
             calls = [session.step(ROWS[0]), session.step(ROWS[0][:3]), session.run(ROWS[:, :2]), session.step(ROWS[1])]
             found = await asyncio.gather(*calls, return_exceptions=True)
-            assert [isinstance(one, engram.InvalidInput) for one in found] == [False, True, True, False]
+            assert [isinstance(one, engram.InvalidInputError) for one in found] == [False, True, True, False]
             assert session.seq == 2
 
     asyncio.run(main())
@@ -169,7 +169,7 @@ def test_masked_inputs_are_refused_by_name(server: Any) -> None:
             lambda: client.step_many([session], [MASKED]),
             lambda: list(session.stream(np.ma.stack([MASKED]))),
         ):
-            with pytest.raises(engram.InvalidInput, match=r"\.filled\("):
+            with pytest.raises(engram.InvalidInputError, match=r"\.filled\("):
                 call()
         assert session.seq == 0
         whole = np.ma.masked_array(ROWS[0], mask=False)
@@ -182,13 +182,13 @@ def test_a_mask_is_one_of_unknown_values_where_there_is_such_a_thing(server: Any
     wrong = np.where(unknown, -rows[1], rows[1])
     with engram.Client(server.address) as client:
         session = client.open("bits")
-        with pytest.raises(engram.InvalidInput, match=r"\.filled\("):
+        with pytest.raises(engram.InvalidInputError, match=r"\.filled\("):
             session.store(np.ma.masked_array(rows, mask=rows > 0))
         session.store(rows)
         masked = session.recall(np.ma.masked_array(wrong, mask=unknown))
         given = session.recall(wrong, unknown)
         assert (masked.label, masked.overlap) == (given.label, given.overlap) == ("p1", 1.0)
-        with pytest.raises(engram.InvalidInput) as caught:
+        with pytest.raises(engram.InvalidInputError) as caught:
             session.recall(np.ma.masked_array(wrong, mask=unknown), ~unknown)
         assert caught.value.reason == "CUE_ALL_MASKED"
         x = np.linspace(0, 1, SIZE, dtype=np.float32)
@@ -241,10 +241,10 @@ def sparse() -> Any:
     ],
 )
 def test_what_is_no_input_is_refused_by_name(given: Any, said: str) -> None:
-    with pytest.raises(engram.InvalidInput, match=said):
+    with pytest.raises(engram.InvalidInputError, match=said):
         codec().one(given())
     many = given()
-    with pytest.raises(engram.InvalidInput):
+    with pytest.raises(engram.InvalidInputError):
         codec().many(many[None] if hasattr(many, "dtype") and not hasattr(many, "toarray") else [many])
 
 
@@ -270,9 +270,9 @@ def test_what_fits_is_sent_as_it_is(dtype: str, given: Any, sent: list[float]) -
 @pytest.mark.parametrize(("dtype", "largest"), [("float16", 65504.0), ("bfloat16", 3.3895313892515355e38)])
 def test_narrow_floats_overflow_with_a_word(dtype: str, largest: float) -> None:
     assert codec(dtype).decode(codec(dtype).one([largest, 0.0, np.inf]), 1)[0].tolist() == [largest, 0, np.inf]
-    with pytest.raises(engram.InvalidInput, match=f"does not fit {dtype}"):
+    with pytest.raises(engram.InvalidInputError, match=f"does not fit {dtype}"):
         codec(dtype).one([largest * 1.003, 0.0, 0.0])
-    with pytest.raises(engram.InvalidInput, match="does not"):
+    with pytest.raises(engram.InvalidInputError, match="does not"):
         codec(dtype).one([0.0, 0.0, 1e300])
 
 
@@ -281,7 +281,7 @@ def test_narrow_floats_overflow_with_a_word(dtype: str, largest: float) -> None:
 )
 def test_what_is_no_pattern_is_refused(bad: Any) -> None:
     for what in ("pattern", "cue"):
-        with pytest.raises(engram.InvalidInput) as caught:
+        with pytest.raises(engram.InvalidInputError) as caught:
             bits_of(bad, None, what)
         assert caught.value.reason == "INVALID_PATTERN"
 
@@ -289,7 +289,7 @@ def test_what_is_no_pattern_is_refused(bad: Any) -> None:
 @pytest.mark.parametrize("bad", [["0.5"] * SIZE, [0.5j] * SIZE, [2**24 + 1] * SIZE, [1e300] * SIZE, [None] * SIZE])
 def test_what_is_no_number_is_not_recreated_or_looked_up(server: Any, bad: Any) -> None:
     with engram.Client(server.address) as client:
-        with pytest.raises(engram.InvalidInput):
+        with pytest.raises(engram.InvalidInputError):
             client.models.recreate("visible", bad)
-        with pytest.raises(engram.InvalidInput):
+        with pytest.raises(engram.InvalidInputError):
             client.sessions.address("nobody", bad)

@@ -107,28 +107,28 @@ def test_bad_input_is_refused_here_or_there_and_harms_nobody(shared_server) -> N
                 ([[1, 2], [3]], "INVALID_INPUT_WIDTH"),
                 (np.full(8, np.nan, np.float32), "NON_FINITE_INPUT"),
             ]:
-                with pytest.raises(engram.InvalidInput) as caught:
+                with pytest.raises(engram.InvalidInputError) as caught:
                     await session.step(bad)
                 assert caught.value.reason == reason
                 assert isinstance(caught.value, ValueError)
             X = digits(2)
             X[1] = np.inf
-            with pytest.raises(engram.InvalidInput) as failed:
+            with pytest.raises(engram.InvalidInputError) as failed:
                 await client.step_many([other, session], X)
             assert list(failed.value.rows) == [1]
             assert (session.seq, other.seq) == (0, 1)
             assert session.model.name == MODEL
             await session.step(np.zeros(8))
             await session.step([0, 1, 2, 3, 4, 5, 6, 7])
-            with pytest.raises(engram.FailedPrecondition):
+            with pytest.raises(engram.FailedPreconditionError):
                 await session.generate(3)
             for work, kind in [
-                (client.open("no-such-model"), engram.NotFound),
-                (client.open(MODEL, version="99"), engram.NotFound),
-                (client.open(MODEL, "white space"), engram.InvalidInput),
-                (client.open(MODEL, durability="sometimes"), engram.InvalidInput),
-                (client.sessions.get("no-such-session"), engram.NotFound),
-                (client.sessions.import_(b"garbage"), engram.InvalidInput),
+                (client.open("no-such-model"), engram.NotFoundError),
+                (client.open(MODEL, version="99"), engram.NotFoundError),
+                (client.open(MODEL, "white space"), engram.InvalidInputError),
+                (client.open(MODEL, durability="sometimes"), engram.InvalidInputError),
+                (client.sessions.get("no-such-session"), engram.NotFoundError),
+                (client.sessions.import_(b"garbage"), engram.InvalidInputError),
             ]:
                 with pytest.raises(kind):
                     await work
@@ -143,14 +143,14 @@ def test_newest_open_wins_and_the_other_is_told(shared_server) -> None:
             y = await first.step(digits(1)[0])
             second = await two.open(MODEL, "contested")
             assert second.seq == 1
-            with pytest.raises(engram.TakenOver):
+            with pytest.raises(engram.TakenOverError):
                 await first.step(digits(1)[0])
             assert (await quiet.step(digits(1)[0]) == y).all()
             await second.step(digits(1)[0])
             back = await one.open(MODEL, "contested")
             assert back.seq == 2
             await two.sessions.close("contested")
-            with pytest.raises(engram.SessionClosed):
+            with pytest.raises(engram.SessionClosedError):
                 await back.step(digits(1)[0])
 
     asyncio.run(main())
@@ -172,13 +172,13 @@ def test_management(shared_server) -> None:
             names = {info.id async for info in client.sessions.list(MODEL)}
             assert {"managed", "managed-2", "managed-3"} <= names
             await session.detach()
-            with pytest.raises(engram.SessionClosed):
+            with pytest.raises(engram.SessionClosedError):
                 await session.step(X[0])
             again = await client.open(MODEL, "managed")
             assert again.seq == 13
             await again.close()
             await again.close()
-            with pytest.raises(engram.NotFound):
+            with pytest.raises(engram.NotFoundError):
                 await client.sessions.get("managed")
             fresh = await client.open(MODEL, "managed")
             assert fresh.seq == 0
@@ -226,7 +226,7 @@ def test_blocking_client_from_many_threads(shared_server) -> None:
         assert (client.step_many(sessions, X[:8]).shape) == (8, 10)
         assert sum(1 for _ in client.sessions.list()) >= 10
         client.close_many(sessions)
-    with pytest.raises(engram.ClientClosed):
+    with pytest.raises(engram.ClientClosedError):
         client.server()
 
 
@@ -240,7 +240,7 @@ def test_a_step_behind_a_wire_that_fails_is_applied_once(shared_server, durabili
 
     def failing(session: engram.BlockingSession, x: np.ndarray, cut: bool) -> engram.EngramError:
         proxy.hold(True)
-        with pytest.raises(engram.DeadlineExceeded) as caught:
+        with pytest.raises(engram.DeadlineExceededError) as caught:
             session.step(x, timeout=0.2)
         assert (caught.value.applied, session.in_doubt) == (None, True)
         if cut:

@@ -54,7 +54,7 @@ def test_bits_are_those_of_the_models() -> None:
     ],
 )
 def test_what_is_no_pattern_is_refused_before_it_is_sent(values: Any, mask: Any, reason: str) -> None:
-    with pytest.raises(engram.InvalidInput) as caught:
+    with pytest.raises(engram.InvalidInputError) as caught:
         bits_of(values, mask)
     assert caught.value.reason == reason
 
@@ -62,9 +62,9 @@ def test_what_is_no_pattern_is_refused_before_it_is_sent(values: Any, mask: Any,
 def test_labels_are_checked_before_they_are_sent() -> None:
     assert check_labels(None, 3) == [] and check_labels("one", 1) == ["one"]
     for labels in (["a"], ["a", ""], ["a", 1]):
-        with pytest.raises(engram.InvalidInput):
+        with pytest.raises(engram.InvalidInputError):
             check_labels(labels, 2)  # type: ignore[arg-type]
-    with pytest.raises(engram.AlreadyExists, match="'b'"):
+    with pytest.raises(engram.AlreadyExistsError, match="'b'"):
         check_labels(["a", "b", "b"], 3)
 
 
@@ -149,7 +149,7 @@ def test_a_store_in_parts_is_taken_back_if_one_is_refused(server: Any, monkeypat
     with engram.Client(server.address) as client:
         session = client.open("bits", f"parts-{secrets.token_hex(4)}")
         assert session.store(rows).labels == [f"p{number}" for number in range(40)]
-        with pytest.raises(engram.AlreadyExists):
+        with pytest.raises(engram.AlreadyExistsError):
             session.store(-rows, [*(f"new {number}" for number in range(39)), "p7"])
         assert session.patterns().labels == [f"p{number}" for number in range(40)]
         monkeypatch.setattr(_memories, "_PAGE", 7)

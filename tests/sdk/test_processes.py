@@ -97,7 +97,7 @@ def test_a_child_of_an_open_client_is_told_at_once(shared_server: Any) -> None:
         asyncio.run(main())
         """,
     )
-    forked = "FailedPrecondition FORKED"
+    forked = "FailedPreconditionError FORKED"
     expected = [forked] * 4 + ["None", engram.__version__, engram.__version__]
     assert done.stdout.splitlines() == [*expected, forked, "None"], (done.stdout, done.stderr)
 
@@ -121,7 +121,7 @@ def test_a_child_where_others_use_grpc_is_told(shared_server: Any, used: bool) -
         print(in_child(ask))
         """,
     )
-    forked = "FailedPrecondition FORKED"
+    forked = "FailedPreconditionError FORKED"
     assert (done.stdout.splitlines(), done.stderr) == ([forked, forked, engram.__version__], "")
 
 
@@ -165,7 +165,7 @@ def test_threads_that_fork_at_the_same_time(shared_server: Any) -> None:
         fork_all()
         """,
     )
-    expected = ["12 FailedPrecondition FORKED", f"12 {engram.__version__}"]
+    expected = ["12 FailedPreconditionError FORKED", f"12 {engram.__version__}"]
     assert (done.stdout.splitlines(), done.stderr) == (expected, "")
 
 
@@ -225,7 +225,7 @@ def test_a_client_is_of_one_event_loop(shared_server: Any) -> None:
         def other(work):
             try:
                 asyncio.run(work)
-            except engram.FailedPrecondition as error:
+            except engram.FailedPreconditionError as error:
                 print(error.reason)
         async def call(function, *args):
             await function(*args)
@@ -250,7 +250,7 @@ def test_patched_threads_are_refused_at_once(monkeypatch: pytest.MonkeyPatch, mo
         monkeypatch.setitem(sys.modules, module, stand_in)
         for kind in (engram.AsyncClient, engram.Client):
             if patched:
-                with pytest.raises(engram.FailedPrecondition, match=module.partition(".")[0]) as caught:
+                with pytest.raises(engram.FailedPreconditionError, match=module.partition(".")[0]) as caught:
                     kind("127.0.0.1:1")
                 assert caught.value.reason == "PATCHED_THREADS"
             elif kind is engram.AsyncClient:

@@ -87,7 +87,7 @@ def test_elsewhere_only_where_it_is_asked_for(proxy: Proxy) -> None:
 
 def test_no_token_in_plain_text_through_a_proxy() -> None:
     for options in (engram.ClientOptions(proxy=True), engram.ClientOptions(proxy=True, token_in_plain_text=True)):
-        with pytest.raises(engram.InvalidInput, match="proxy") as refused:
+        with pytest.raises(engram.InvalidInputError, match="proxy") as refused:
             engram.AsyncClient(AWAY, options, token="secret")
         assert refused.value.reason == "TOKEN_IN_PLAIN_TEXT" and "secret" not in str(refused.value)
         engram.AsyncClient("127.0.0.1:50051", options, token="secret")

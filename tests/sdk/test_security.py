@@ -87,11 +87,11 @@ def test_a_token_that_is_replaced_is_not_noticed(guarded: tuple[Any, pathlib.Pat
             assert (await client.sessions.get("kept")).seq == session.seq
             assert "TOKEN_UNKNOWN" in server.log.read_text()
             write_tokens(path, third=new_token())
-            with pytest.raises(engram.AccessDenied) as denied:
+            with pytest.raises(engram.AccessDeniedError) as denied:
                 await step_for_ever(session)
             assert denied.value.reason == "TOKEN_UNKNOWN"
 
-    with contextlib.suppress(engram.CloseIncomplete):  # where the last step was under way, its fate stays open
+    with contextlib.suppress(engram.CloseIncompleteError):  # where the last step was under way, its fate stays open
         asyncio.run(asyncio.wait_for(main(), 60))
 
 
@@ -99,7 +99,10 @@ def test_a_client_that_is_not_let_in_is_told_at_once(guarded: tuple[Any, pathlib
     server, ca, _, _ = guarded
     for token, reason in ((None, "TOKEN_MISSING"), (new_token(), "TOKEN_UNKNOWN")):
         began = time.monotonic()
-        with pytest.raises(engram.AccessDenied) as denied, engram.Client(server.address, token=token, ca_file=str(ca)):
+        with (
+            pytest.raises(engram.AccessDeniedError) as denied,
+            engram.Client(server.address, token=token, ca_file=str(ca)),
+        ):
             pass
         assert denied.value.reason == reason
         assert time.monotonic() - began < 5.0
@@ -109,16 +112,16 @@ def test_a_client_that_is_not_let_in_is_told_at_once(guarded: tuple[Any, pathlib
 
     impatient = engram.ClientOptions(connect_timeout_s=0.5)
     with (
-        pytest.raises(engram.Unavailable, match="OSError"),
+        pytest.raises(engram.UnavailableError, match="OSError"),
         engram.Client(server.address, impatient, token=broken, ca_file=str(ca)),
     ):
         pass
     with (
-        pytest.raises(engram.InvalidInput, match="ASCII"),
+        pytest.raises(engram.InvalidInputError, match="ASCII"),
         engram.Client(server.address, token="a\nb", ca_file=str(ca)),
     ):
         pass
-    with pytest.raises(engram.InvalidInput, match="ca_file"), engram.Client(server.address, ca_file="/none"):
+    with pytest.raises(engram.InvalidInputError, match="ca_file"), engram.Client(server.address, ca_file="/none"):
         pass
 
 
@@ -151,10 +154,10 @@ def test_the_commands_take_token_and_ca_from_flags_and_environment(
     "address", ["example.org:50051", "10.0.0.7:50051", "dns:///example.org:50051", "[2001:db8::1]:1"]
 )
 def test_a_token_does_not_leave_the_machine_in_plain_text(address: str) -> None:
-    with pytest.raises(engram.InvalidInput) as refused:
+    with pytest.raises(engram.InvalidInputError) as refused:
         engram.AsyncClient(address, token="secret")
     assert refused.value.reason == "TOKEN_IN_PLAIN_TEXT" and "secret" not in str(refused.value)
-    with pytest.raises(engram.InvalidInput):
+    with pytest.raises(engram.InvalidInputError):
         engram.Client(["127.0.0.1:1", address], token=lambda: "secret")
     engram.AsyncClient(address, token="secret", tls=True)
     engram.AsyncClient(address, engram.ClientOptions(token_in_plain_text=True), token="secret")
@@ -166,5 +169,5 @@ def test_on_the_machine_it_may(address: str) -> None:
 
 
 def test_a_certificate_has_a_key() -> None:
-    with pytest.raises(engram.InvalidInput, match="both or neither"):
+    with pytest.raises(engram.InvalidInputError, match="both or neither"):
         engram.AsyncClient("localhost:1", cert_file="cert.pem")

@@ -80,17 +80,17 @@ def test_every_dtype_goes_both_ways(dtype: str) -> None:
     ],
 )
 def test_what_is_wrong_is_said_of_the_tensor(given: Any, said: str) -> None:
-    with pytest.raises(engram.InvalidInput, match=said):
+    with pytest.raises(engram.InvalidInputError, match=said):
         codec().one(given)
 
 
 def test_rows_of_tensors_are_equally_many() -> None:
     good = {name: [value] * 3 for name, value in ROW.items()}
-    with pytest.raises(engram.InvalidInput, match=r"input 'gap' must be float64\[3\]; got float64\[2\]"):
+    with pytest.raises(engram.InvalidInputError, match=r"input 'gap' must be float64\[3\]; got float64\[2\]"):
         codec().many({**good, "gap": [0.5, 0.5]})
-    with pytest.raises(engram.InvalidInput, match=r"input 'obs' must be float32\[2, 3\]; got int64\[3, 3\]"):
+    with pytest.raises(engram.InvalidInputError, match=r"input 'obs' must be float32\[2, 3\]; got int64\[3, 3\]"):
         codec().many(good, 2)
-    with pytest.raises(engram.InvalidInput, match="must be 2 dicts; got 3"):
+    with pytest.raises(engram.InvalidInputError, match="must be 2 dicts; got 3"):
         codec().many([ROW] * 3, 2)
 
 
@@ -98,7 +98,7 @@ def test_a_single_input_is_no_dict() -> None:
     single = codec_of([OBS], "input", "cell")
     for call in (single.one, single.many):
         with pytest.raises(
-            engram.InvalidInput, match="the input of cell is not of numbers: dict; give the array alone"
+            engram.InvalidInputError, match="the input of cell is not of numbers: dict; give the array alone"
         ):
             call({"obs": [1, 2, 3]})
     with pytest.raises(engram.EngramError, match="cell has no input"):
@@ -112,9 +112,9 @@ def test_a_single_input_is_no_dict() -> None:
 def test_whole_numbers_of_python_go_where_they_fit(dtype: str, good: int, bad: int) -> None:
     single = codec_of([TensorSpec("n", dtype, ())], "input", "cell")
     assert single.decode(single.one(good), 1)[0] == good
-    with pytest.raises(engram.InvalidInput, match=f"{bad} does not fit {dtype}"):
+    with pytest.raises(engram.InvalidInputError, match=f"{bad} does not fit {dtype}"):
         single.one(bad)
-    with pytest.raises(engram.InvalidInput, match="does not convert safely"):
+    with pytest.raises(engram.InvalidInputError, match="does not convert safely"):
         single.one(np.int64(good))
 
 
@@ -200,7 +200,7 @@ def test_what_a_model_has_is_asked_where_it_is_not_known() -> None:
 )
 def test_bad_constants_are_refused_before_anything_is_sent(given: Any, said: str) -> None:
     async def work(peer: Arm, client: engram.AsyncClient) -> None:
-        with pytest.raises(engram.InvalidInput, match=said) as caught:
+        with pytest.raises(engram.InvalidInputError, match=said) as caught:
             await client.open("arm", constants=given)
         assert peer.opens == [] and caught.value.reason == "INVALID_CONSTANT"
 
@@ -231,7 +231,7 @@ def test_sessions_of_one_frame_have_the_same_constants() -> None:
         peer.opens.clear()
         await client.open_many("arm", 3, constants={"sr": 8000})
         assert len(peer.opens) == 1 and len(peer.opens[0].constants) == 1
-        with pytest.raises(engram.InvalidInput, match="constants of 1 sessions for 2"):
+        with pytest.raises(engram.InvalidInputError, match="constants of 1 sessions for 2"):
             await client.open_many("arm", 2, constants=[{}])
 
     with_arm(work)
@@ -254,11 +254,11 @@ def test_dicts_in_every_call() -> None:
         assert [y["act"].tolist() async for y in session.stream(many)] == [[0, 1, 2], [3, 4, 5]]
         empty = await session.run({"obs": np.zeros((0, 3)), "gap": np.zeros(0, bool)})
         assert empty["act"].shape == (0, 3)
-        with pytest.raises(engram.InvalidInput, match="lacks 'gap'"):
+        with pytest.raises(engram.InvalidInputError, match="lacks 'gap'"):
             await session.step({"obs": [1, 2, 3]})
-        with pytest.raises(engram.InvalidInput, match="lacks 'gap'"):
+        with pytest.raises(engram.InvalidInputError, match="lacks 'gap'"):
             [y async for y in session.stream([{"obs": [1, 2, 3]}])]
-        with pytest.raises(engram.FailedPrecondition, match="cannot run on its own output"):
+        with pytest.raises(engram.FailedPreconditionError, match="cannot run on its own output"):
             await session.generate(3)
         settled = await session.settle()
         assert settled.applied == 0 and settled.outputs["act"].shape == (0, 3)
@@ -273,7 +273,7 @@ def test_open_fates_of_dicts_are_settled() -> None:
         for repeat in (False, True):
             peer.faults.stop_at = "applied"
             peer.faults.gate.clear()
-            with pytest.raises(engram.DeadlineExceeded) as caught:
+            with pytest.raises(engram.DeadlineExceededError) as caught:
                 await session.step(x, timeout=0.1)
             assert caught.value.applied is None and session.in_doubt
             peer.faults.gate.set()
@@ -409,14 +409,14 @@ def test_steps_by_name(server: Any) -> None:
         rest = list(session.stream({name: values[35:] for name, values in X.items()}))
         assert np.array_equal(np.stack([y["act"] for y in rest]), total[35:] + 8000)
         assert session.state()["sr"] == 8000 and session.state()["count"] == 40
-        with pytest.raises(engram.InvalidInput) as caught:
+        with pytest.raises(engram.InvalidInputError) as caught:
             session.step({"obs": [np.nan, 0, 0], "gap": 1})
         assert caught.value.reason == "NON_FINITE_INPUT" and "obs" in caught.value.message and session.seq == 40
         pair = [session, client.open("arm")]
-        with pytest.raises(engram.InvalidInput) as caught:
+        with pytest.raises(engram.InvalidInputError) as caught:
             client.step_many(pair, [{"obs": [np.inf, 0, 0], "gap": 1}, {"obs": [1, 1, 1], "gap": 1}])
         assert list(caught.value.rows) == [0] and caught.value.outputs["act"][1].tolist() == [RATE + 1] * 3
-        with pytest.raises(engram.InvalidInput) as caught:
+        with pytest.raises(engram.InvalidInputError) as caught:
             session.run({"obs": [[0, 0, 0], [np.nan, 0, 0]], "gap": [1, 1]})
         assert caught.value.outputs["seen"].tolist() == [41]
 

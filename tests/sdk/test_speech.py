@@ -173,7 +173,7 @@ def test_sessions_together_answer_as_alone(served: Any, speech: Recording, refer
 def test_frames_of_another_size_are_refused(served: Any) -> None:
     with engram.Client(served.address) as client:
         session = client.open("vad")
-        with pytest.raises(engram.InvalidInput, match=r"must be float32\[512\]; got float32\[256\]"):
+        with pytest.raises(engram.InvalidInputError, match=r"must be float32\[512\]; got float32\[256\]"):
             session.step(np.zeros(256, np.float32))
         assert session.seq == 0
     done = engram_command("stream", "vad", "--address", served.address, given="1,2,3\n")

@@ -23,11 +23,11 @@ from engram._status import of_rpc_error, read_details
 from engram._types import TensorSpec
 
 NAMES = {
-    "Aborted", "AccessDenied", "AlreadyExists", "AsyncClient", "BlockingSession", "Client", "ClientClosed", "ClientOptions", "CloseIncomplete",
-    "DataLoss", "DeadlineExceeded", "EngramError", "FailedPrecondition", "Internal", "InvalidInput", "ModelInfo", "NotFound", "Patterns", "Recall",
+    "AbortedError", "AccessDeniedError", "AlreadyExistsError", "AsyncClient", "BlockingSession", "Client", "ClientClosedError", "ClientOptions", "CloseIncompleteError",
+    "DataLossError", "DeadlineExceededError", "EngramError", "FailedPreconditionError", "InternalError", "InvalidInputError", "ModelInfo", "NotFoundError", "Patterns", "Recall",
     "Recreation",
-    "ResourceExhausted", "ServerInfo", "Session", "SessionClosed", "SessionInfo", "Settled", "Stored", "TakenOver", "TensorSpec", "Unavailable",
-    "Unsupported", "__version__",
+    "ResourceExhaustedError", "ServerInfo", "Session", "SessionClosedError", "SessionInfo", "Settled", "Stored", "TakenOverError", "TensorSpec", "UnavailableError",
+    "UnsupportedError", "__version__",
 }  # fmt: skip
 
 
@@ -75,11 +75,11 @@ def test_safe_conversions(given: object) -> None:
 
 
 def test_unsafe_conversions_say_what_was_expected() -> None:
-    with pytest.raises(engram.InvalidInput, match=r"float32\[3\]; got int64"):
+    with pytest.raises(engram.InvalidInputError, match=r"float32\[3\]; got int64"):
         codec().one(np.array([1, 2, 3]))
-    with pytest.raises(engram.InvalidInput, match=r"float32\[5, 3\]; got float64\[4, 3\]"):
+    with pytest.raises(engram.InvalidInputError, match=r"float32\[5, 3\]; got float64\[4, 3\]"):
         codec().many(np.zeros((4, 3)), 5)
-    with pytest.raises(engram.InvalidInput, match="int64"):
+    with pytest.raises(engram.InvalidInputError, match="int64"):
         codec("int64").one(np.array([1.5, 2, 3]))
 
 
@@ -111,7 +111,7 @@ def test_status_details() -> None:
 def test_a_call_that_nobody_here_has_cancelled_was_lost_on_its_way() -> None:
     nothing = grpc.aio.Metadata()
     error = of_rpc_error(grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, nothing, nothing, "CANCELLED"))
-    assert isinstance(error, engram.Unavailable) and error.reason == "CONNECTION_LOST"
+    assert isinstance(error, engram.UnavailableError) and error.reason == "CONNECTION_LOST"
 
 
 def test_command_line_is_quick_and_says_what_there_is() -> None:
@@ -135,10 +135,10 @@ def test_options_are_finite_numbers(seconds: Any) -> None:
     for item in fields(engram.ClientOptions):
         if item.name.endswith("_s"):
             options = engram.ClientOptions(**{item.name: seconds})
-            with pytest.raises(engram.InvalidInput, match=f"^{item.name} = "):
+            with pytest.raises(engram.InvalidInputError, match=f"^{item.name} = "):
                 engram.AsyncClient("127.0.0.1:1", options)
         elif item.name.endswith("_max"):
-            with pytest.raises(engram.InvalidInput, match=f"^{item.name} = "):
+            with pytest.raises(engram.InvalidInputError, match=f"^{item.name} = "):
                 engram.AsyncClient("127.0.0.1:1", engram.ClientOptions(**{item.name: seconds}))
 
 
@@ -149,7 +149,7 @@ def test_timeouts_are_finite_numbers(seconds: Any) -> None:
     async def ask(call: Callable[[engram.AsyncClient], Any]) -> None:
         client = engram.AsyncClient("127.0.0.1:1")
         try:
-            with pytest.raises(engram.InvalidInput, match=r"timeout = .*None for no limit"):
+            with pytest.raises(engram.InvalidInputError, match=r"timeout = .*None for no limit"):
                 await call(client)
         finally:
             await client.aclose()
@@ -167,7 +167,7 @@ def test_files_of_a_client_are_regular(tmp_path: pathlib.Path) -> None:
     pipe = tmp_path / "ca.pem"
     os.mkfifo(pipe)
     with (
-        pytest.raises(engram.InvalidInput, match=r"ca_file = .*: not a regular file"),
+        pytest.raises(engram.InvalidInputError, match=r"ca_file = .*: not a regular file"),
         engram.Client("127.0.0.1:1", ca_file=str(pipe)),
     ):
         pass

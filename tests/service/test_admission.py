@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram.v1 import stream_pb2
-from engram_service.errors import InvalidArgument
+from engram_service.errors import InvalidArgumentError
 from engram_service.sessions.admission import FEEDBACK, classify, read_columns
 
 
@@ -94,7 +94,7 @@ def test_repeats_become_rows_that_feed_on_themselves() -> None:
     ],
 )
 def test_unusable_frames_are_refused_with_what_is_wrong(columns: dict[str, bytes], reason: str, words: str) -> None:
-    with pytest.raises(InvalidArgument) as caught:
+    with pytest.raises(InvalidArgumentError) as caught:
         read_columns(frame(**columns), 10)
     assert caught.value.reason == reason
     assert words in caught.value.message

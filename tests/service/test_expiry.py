@@ -40,7 +40,7 @@ def test_a_session_expires_unless_somebody_holds_it(brief: Any) -> None:
         before = expired_keys(brief)
         time.sleep(1.6 * TTL_S)
         assert [info.id for info in client.sessions.list()].count("left") == 0
-        with pytest.raises(engram.NotFound):
+        with pytest.raises(engram.NotFoundError):
             client.sessions.get("left")
         assert client.sessions.get("kept").seq == 1, "a session's own time counts"
         held.step(x)

@@ -56,14 +56,14 @@ def pack_records(*arguments):
 engine.pack_records = pack_records
 """
 FAILING_LOOK = """
-from engram_service.store import Store, StoreUnavailable
+from engram_service.store import Store, StoreUnavailableError
 
 real, calls = Store.diagnose, []
 
 def diagnose(self, tags, tokens):
     calls.append(1)
     if len(calls) == 1:
-        raise StoreUnavailable("Redis went away just now")
+        raise StoreUnavailableError("Redis went away just now")
     if len(calls) == 2:
         raise ValueError("nobody has foreseen this")
     return real(self, tags, tokens)

@@ -14,7 +14,7 @@ from engram.v1 import memory_pb2, session_pb2
 from engram_models import TensorSpec
 from engram_service.api.exported import Exported, exported, imported
 from engram_service.api.unary import place_of
-from engram_service.errors import InvalidArgument
+from engram_service.errors import InvalidArgumentError
 from engram_service.runtimes.arena import from_bytes
 
 Raw = Any
@@ -40,7 +40,7 @@ def test_a_forged_export_is_refused() -> None:
         body + b"more",
         body.replace(b"cam", b"c\xff\xfe"),
     ):
-        with pytest.raises(InvalidArgument) as caught:
+        with pytest.raises(InvalidArgumentError) as caught:
             imported(sealed(forged))
         assert caught.value.reason == "INVALID_EXPORT"
     assert imported(sealed(body)).memory == [b"chunk"]
@@ -48,7 +48,7 @@ def test_a_forged_export_is_refused() -> None:
 
 @pytest.mark.parametrize("token", ["\N{SUPERSCRIPT TWO}", "9" * 5000, "9" * 23, str(2**76), "-1", "1_0"])
 def test_page_tokens_that_no_server_gave(token: str) -> None:
-    with pytest.raises(InvalidArgument):
+    with pytest.raises(InvalidArgumentError):
         place_of(token)
 
 

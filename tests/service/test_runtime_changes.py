@@ -15,7 +15,7 @@ from engram_service.store.record import HEADER, checksums
 
 CHANGES = 'engram_runtime_changes_total{from="torch_cells-cuda",model="robot",to="onnx_graphs-cpu"}'
 FAILING = """
-from engram_service.runtimes.base import RuntimeStopped
+from engram_service.runtimes.base import RuntimeStoppedError
 from engram_service.runtimes.onnx_graphs import OnnxGraphs
 
 real, calls = OnnxGraphs.step, []
@@ -23,7 +23,7 @@ real, calls = OnnxGraphs.step, []
 def step(self, *arguments):
     calls.append(1)
     if len(calls) == 2:
-        raise RuntimeStopped("a batch of model robot/1 ran for more than 10 s and was stopped")
+        raise RuntimeStoppedError("a batch of model robot/1 ran for more than 10 s and was stopped")
     if len(calls) == 4:
         raise RuntimeError("secrets of the machine")
     return real(self, *arguments)

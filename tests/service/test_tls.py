@@ -107,7 +107,7 @@ def test_tls_and_a_certificate_that_is_renewed(
             session.step(np.ones(3, np.float32))
             assert session.seq == 3, "no connection was lost over it"
         with (
-            pytest.raises(engram.Unavailable),
+            pytest.raises(engram.UnavailableError),
             engram.Client(server.address, engram.ClientOptions(connect_timeout_s=2.0), tls=True),
         ):
             pass
@@ -297,7 +297,10 @@ def test_a_redis_of_another_ca_or_without_our_certificate_is_not_used(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert end.refused
-        with engram.Client(server.address) as client, pytest.raises((engram.Unavailable, engram.DeadlineExceeded)):
+        with (
+            engram.Client(server.address) as client,
+            pytest.raises((engram.UnavailableError, engram.DeadlineExceededError)),
+        ):
             client.open("lstm", timeout=1.0)
 
 

@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 from engram.v1 import memory_pb2, service_pb2_grpc, session_pb2
 from engram_models import Hopfield, shipped_models_dir, write_bundle
 from engram_service.api.turns import Turns
-from engram_service.errors import DeadlineExceeded, ResourceExhausted
+from engram_service.errors import DeadlineExceededError, ResourceExhaustedError
 from engram_service.store.keys import session_tag, tally_key
 from engram_service.tenants import key_of
 
@@ -247,11 +247,11 @@ def test_a_turn_that_is_not_taken_is_another_s() -> None:
         async with turns.turn("a", 1):
             gone = [asyncio.create_task(work("a")), asyncio.create_task(work("b"))]
             await asyncio.sleep(0)
-            with pytest.raises(DeadlineExceeded):
+            with pytest.raises(DeadlineExceededError):
                 await work("b", 0.01)
             late = asyncio.create_task(work("b"))
             await asyncio.sleep(0)
-            with pytest.raises(ResourceExhausted) as refused:
+            with pytest.raises(ResourceExhaustedError) as refused:
                 await work("c")
             assert refused.value.retry_after_ms
             for task in gone:

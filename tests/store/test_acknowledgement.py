@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from redises import redis_program, speaks_tls
 
-from engram_service.store import Store, StoreError, StoreUnavailable, Verdict
+from engram_service.store import Store, StoreError, StoreUnavailableError, Verdict
 
 MakeHolder = Callable[..., Any]
 OpenStore = Callable[..., Store]
@@ -66,9 +66,11 @@ def test_without_its_replica_a_commit_waits_says_why_and_goes_on_by_itself(
     replica.kill()
     stuck = owner.submit(2)
     eventually(lambda: told.told)
-    with pytest.raises(StoreUnavailable, match="fewer copies"):
+    with pytest.raises(StoreUnavailableError, match="fewer copies"):
         store.create("copy", "m/1", "f" * 32, info.record, 60_000, "1" * 16)
-    with pytest.raises(StoreUnavailable, match="fewer copies"):  # else a failover may forget who was told to have it
+    with pytest.raises(
+        StoreUnavailableError, match="fewer copies"
+    ):  # else a failover may forget who was told to have it
         holder(store, "new").claim()
     time.sleep(1.2)  # the watcher finds Redis well meanwhile; that is no news about copies
     assert not stuck.settled and told.told and not any(why == "" for why in told.told)
@@ -147,7 +149,7 @@ def test_tls(
     told = troubles(distrustful)
     distrustful.start()
     assert "certificate" in told.told[0].lower()
-    with pytest.raises(StoreUnavailable, match=r"(?i)certificate"):
+    with pytest.raises(StoreUnavailableError, match=r"(?i)certificate"):
         distrustful.describe("s1")
 
 
@@ -159,5 +161,5 @@ def test_a_replica_that_was_given_for_a_primary_is_told(
     store.start()
     eventually(lambda: told.told)
     assert "read only" in told.told[0].lower()
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(StoreUnavailableError):
         store.create("a", "m/1", "f" * 32, b"x", 1000, "0" * 16)

@@ -14,7 +14,7 @@ from engram_service.store import (
     MemoryHead,
     Store,
     StoreError,
-    StoreUnavailable,
+    StoreUnavailableError,
     Verdict,
     Written,
     session_tag,
@@ -90,7 +90,7 @@ def test_a_slot_moves_while_its_session_is_stepped(
     record = key + b":" + owner.tokens[5].encode()
     cluster.move_keys(source, target, record)
     assert owner.commit(3) == [OK] * 120, "the record is asked for where it is"
-    with pytest.raises(StoreUnavailable, match="during rehashing"):
+    with pytest.raises(StoreUnavailableError, match="during rehashing"):
         holder(store, "s5").claim()
     cluster.move_keys(source, target, key)
     assert owner.commit(4) == [OK] * 120 and owner.stored() == [4] * 120
@@ -128,9 +128,9 @@ def test_memories_on_all_nodes_and_in_a_slot_that_moves(
     cluster.begin_move(at, source, target)
     assert store.memories.write("s5", head("s5"), [two]) is Written.DONE, "all keys are there still"
     cluster.move_keys(source, target, key + b":m")
-    with pytest.raises(StoreUnavailable, match="during rehashing"):
+    with pytest.raises(StoreUnavailableError, match="during rehashing"):
         store.memories.look("s5")
-    with pytest.raises(StoreUnavailable, match="during rehashing"):
+    with pytest.raises(StoreUnavailableError, match="during rehashing"):
         holder(store, "s5").claim()
     cluster.move_keys(source, target, key, key + b":" + owner.tokens[5].encode())
     cluster.end_move(at, target)
@@ -204,7 +204,7 @@ def test_a_cluster_that_is_away_at_the_start_is_found_later(
     def claimed() -> bool:
         try:
             return holder(store, *NAMES).claim().commit(1) == [OK] * 120
-        except StoreUnavailable:
+        except StoreUnavailableError:
             return False
 
     eventually(claimed)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engram_service.errors import DataLoss
+from engram_service.errors import DataLossError
 from engram_service.store import ClaimStatus, MemoryHead, Store, Verdict, Written, session_tag
 from engram_service.store.keys import meta_key, tally_key
 from engram_service.tenants import key_of
@@ -109,7 +109,7 @@ def test_a_listing_has_the_others(store: Store, redis_process: Any, owner: Any, 
     assert listed(store) == (["one", "two"] if hidden else sorted(NAMES))
     assert ("damaged" in caplog.text) == hidden
     if hidden:
-        with pytest.raises(DataLoss, match="close the session"):
+        with pytest.raises(DataLossError, match="close the session"):
             store.describe("victim")
     assert store.describe("one") is not None
 
@@ -126,7 +126,7 @@ def test_calls_on_it_are_refused_as_damaged(store: Store, redis_process: Any, ow
         lambda: store.create("victim", "m/1", "f" * 32, info.record, 60_000, "0" * 16),
         lambda: store.rewrite(info, "m/2", "f" * 32, info.record, "1" * 16),
     ):
-        with pytest.raises(DataLoss) as refused:
+        with pytest.raises(DataLossError) as refused:
             call()
         assert refused.value.reason == "RECORD_CORRUPTED"
     store.delete(["victim"])
@@ -156,7 +156,7 @@ def test_a_memory_of_another_type(store: Store, redis_process: Any, owner: Any) 
     redis_process.client.delete(key)
     redis_process.client.set(key, "not a list")
     for call in (lambda: store.memories.look("victim"), lambda: store.memories.chunks("victim")):
-        with pytest.raises(DataLoss):
+        with pytest.raises(DataLossError):
             call()
     assert store.memories.look("one") is not None
     store.delete(["victim"])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import redis
 
-from engram_service.store import ClaimStatus, Store, StoreError, StoreUnavailable, Verdict, session_tag
+from engram_service.store import ClaimStatus, Store, StoreError, StoreUnavailableError, Verdict, session_tag
 from engram_service.store.packing import read_replies
 from engram_service.store.private import PrivateRedis, PrivateSettings
 
@@ -166,7 +166,7 @@ def test_a_claim_does_not_start_a_session_over_when_redis_came_back_empty(
     store._watcher.join()
     redis_process.lose_data()
     redis_process.start()
-    with pytest.raises(StoreUnavailable, match="lost its data"):
+    with pytest.raises(StoreUnavailableError, match="lost its data"):
         holder(store, "a").claim()
     assert owner.commit(2) == [OK]
     assert holder(store, "a").claim().claims[0].status is ClaimStatus.CARRIED
@@ -185,9 +185,9 @@ def test_what_was_on_its_way_when_redis_lost_its_data_does_not_meet_the_empty_on
         patch.setattr(store, "_check_generation", lambda: False)
         redis_process.lose_data()
         redis_process.start()
-        with pytest.raises(StoreUnavailable, match="lost its data"):
+        with pytest.raises(StoreUnavailableError, match="lost its data"):
             holder(store, "a").claim()
-        with pytest.raises(StoreUnavailable, match="lost its data"):
+        with pytest.raises(StoreUnavailableError, match="lost its data"):
             store.diagnose(tags, tokens)
     assert owner.commit(2) == [OK]
     assert holder(store, "a").claim().claims[0].status is ClaimStatus.CARRIED
@@ -207,7 +207,7 @@ def test_a_claim_waits_while_what_was_lost_is_written_back(
     redis_process.start()
     eventually(lambda: told)
     for ask in (holder(store, "a").claim, lambda: store.describe("a")):
-        with pytest.raises(StoreUnavailable, match="lost its data"):
+        with pytest.raises(StoreUnavailableError, match="lost its data"):
             ask()
     assert owner.commit(1) == [OK]
     writing_back = False
@@ -225,7 +225,7 @@ def test_a_full_redis_is_told_and_recovered_from(
     process.client.config_set("maxmemory", "1")
     stuck = owner.submit(2)
     eventually(lambda: any("OOM" in why for why in told.told))
-    with pytest.raises(StoreUnavailable, match=r"OOM|maxmemory"):
+    with pytest.raises(StoreUnavailableError, match=r"OOM|maxmemory"):
         holder(store, "b").claim()
     assert not stuck.settled and owner.stored() == [1]
     process.client.config_set("maxmemory", "0")
@@ -356,7 +356,7 @@ def test_a_password_is_used_and_never_shown(
     process.kill()
     stuck = owner.submit(2)
     eventually(lambda: told.told)
-    with pytest.raises(StoreUnavailable) as unavailable:
+    with pytest.raises(StoreUnavailableError) as unavailable:
         owner.claim()
     process.start()
     assert stuck.wait() == [OK]
@@ -397,7 +397,7 @@ def test_a_look_at_a_missing_record_that_fails_is_tried_again(
     def diagnose(*columns: Any) -> list[Verdict]:
         calls.append(columns)
         if len(calls) < 3:
-            raise StoreUnavailable("Redis went away just now")
+            raise StoreUnavailableError("Redis went away just now")
         return real(*columns)
 
     monkeypatch.setattr(store, "diagnose", diagnose)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engram_service.store import MemoryHead, Store, StoreUnavailable, Written
+from engram_service.store import MemoryHead, Store, StoreUnavailableError, Written
 from engram_service.store.keys import memory_key, meta_key, session_tag
 
 MakeHolder = Callable[..., Any]
@@ -92,8 +92,8 @@ def test_a_write_waits_for_what_redis_ack_asks(open_store: OpenStore, holder: Ma
     plain = open_store(redis_process.url)
     holder(plain, "a").claim()
     strict = open_store(redis_process.url, ack="replicated", replicas=1, ack_timeout_ms=50)
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(StoreUnavailableError):
         strict.memories.write("a", head(plain, "a"), [chunk("one")])
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(StoreUnavailableError):
         strict.memories.write("a", head(plain, "a"), [chunk("one")])
     assert plain.memories.copy("a") == [chunk("one")], "written once, and never said to be safe"

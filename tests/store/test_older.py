@@ -10,7 +10,7 @@ from typing import Any
 import copies
 import pytest
 
-from engram_service.store import ClaimStatus, Store, StoreUnavailable, Verdict
+from engram_service.store import ClaimStatus, Store, StoreUnavailableError, Verdict
 from engram_service.store.keys import GENERATION
 
 MakeHolder = Callable[..., Any]
@@ -131,7 +131,7 @@ def test_the_newest_claim_wins_whoever_writes_back_first(
     copies.put_back(redis_process, tmp_path / "copy")
     for store in stores:  # each finds it by its own counter
         while not store.losses:
-            with pytest.raises(StoreUnavailable):
+            with pytest.raises(StoreUnavailableError):
                 store.claim([])
     assert second.commit(9) == [OK], "it does not know that it was replaced, and neither does the copy"
     assert third.commit(3) == [OK] and third.stored() == [3]
@@ -206,7 +206,7 @@ def test_each_node_of_a_cluster_is_told_by_itself(
 def _stored(owner: Any) -> list[int]:
     try:
         return list(owner.stored())
-    except StoreUnavailable:
+    except StoreUnavailableError:
         return []
 
 

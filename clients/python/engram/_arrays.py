@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from engram._errors import InvalidInput
+from engram._errors import InvalidInputError
 from engram._types import TensorSpec
 from engram._values import array_of, narrowed
 
@@ -38,14 +38,14 @@ class RowCodec:
         self.name = spec.dtype
 
     def one(self, x: Any) -> bytes:
-        """One row as bytes: a copy, which the caller's later changes do not reach. Raises InvalidInput."""
+        """One row as bytes: a copy, which the caller's later changes do not reach. Raises InvalidInputError."""
         if type(x) is np.ndarray and x.dtype == self.dtype and x.shape == self.shape and not self._bfloat16:
             return x.tobytes()
         array = array_of(x, self.what)
         return self._encode(array, self.shape, self._text(self.shape), not hasattr(x, "dtype")).tobytes()
 
     def many(self, x: Any, rows: int | None = None) -> NDArray[np.uint8]:
-        """Rows [n, *shape] as bytes, uint8 [n, nbytes], copied; `rows` is how many there must be. Raises InvalidInput."""
+        """Rows [n, *shape] as bytes, uint8 [n, nbytes], copied; `rows` is how many there must be. Raises InvalidInputError."""
         array = array_of(x, self.what)
         count = array.shape[0] if array.ndim else 0
         wanted = count if rows is None else rows
@@ -73,7 +73,7 @@ class RowCodec:
         """`plain`: the caller gave Python's own numbers, which have no dtype."""
         if array.shape != shape:
             got = f"{array.dtype}{list(array.shape)}"
-            raise InvalidInput(f"{self.what} must be {wanted}; got {got}", reason="INVALID_INPUT_WIDTH")
+            raise InvalidInputError(f"{self.what} must be {wanted}; got {got}", reason="INVALID_INPUT_WIDTH")
         if array.dtype != self.dtype:
             array = self._cast(array, plain, wanted)
         if self._bfloat16:
@@ -87,7 +87,7 @@ class RowCodec:
         safe = np.can_cast(array.dtype, self.dtype, "safe")
         if safe or (floats and array.dtype.itemsize >= 8) or numbers:
             return narrowed(array, self.dtype, self.what)
-        raise InvalidInput(
+        raise InvalidInputError(
             f"{self.what} must be {wanted}; got {array.dtype}, which does not convert safely; convert it yourself",
             reason="INVALID_INPUT_DTYPE",
         )
@@ -95,7 +95,7 @@ class RowCodec:
     def _bfloats(self, values: NDArray[Any]) -> NDArray[np.uint16]:
         rounded = _to_bfloat16(values)
         if (((rounded & 0x7FFF) == _BFLOAT16_INFINITY) & np.isfinite(values)).any():
-            raise InvalidInput(f"{self.what}: a value does not fit bfloat16", reason="INVALID_INPUT_DTYPE")
+            raise InvalidInputError(f"{self.what}: a value does not fit bfloat16", reason="INVALID_INPUT_DTYPE")
         return rounded
 
     def _text(self, shape: tuple[Any, ...]) -> str:

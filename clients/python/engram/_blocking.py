@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from engram._client import AsyncClient
 from engram._constants import Constants
-from engram._errors import ClientClosed, CloseIncomplete
+from engram._errors import ClientClosedError, CloseIncompleteError
 from engram._options import ClientOptions
 from engram._patterns import Patterns, Recreation, Stored
 from engram._poller import check, mark
@@ -51,7 +51,7 @@ class _Loop:
         if not self._thread.is_alive():
             work.close()
             check(self._mark)
-            raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
+            raise ClientClosedError("the client was closed", reason="CLIENT_CLOSED")
         # Held until the work has ended. A bare lock, which Ctrl-C leaves whole: raised inside a Future's condition, it may
         # leave that locked for ever.
         under_way = threading.Lock()
@@ -177,7 +177,7 @@ class Client:
             return
         try:
             self.close()
-        except CloseIncomplete as unfinished:
+        except CloseIncompleteError as unfinished:
             error.add_note(str(unfinished))
 
     def connect(self) -> None:
@@ -190,7 +190,7 @@ class Client:
             return
         try:
             self._loop.wait(self._client.aclose())
-        except ClientClosed:
+        except ClientClosedError:
             return
         finally:
             self._loop.stop()

@@ -20,20 +20,20 @@ from engram._constants import Constants, Encoded, encoded
 from engram._core import Core, ModelLink
 from engram._errors import (
     RETRYABLE,
-    Aborted,
-    ClientClosed,
-    CloseIncomplete,
-    DataLoss,
-    DeadlineExceeded,
+    AbortedError,
+    ClientClosedError,
+    CloseIncompleteError,
+    DataLossError,
+    DeadlineExceededError,
     EngramError,
-    FailedPrecondition,
-    InvalidInput,
-    NotFound,
-    SessionClosed,
+    FailedPreconditionError,
+    InvalidInputError,
+    NotFoundError,
+    SessionClosedError,
     of_detail,
 )
 from engram._frames import close_frame
-from engram._link import Link, StreamLost
+from engram._link import Link, StreamLostError
 from engram._manage import Models, Sessions
 from engram._options import ClientOptions, checked_seconds
 from engram._poller import check, mark, refuse_patched_threads
@@ -90,7 +90,7 @@ class AsyncClient:
         self.options = replace(options or ClientOptions(), **wanted)
         self.addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
         if not self.addresses:
-            raise InvalidInput("AsyncClient needs at least one address", reason="INVALID_ARGUMENT")
+            raise InvalidInputError("AsyncClient needs at least one address", reason="INVALID_ARGUMENT")
         self.options.check(self.addresses)
         refuse_patched_threads()
         self.sessions = Sessions(self)
@@ -117,17 +117,17 @@ class AsyncClient:
             return
         try:
             await self.aclose()
-        except CloseIncomplete as unfinished:
+        except CloseIncompleteError as unfinished:
             error.add_note(str(unfinished))
 
     async def connect(self) -> None:
-        """Returns when there is a connection. Raises Unavailable when there is none in time. Done by `async with`."""
+        """Returns when there is a connection. Raises UnavailableError when there is none in time. Done by `async with`."""
         await self._linked().up()
 
     async def aclose(self) -> None:
         """Lets go of all sessions, which keeps their records, and ends the stream. Closing again only waits for the first close.
 
-        Raises CloseIncomplete where something could not be done: a step whose fate is open, answered steps of which it is not
+        Raises CloseIncompleteError where something could not be done: a step whose fate is open, answered steps of which it is not
         known that they are durable, a session that the server refuses to let go of. The client is closed all the same. At the
         end of an `async with` that another error leaves, it is a note to that error.
         """
@@ -149,7 +149,7 @@ class AsyncClient:
         if unfinished is not None:
             raise unfinished
 
-    async def _let_all_go(self, link: Link) -> CloseIncomplete | None:
+    async def _let_all_go(self, link: Link) -> CloseIncompleteError | None:
         """Detaches what is open, in good time; what could not be done."""
         table, doubts = link.core.table, link.core.doubts
         alive = [session for session in self._open_sessions.values() if not table.lost[session._slot]]
@@ -194,7 +194,7 @@ class AsyncClient:
                 its own.
 
         A session that this client has open already is returned as it is. The newest open wins: another client that had
-        the session gets TakenOver.
+        the session gets TakenOverError.
         """
         given = [constants or {}]
         opened = await self._open(model, [session_id or ""], version, self._durability(durability), timeout, given)
@@ -215,11 +215,11 @@ class AsyncClient:
         ids = [""] * session_ids if isinstance(session_ids, int) else list(session_ids)
         named = [session_id for session_id in ids if session_id]
         if len(set(named)) < len(named):
-            raise InvalidInput("open_many got a session id twice", reason="INVALID_SESSION_ID")
+            raise InvalidInputError("open_many got a session id twice", reason="INVALID_SESSION_ID")
         given: list[Any] = list(constants) if isinstance(constants, list | tuple) else [constants or {}] * len(ids)
         if len(given) != len(ids):
             message = f"open_many got constants of {len(given)} sessions for {len(ids)}"
-            raise InvalidInput(message, reason="INVALID_ARGUMENT")
+            raise InvalidInputError(message, reason="INVALID_ARGUMENT")
         return await self._open(model, ids, version, self._durability(durability), timeout, given)
 
     def step_many(
@@ -253,7 +253,7 @@ class AsyncClient:
             raise table.error_of(int(slots[np.argmax(table.lost[slots])]))
         models = table.model[slots]
         if (models != models[0]).any():
-            raise InvalidInput(
+            raise InvalidInputError(
                 "step_many takes sessions of one model version and durability", reason="INVALID_ARGUMENT"
             )
         link = core.models[int(models[0])]
@@ -282,27 +282,27 @@ class AsyncClient:
     @property
     def _core(self) -> Core:
         if self._link is None:
-            raise ClientClosed("the client is not connected; use `async with`", reason="CLIENT_CLOSED")
+            raise ClientClosedError("the client is not connected; use `async with`", reason="CLIENT_CLOSED")
         return self._link.core
 
     def _linked(self) -> Link:
         if self._closed:
-            raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
+            raise ClientClosedError("the client was closed", reason="CLIENT_CLOSED")
         if self._link is None:
             self._link = Link(self.addresses, self.options, self._client_id, (self._client_id & 0x3FFFFFFF) << 32)
         return self._here(self._link)
 
     def _here(self, link: Link) -> Link:
-        """Raises FailedPrecondition where this is another process, or another event loop, than the one of the connection."""
+        """Raises FailedPreconditionError where this is another process, or another event loop, than the one of the connection."""
         if asyncio._get_running_loop() is not link.loop:
             check(link.mark)
             message = "this client is connected on another event loop; use one client for each loop, or `engram.Client`"
-            raise FailedPrecondition(message, reason="OTHER_EVENT_LOOP")
+            raise FailedPreconditionError(message, reason="OTHER_EVENT_LOOP")
         return link
 
     def _timeout(self, timeout: float | None) -> float | None:
         if self._closed:
-            raise ClientClosed("the client was closed", reason="CLIENT_CLOSED")
+            raise ClientClosedError("the client was closed", reason="CLIENT_CLOSED")
         if self._link is not None:
             self._here(self._link)
         return self._seconds(timeout)
@@ -312,7 +312,7 @@ class AsyncClient:
 
     def _durability(self, name: str | None) -> int:
         if name not in _DURABILITIES:
-            raise InvalidInput(f'durability is "step" or "interval"; got {name!r}', reason="INVALID_ARGUMENT")
+            raise InvalidInputError(f'durability is "step" or "interval"; got {name!r}', reason="INVALID_ARGUMENT")
         return _DURABILITIES[name]
 
     async def _unary(
@@ -325,7 +325,7 @@ class AsyncClient:
         for session in sessions:
             if session._client is not self:
                 message = f"session {session.id!r} is of another client"
-                raise InvalidInput(message, reason="INVALID_HANDLE")
+                raise InvalidInputError(message, reason="INVALID_HANDLE")
             session._live()
 
     async def _open(
@@ -435,13 +435,13 @@ class AsyncClient:
     async def _request(
         self, request: stream_pb2.StreamRequest, deadline: float | None
     ) -> stream_pb2.StreamResponse | None:
-        """A request on the stream; None if the stream was lost first. Raises DeadlineExceeded, Unavailable."""
+        """A request on the stream; None if the stream was lost first. Raises DeadlineExceededError, UnavailableError."""
         link = self._linked()
         try:
             async with _until(deadline):
                 await link.up()
                 return await link.request(request)
-        except StreamLost:
+        except StreamLostError:
             return None
 
     def _take_opened(
@@ -462,7 +462,7 @@ class AsyncClient:
                 continue
             former = self._open_sessions.pop(core.table.by_id.get(session_id, -1), None)
             if former is not None:
-                former._let_go(SessionClosed("the session was opened again here", reason="SESSION_CLOSED"))
+                former._let_go(SessionClosedError("the session was opened again here", reason="SESSION_CLOSED"))
             interval = durability == stream_pb2.DURABILITY_INTERVAL
             slot = core.enter(session_id, index, answer.window, interval, handles[row], seqs[row])
             session = self._open_sessions[slot] = Session(self, slot, session_id)
@@ -512,7 +512,7 @@ class AsyncClient:
             try:
                 async with _until(deadline):
                     answer = await link.request(close_frame(handles, detach))
-            except StreamLost:
+            except StreamLostError:
                 continue
             refused = {alive[row.row]: of_detail(row.error) for row in answer.closed.errors}
             self._forget([one for one in alive if one not in refused], detach)
@@ -536,7 +536,7 @@ class AsyncClient:
             if error.code in RETRYABLE:
                 if too_late:
                     failed[session] = error
-            elif isinstance(error, (Aborted, NotFound, DataLoss)) and error.reason != "INVALID_HANDLE":
+            elif isinstance(error, (AbortedError, NotFoundError, DataLossError)) and error.reason != "INVALID_HANDLE":
                 self._core.lose(session._slot, error)
             else:
                 failed[session] = error
@@ -546,10 +546,10 @@ class AsyncClient:
         """Sessions that were lost: to let go of them is done; to close them is not, where a record may be left."""
         for session in sessions:
             error = self._core.table.errors.get(session._slot)
-            if detach or error is None or isinstance(error, (SessionClosed, NotFound)):
+            if detach or error is None or isinstance(error, (SessionClosedError, NotFoundError)):
                 continue
-            if isinstance(error, DataLoss):
-                with contextlib.suppress(NotFound):
+            if isinstance(error, DataLossError):
+                with contextlib.suppress(NotFoundError):
                     await self.sessions.close(session.id)
             else:
                 failed[session] = error.copy()
@@ -560,12 +560,12 @@ class AsyncClient:
         for session in sessions:
             if session._uid >= 0:
                 self._open_sessions.pop(session._slot, None)
-                session._let_go(SessionClosed(f"the session was {what} here", reason="SESSION_CLOSED"))
+                session._let_go(SessionClosedError(f"the session was {what} here", reason="SESSION_CLOSED"))
 
 
 def _incomplete(
     left: list[str], open_steps: dict[str, int], not_durable: dict[str, int], why: EngramError | None
-) -> CloseIncomplete:
+) -> CloseIncompleteError:
     parts: list[str] = []
     if left:
         parts.append(f"{_some(left)} not let go of{f' ({why})' if why is not None else ''}")
@@ -573,7 +573,7 @@ def _incomplete(
         parts.append(f"whether steps sent to {_some(list(open_steps))} were applied is not known")
     if not_durable:
         parts.append(f"answered steps of {_some(list(not_durable))} may not be durable")
-    error = CloseIncomplete("the client was closed, but " + "; ".join(parts))
+    error = CloseIncompleteError("the client was closed, but " + "; ".join(parts))
     error.undetached, error.open_steps, error.not_durable = left, open_steps, not_durable
     return error
 
@@ -585,11 +585,11 @@ def _some(ids: list[str]) -> str:
 
 @contextlib.asynccontextmanager
 async def _until(deadline: float | None) -> AsyncIterator[None]:
-    """Raises DeadlineExceeded at the deadline (the loop's time; None: never)."""
+    """Raises DeadlineExceededError at the deadline (the loop's time; None: never)."""
     try:
         async with asyncio.timeout_at(deadline):
             yield
     except TimeoutError as error:
         if isinstance(error, EngramError):
             raise
-        raise DeadlineExceeded("the timeout passed before the server answered") from None
+        raise DeadlineExceededError("the timeout passed before the server answered") from None

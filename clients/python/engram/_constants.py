@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from engram._arrays import RowCodec
-from engram._errors import InvalidInput
+from engram._errors import InvalidInputError
 from engram._types import ModelInfo
 from engram._values import array_of
 
@@ -21,24 +21,24 @@ Encoded: TypeAlias = tuple[tuple[str, bytes], ...]  # name and bytes, in the mod
 
 
 def encoded(given: Any, info: ModelInfo) -> Encoded:
-    """What was given, checked and as bytes. Raises InvalidInput."""
+    """What was given, checked and as bytes. Raises InvalidInputError."""
     if not isinstance(given, Mapping):
         message = f'constants is a dict of values by name, {{"sr": 8000}}; got {type(given).__name__}'
-        raise InvalidInput(message, reason="INVALID_CONSTANT")
+        raise InvalidInputError(message, reason="INVALID_CONSTANT")
     specs = {spec.name: spec for spec in info.constants}
     unknown = [name for name in given if name not in specs]
     if unknown:
         there = f"its constants are {', '.join(f'{name!r} ({spec})' for name, spec in specs.items())}"
         message = f"model {info.name} has no constant {unknown[0]!r}; {there if specs else 'it has none'}"
-        raise InvalidInput(message, reason="INVALID_CONSTANT")
+        raise InvalidInputError(message, reason="INVALID_CONSTANT")
     try:
         return tuple(
             (name, RowCodec(spec, f"constant {name!r} of {info.name}").one(_shaped(given[name], spec.shape)))
             for name, spec in specs.items()
             if name in given
         )
-    except InvalidInput as error:
-        raise InvalidInput(error.message, reason="INVALID_CONSTANT") from error
+    except InvalidInputError as error:
+        raise InvalidInputError(error.message, reason="INVALID_CONSTANT") from error
 
 
 def _shaped(value: Any, shape: tuple[int, ...]) -> Any:

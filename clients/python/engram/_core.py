@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram._calls import Answer, Call, Gather
-from engram._errors import DataLoss, DeadlineExceeded, EngramError, Fate, make_error, of_detail
+from engram._errors import DataLossError, DeadlineExceededError, EngramError, Fate, make_error, of_detail
 from engram._fates import Doubts, OpenStep, row_bytes
 from engram._frames import acknowledge_frame, steps_frames
 from engram._log import Part, SentLog
@@ -59,7 +59,7 @@ class ModelLink:
     rows_max: int
 
 
-class BadFrame(Exception):
+class FrameError(Exception):
     """The server sent what cannot be, or refused a whole frame: the stream is given up and taken up again."""
 
 
@@ -175,7 +175,9 @@ class Core:
             trouble = doubt.trouble  # it waits for an earlier step, for which this is why
         if trouble is not None:
             return trouble.copy()
-        return DeadlineExceeded("the timeout passed before the answer came; `applied` says what is known of the step")
+        return DeadlineExceededError(
+            "the timeout passed before the answer came; `applied` says what is known of the step"
+        )
 
     # Callers who get no answer
 
@@ -241,7 +243,7 @@ class Core:
             self.recovery.progressed(sorted({int(call.slots[at if call.wide else 0]) for at in rows}))
 
     async def settle(self, slot: int, timeout_s: float | None) -> list[OpenStep]:
-        """The open steps of a session that were applied, when the server has said so of all. Raises DeadlineExceeded."""
+        """The open steps of a session that were applied, when the server has said so of all. Raises DeadlineExceededError."""
         try:
             async with asyncio.timeout(timeout_s):
                 while (doubt := self.doubts.get(slot)) is not None and not doubt.ready:
@@ -251,7 +253,7 @@ class Core:
         except TimeoutError as error:
             if isinstance(error, EngramError) or doubt is None:
                 raise
-            raised = doubt.trouble or DeadlineExceeded(
+            raised = doubt.trouble or DeadlineExceededError(
                 "the timeout passed, and the server has not said what was applied"
             )
             raise raised.of_step(doubt.steps[0].fate) from None
@@ -309,7 +311,7 @@ class Core:
     # Answers
 
     def receive(self, response: stream_pb2.StreamResponse) -> None:
-        """An answer to rows, or an event. Raises BadFrame where it cannot be one."""
+        """An answer to rows, or an event. Raises FrameError where it cannot be one."""
         kind = response.WhichOneof("frame")
         if kind == "outputs":
             self._on_outputs(response.outputs)
@@ -438,7 +440,7 @@ class Core:
                 self._deliver_heads(slots, seqs, values)
                 return
             if not in_head.any():
-                raise BadFrame("an answer to a step that was not sent")
+                raise FrameError("an answer to a step that was not sent")
             self._deliver_heads(slots[in_head], seqs[in_head], None if values is None else values[in_head])
             rest = ~in_head
             slots, seqs, values = slots[rest], seqs[rest], None if values is None else values[rest]
@@ -508,7 +510,7 @@ class Core:
     def _on_errors(self, frame: stream_pb2.ErrorsFrame) -> None:
         errors = [of_detail(detail) for detail in frame.errors]
         if not frame.handles:
-            raise BadFrame(f"the server could not use a frame: {errors[0] if errors else 'no reason given'}")
+            raise FrameError(f"the server could not use a frame: {errors[0] if errors else 'no reason given'}")
         slots = self._slots(frame.handles).tolist()
         seqs = np.frombuffer(frame.seqs, "<i8").tolist()
         indexes = np.frombuffer(frame.error_indexes, "<u4").tolist()
@@ -587,7 +589,7 @@ class Core:
             " somebody else made some; open the session again to go on from there"
         )
         metadata = {"seq": str(seq), "answered_seq": str(answered)}
-        self.lose(slot, DataLoss(message, reason="STATE_REWOUND", metadata=metadata))
+        self.lose(slot, DataLossError(message, reason="STATE_REWOUND", metadata=metadata))
 
     def lost(self) -> None:
         """The stream is gone: nothing is on its way any more."""

@@ -1,22 +1,22 @@
 """What can go wrong, as one small tree. Every error of the SDK is an EngramError.
 
     EngramError                the root: reason, code, retry_after, metadata
-      InvalidInput             INVALID_ARGUMENT     can never succeed as it is; raised before anything is sent where possible
-      NotFound                 NOT_FOUND            no such model, version or session
-      AlreadyExists            ALREADY_EXISTS
-      FailedPrecondition       FAILED_PRECONDITION  right request, wrong state
-      Aborted                  ABORTED              the session is no longer this client's
-        TakenOver                                   a newer open holds it
-        SessionClosed                               closed or expired
-      ResourceExhausted        RESOURCE_EXHAUSTED   a limit; retried by the SDK until the timeout
-      DeadlineExceeded         DEADLINE_EXCEEDED    the caller's timeout
-      Unavailable              UNAVAILABLE          server or store away; retried by the SDK until the timeout
-      AccessDenied             UNAUTHENTICATED, PERMISSION_DENIED
-      Unsupported              UNIMPLEMENTED
-      DataLoss                 DATA_LOSS            the record is gone, unusable, or older than what was answered
-      Internal                 INTERNAL
-      ClientClosed             CANCELLED            this client was closed
-      CloseIncomplete          UNKNOWN              the client was closed, and not all was done before
+      InvalidInputError        INVALID_ARGUMENT     can never succeed as it is; raised before anything is sent where possible
+      NotFoundError            NOT_FOUND            no such model, version or session
+      AlreadyExistsError       ALREADY_EXISTS
+      FailedPreconditionError  FAILED_PRECONDITION  right request, wrong state
+      AbortedError             ABORTED              the session is no longer this client's
+        TakenOverError                              a newer open holds it
+        SessionClosedError                          closed or expired
+      ResourceExhaustedError   RESOURCE_EXHAUSTED   a limit; retried by the SDK until the timeout
+      DeadlineExceededError    DEADLINE_EXCEEDED    the caller's timeout
+      UnavailableError         UNAVAILABLE          server or store away; retried by the SDK until the timeout
+      AccessDeniedError        UNAUTHENTICATED, PERMISSION_DENIED
+      UnsupportedError         UNIMPLEMENTED
+      DataLossError            DATA_LOSS            the record is gone, unusable, or older than what was answered
+      InternalError            INTERNAL
+      ClientClosedError        CANCELLED            this client was closed
+      CloseIncompleteError     UNKNOWN              the client was closed, and not all was done before
 
 An error says whether its step was applied: `applied`, see there.
 `of_detail` maps the errors of rows inside a stream; _status.py maps failed RPCs. Nothing else makes errors of foreign ones.
@@ -117,93 +117,93 @@ class EngramError(Exception):
         return made
 
 
-class InvalidInput(EngramError, ValueError):
+class InvalidInputError(EngramError, ValueError):
     """Can never succeed as it is."""
 
     default_code = "INVALID_ARGUMENT"
 
 
-class NotFound(EngramError):
+class NotFoundError(EngramError):
     """There is no such model, version or session."""
 
     default_code = "NOT_FOUND"
 
 
-class AlreadyExists(EngramError):
+class AlreadyExistsError(EngramError):
     """The name is taken."""
 
     default_code = "ALREADY_EXISTS"
 
 
-class FailedPrecondition(EngramError):
+class FailedPreconditionError(EngramError):
     """The right request in the wrong state."""
 
     default_code = "FAILED_PRECONDITION"
 
 
-class Aborted(EngramError):
+class AbortedError(EngramError):
     """The session is no longer this client's."""
 
     default_code = "ABORTED"
 
 
-class TakenOver(Aborted):
+class TakenOverError(AbortedError):
     """A newer open holds the session. Open it again to take it back."""
 
 
-class SessionClosed(Aborted):
+class SessionClosedError(AbortedError):
     """The session was closed, or has expired."""
 
 
-class ResourceExhausted(EngramError):
+class ResourceExhaustedError(EngramError):
     """A limit was reached and stayed reached until the timeout."""
 
     default_code = "RESOURCE_EXHAUSTED"
 
 
-class DeadlineExceeded(EngramError, TimeoutError):
+class DeadlineExceededError(EngramError, TimeoutError):
     """The timeout passed. The session stays usable; `applied` says what is known of the step."""
 
     default_code = "DEADLINE_EXCEEDED"
 
 
-class Unavailable(EngramError):
+class UnavailableError(EngramError):
     """The server or its store was away, and stayed away until the timeout."""
 
     default_code = "UNAVAILABLE"
 
 
-class AccessDenied(EngramError):
+class AccessDeniedError(EngramError):
     """The server does not accept these credentials."""
 
     default_code = "PERMISSION_DENIED"
 
 
-class Unsupported(EngramError):
+class UnsupportedError(EngramError):
     """The server does not know this call."""
 
     default_code = "UNIMPLEMENTED"
 
 
-class DataLoss(EngramError):
+class DataLossError(EngramError):
     """The session's record is gone, unusable, or older than what had been answered."""
 
     default_code = "DATA_LOSS"
 
 
-class Internal(EngramError):
+class InternalError(EngramError):
     """The server failed."""
 
     default_code = "INTERNAL"
 
 
-class ClientClosed(EngramError):
+class ClientClosedError(EngramError):
     """This client was closed."""
 
     default_code = "CANCELLED"
 
 
-class CloseIncomplete(EngramError):
+class CloseIncompleteError(EngramError):
     """The client was closed, and not all was done before.
 
     Attributes:
@@ -226,22 +226,22 @@ CODES = (
 )  # fmt: skip
 
 _BY_CODE: dict[str, type[EngramError]] = {
-    "INVALID_ARGUMENT": InvalidInput,
-    "OUT_OF_RANGE": InvalidInput,
-    "NOT_FOUND": NotFound,
-    "ALREADY_EXISTS": AlreadyExists,
-    "FAILED_PRECONDITION": FailedPrecondition,
-    "ABORTED": Aborted,
-    "RESOURCE_EXHAUSTED": ResourceExhausted,
-    "DEADLINE_EXCEEDED": DeadlineExceeded,
-    "UNAVAILABLE": Unavailable,
-    "UNAUTHENTICATED": AccessDenied,
-    "PERMISSION_DENIED": AccessDenied,
-    "UNIMPLEMENTED": Unsupported,
-    "DATA_LOSS": DataLoss,
-    "INTERNAL": Internal,
+    "INVALID_ARGUMENT": InvalidInputError,
+    "OUT_OF_RANGE": InvalidInputError,
+    "NOT_FOUND": NotFoundError,
+    "ALREADY_EXISTS": AlreadyExistsError,
+    "FAILED_PRECONDITION": FailedPreconditionError,
+    "ABORTED": AbortedError,
+    "RESOURCE_EXHAUSTED": ResourceExhaustedError,
+    "DEADLINE_EXCEEDED": DeadlineExceededError,
+    "UNAVAILABLE": UnavailableError,
+    "UNAUTHENTICATED": AccessDeniedError,
+    "PERMISSION_DENIED": AccessDeniedError,
+    "UNIMPLEMENTED": UnsupportedError,
+    "DATA_LOSS": DataLossError,
+    "INTERNAL": InternalError,
 }
-_BY_REASON: dict[str, type[EngramError]] = {"TAKEN_OVER": TakenOver, "SESSION_CLOSED": SessionClosed}
+_BY_REASON: dict[str, type[EngramError]] = {"TAKEN_OVER": TakenOverError, "SESSION_CLOSED": SessionClosedError}
 
 # Codes after which the same request may succeed later without the caller changing anything.
 RETRYABLE = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED"})

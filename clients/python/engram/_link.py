@@ -17,16 +17,16 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from engram._core import BadFrame, Core
+from engram._core import Core, FrameError
 from engram._errors import (
     RETRYABLE,
-    AccessDenied,
-    ClientClosed,
-    DeadlineExceeded,
+    AccessDeniedError,
+    ClientClosedError,
+    DeadlineExceededError,
     EngramError,
-    InvalidInput,
-    Unavailable,
-    Unsupported,
+    InvalidInputError,
+    UnavailableError,
+    UnsupportedError,
     of_detail,
 )
 from engram._options import ClientOptions
@@ -37,14 +37,14 @@ from engram.v1 import stream_pb2
 
 _ATTACH_ROWS = 256  # sessions in one AttachFrame: while Redis claims some, the server reads the next
 _OUTAGE_CHECK_S = 0.1
-_HOPELESS = (AccessDenied, InvalidInput, Unsupported)
+_HOPELESS = (AccessDeniedError, InvalidInputError, UnsupportedError)
 _HINT_S = 1.0
 _DRAIN_S = 30.0  # a server that drains ends the stream itself; one that does not is left after so long
 
 _Response = TypeVar("_Response", bound=Message)
 
 
-class StreamLost(Exception):
+class StreamLostError(Exception):
     """The stream ended while a request was waiting for its answer."""
 
 
@@ -79,11 +79,11 @@ class Link:
     # For the client
 
     async def up(self) -> None:
-        """Returns when there is a stream. Raises Unavailable when there has been none for too long."""
+        """Returns when there is a stream. Raises UnavailableError when there has been none for too long."""
         waiting_since = self.loop.time()
         while not self._up.is_set():
             if self._closing:
-                raise ClientClosed("the client is closed", reason="CLIENT_CLOSED")
+                raise ClientClosedError("the client is closed", reason="CLIENT_CLOSED")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_OUTAGE_CHECK_S):
                     await self._up.wait()
@@ -91,7 +91,7 @@ class Link:
                 raise self._given_up()
 
     async def request(self, frame: stream_pb2.StreamRequest) -> stream_pb2.StreamResponse:
-        """Sends an open, attach or close frame; its answer. Raises StreamLost."""
+        """Sends an open, attach or close frame; its answer. Raises StreamLostError."""
         self._request_id += 1
         body = getattr(frame, frame.WhichOneof("frame") or "")
         body.request_id = self._request_id
@@ -120,13 +120,13 @@ class Link:
             except grpc.aio.AioRpcError as failure:
                 error = of_rpc_error(failure)
             except (grpc.aio.UsageError, asyncio.InvalidStateError):
-                error = Unavailable("the connection was lost", reason="CONNECTION_LOST")
+                error = UnavailableError("the connection was lost", reason="CONNECTION_LOST")
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
                     raise
                 # It was the call that was cancelled: its channel was closed because the stream was lost.
-                error = Unavailable("the connection was lost", reason="CONNECTION_LOST")
+                error = UnavailableError("the connection was lost", reason="CONNECTION_LOST")
             wait = error.retry_after or self._backoff(attempt)
             attempt += 1
             if error.code not in RETRYABLE or (deadline is not None and self.loop.time() + wait >= deadline):
@@ -134,7 +134,7 @@ class Link:
             await asyncio.sleep(wait)
 
     async def close(self) -> None:
-        """Ends the stream in order, and every call that still waits with ClientClosed."""
+        """Ends the stream in order, and every call that still waits with ClientClosedError."""
         self._closing = True
         ending = [*self._tasks, *self._again]
         for task in ending:
@@ -143,7 +143,7 @@ class Link:
         # They hold what they waited for, and with it gRPC's poller, which a fork must not find at work.
         self._tasks, self._trouble = [], None
         leave(self)
-        self.core.fail_waiting(ClientClosed("the client was closed", reason="CLIENT_CLOSED"), 0.0, 0.0)
+        self.core.fail_waiting(ClientClosedError("the client was closed", reason="CLIENT_CLOSED"), 0.0, 0.0)
 
     # Keeping it up
 
@@ -159,8 +159,14 @@ class Link:
                 self._trouble = self._renewable(of_rpc_error(failure))
             except EngramError as failure:
                 self._trouble = failure
-            except (BadFrame, StreamLost, TimeoutError, grpc.aio.UsageError, asyncio.InvalidStateError) as failure:
-                self._trouble = Unavailable(
+            except (
+                FrameError,
+                StreamLostError,
+                TimeoutError,
+                grpc.aio.UsageError,
+                asyncio.InvalidStateError,
+            ) as failure:
+                self._trouble = UnavailableError(
                     f"the stream to {address} was given up: {failure}", reason="CONNECTION_LOST"
                 )
             finally:
@@ -192,7 +198,7 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 told = await let_in(call)
             if told is None:
-                raise StreamLost("the server ended it at once")
+                raise StreamLostError("the server ended it at once")
             tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
             attaching = asyncio.create_task(self._attach_all())
             done, _ = await asyncio.wait([*tasks, attaching], return_when=asyncio.FIRST_COMPLETED)
@@ -208,7 +214,7 @@ class Link:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 if task.cancelled():
-                    raise StreamLost("its channel was closed")
+                    raise StreamLostError("its channel was closed")
                 if task.done():
                     task.result()
         finally:
@@ -229,7 +235,7 @@ class Link:
         self.core.lost()
         for future in self._requests.values():
             if not future.done():
-                future.set_exception(StreamLost("the stream ended"))
+                future.set_exception(StreamLostError("the stream ended"))
         self._requests.clear()
 
     async def _read(self, call: StreamCall) -> None:
@@ -304,12 +310,14 @@ class Link:
             return self._trouble.copy()
         where = ", ".join(self._addresses)
         why = f": {self._trouble.message}" if self._trouble is not None else ""
-        return Unavailable(f"no connection to {where} within {self._patience():g} s{why}", reason="CONNECTION_LOST")
+        return UnavailableError(
+            f"no connection to {where} within {self._patience():g} s{why}", reason="CONNECTION_LOST"
+        )
 
     def _renewable(self, error: EngramError) -> EngramError:
         """A stream that was up was put out: the token may have been replaced meanwhile, so it is tried once more."""
-        if isinstance(error, AccessDenied) and self._up.is_set():
-            return Unavailable(error.message, reason=error.reason)
+        if isinstance(error, AccessDeniedError) and self._up.is_set():
+            return UnavailableError(error.message, reason=error.reason)
         return error
 
     def _backoff(self, attempt: int) -> float:
@@ -327,7 +335,7 @@ class Link:
         """On this stream, while others go on; if it ends first, the next one attaches all."""
 
         async def attach() -> None:
-            with contextlib.suppress(StreamLost):
+            with contextlib.suppress(StreamLostError):
                 await self._attach_many(slots)
 
         task = asyncio.create_task(attach())
@@ -379,7 +387,7 @@ class Link:
         again: list[int] = []
         wait = 0.0
         for row, error in refused.items():
-            if error.code in RETRYABLE or isinstance(error, DeadlineExceeded):
+            if error.code in RETRYABLE or isinstance(error, DeadlineExceededError):
                 again.append(int(slots[row]))
                 wait = max(wait, error.retry_after or 0.0)
             else:

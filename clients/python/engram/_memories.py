@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engram._errors import RETRYABLE, EngramError, InvalidInput
+from engram._errors import RETRYABLE, EngramError, InvalidInputError
 from engram._patterns import CUE, Bits, Patterns, Recall, Recreation, Stored, bits_of, check_labels, recalls_of
 from engram._values import array_of, hidden_of, narrowed
 from engram.v1 import memory_pb2 as pb
@@ -78,7 +78,7 @@ async def forget(
     """See Session.forget."""
     names = [labels] if isinstance(labels, str) else list(labels or [])
     if everything == bool(names):
-        raise InvalidInput("forget takes labels, or all=True, and not both", reason="INVALID_ARGUMENT")
+        raise InvalidInputError("forget takes labels, or all=True, and not both", reason="INVALID_ARGUMENT")
     forgotten = 0
     for start in range(0, max(1, len(names)), _FORGET_LABELS):
         request = pb.ForgetPatternsRequest(
@@ -106,7 +106,7 @@ async def _recall(
     timeout: float | None,
 ) -> Any:  # fmt: skip
     if not 0 <= seed < 1 << 64 or not 1 <= sweeps_max < 1 << 32:
-        raise InvalidInput("seed is a whole number from 0, sweeps_max one from 1", reason="INVALID_ARGUMENT")
+        raise InvalidInputError("seed is a whole number from 0, sweeps_max one from 1", reason="INVALID_ARGUMENT")
     rows = max(1, min(_RECALL_CUES, _PART_BYTES // cues.bits.shape[1]))
     room = asyncio.Semaphore(_RECALLS_AT_ONCE)
 
@@ -192,7 +192,7 @@ async def _recreate(
     timeout: float | None,
 ) -> Recreation:  # fmt: skip
     if not 1 <= sweeps < 1 << 32:
-        raise InvalidInput(f"sweeps is a whole number from 1; got {sweeps}", reason="INVALID_ARGUMENT")
+        raise InvalidInputError(f"sweeps is a whole number from 1; got {sweeps}", reason="INVALID_ARGUMENT")
     request = pb.RecreateRequest(inputs=inputs.astype("<f4").tobytes(), unknown=unknown, sweeps=sweeps, **of)
     response = await client._unary("Recreate", request, pb.RecreateResponse, timeout)
     values = np.frombuffer(response.recreations, "<f4").reshape(inputs.shape)
@@ -201,7 +201,7 @@ async def _recreate(
 
 
 def _unknown(mask: ArrayLike | None, hidden: NDArray[np.bool_] | None, inputs: NDArray[np.float32]) -> bytes:
-    """Which units are unknown, as bytes like `inputs`; none: no unit is. Raises InvalidInput."""
+    """Which units are unknown, as bytes like `inputs`; none: no unit is. Raises InvalidInputError."""
     if mask is None:
         return b"" if hidden is None else hidden.tobytes()
     flags = array_of(mask, "the mask")
@@ -209,17 +209,17 @@ def _unknown(mask: ArrayLike | None, hidden: NDArray[np.bool_] | None, inputs: N
         message = (
             f"mask must be bool{list(inputs.shape)}, True where a unit is unknown; got {flags.dtype}{list(flags.shape)}"
         )
-        raise InvalidInput(message, reason="INVALID_INPUT_WIDTH")
+        raise InvalidInputError(message, reason="INVALID_INPUT_WIDTH")
     return np.broadcast_to(flags if hidden is None else flags | hidden, inputs.shape).tobytes()
 
 
 def _floats(values: ArrayLike, what: str) -> NDArray[np.float32]:
-    """float32 [n] or [m, n], or one number; finite, and a copy. Raises InvalidInput."""
+    """float32 [n] or [m, n], or one number; finite, and a copy. Raises InvalidInputError."""
     array = array_of(values, what)
     if array.dtype.kind not in "biuf":
-        raise InvalidInput(f"{what} must be numbers; got {array.dtype}", reason="INVALID_INPUT_DTYPE")
+        raise InvalidInputError(f"{what} must be numbers; got {array.dtype}", reason="INVALID_INPUT_DTYPE")
     if array.ndim > 2 or not array.size:
-        raise InvalidInput(f"{what} is one row or [n, ...]; got {list(array.shape)}", reason="INVALID_INPUT_WIDTH")
+        raise InvalidInputError(f"{what} is one row or [n, ...]; got {list(array.shape)}", reason="INVALID_INPUT_WIDTH")
     if not np.isfinite(array).all():
-        raise InvalidInput(f"{what} has NaN or infinity", reason="NON_FINITE_INPUT")
+        raise InvalidInputError(f"{what} has NaN or infinity", reason="NON_FINITE_INPUT")
     return narrowed(array, np.dtype(np.float32), what)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from engram._errors import InvalidInput
+from engram._errors import InvalidInputError
 
 if TYPE_CHECKING:
     import grpc
@@ -20,14 +20,14 @@ _MAY_BE_NONE = ("timeout_s", "ttl_s")
 
 
 def checked_seconds(name: str, seconds: float | None) -> float | None:
-    """A timeout as a caller gave it. Raises InvalidInput for what is no time: NaN, infinity, what is negative or no number."""
+    """A timeout as a caller gave it. Raises InvalidInputError for what is no time: NaN, infinity, what is negative or no number."""
     try:
         if seconds is None or 0 <= seconds <= _SECONDS_MAX:
             return seconds
     except TypeError:
         pass
     message = f"{name} = {seconds!r}: give seconds, from 0 to {_SECONDS_MAX}, or None for no limit"
-    raise InvalidInput(message, reason="INVALID_ARGUMENT")
+    raise InvalidInputError(message, reason="INVALID_ARGUMENT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,35 +112,35 @@ class ClientOptions:
         return bool(self.tls or self.ca_file or self.cert_file or self.credentials is not None)
 
     def check(self, addresses: Sequence[str]) -> None:
-        """Raises InvalidInput for options that are no numbers, do not fit each other, or would give a token away."""
+        """Raises InvalidInputError for options that are no numbers, do not fit each other, or would give a token away."""
         self._check_numbers()
         if bool(self.cert_file) != bool(self.key_file):
-            raise InvalidInput("cert_file and key_file: give both or neither", reason="INVALID_ARGUMENT")
+            raise InvalidInputError("cert_file and key_file: give both or neither", reason="INVALID_ARGUMENT")
         for address in addresses:
             if self.token is not None and not self.encrypted and self.proxied(address):
                 message = (
                     f"a token would pass a proxy on its way to {address} in plain text; give tls=True or a ca_file"
                 )
-                raise InvalidInput(message, reason="TOKEN_IN_PLAIN_TEXT")
+                raise InvalidInputError(message, reason="TOKEN_IN_PLAIN_TEXT")
             if not self.may_go_to(address):
                 message = (
                     f"a token would cross the network to {address} in plain text; give tls=True or a ca_file"
                     " (or the option token_in_plain_text, where the network is one that you trust)"
                 )
-                raise InvalidInput(message, reason="TOKEN_IN_PLAIN_TEXT")
+                raise InvalidInputError(message, reason="TOKEN_IN_PLAIN_TEXT")
 
     def _check_numbers(self) -> None:
         for item in fields(self):
             name, value = item.name, getattr(self, item.name)
             if name.endswith("_s"):
                 if value is None and name not in _MAY_BE_NONE:
-                    raise InvalidInput(f"{name} = None: give seconds", reason="INVALID_ARGUMENT")
+                    raise InvalidInputError(f"{name} = None: give seconds", reason="INVALID_ARGUMENT")
                 checked_seconds(name, value)
             elif name.endswith("_max") and (type(value) is not int or not 1 <= value <= _WHOLE_MAX):
                 message = f"{name} = {value!r}: give a whole number from 1 to {_WHOLE_MAX}"
-                raise InvalidInput(message, reason="INVALID_ARGUMENT")
+                raise InvalidInputError(message, reason="INVALID_ARGUMENT")
         if self.ttl_s is not None and 0 < self.ttl_s < _TTL_MIN_S:
-            raise InvalidInput(f"ttl_s = {self.ttl_s!r}: at least a millisecond", reason="INVALID_ARGUMENT")
+            raise InvalidInputError(f"ttl_s = {self.ttl_s!r}: at least a millisecond", reason="INVALID_ARGUMENT")
 
     def may_go_to(self, address: str) -> bool:
         """Whether a token that goes there cannot be read on the way, or there is none."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engram._errors import AlreadyExists, InvalidInput
+from engram._errors import AlreadyExistsError, InvalidInputError
 from engram._values import array_of, hidden_of
 from engram.v1 import memory_pb2
 
@@ -123,7 +123,7 @@ def bits_of(values: ArrayLike, mask: ArrayLike | None = None, what: str = "patte
     """Packs one pattern [N] or many [n, N]. mask: bool [N] or [n, N], True where a bit is unknown; its value is not looked at.
     Masked values of a cue are unknown too.
 
-    Raises InvalidInput.
+    Raises InvalidInputError.
     """
     values, hidden = hidden_of(values) if what == CUE else (values, None)
     array = _array(values, what)
@@ -149,7 +149,7 @@ def bits_of(values: ArrayLike, mask: ArrayLike | None = None, what: str = "patte
 
 
 def check_labels(labels: Sequence[str] | str | None, rows: int) -> list[str]:
-    """The labels as a list, one a row; empty where the server is to make them. Raises InvalidInput, AlreadyExists."""
+    """The labels as a list, one a row; empty where the server is to make them. Raises InvalidInputError, AlreadyExistsError."""
     if labels is None:
         return []
     found: list[Any] = [labels] if isinstance(labels, str) else list(labels)
@@ -159,7 +159,7 @@ def check_labels(labels: Sequence[str] | str | None, rows: int) -> list[str]:
         raise _bad(f"{rows} patterns and {len(found)} labels; give one for each, or none")
     if len(set(found)) < rows:
         twice, _ = Counter(found).most_common(1)[0]
-        raise AlreadyExists(f"the label {twice!r} is given more than once", reason="DUPLICATE_LABEL")
+        raise AlreadyExistsError(f"the label {twice!r} is given more than once", reason="DUPLICATE_LABEL")
     return found
 
 
@@ -191,7 +191,7 @@ def _unknown(
     unknown: NDArray[np.bool_] = np.broadcast_to(array if hidden is None else array | hidden, rows.shape)
     if unknown.all(1).any():
         message = f"{what} {int(unknown.all(1).argmax())}: every bit is masked, so that there is nothing to go by"
-        raise InvalidInput(message, reason="CUE_ALL_MASKED")
+        raise InvalidInputError(message, reason="CUE_ALL_MASKED")
     return unknown
 
 
@@ -209,5 +209,5 @@ def _refuse(rows: NDArray[Any], bad: NDArray[np.bool_], start: int, what: str) -
         raise _bad(f"{what} {start + row}, bit {bit} is {rows[row, bit]}; bits are -1 and +1, or 0 and 1")
 
 
-def _bad(message: str) -> InvalidInput:
-    return InvalidInput(message, reason="INVALID_PATTERN")
+def _bad(message: str) -> InvalidInputError:
+    return InvalidInputError(message, reason="INVALID_PATTERN")

@@ -25,7 +25,7 @@ from typing import Any
 
 import grpc.aio
 
-from engram._errors import FailedPrecondition
+from engram._errors import FailedPreconditionError
 
 _POLLER = "_poll_wrapper"  # part of the name of gRPC's thread
 _TASKS = "/proc/self/task"  # Linux alone has it; elsewhere the core's threads are not seen
@@ -54,7 +54,7 @@ _process = _Process()
 
 
 def enter(user: Any) -> None:
-    """`user` is about to open channels. Raises FailedPrecondition where it cannot."""
+    """`user` is about to open channels. Raises FailedPreconditionError where it cannot."""
     refuse_patched_threads()
     if _process.broken:
         raise _forked(
@@ -76,13 +76,13 @@ def mark() -> int:
 
 
 def check(made: int) -> None:
-    """Raises FailedPrecondition for what was made where `mark` was another."""
+    """Raises FailedPreconditionError for what was made where `mark` was another."""
     if made != _process.forks:
         raise _forked("this client was made before this process was forked; its connection is the parent's")
 
 
 def refuse_patched_threads() -> None:
-    """Raises FailedPrecondition where threads are not threads."""
+    """Raises FailedPreconditionError where threads are not threads."""
     for module, function, name in _PATCHED:
         if (patcher := sys.modules.get(module)) is not None and getattr(patcher, function)(name):
             library = module.partition(".")[0]
@@ -90,7 +90,7 @@ def refuse_patched_threads() -> None:
                 f"{library} has replaced the threads of this process, and gRPC for asyncio needs real ones: it would hang."
                 f" Use Engram in a process of its own that is not patched"
             )
-            raise FailedPrecondition(message, reason="PATCHED_THREADS")
+            raise FailedPreconditionError(message, reason="PATCHED_THREADS")
 
 
 @contextmanager
@@ -122,9 +122,9 @@ def _take(take: Callable[..., object], *args: Any) -> None:
                 raise  # else it was for a loop that has ended, where nobody waits any more
 
 
-def _forked(why: str) -> FailedPrecondition:
+def _forked(why: str) -> FailedPreconditionError:
     advice = "make clients after the fork, close them before it, or start processes with `spawn` or `forkserver`"
-    return FailedPrecondition(f"{why}; {advice}", reason="FORKED")
+    return FailedPreconditionError(f"{why}; {advice}", reason="FORKED")
 
 
 # Forks

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engram._errors import RETRYABLE, Aborted, DataLoss, EngramError, Fate, TakenOver
+from engram._errors import RETRYABLE, AbortedError, DataLossError, EngramError, Fate, TakenOverError
 from engram._log import Moves
 from engram._replay import Replay
 from engram._table import Span
@@ -132,10 +132,10 @@ class Recovery:
         if table.lost[slot]:
             return
         self._note(slot, seq, error)
-        if isinstance(error, TakenOver):
+        if isinstance(error, TakenOverError):
             self._core.dispute(np.array([slot]))
             return
-        if isinstance(error, (Aborted, DataLoss)) or error.reason in _FATAL_REASONS:
+        if isinstance(error, (AbortedError, DataLossError)) or error.reason in _FATAL_REASONS:
             self._core.lose(slot, error)
             return
         hold = self._holds.get(slot)
@@ -262,7 +262,7 @@ class Recovery:
             message = (
                 f"step {hold.seq}, which had been answered, was refused when it was replayed: {hold.error.message}"
             )
-            core.lose(slot, DataLoss(message, reason="STATE_REWOUND"))
+            core.lose(slot, DataLossError(message, reason="STATE_REWOUND"))
             return
         call, at = core.call_of(slot, hold.seq)
         assert call is not None  # what is sent and not answered is somebody's

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from engram._errors import EngramError, InvalidInput, Unavailable
+from engram._errors import EngramError, InvalidInputError, UnavailableError
 from engram._files import read_file
 from engram._options import ClientOptions
 from engram._poller import bound
@@ -61,7 +61,7 @@ def _content(name: str, path: str | None) -> bytes | None:
     try:
         return read_file(path, _PEM_BYTES_MAX) if path else None
     except OSError as error:
-        raise InvalidInput(f"{name} = {path!r}: {error.strerror}", reason="INVALID_ARGUMENT") from error
+        raise InvalidInputError(f"{name} = {path!r}: {error.strerror}", reason="INVALID_ARGUMENT") from error
 
 
 def _asked(token: Callable[[], str]) -> str:
@@ -70,13 +70,15 @@ def _asked(token: Callable[[], str]) -> str:
     except EngramError:
         raise
     except Exception as error:  # the caller's own function: it may fail now and not later
-        raise Unavailable(f"the token's function failed: {type(error).__name__}", reason="TOKEN_UNAVAILABLE") from error
+        raise UnavailableError(
+            f"the token's function failed: {type(error).__name__}", reason="TOKEN_UNAVAILABLE"
+        ) from error
 
 
 def _metadata(options: ClientOptions) -> tuple[tuple[str, str], ...]:
     token = _asked(options.token) if callable(options.token) else options.token
     if token and not (token.isascii() and token.isprintable()):
-        raise InvalidInput("token: not printable ASCII", reason="INVALID_ARGUMENT")
+        raise InvalidInputError("token: not printable ASCII", reason="INVALID_ARGUMENT")
     return (*options.metadata, ("authorization", f"Bearer {token}")) if token else tuple(options.metadata)
 
 

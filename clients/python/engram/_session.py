@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engram._calls import FEEDBACK, QUIET, Call
-from engram._errors import EngramError, FailedPrecondition, Fate, InvalidInput, SessionClosed
+from engram._errors import EngramError, FailedPreconditionError, Fate, InvalidInputError, SessionClosedError
 from engram._memories import refused
 from engram._patterns import Patterns, Recreation, Stored
 from engram._source import inputs_of
@@ -119,10 +119,12 @@ class Session:
         """k further outputs [k, *output shape], each the next one's input; the first input is the last output."""
         link = self._client._core.models[self._model_index]
         if k < 0:
-            raise InvalidInput(f"generate takes the number of outputs, 0 or more; got {k}", reason="INVALID_ARGUMENT")
+            raise InvalidInputError(
+                f"generate takes the number of outputs, 0 or more; got {k}", reason="INVALID_ARGUMENT"
+            )
         if not link.info.generates:
             message = f"model {link.info.name} cannot run on its own output: its output is not of its input's shape"
-            raise FailedPrecondition(message, reason="CANNOT_GENERATE")
+            raise FailedPreconditionError(message, reason="CANNOT_GENERATE")
         return await self._submit(k, None, FEEDBACK, timeout)
 
     async def stream(
@@ -141,7 +143,7 @@ class Session:
         outputs of all inputs before it. Ends with the source; leaving the loop early leaves the session usable.
         """
         if ahead < 1:
-            raise InvalidInput(f"ahead is a whole number from 1; got {ahead}", reason="INVALID_ARGUMENT")
+            raise InvalidInputError(f"ahead is a whole number from 1; got {ahead}", reason="INVALID_ARGUMENT")
         outputs: deque[asyncio.Task[Any]] = deque()
         if isinstance(source, Mapping):
             inputs = inputs_of(self._codec.many(source), lambda row: row.tobytes())
@@ -179,7 +181,7 @@ class Session:
         """What became of the steps whose fate is open: returns when the server has said so of all of them. Those that were applied
         count from now on, and the next call goes behind them. Without such steps it returns at once.
 
-        Raises DeadlineExceeded or Unavailable when it cannot be known in time; the fate then stays open.
+        Raises DeadlineExceededError or UnavailableError when it cannot be known in time; the fate then stays open.
         """
         client, slot = self._client, self._live()
         core = client._core
@@ -203,8 +205,8 @@ class Session:
 
         All of them are stored or none, and in Redis when this returns; beyond some megabytes they go in parts, which are
         taken back if a later one is refused. Labels are one a pattern, each once in a memory; None: the server numbers them
-        "p0", "p1" and so on. Raises InvalidInput, AlreadyExists (DUPLICATE_LABEL), FailedPrecondition (MEMORY_FULL, or
-        UNSUPPORTED_OPERATION: the model keeps no patterns).
+        "p0", "p1" and so on. Raises InvalidInputError, AlreadyExistsError (DUPLICATE_LABEL), FailedPreconditionError (MEMORY_FULL,
+        or UNSUPPORTED_OPERATION: the model keeps no patterns).
         """
         return self._alive(self._client.sessions.store(self._id, patterns, labels, timeout=timeout))
 
@@ -223,7 +225,7 @@ class Session:
         mask: bool, [N] or like the cue, True where a bit is unknown; what the cue has there is not looked at. A masked array's
         own mask says the same. Units are updated one after the other in a random order drawn from `seed`, or all at once if
         `synchronous`, until nothing changes or `sweeps_max` sweeps are over. Any server answers, from what is in Redis; whoever
-        has the session open is not disturbed. Raises InvalidInput (INVALID_PATTERN, CUE_ALL_MASKED), FailedPrecondition
+        has the session open is not disturbed. Raises InvalidInputError (INVALID_PATTERN, CUE_ALL_MASKED), FailedPreconditionError
         (EMPTY_MEMORY).
         """
         work = self._client.sessions.recall(
@@ -234,8 +236,8 @@ class Session:
     async def forget(
         self, labels: Sequence[str] | str | None = None, *, all: bool = False, timeout: float | None = UNSET
     ) -> int:
-        """Removes the patterns with these labels, or all of them; how many they were. Raises NotFound (UNKNOWN_LABEL), and then
-        keeps every one."""
+        """Removes the patterns with these labels, or all of them; how many they were. Raises NotFoundError (UNKNOWN_LABEL), and
+        then keeps every one."""
         self._live()
         return await self._client.sessions.forget(self._id, labels, all=all, timeout=timeout)
 
@@ -320,7 +322,7 @@ class Session:
         """The slot. Raises what the session was lost to."""
         if self._uid < 0:
             message = f"session {self._id!r} was closed here"
-            raise SessionClosed(message, reason="SESSION_CLOSED").of_step(Fate(None, False))
+            raise SessionClosedError(message, reason="SESSION_CLOSED").of_step(Fate(None, False))
         table = self._client._core.table
         if table.lost[self._slot]:
             raise table.error_of(self._slot)

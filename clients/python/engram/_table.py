@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram._errors import EngramError, Fate, SessionClosed
+from engram._errors import EngramError, Fate, SessionClosedError
 
 VOID_HANDLE = 0xFFFFFFFF
 HANDLE_PLACE = np.uint32(0xFFFFF)  # the bits of a handle that are a small number; stream.proto
@@ -106,7 +106,7 @@ class SessionTable:
     def error_of(self, slot: int) -> EngramError:
         """Why a lost session is lost, for a call that is not sent: a new object each time."""
         error = self.errors.get(slot)
-        made = SessionClosed("the session was closed", reason="SESSION_CLOSED") if error is None else error.copy()
+        made = SessionClosedError("the session was closed", reason="SESSION_CLOSED") if error is None else error.copy()
         made.fate = Fate(None, False)
         return made
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engram._arrays import RowCodec
-from engram._errors import EngramError, InvalidInput
+from engram._errors import EngramError, InvalidInputError
 from engram._types import TensorSpec
 
 Input: TypeAlias = ArrayLike | Mapping[str, ArrayLike] | Sequence[Mapping[str, ArrayLike]]
@@ -33,15 +33,15 @@ class DictCodec:
         self.nbytes: int = stops[-1]
 
     def one(self, x: Any) -> bytes:
-        """One row as bytes, a copy. Raises InvalidInput."""
+        """One row as bytes, a copy. Raises InvalidInputError."""
         given = self._chosen(x)
         return b"".join(codec.one(value) for codec, value in zip(self._codecs, given, strict=True))
 
     def many(self, x: Any, rows: int | None = None) -> NDArray[np.uint8]:
-        """Rows as bytes, uint8 [n, nbytes], copied, of a dict of arrays [n, ...] or of n dicts. Raises InvalidInput."""
+        """Rows as bytes, uint8 [n, nbytes], copied, of a dict of arrays [n, ...] or of n dicts. Raises InvalidInputError."""
         if isinstance(x, list | tuple) and all(isinstance(row, Mapping) for row in x):
             if rows is not None and len(x) != rows:
-                raise InvalidInput(f"{self.what} must be {rows} dicts; got {len(x)}", reason="INVALID_INPUT_WIDTH")
+                raise InvalidInputError(f"{self.what} must be {rows} dicts; got {len(x)}", reason="INVALID_INPUT_WIDTH")
             return np.frombuffer(b"".join(map(self.one, x)), np.uint8).reshape(len(x), self.nbytes)
         pieces: list[NDArray[np.uint8]] = []
         for codec, value in zip(self._codecs, self._chosen(x), strict=True):
@@ -69,10 +69,10 @@ class DictCodec:
     own = given
 
     def _chosen(self, x: Any) -> list[Any]:
-        """The tensors in order. Raises InvalidInput."""
+        """The tensors in order. Raises InvalidInputError."""
         names = ", ".join(map(repr, self.names))
         if not isinstance(x, Mapping):
-            raise InvalidInput(
+            raise InvalidInputError(
                 f"{self.what} must be a dict of arrays by name, {names}; got {_kind(x)}", reason="INVALID_ARGUMENT"
             )
         unknown = [key for key in x if key not in self.names]
@@ -80,7 +80,7 @@ class DictCodec:
         if unknown or missing:
             faults = [f"lacks {', '.join(map(repr, missing))}"] * bool(missing)
             faults += [f"has {', '.join(map(repr, unknown))}, which the model does not take"] * bool(unknown)
-            raise InvalidInput(
+            raise InvalidInputError(
                 f"{self.what} {' and '.join(faults)}; it is a dict of {names}", reason="INVALID_ARGUMENT"
             )
         return [x[name] for name in self.names]

@@ -11,26 +11,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engram._errors import InvalidInput
+from engram._errors import InvalidInputError
 
 _DTYPE = "INVALID_INPUT_DTYPE"
 
 
 def array_of(values: Any, what: str, reason: str = _DTYPE) -> NDArray[Any]:
-    """The values as an array of any dtype, perhaps the caller's own memory. Raises InvalidInput."""
+    """The values as an array of any dtype, perhaps the caller's own memory. Raises InvalidInputError."""
     if _masked(values):
         message = f"{what} has masked values, which are missing; say with .filled(value) what they stand for"
-        raise InvalidInput(message, reason=reason)
+        raise InvalidInputError(message, reason=reason)
     try:
         array = np.asarray(values)
     except Exception as error:  # whatever the caller's own class raises, as a tensor with a gradient does
         if isinstance(error, ValueError) and "inhomogeneous" in str(error):
             ragged = "INVALID_INPUT_WIDTH" if reason == _DTYPE else reason
-            raise InvalidInput(f"{what} is of rows of unequal length, a ragged list", reason=ragged) from error
+            raise InvalidInputError(f"{what} is of rows of unequal length, a ragged list", reason=ragged) from error
         why = (str(error).splitlines() or [""])[0]
-        raise InvalidInput(f"{what} is no array: {type(values).__name__}: {why}", reason=reason) from error
+        raise InvalidInputError(f"{what} is no array: {type(values).__name__}: {why}", reason=reason) from error
     if array.dtype == np.object_:
-        raise InvalidInput(f"{what} is not of numbers: {_named(values)}", reason=reason)
+        raise InvalidInputError(f"{what} is not of numbers: {_named(values)}", reason=reason)
     return array
 
 
@@ -44,7 +44,7 @@ def hidden_of(values: ArrayLike) -> tuple[ArrayLike, NDArray[np.bool_] | None]:
 def narrowed(array: NDArray[Any], dtype: np.dtype[Any], what: str) -> NDArray[Any]:
     """A copy of another dtype. Floats may lose digits; whole numbers may not change, and nothing becomes infinite.
 
-    Raises InvalidInput.
+    Raises InvalidInputError.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(dtype)
@@ -59,7 +59,7 @@ def narrowed(array: NDArray[Any], dtype: np.dtype[Any], what: str) -> NDArray[An
     if bad.any():
         place = np.unravel_index(int(bad.argmax()), bad.shape)
         where = f" at {[int(one) for one in place]}" if place else ""
-        raise InvalidInput(f"{what}: {array[place]!s}{where} does not fit {dtype.name}", reason=_DTYPE)
+        raise InvalidInputError(f"{what}: {array[place]!s}{where} does not fit {dtype.name}", reason=_DTYPE)
     return cast
 
 

@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from engram_models.importing.errors import ImportRefused
+    from engram_models.importing.errors import ImportRefusedError
 
     seen: list[Proposal] = []
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("engram models import: interrupted, nothing is written", file=sys.stderr)
         raise
-    except ImportRefused as error:
+    except ImportRefusedError as error:
         if args.json:
             print(json_text({"ok": False, "error": str(error), **_described(seen)}, indent=2))
         elif seen and seen[-1].doubts:
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace, show: Callable[[Proposal], None]) -> Imported:
     from engram_models.importing.convert import converted, example_shapes, needs_conversion
-    from engram_models.importing.errors import ImportRefused, shown
+    from engram_models.importing.errors import ImportRefusedError, shown
     from engram_models.importing.importer import Request, check_target, import_model, name_of
 
     progress = _Progress(not args.json)
@@ -120,32 +120,34 @@ def _import(args: argparse.Namespace, show: Callable[[Proposal], None]) -> Impor
                 path = converted(args.file, args.example, Path(folder), shapes=shapes, dtypes=dtypes, batch_axes=axes)
                 flags |= {"shapes": [], "axes": []}  # the converted file has them
             elif path.suffix.lower() != ".onnx":
-                raise ImportRefused(f"{shown(args.file)}: .onnx, .pt2, .pt, .keras or module:factory can be imported")
+                raise ImportRefusedError(
+                    f"{shown(args.file)}: .onnx, .pt2, .pt, .keras or module:factory can be imported"
+                )
             request = Request(
                 path, args.models, name, args.version, flags, args.initial, args.verify, args.description, args.file
             )
             return import_model(request, show_below, progress.say)
     except MemoryError:
-        raise ImportRefused("this machine has not enough memory for it") from None
+        raise ImportRefusedError("this machine has not enough memory for it") from None
     except OSError as error:
-        raise ImportRefused(f"{error.filename or args.file}: {error.strerror}") from None
-    except ImportRefused:
+        raise ImportRefusedError(f"{error.filename or args.file}: {error.strerror}") from None
+    except ImportRefusedError:
         raise
     except Exception as error:  # a file may be wrong in ways that nobody has thought of
-        raise ImportRefused(f"{shown(args.file)} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ImportRefusedError(f"{shown(args.file)} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         progress.clear()
 
 
 def batch_axes(flags: list[str]) -> dict[str, int]:
-    """For the conversion, which traces the model with a batch there. Raises ImportRefused."""
-    from engram_models.importing.errors import ImportRefused
+    """For the conversion, which traces the model with a batch there. Raises ImportRefusedError."""
+    from engram_models.importing.errors import ImportRefusedError
 
     axes = {}
     for flag in flags:
         name, _, axis = flag.rpartition("=")
         if not name or not (axis.isascii() and axis.isdigit()) or len(axis) > 2:
-            raise ImportRefused(f"--batch-axis {flag}: write --batch-axis TENSOR=K")
+            raise ImportRefusedError(f"--batch-axis {flag}: write --batch-axis TENSOR=K")
         axes[name] = int(axis)
     return axes
 

@@ -6,5 +6,5 @@ roles      what each tensor is: names, pairing, flags, initial, axes; proposal a
 normal_form  the graph as bundles have it: edit, nodes
 proof      what is shown of such a graph before it is served: trials of rows, replay of a recorded run
 sandbox    whatever runs a stranger's graph, or his code (convert), does so in a process with limits
-errors     ImportRefused, one line
+errors     ImportRefusedError, one line
 """

@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from engram_models.files import read_file
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 
 FILE_BYTES_MAX = 1 << 30
 CONTENT_BYTES_MAX = 1 << 30  # unpacked
@@ -29,19 +29,19 @@ _BROKEN = (  # NumPy reads an array's header as Python
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Name: array. Raises ImportRefused for what is no .npz of numbers, or unpacks to more than CONTENT_BYTES_MAX."""
+    """Name: array. Raises ImportRefusedError for what is no .npz of numbers, or unpacks to more than CONTENT_BYTES_MAX."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(read_file(path, FILE_BYTES_MAX)))
         entries = archive.infolist()
         if len(entries) > ARRAYS_MAX:
-            raise ImportRefused(f"{path}: it has {len(entries)} arrays; at most {ARRAYS_MAX} are read")
+            raise ImportRefusedError(f"{path}: it has {len(entries)} arrays; at most {ARRAYS_MAX} are read")
         if sum(entry.file_size for entry in entries) > CONTENT_BYTES_MAX:
-            raise ImportRefused(f"{path}: its arrays have more than {CONTENT_BYTES_MAX >> 20} MB")
+            raise ImportRefusedError(f"{path}: its arrays have more than {CONTENT_BYTES_MAX >> 20} MB")
         return {entry.filename.removesuffix(".npy"): _array(archive, entry, path) for entry in entries}
     except OSError as error:
-        raise ImportRefused(f"{path}: cannot be read: {error.strerror}") from error
+        raise ImportRefusedError(f"{path}: cannot be read: {error.strerror}") from error
     except _BROKEN as error:
-        raise ImportRefused(f"{path}: it is not an .npz file of numpy.savez, or it is damaged") from error
+        raise ImportRefusedError(f"{path}: it is not an .npz file of numpy.savez, or it is damaged") from error
 
 
 def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> NDArray[Any]:
@@ -52,15 +52,15 @@ def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> NDAr
     version = npy.read_magic(stream)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if read is None:
-        raise ImportRefused(f"{path}: {shown(entry.filename)} is of a version of .npy that is not read")
+        raise ImportRefusedError(f"{path}: {shown(entry.filename)} is of a version of .npy that is not read")
     shape, fortran, dtype = read(stream, max_header_size=_HEADER_MAX)
     if dtype.kind not in _KINDS or dtype.hasobject:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{path}: {shown(entry.filename)} holds {shown(str(dtype))}; numbers are read and nothing else"
         )
     rest = len(data) - stream.tell()
     if prod(shape) * dtype.itemsize != rest or any(size < 0 for size in shape):
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{path}: {shown(entry.filename)} has {rest} bytes; its shape {list(shape)} asks for another number"
         )
     array = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")

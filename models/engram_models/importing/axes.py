@@ -27,7 +27,7 @@ from engram_models.importing.choices import (
     known_sizes,
     plans_of,
 )
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.flags import Flags
 from engram_models.importing.interface import Dim, dim_words
 from engram_models.importing.proposal import Array, Line, Proposal
@@ -60,12 +60,12 @@ def settle(
     """Fills in `axis`, `full` and `shape` of every line, and how the graph may be batched; or adds doubts.
 
     values: what constants and some initial states are, each without the batch. With doubts already, nothing is run, and only
-    sizes are asked for. Raises ImportRefused for a graph that does not run.
+    sizes are asked for. Raises ImportRefusedError for a graph that does not run.
     """
     lines = [line for line in proposal.lines if line.in_graph]
     for line in lines:
         if line.dims is None:
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"the file does not say how many dimensions {shown(line.tensor)} has; export it with shapes"
             )
     batch = batch_symbol(lines, flags)
@@ -250,7 +250,7 @@ def _fill_outputs(proposal: Proposal, shapes: Mapping[str, Sequence[int]], axes:
             axis = axes.get(line.output)
             row = tuple(size for place, size in enumerate(shapes[line.output]) if place != axis)
             if row != line.shape:
-                raise ImportRefused(
+                raise ImportRefusedError(
                     f"the state {shown(line.tensor)} goes in as {_by(line.shape)} and comes out as {_by(row)}: a state keeps its "
                     "size; export the model with a cache of fixed size, or name another pair with --state"
                 )
@@ -261,7 +261,7 @@ def _fill_outputs(proposal: Proposal, shapes: Mapping[str, Sequence[int]], axes:
 def _set_window(window: Line, line: Line) -> None:
     """The last numbers of an input, and what is left of the input for a step to give."""
     if not line.shape or line.shape[-1] <= window.context or line.axis == len(line.full) - 1:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"--context {line.tensor}={window.context}: the last dimension of what the graph takes is "
             f"{line.shape[-1] if line.shape else 'the batch'}, with the context in it; nothing would be left for a step"
         )
@@ -304,7 +304,7 @@ def _alone(case: _Case) -> None:
         plan[line.tensor] = [1 if size == -1 else size for size in full]
     found = _search(case, [plan], False)[0]
     if found["found"] != axis_trial.STATIC:
-        raise ImportRefused(f"it does not run: {found['why']}")
+        raise ImportRefusedError(f"it does not run: {found['why']}")
     proposal.open = found["open"]
     rows = all(axes[line.tensor] is not None for line in lines if line.role == "input")
     out_axes = {

@@ -8,31 +8,31 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.numbers import Array, of_floats
 from engram_models.spec import Schema, TensorSpec
 
 _LINE_MAX = 200
 
 
-class RunFailed(Exception):
+class RunFailedError(Exception):
     """ONNX Runtime gave up in a run, or gave other shapes than the schema's. One line."""
 
 
 def loaded(graph: bytes, schema: Schema, one_by_one: bool = False) -> GraphStep:
-    """Raises ImportRefused, or MemoryError."""
+    """Raises ImportRefusedError, or MemoryError."""
     try:
         return GraphStep(graph, schema, ALONE if one_by_one else Batching())
     except GraphError as error:
         if "bad_alloc" in str(error) or "llocate" in str(error):
             raise MemoryError from error
-        raise ImportRefused(str(error)) from error
+        raise ImportRefusedError(str(error)) from error
 
 
 def checked_call(
     step: GraphStep, schema: Schema, inputs: Sequence[Array], states: Sequence[Array]
 ) -> tuple[list[Array], list[Array]]:
-    """Raises RunFailed."""
+    """Raises RunFailedError."""
     try:
         outputs, after = step(inputs, states)
     except MemoryError:
@@ -41,12 +41,12 @@ def checked_call(
         text = str(error)
         if "bad_alloc" in text or "llocate" in text:
             raise MemoryError from error
-        raise RunFailed(_line(text)) from error
+        raise RunFailedError(_line(text)) from error
     rows = len(inputs[0])
     for spec, array in zip((*schema.outputs, *schema.state), (*outputs, *after), strict=True):
         if array.shape != (rows, *spec.shape) or array.dtype != spec.np_dtype:
             found = f"{array.dtype} {list(array.shape)}"
-            raise RunFailed(f"{shown(spec.name)} comes out as {found}, not {spec.dtype} {[rows, *spec.shape]}")
+            raise RunFailedError(f"{shown(spec.name)} comes out as {found}, not {spec.dtype} {[rows, *spec.shape]}")
     return outputs, after
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.flags import Flags
 from engram_models.importing.interface import dim_words, unnamed
 from engram_models.importing.names import is_batch_dim, is_time_dim, stem
@@ -62,11 +62,11 @@ def batch_choices(line: Line, batch: str, flags: Flags) -> list[int | None]:
     if line.tensor in flags.axes:
         axis = flags.axes[line.tensor]
         if axis is not None and axis >= len(dims):
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"--batch-axis {line.tensor}={axis}: it has {len(dims)} dimensions, and the first one is 0"
             )
         if axis is not None and isinstance(dims[axis], int) and dims[axis] != 1:
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"--batch-axis {line.tensor}={axis}: that dimension is {dims[axis]} in the file, and not 1 or dynamic"
             )
         return [axis]
@@ -115,7 +115,7 @@ def plans_of(
             plans.append((axes, {line.tensor: full_dims(line, axes[line.tensor], flags, sizes) for line in lines}))
         except Missing as error:
             missing = missing or error
-        except ImportRefused as error:  # what --shape says does not go with the batch there
+        except ImportRefusedError as error:  # what --shape says does not go with the batch there
             misfit = misfit or error
     if misfit and not plans and not missing:
         raise misfit
@@ -123,7 +123,7 @@ def plans_of(
 
 
 def full_dims(line: Line, axis: int | None, flags: Flags, sizes: Mapping[str, int]) -> list[int]:
-    """The graph's dimensions of a tensor, -1 for the batch. Raises Missing, and ImportRefused for a --shape that cannot be."""
+    """The graph's dimensions of a tensor, -1 for the batch. Raises Missing, and ImportRefusedError for a --shape that cannot be."""
     dims = line.dims or ()
     told: list[int | None] = [None] * len(dims)
     if line.tensor in flags.shapes:
@@ -133,7 +133,7 @@ def full_dims(line: Line, axis: int | None, flags: Flags, sizes: Mapping[str, in
         if axis is not None and len(shape) == len(dims) - 1:
             shape.insert(axis, 1)
         if len(shape) != len(dims):
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"--shape {line.tensor}={'x'.join(map(str, flags.shapes[line.tensor]))}: it has {len(dims)} dimensions"
                 + (" with the batch" if axis is not None else "")
             )
@@ -143,7 +143,7 @@ def full_dims(line: Line, axis: int | None, flags: Flags, sizes: Mapping[str, in
         size = dim if isinstance(dim, int) else sizes.get(dim)
         if line.role == "window" and place == len(dims) - 1:
             if isinstance(dim, int) and dim != line.context:
-                raise ImportRefused(
+                raise ImportRefusedError(
                     f"--context {line.tensor}={line.output}:{line.context}: its last dimension is {dim}"
                 )
             size = line.context
@@ -152,7 +152,7 @@ def full_dims(line: Line, axis: int | None, flags: Flags, sizes: Mapping[str, in
             continue
         if told[place] is not None:
             if isinstance(dim, int) and dim != told[place]:
-                raise ImportRefused(
+                raise ImportRefusedError(
                     f"--shape: dimension {place} of {shown(line.tensor)} is {dim} in the file, and not {told[place]}"
                 )
             size = told[place]

@@ -19,12 +19,12 @@ def main() -> int:
     request = json.load(sys.stdin)
     _limit(request["memory_mb"])
     warnings.simplefilter("ignore")
-    from engram_models.importing.errors import ImportRefused
+    from engram_models.importing.errors import ImportRefusedError
 
     directory = Path(request["output"]).parent
     try:
         notices = _convert(request)
-    except ImportRefused as refusal:
+    except ImportRefusedError as refusal:
         (directory / "refused").write_text(f"{refusal}\n")
         return 3
     except MemoryError:
@@ -41,7 +41,7 @@ def _convert(request: dict[str, Any]) -> list[str]:
     source, output = request["source"], Path(request["output"])
     if request["sort"] == "file":
         from engram_models.importing.archive import checked_names, torch_sort
-        from engram_models.importing.errors import ImportRefused
+        from engram_models.importing.errors import ImportRefusedError
 
         names = checked_names(Path(source))
         if "config.json" in names and "model.weights.h5" in names:
@@ -49,7 +49,7 @@ def _convert(request: dict[str, Any]) -> list[str]:
 
             return write_step(Path(source), output)
         if Path(source).suffix.lower() == ".keras":
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"{source}: has no config.json and model.weights.h5, which a .keras file of Keras 3 has"
             )
         torch_sort(source, names)  # what is no program is refused before torch is imported, which takes seconds
@@ -64,9 +64,9 @@ def _convert(request: dict[str, Any]) -> list[str]:
 
 
 def _refusal(message: str) -> Exception:
-    from engram_models.importing.errors import ImportRefused
+    from engram_models.importing.errors import ImportRefusedError
 
-    return ImportRefused(message)
+    return ImportRefusedError(message)
 
 
 def _limit(memory_mb: int) -> None:

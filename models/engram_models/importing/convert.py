@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 
 TIMEOUT_S = 300.0
 MEMORY_MB = 16_384
@@ -60,16 +60,16 @@ def needs_conversion(source: str) -> bool:
 
 
 def example_shapes(flags: list[str]) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """`--shape x=2x16` and `--shape rate=int64:` (a scalar), as shapes and dtypes by name. Raises ImportRefused."""
+    """`--shape x=2x16` and `--shape rate=int64:` (a scalar), as shapes and dtypes by name. Raises ImportRefusedError."""
     shapes, dtypes = {}, {}
     for flag in flags:
         found = _SHAPE.fullmatch(flag)
         if not found:
-            raise ImportRefused(f"--shape {flag}: give NAME=AxB, such as x=2x16, or NAME=DTYPE:AxB")
+            raise ImportRefusedError(f"--shape {flag}: give NAME=AxB, such as x=2x16, or NAME=DTYPE:AxB")
         name, dtype, text = found.groups()
         shapes[name] = [int(size) for size in text.split("x") if size]
         if any(not 0 < size <= _SIZE_MAX for size in shapes[name]):
-            raise ImportRefused(f"--shape {flag}: sizes are from 1 to {_SIZE_MAX}")
+            raise ImportRefusedError(f"--shape {flag}: sizes are from 1 to {_SIZE_MAX}")
         if dtype:
             dtypes[name] = dtype
     return shapes, dtypes
@@ -90,11 +90,11 @@ def converted(
 
     `examples` is an .npz with the arrays of one call of the module, by the names of forward's parameters; `shapes` and `dtypes`
     make such arrays where there is none; `batch_axes` says where the batch is, where that cannot be found out.
-    Raises ImportRefused.
+    Raises ImportRefusedError.
     """
     factory = _is_factory(source)
     if not factory and not Path(source).is_file():
-        raise ImportRefused(f"{source}: no such file, and not the module:factory of a Python module")
+        raise ImportRefusedError(f"{source}: no such file, and not the module:factory of a Python module")
     _say(_notice(source, factory))
     with tempfile.TemporaryDirectory(prefix="engram-import-") as directory:
         output = Path(directory) / "converted.onnx"
@@ -131,7 +131,7 @@ def _say(line: str) -> None:
 
 
 def _run(request: Request, source: str, directory: Path, timeout_s: float) -> None:
-    """Runs conversion.py. Raises ImportRefused with what it refused, or with how it ended."""
+    """Runs conversion.py. Raises ImportRefusedError with what it refused, or with how it ended."""
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     environment |= {"TMPDIR": str(directory), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     child = subprocess.Popen(
@@ -149,7 +149,7 @@ def _run(request: Request, source: str, directory: Path, timeout_s: float) -> No
             stdin.write(json.dumps(asdict(request), allow_nan=False).encode())
         code = child.wait(timeout_s)
     except subprocess.TimeoutExpired:
-        raise ImportRefused(f"{source}: not converted within {timeout_s:g} s; stopped") from None
+        raise ImportRefusedError(f"{source}: not converted within {timeout_s:g} s; stopped") from None
     except BrokenPipeError:
         code = child.wait(timeout_s)
     finally:
@@ -158,9 +158,9 @@ def _run(request: Request, source: str, directory: Path, timeout_s: float) -> No
     for line in _lines(directory / "notices"):
         _say(f"{source}: {line}")
     if refused := _lines(directory / "refused"):
-        raise ImportRefused(refused[0].replace(request.source, source))  # as the user wrote it
+        raise ImportRefusedError(refused[0].replace(request.source, source))  # as the user wrote it
     if code != 0 or not Path(request.output).is_file():
-        raise ImportRefused(f"{source}: the conversion {_ending(code)}{_last(said)}")
+        raise ImportRefusedError(f"{source}: the conversion {_ending(code)}{_last(said)}")
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

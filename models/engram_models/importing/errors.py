@@ -6,7 +6,7 @@ LINE_MAX = 600
 _NAME_MAX = 80
 
 
-class ImportRefused(Exception):
+class ImportRefusedError(Exception):
     """One line: what is wrong, where, and what to do about it."""
 
     def __init__(self, message: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.interface import Interface, unnamed
 
 
@@ -36,14 +36,14 @@ def parse_flags(
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
 ) -> Flags:
-    """Raises ImportRefused, which names the flag and what it could have said."""
+    """Raises ImportRefusedError, which names the flag and what it could have said."""
     flags = Flags()
     given, taken = [t.name for t in interface.inputs], [t.name for t in interface.outputs]
     for text in states:
         name, output = _pair(text, "--state", given, "IN=OUT")
         flags.states[_new(name, flags.states, "--state")] = _known(output, taken, f"--state {text}", "output")
     if len(set(flags.states.values())) < len(flags.states):
-        raise ImportRefused("--state: one output is given to two states")
+        raise ImportRefusedError("--state: one output is given to two states")
     for text in axes:
         name, value = _pair(text, "--batch-axis", [*given, *taken], "TENSOR=K")
         flags.axes[name] = None if value.lower() == "none" else _whole(value, f"--batch-axis {text}", 0)
@@ -72,7 +72,7 @@ def parse_flags(
         elif len(shape) == 1:
             flags.sizes[name] = shape[0]
         else:
-            raise ImportRefused(f"--shape {text}: the dimension {shown(name)} has one size")
+            raise ImportRefusedError(f"--shape {text}: the dimension {shown(name)} has one size")
     flags.inputs = {_known(name, given, f"--input {name}", "input") for name in inputs}
     flags.outputs = {_known(name, taken, f"--output {name}", "output") for name in outputs}
     return _one_role(flags)
@@ -85,11 +85,11 @@ def _one_role(flags: Flags) -> Flags:
     for flag, names in told.items():
         for name in names:
             if name in seen:
-                raise ImportRefused(f"{shown(name)} is named by {seen[name]} and by {flag}; it can be one of them")
+                raise ImportRefusedError(f"{shown(name)} is named by {seen[name]} and by {flag}; it can be one of them")
             seen[name] = flag
     for name in flags.contexts:
         if seen.get(name, "--input") != "--input":
-            raise ImportRefused(f"{shown(name)} is named by {seen[name]} and by --context; it can be one of them")
+            raise ImportRefusedError(f"{shown(name)} is named by {seen[name]} and by --context; it can be one of them")
     return flags
 
 
@@ -101,7 +101,7 @@ def _pair(text: str, flag: str, names: Iterable[str], form: str) -> tuple[str, s
         if text[:place] in known:
             return text[:place], text[place + 1 :]
     if not cuts:
-        raise ImportRefused(f"{flag} {text}: write {flag} {form}")
+        raise ImportRefusedError(f"{flag} {text}: write {flag} {form}")
     _known(text[: cuts[0]], sorted(known), f"{flag} {text}", "tensor")
     raise AssertionError
 
@@ -110,18 +110,18 @@ def _known(name: str, names: Sequence[str], flag: str, kind: str) -> str:
     if name in names:
         return name
     listed = ", ".join(shown(known) for known in list(names)[:12]) + (" ..." if len(names) > 12 else "")
-    raise ImportRefused(f"{flag}: the graph has no {kind} {shown(name)}; it has {listed or 'none'}")
+    raise ImportRefusedError(f"{flag}: the graph has no {kind} {shown(name)}; it has {listed or 'none'}")
 
 
 def _new(name: str, seen: Iterable[str], flag: str) -> str:
     if name in seen:
-        raise ImportRefused(f"{flag}: {shown(name)} is named twice")
+        raise ImportRefusedError(f"{flag}: {shown(name)} is named twice")
     return name
 
 
 def _whole(text: str, flag: str, least: int) -> int:
     if not text.isascii() or not text.isdigit() or not least <= int(text[:12]) < 1 << 31 or len(text) > 12:
-        raise ImportRefused(f"{flag}: {shown(text)} is not a whole number of at least {least}")
+        raise ImportRefusedError(f"{flag}: {shown(text)} is not a whole number of at least {least}")
     return int(text)
 
 
@@ -132,4 +132,4 @@ def _numbers(text: str, flag: str) -> Any:
             return json.loads(written)
         except (ValueError, RecursionError):
             pass
-    raise ImportRefused(f"{flag}: {shown(text)} is not a number or a list of numbers")
+    raise ImportRefusedError(f"{flag}: {shown(text)} is not a number or a list of numbers")

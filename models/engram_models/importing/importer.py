@@ -21,7 +21,7 @@ from engram_models.bundle import NAME, BundleError
 from engram_models.bundle_writing import checked_target, write_graph_bundle
 from engram_models.importing import axes, initial, normal_form
 from engram_models.importing.arrays import read_arrays
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.flags import Flags, parse_flags
 from engram_models.importing.interface import Dim, Interface
 from engram_models.importing.names import is_batch_dim
@@ -64,7 +64,7 @@ Say = Callable[[str], None]
 def import_model(request: Request, show: Callable[[Proposal], None], progress: Say | None = None) -> Imported:
     """Writes the bundle. `show` gets the proposal when it is complete, or when doubts end the import.
 
-    Raises ImportRefused, whose message is one line; nothing is written then.
+    Raises ImportRefusedError, whose message is one line; nothing is written then.
     """
     say = progress or (lambda line: None)
     check_target(request.models, request.name, request.version)
@@ -74,7 +74,7 @@ def import_model(request: Request, show: Callable[[Proposal], None], progress: S
     proposal = understand(model, request, say)
     show(proposal)
     if proposal.doubts:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{len(proposal.doubts)} thing{'s' * (len(proposal.doubts) > 1)} to decide, nothing is written: "
             + "; ".join(proposal.doubts)
         )
@@ -89,7 +89,7 @@ def import_model(request: Request, show: Callable[[Proposal], None], progress: S
 
 
 def understand(model: onnx.ModelProto, request: Request, progress: Say | None = None) -> Proposal:
-    """What each tensor is. Raises ImportRefused where flags or file cannot be."""
+    """What each tensor is. Raises ImportRefusedError where flags or file cannot be."""
     interface = Interface.of(model)
     flags = parse_flags(interface, **request.flags)
     given = read_arrays(request.initial) if request.initial else {}
@@ -141,23 +141,23 @@ def _write(request: Request, proposal: Proposal, form: normal_form.NormalForm, p
             one_by_one=proof.why if proof.one_by_one else "", tolerance=proof.tolerance,
         )  # fmt: skip
     except BundleError as error:
-        raise ImportRefused(str(error)) from error
+        raise ImportRefusedError(str(error)) from error
 
 
 def check_target(models: Path, name: str, version: str) -> None:
-    """Before all work. Raises ImportRefused."""
+    """Before all work. Raises ImportRefusedError."""
     try:
         checked_target(models, name, version)
     except BundleError as error:
-        raise ImportRefused(f"{error} (--models, --name, --version)") from error
+        raise ImportRefusedError(f"{error} (--models, --name, --version)") from error
 
 
 def name_of(source: str) -> str:
-    """A model's name from its file's, or from module:factory. Raises ImportRefused."""
+    """A model's name from its file's, or from module:factory. Raises ImportRefusedError."""
     stem = Path(source).stem.rpartition(":")[2]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64]
     if not NAME.fullmatch(name):
-        raise ImportRefused(f"no name can be made of {shown(stem)}: give one with --name")
+        raise ImportRefusedError(f"no name can be made of {shown(stem)}: give one with --name")
     return name
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.flags import Flags
 from engram_models.importing.names import stem, words
 from engram_models.importing.proposal import Array, Line, Proposal
@@ -23,14 +23,14 @@ _EMPTY_WORDS = {"value", "values", "state", "states", "data", "tensor", "of", "f
 
 
 def gather(model: onnx.ModelProto, proposal: Proposal, flags: Flags, given: Mapping[str, Array]) -> dict[str, Array]:
-    """What is known of states before their shapes are: a value as it is written, by tensor. Adds doubts; raises ImportRefused.
+    """What is known of states before their shapes are: a value as it is written, by tensor. Adds doubts; raises ImportRefusedError.
 
     given: the arrays of --initial. Tensors that are not in the result start with zeros.
     """
     states = {line.tensor: line for line in proposal.states}
     for name in given:
         if name not in states:
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"--initial: the array {shown(name)} is no state; states are {', '.join(map(shown, states)) or 'none'}"
             )
     defaults = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in states}
@@ -50,7 +50,7 @@ def gather(model: onnx.ModelProto, proposal: Proposal, flags: Flags, given: Mapp
 
 
 def fill(proposal: Proposal, found: Mapping[str, Array]) -> None:
-    """Gives every state its initial value, now that shapes are known. Raises ImportRefused where one does not fit."""
+    """Gives every state its initial value, now that shapes are known. Raises ImportRefusedError where one does not fit."""
     for line in proposal.states:
         if line.tensor not in found:
             line.initial, line.initial_words = 0.0, "zero"
@@ -62,14 +62,16 @@ def fill(proposal: Proposal, found: Mapping[str, Array]) -> None:
             and array.size != 1
             and not (array.ndim == 1 and array.size == np.prod(shape))
         ):
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"the initial value of {shown(line.tensor)} ({line.initial_words}) has the shape "
                 f"{'x'.join(map(str, array.shape)) or 'of one number'}; "
                 f"a session's state has {'x'.join(map(str, shape)) or 'one number'}"
             )
         value = np.broadcast_to(array.reshape(()), shape) if array.size == 1 else array.reshape(shape)
         if line.dtype in ("float16", "float32", "float64") and not np.isfinite(value).all():
-            raise ImportRefused(f"the initial value of {shown(line.tensor)} ({line.initial_words}) has NaN or infinity")
+            raise ImportRefusedError(
+                f"the initial value of {shown(line.tensor)} ({line.initial_words}) has NaN or infinity"
+            )
         line.initial = _uniform(value, line)
 
 
@@ -97,7 +99,7 @@ def _uniform(value: Array, line: Line) -> float | Array:
 def _typed(array: Array, line: Line, what: str) -> Array:
     """As the tensor's type, if that changes no number but by rounding."""
     if array.dtype.kind not in "fiub":
-        raise ImportRefused(f"{what}: numbers are wanted; lists in it must have equal lengths")
+        raise ImportRefusedError(f"{what}: numbers are wanted; lists in it must have equal lengths")
     if line.dtype == "bfloat16":
         if array.dtype == np.uint16:
             return array
@@ -107,7 +109,7 @@ def _typed(array: Array, line: Line, what: str) -> Array:
     with np.errstate(all="ignore"):
         typed = array.astype(dtype)
     if dtype.kind != "f" and not np.array_equal(typed, array):
-        raise ImportRefused(f"{what}: {_short(array)} cannot be {line.dtype}")
+        raise ImportRefusedError(f"{what}: {_short(array)} cannot be {line.dtype}")
     return typed
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 
 Dim = int | str  # a size, or the name of a dynamic dimension; "?" and a place where the file gives no name
 
@@ -54,13 +54,13 @@ class Interface:
 
     @staticmethod
     def of(model: onnx.ModelProto) -> Interface:
-        """Raises ImportRefused for what no session can have: tensors of strings, sequences, names that are not printable."""
+        """Raises ImportRefusedError for what no session can have: tensors of strings, sequences, names that are not printable."""
         initializers = {tensor.name for tensor in model.graph.initializer}
         inputs = tuple(_tensor(value, "input", value.name in initializers) for value in model.graph.input)
         mute = _named_after_operators(model.graph)
         outputs = tuple(_tensor(value, "output", False, value.name in mute) for value in model.graph.output)
         if len(inputs) - len(initializers) > TENSORS_MAX or len(outputs) > TENSORS_MAX:
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"it has {len(inputs)} inputs and {len(outputs)} outputs; at most {TENSORS_MAX} can be served"
             )
         return Interface(inputs, outputs)
@@ -87,12 +87,12 @@ def _named_after_operators(graph: onnx.GraphProto) -> set[str]:
 def _tensor(value: onnx.ValueInfoProto, kind: str, default: bool, mute: bool = False) -> GraphTensor:
     name = value.name
     if not name or not name.isprintable() or len(name) > 200:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"the {kind} {shown(name)}: a name has 1 to 200 printable characters; rename it (onnx.compose.add_prefix)"
         )
     which = value.type.WhichOneof("value")
     if which != "tensor_type":
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"the {kind} {shown(name)} is a {(which or 'nothing').removesuffix('_type')}; a session has tensors alone"
         )
     tensor = value.type.tensor_type
@@ -100,11 +100,11 @@ def _tensor(value: onnx.ValueInfoProto, kind: str, default: bool, mute: bool = F
     if dtype is None:
         kinds = TensorProto.DataType.items()
         found = next((word.lower() for word, number in kinds if number == tensor.elem_type), f"type {tensor.elem_type}")
-        raise ImportRefused(f"the {kind} {shown(name)} is of {found}; served are {', '.join(DTYPES.values())}")
+        raise ImportRefusedError(f"the {kind} {shown(name)} is of {found}; served are {', '.join(DTYPES.values())}")
     if not tensor.HasField("shape"):
         return GraphTensor(name, dtype, None, default, mute)
     if len(tensor.shape.dim) > RANK_MAX:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"the {kind} {shown(name)} has {len(tensor.shape.dim)} dimensions; at most {RANK_MAX} are served"
         )
     dims = tuple(_dim(dim, name, place) for place, dim in enumerate(tensor.shape.dim))
@@ -115,7 +115,7 @@ def _dim(dim: onnx.TensorShapeProto.Dimension, name: str, place: int) -> Dim:
     which = dim.WhichOneof("value")
     if which == "dim_param" and dim.dim_param and not dim.dim_param.startswith("?"):
         if not dim.dim_param.isprintable():
-            raise ImportRefused(f"dimension {place} of {shown(name)} has a name that is not printable")
+            raise ImportRefusedError(f"dimension {place} of {shown(name)} has a name that is not printable")
         return str(dim.dim_param[:80])
     if which == "dim_value" and dim.dim_value > 0:  # exporters write -1 and 0 where they mean any size
         return int(dim.dim_value)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_models.importing.archive import read_entry
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 
 _CONFIG_BYTES_MAX = 16 << 20
 _WEIGHTS_BYTES_MAX = 2 << 30
@@ -37,16 +37,16 @@ class KerasFile:
         try:
             import h5py
         except ImportError:
-            raise ImportRefused(f"{path}: reading Keras weights takes h5py: pip install 'engram[keras]'") from None
+            raise ImportRefusedError(f"{path}: reading Keras weights takes h5py: pip install 'engram[keras]'") from None
         self.path, self._h5py = path, h5py
         try:
             config = json.loads(read_entry(path, "config.json", _CONFIG_BYTES_MAX))
         except (ValueError, RecursionError):
-            raise ImportRefused(f"{path}: its config.json is not JSON") from None
+            raise ImportRefusedError(f"{path}: its config.json is not JSON") from None
         try:
             self.layers = self._layers(config)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"{path}: its config.json does not describe a Keras 3 model ({type(error).__name__}: {error})"
             ) from None
         data = read_entry(path, "model.weights.h5", _WEIGHTS_BYTES_MAX)
@@ -54,7 +54,7 @@ class KerasFile:
             self._weights = h5py.File(io.BytesIO(data), "r")
             self._groups = self._by_layer_name()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ImportRefused(f"{path}: its model.weights.h5 is not a whole HDF5 file ({error})") from None
+            raise ImportRefusedError(f"{path}: its model.weights.h5 is not a whole HDF5 file ({error})") from None
 
     def weights(self, layer: Layer, shapes: Sequence[tuple[int, ...]], inside: str = "") -> list[Array]:
         """A layer's arrays, float32; their shapes must be these."""
@@ -64,15 +64,17 @@ class KerasFile:
             dataset = self._dataset(f"{group}/vars/{place}")
             if dataset is None or tuple(dataset.shape) != shape:
                 there = "is not there" if dataset is None else f"has the shape {list(dataset.shape)}, not {list(shape)}"
-                raise ImportRefused(f"{self.path}: layer {shown(layer.name)} ({layer.kind}): weight {place} {there}")
+                raise ImportRefusedError(
+                    f"{self.path}: layer {shown(layer.name)} ({layer.kind}): weight {place} {there}"
+                )
             if dataset.dtype != np.float32:
-                raise ImportRefused(
+                raise ImportRefusedError(
                     f"{self.path}: layer {shown(layer.name)}: weight {place} is {dataset.dtype}, not float32"
                 )
             try:
                 found.append(np.ascontiguousarray(dataset[()]))
             except (OSError, ValueError, RuntimeError) as error:
-                raise ImportRefused(
+                raise ImportRefusedError(
                     f"{self.path}: layer {shown(layer.name)}: weight {place} cannot be read ({error})"
                 ) from None
         return found
@@ -108,13 +110,13 @@ class KerasFile:
     def _layers(self, config: dict[str, Any]) -> list[Layer]:
         kind, module = config["class_name"], config.get("module", "")
         if kind not in ("Sequential", "Functional") or not module.startswith("keras"):
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"{self.path}: a {shown(kind)} model, code of its own; Sequential models and chains of layers are rebuilt. "
                 "Export it to ONNX where it was made, with its states as inputs and outputs, and import that"
             )
         described = config["config"]["layers"]
         if not 0 < len(described) <= _LAYERS_MAX:
-            raise ImportRefused(f"{self.path}: {len(described)} layers; from 1 to {_LAYERS_MAX} are read")
+            raise ImportRefusedError(f"{self.path}: {len(described)} layers; from 1 to {_LAYERS_MAX} are read")
         if kind == "Functional":
             self._check_chain(described)
         counted: dict[str, int] = {}
@@ -128,7 +130,7 @@ class KerasFile:
             number = counted[snake] = counted.get(snake, -1) + 1
             group = f"layers/{snake}" + (f"_{number}" if number else "")
             if one.get("registered_name") or not str(one.get("module", "")).startswith("keras.layers"):
-                raise ImportRefused(
+                raise ImportRefusedError(
                     f"{self.path}: layer {shown(one['config'].get('name', ''))} ({shown(one['class_name'])}) is no layer of Keras, "
                     "and its code is not in the file"
                 )
@@ -143,7 +145,7 @@ class KerasFile:
                 r"\"keras_history\": \[\"((?:[^\"\\]|\\.)*)\"", json.dumps(one["inbound_nodes"], allow_nan=False)
             )
             if taken != ([] if before is None else [before]):
-                raise ImportRefused(
+                raise ImportRefusedError(
                     f"{self.path}: layer {shown(one['config']['name'])} takes {', '.join(map(shown, taken)) or 'nothing'}: "
                     "only models whose layers follow one another are rebuilt; export it to ONNX where it was made, and import that"
                 )

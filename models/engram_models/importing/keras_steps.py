@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.keras_file import Array, KerasFile, Layer
 from engram_models.importing.nodes import Nodes
 
@@ -29,13 +29,13 @@ _OPERATORS: dict[str, tuple[str, dict[str, float]]] = {  # Keras's activation: a
 
 
 def write_step(source: Path, output: Path) -> list[str]:
-    """Gives what the user should know. Raises ImportRefused."""
+    """Gives what the user should know. Raises ImportRefusedError."""
     file = KerasFile(source)
     try:
         graph = _Step(file)
         graph.write(output)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{source}: its config.json does not describe a Keras 3 model ({type(error).__name__}: {error})"
         ) from None
     if graph.states:
@@ -67,12 +67,12 @@ class _Step:
     def _begin(self, layers: list[Layer]) -> tuple[str, int, list[Layer]]:
         first = layers[0]
         if first.kind != "InputLayer":
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"{self.file.path}: the model has no Input layer, so that its sizes are not known; build it, and save it again"
             )
         shape = first.config["batch_shape"]
         if len(shape) not in (2, 3) or not isinstance(shape[-1], int) or first.config.get("dtype") != "float32":
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"{self.file.path}: its input is {shape} {first.config.get('dtype')}; float32 of [batch, time, features] "
                 "or [batch, features] is what steps are made of"
             )
@@ -228,8 +228,8 @@ class _Step:
             raise self._refused(layer, f"has {units!r} units; from 1 to {UNITS_MAX}")
         return units
 
-    def _refused(self, layer: Layer, why: str) -> ImportRefused:
-        return ImportRefused(f"{self.file.path}: layer {shown(layer.name)} ({layer.kind}) {why}")
+    def _refused(self, layer: Layer, why: str) -> ImportRefusedError:
+        return ImportRefusedError(f"{self.file.path}: layer {shown(layer.name)} ({layer.kind}) {why}")
 
 
 def _plain(name: str) -> str:

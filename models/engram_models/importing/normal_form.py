@@ -16,7 +16,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from engram_models.bundle import TENSOR_NAME
 from engram_models.importing.edit import BATCH, graphs, names_in, relabel, rename
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.interface import DTYPES
 from engram_models.importing.proposal import Array, Line, Proposal
 from engram_models.spec import Schema, TensorSpec
@@ -36,7 +36,7 @@ class NormalForm:
 
 
 def write(model: onnx.ModelProto, proposal: Proposal) -> NormalForm:
-    """Changes the model. Raises ImportRefused where a window does not fit."""
+    """Changes the model. Raises ImportRefusedError where a window does not fit."""
     names = _schema_names(proposal)
     specs = {id(line): _spec(line, names[id(line)], proposal) for line in proposal.lines}
     schema = Schema(
@@ -68,7 +68,7 @@ def write(model: onnx.ModelProto, proposal: Proposal) -> NormalForm:
         onnx.checker.check_model(model)
         graph = model.SerializeToString()
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise ImportRefused(f"the graph is not valid ONNX: {' '.join(str(error).split())[:200]}") from error
+        raise ImportRefusedError(f"the graph is not valid ONNX: {' '.join(str(error).split())[:200]}") from error
     return NormalForm(graph, schema, initials, {line.tensor: names[id(line)] for line in proposal.lines})
 
 
@@ -238,7 +238,7 @@ class _Writer:
             if len(row) + 1 == len(line.shape):
                 row = (*row, 1)
             if row[:-1] != line.shape[:-1] or not row:
-                raise ImportRefused(
+                raise ImportRefusedError(
                     f"--context {line.tensor}={line.output}:{line.context}: {shown(line.output)} gives "
                     f"{'x'.join(map(str, row)) or 'one number'}, "
                     f"which does not go into {'x'.join(map(str, line.shape))}"

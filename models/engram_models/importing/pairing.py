@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.flags import Flags
 from engram_models.importing.interface import GraphTensor, Interface
 from engram_models.importing.names import is_data, is_kept, is_length, is_rate, names_pair, says_nothing, says_time
@@ -26,7 +26,7 @@ class Pairs:
 
 
 def pair_states(interface: Interface, flags: Flags) -> Pairs:
-    """Raises ImportRefused where flags contradict the file."""
+    """Raises ImportRefusedError where flags contradict the file."""
     pairs = Pairs()
     outputs = {t.name: t for t in interface.outputs}
     named = _by_names(interface.inputs, interface.outputs)
@@ -64,7 +64,7 @@ def _by_flags(interface: Interface, flags: Flags, named: dict[str, str], pairs: 
     inputs, outputs = {t.name: t for t in interface.inputs}, {t.name: t for t in interface.outputs}
     for name, output in flags.states.items():
         if not fits(inputs[name], outputs[output]):
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"--state {name}={output}: {shown(name)} is {_type(inputs[name])} and {shown(output)} is {_type(outputs[output])}; "
                 "a state goes out as it came in"
             )

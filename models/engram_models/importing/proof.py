@@ -69,7 +69,7 @@ def prove(
     seconds: float = sandbox.SECONDS,
     progress: Progress | None = None,
 ) -> Proof:
-    """initial: [*shape] by name of state; zeros, or the schema's value, where there is none. Raises ImportRefused.
+    """initial: [*shape] by name of state; zeros, or the schema's value, where there is none. Raises ImportRefusedError.
 
     one_by_one: why rows go one by one whatever is proved (a static batch). examples: inputs of a real run, as for `verify`.
     """
@@ -94,7 +94,7 @@ def verify(
     seconds: float = sandbox.SECONDS,
     progress: Progress | None = None,
 ) -> Verified:
-    """vector: inputs and outputs by name, [steps, *shape] or [steps, rows, *shape]. Raises ImportRefused where one differs."""
+    """vector: inputs and outputs by name, [steps, *shape] or [steps, rows, *shape]. Raises ImportRefusedError where one differs."""
     replay.arranged(schema, vector)
     with _folder(graph, initial, vector) as folder:
         found = sandbox.run(

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from engram_models.files import read_file
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.interface import DTYPES
 from engram_models.importing.tensors import DIM_MAX, RANK_MAX, check_name, check_tensor
 from engram_models.importing.topology import check_topology, subgraphs
@@ -32,13 +32,13 @@ _REACH_FILES = ("EPContext", "Snpe")
 
 
 def read_model(path: Path, bytes_max: int = FILE_BYTES_MAX) -> ModelProto:
-    """The model in the file, checked, its nodes in an order in which they can run. Raises ImportRefused."""
+    """The model in the file, checked, its nodes in an order in which they can run. Raises ImportRefusedError."""
     try:
         return parse_model(read_file(path, bytes_max))
     except OSError as error:
-        raise ImportRefused(f"{path}: cannot be read: {error.strerror}") from error
-    except ImportRefused as error:
-        raise ImportRefused(f"{path}: {error}") from error
+        raise ImportRefusedError(f"{path}: cannot be read: {error.strerror}") from error
+    except ImportRefusedError as error:
+        raise ImportRefusedError(f"{path}: {error}") from error
 
 
 def parse_model(data: bytes) -> ModelProto:
@@ -48,31 +48,31 @@ def parse_model(data: bytes) -> ModelProto:
     try:
         model.ParseFromString(data)
     except DecodeError:
-        raise ImportRefused("it is not an ONNX model, or it is truncated") from None
+        raise ImportRefusedError("it is not an ONNX model, or it is truncated") from None
     check_graph(model)
     return model
 
 
 def check_graph(model: ModelProto) -> None:
-    """Raises ImportRefused for whatever cannot be served safely. Sorts the main graph's nodes."""
+    """Raises ImportRefusedError for whatever cannot be served safely. Sorts the main graph's nodes."""
     if not model.HasField("graph") or not (model.graph.node or model.graph.output):
-        raise ImportRefused("it has no graph: it is not an ONNX model, or it is truncated")
+        raise ImportRefusedError("it has no graph: it is not an ONNX model, or it is truncated")
     _check_versions(model)
     for text in (model.producer_name, model.producer_version, model.domain, model.graph.name):
         check_name(text, "the model's own name or producer")
     for entry in model.metadata_props:
         check_name(entry.key, "an entry of metadata")
         if not isinstance(entry.value, str):
-            raise ImportRefused(f"the metadata entry {shown(entry.key)} is not UTF-8")
+            raise ImportRefusedError(f"the metadata entry {shown(entry.key)} is not UTF-8")
     if model.functions:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"it has functions of its own ({shown(model.functions[0].name)}); inline them: onnx.inliner.inline_local_functions"
         )
     if model.training_info:
-        raise ImportRefused("it carries training information; export it for inference")
+        raise ImportRefusedError("it carries training information; export it for inference")
     graphs = list(_graphs(model.graph))
     if sum(len(graph.node) for graph in graphs) > NODES_MAX:
-        raise ImportRefused(f"it has more than {NODES_MAX} nodes")
+        raise ImportRefusedError(f"it has more than {NODES_MAX} nodes")
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     for graph in graphs:
         _check_nodes(graph, opset)
@@ -83,26 +83,26 @@ def check_graph(model: ModelProto) -> None:
 
 def _check_versions(model: ModelProto) -> None:
     if not IR_MIN <= model.ir_version <= onnx.IR_VERSION:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"its IR version is {model.ir_version}; {IR_MIN} to {onnx.IR_VERSION} are read: export it with another version of onnx"
         )
     seen: dict[str, int] = {}
     for entry in model.opset_import:
         domain = entry.domain if entry.domain != "ai.onnx" else ""
         if seen.setdefault(domain, entry.version) != entry.version:  # onnx.compose names one twice, with one version
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"it names two versions of the operator set {shown(entry.domain)}, {seen[domain]} and {entry.version}"
             )
         newest = onnx.defs.onnx_opset_version() if not domain else 1 << 31
         if not 1 <= entry.version <= newest:
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"its operator set is {entry.version}; 1 to {newest} are read: export it with opset_version={min(newest, 21)}"
             )
     if len(seen) < len(model.opset_import):
         del model.opset_import[:]
         model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in seen.items())
     if "" not in seen:
-        raise ImportRefused("it does not say which ONNX operator set it uses (opset_import)")
+        raise ImportRefusedError("it does not say which ONNX operator set it uses (opset_import)")
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
@@ -127,40 +127,42 @@ def _check_nodes(graph: GraphProto, opset: int) -> None:
         for attribute in node.attribute:
             check_name(attribute.name, f"an attribute of operator {shown(node.op_type)}")
             if attribute.ref_attr_name:
-                raise ImportRefused(f"operator {shown(node.op_type)} takes an attribute of a function, and is in none")
+                raise ImportRefusedError(
+                    f"operator {shown(node.op_type)} takes an attribute of a function, and is in none"
+                )
             if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
-                raise ImportRefused(f"operator {shown(node.op_type)} has a sparse tensor; save it dense")
+                raise ImportRefusedError(f"operator {shown(node.op_type)} has a sparse tensor; save it dense")
 
 
 def _check_operator(node: NodeProto, opset: int) -> None:
     op, domain = shown(node.op_type), node.domain
     if domain not in DOMAINS:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"operator {op} is of domain {shown(domain)}: custom operators are not run; export the model with ONNX's own operators"
         )
     if node.op_type in _REACH_FILES:
-        raise ImportRefused(f"operator {op} may read files; export the model with ONNX's own operators")
+        raise ImportRefusedError(f"operator {op} may read files; export the model with ONNX's own operators")
     if domain in ("", "ai.onnx"):
         try:
             known = onnx.defs.get_schema(node.op_type, opset, "")
         except onnx.defs.SchemaError:
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"operator {op} is not in ONNX's operator set {opset}, which the file says it uses"
             ) from None
         if known.deprecated:
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"operator {op} is no longer in ONNX's operator set {opset}, which the file says it uses"
             )
 
 
 def _check_tensors(graph: GraphProto) -> None:
     if graph.sparse_initializer:
-        raise ImportRefused("it has sparse initialisers; save them dense")
+        raise ImportRefusedError("it has sparse initialisers; save them dense")
     if len(graph.initializer) > TENSORS_MAX:
-        raise ImportRefused(f"it has more than {TENSORS_MAX} initialisers")
+        raise ImportRefusedError(f"it has more than {TENSORS_MAX} initialisers")
     for tensor in graph.initializer:
         if not tensor.name:
-            raise ImportRefused("it has an initialiser without a name")
+            raise ImportRefusedError("it has an initialiser without a name")
         check_name(tensor.name, "an initialiser")
         check_tensor(tensor, f"initialiser {shown(tensor.name)}")
     for node in graph.node:
@@ -177,32 +179,32 @@ def _check_values(graph: GraphProto) -> None:
     for what, values in (("input", graph.input), ("output", graph.output)):
         free = [value for value in values if what == "output" or value.name not in weights]
         if len(free) > VALUES_MAX:
-            raise ImportRefused(f"it has {len(free)} {what}s; at most {VALUES_MAX} are served")
+            raise ImportRefusedError(f"it has {len(free)} {what}s; at most {VALUES_MAX} are served")
         for value in free:
             _check_value(value, what)
     if not graph.output:
-        raise ImportRefused("it gives no output")
+        raise ImportRefusedError("it gives no output")
 
 
 def _check_value(value: ValueInfoProto, what: str) -> None:
     check_name(value.name, f"an {what}")
     name = f"{what} {shown(value.name)}"
     if not value.name:
-        raise ImportRefused(f"it has an {what} without a name")
+        raise ImportRefusedError(f"it has an {what} without a name")
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{name} is no tensor but {(kind or 'untyped').removesuffix('_type')}; a session takes and keeps tensors"
         )
     if value.type.tensor_type.elem_type not in DTYPES:
         number = value.type.tensor_type.elem_type
         found = next((key.lower() for key, one in TensorProto.DataType.items() if one == number), str(number))
-        raise ImportRefused(f"{name} is of type {found}; one of {', '.join(DTYPES.values())} is served")
+        raise ImportRefusedError(f"{name} is of type {found}; one of {', '.join(DTYPES.values())} is served")
     shape = value.type.tensor_type.shape
     if len(shape.dim) > RANK_MAX or any(
         dim.HasField("dim_value") and not -1 <= dim.dim_value < DIM_MAX for dim in shape.dim
     ):
-        raise ImportRefused(f"{name} has impossible dimensions")
+        raise ImportRefusedError(f"{name} has impossible dimensions")
     for dim in shape.dim:
         check_name(dim.dim_param, f"a dimension of {name}")
 

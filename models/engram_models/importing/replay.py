@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from engram_models.importing.calls import RunFailed, checked_call, initial_rows, loaded
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.calls import RunFailedError, checked_call, initial_rows, loaded
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.numbers import Array, as_floats, difference, of_floats
 from engram_models.importing.sandbox import report
 from engram_models.spec import Schema, TensorSpec
@@ -20,16 +20,18 @@ _LATER = "states go on otherwise than in the recorded run: look at --state (pair
 
 
 def arranged(schema: Schema, vector: Mapping[str, Array]) -> tuple[list[Array], dict[str, Array]]:
-    """Inputs in schema order, and the outputs that were recorded: [steps, rows, *shape] each. Raises ImportRefused."""
+    """Inputs in schema order, and the outputs that were recorded: [steps, rows, *shape] each. Raises ImportRefusedError."""
     inputs = [spec.name for spec in schema.inputs]
     outputs = [spec.name for spec in schema.outputs]
     named = ", ".join(map(shown, [*inputs, *outputs]))
     if unknown := sorted(set(vector) - {*inputs, *outputs}):
-        raise ImportRefused(f"the recorded run has {shown(unknown[0])}, which is no input or output; there are {named}")
+        raise ImportRefusedError(
+            f"the recorded run has {shown(unknown[0])}, which is no input or output; there are {named}"
+        )
     if missing := [name for name in inputs if name not in vector]:
-        raise ImportRefused(f"the recorded run lacks input {shown(missing[0])}")
+        raise ImportRefusedError(f"the recorded run lacks input {shown(missing[0])}")
     if not any(name in vector for name in outputs):
-        raise ImportRefused(f"the recorded run has no output; add one of {', '.join(map(shown, outputs))}")
+        raise ImportRefusedError(f"the recorded run has no output; add one of {', '.join(map(shown, outputs))}")
     found = {
         spec.name: arranged_one(spec, vector[spec.name])
         for spec in (*schema.inputs, *schema.outputs)
@@ -39,7 +41,7 @@ def arranged(schema: Schema, vector: Mapping[str, Array]) -> tuple[list[Array], 
     if len(sizes) > 1:
         first, *others = found
         other = next(name for name in others if found[name].shape[:2] != found[first].shape[:2])
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"the recorded run has {_size(found[first])} of {shown(first)} and {_size(found[other])} of {shown(other)}; give "
             "each as [steps, *shape] or [steps, rows, *shape]"
         )
@@ -51,7 +53,7 @@ def arranged(schema: Schema, vector: Mapping[str, Array]) -> tuple[list[Array], 
 def replay(
     graph: bytes, schema: Schema, initial: Mapping[str, Array], vector: Mapping[str, Array], allowed: float
 ) -> tuple[int, int, float]:
-    """Steps, rows, and the largest difference. Raises ImportRefused."""
+    """Steps, rows, and the largest difference. Raises ImportRefusedError."""
     step = loaded(graph, schema, one_by_one=True)
     inputs, outputs = arranged(schema, vector)
     steps, rows = inputs[0].shape[:2]
@@ -62,8 +64,8 @@ def replay(
             report(f"recorded run: step {number} of {steps}")
         try:
             got, states = checked_call(step, schema, [array[number] for array in inputs], states)
-        except RunFailed as error:
-            raise ImportRefused(f"the recorded run stops at step {number}: {error}") from None
+        except RunFailedError as error:
+            raise ImportRefusedError(f"the recorded run stops at step {number}: {error}") from None
         for spec, array in zip(schema.outputs, got, strict=True):
             if spec.name in outputs:
                 largest = max(largest, _compared(spec, array, outputs[spec.name][number], number, steps, allowed))
@@ -80,7 +82,7 @@ def _compared(spec: TensorSpec, got: Array, wanted: Array, number: int, steps: i
     with np.errstate(all="ignore"):
         place = int(np.argmax(np.nan_to_num(np.abs(one - other), nan=np.inf)))
     how = f"{apart:.3g} of max(1, |y|)" if np.isfinite(apart) else "beyond measure"
-    raise ImportRefused(
+    raise ImportRefusedError(
         f"{shown(spec.name)} first differs from the recorded run {where}: value {place} is {one[place]:.6g}, recorded "
         f"{other[place]:.6g} ({how}; {allowed:g} is allowed); {_LATER if number else _FIRST}"
     )
@@ -91,12 +93,12 @@ def arranged_one(spec: TensorSpec, array: Array) -> Array:
     if array.shape[1:] == spec.shape and array.ndim == len(spec.shape) + 1:
         array = array[:, None]
     elif array.shape[2:] != spec.shape or array.ndim != len(spec.shape) + 2:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"the recorded {shown(spec.name)} is {list(array.shape)}; give [steps, *shape] or [steps, rows, *shape], shape being "
             f"{list(spec.shape)}"
         )
     if not array.shape[0] or not array.shape[1]:
-        raise ImportRefused(f"the recorded {shown(spec.name)} has no step")
+        raise ImportRefusedError(f"the recorded {shown(spec.name)} has no step")
     return _typed(spec, array)
 
 
@@ -111,7 +113,7 @@ def _typed(spec: TensorSpec, array: Array) -> Array:
         exact = array.astype(spec.np_dtype)
         if (exact == array).all():
             return exact
-    raise ImportRefused(f"the recorded {shown(spec.name)} is {array.dtype}; the model's is {spec.dtype}")
+    raise ImportRefusedError(f"the recorded {shown(spec.name)} is {array.dtype}; the model's is {spec.dtype}")
 
 
 def _size(array: Array) -> str:

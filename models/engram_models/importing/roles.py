@@ -6,7 +6,7 @@ doubt nothing is written.
 
 from __future__ import annotations
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.flags import Flags
 from engram_models.importing.interface import GraphTensor, Interface
 from engram_models.importing.names import is_data, is_length, is_rate
@@ -15,7 +15,9 @@ from engram_models.importing.proposal import Line, Proposal
 
 
 def propose(interface: Interface, flags: Flags) -> Proposal:
-    """Roles of all tensors, without batch axes and shapes. Raises ImportRefused where flags contradict the file or each other."""
+    """Roles of all tensors, without batch axes and shapes.
+
+    Raises ImportRefusedError where flags contradict the file or another flag."""
     pairs = pair_states(interface, flags)
     proposal = Proposal([], doubts=list(pairs.doubts), notes=list(pairs.notes))
     lines = [line for t in interface.inputs if (line := _line(t, flags, pairs, proposal)) is not None]
@@ -93,7 +95,7 @@ def _outputs(interface: Interface, flags: Flags, pairs: Pairs, proposal: Proposa
             t for t in interface.outputs if t.name in states
         ]  # the state is all that it gives: it is the answer, too
     if not answers and states and not proposal.doubts:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"all outputs are states; name the one that answers a step as well: --output {interface.outputs[0].name}"
         )
     how = {True: ["also a state"], False: ["no input takes it"]}

@@ -1,8 +1,8 @@
 """Runs a function of ours on a stranger's graph in a process of its own, with limits on memory, time and files. For the import.
 
 A graph of a few bytes may loop for ever, ask for terabytes, or crash the library that runs it. Whatever happens there becomes
-one ImportRefused here. The two processes share a folder: call.json goes in with whatever files the caller put there, answer.json
-comes out with whatever files the function put there. Nothing is pickled.
+one ImportRefusedError here. The two processes share a folder: call.json goes in with whatever files the caller put there,
+answer.json comes out with whatever files the function put there. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_models.files import read_file
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 
 MEMORY_BYTES = 2 << 30  # beyond what the libraries take and beside MEMORY_PER_BYTE of the model
 MEMORY_PER_BYTE = 6  # the file, what is parsed of it, prepacked weights, and a copy of each on the way
@@ -51,7 +51,7 @@ def run(
     progress: Callable[[str], None] | None = None,
     stopped: threading.Event | None = None,
 ) -> Any:
-    """What `call` (`module:function`) returns, which is JSON, of `folder` and `arguments`, JSON too. Raises ImportRefused.
+    """What `call` (`module:function`) returns, which is JSON, of `folder` and `arguments`, JSON too. Raises ImportRefusedError.
 
     What the function says with `report` comes to `progress`, line by line. Once `stopped` is set, it is ended at once.
     """
@@ -71,9 +71,9 @@ def run(
     finally:
         _end(process)
     if stopped is not None and stopped.is_set():
-        raise ImportRefused("it was stopped, for nobody waits for it any more")
+        raise ImportRefusedError("it was stopped, for nobody waits for it any more")
     if not in_time:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"it ran for more than {seconds:g} s and was stopped: a loop without an end, or a model that is too slow"
         )
     return _answer(folder, process.returncode, memory_bytes)
@@ -129,12 +129,12 @@ def _answer(folder: Path, code: int, memory_bytes: int) -> Any:
     if code == 0 and "result" in answer:
         return answer["result"]
     if "refused" in answer:
-        raise ImportRefused(answer["refused"])
+        raise ImportRefusedError(answer["refused"])
     if answer.get("memory") or code in (-signal.SIGKILL, -signal.SIGXFSZ):
-        raise ImportRefused(f"it needs more than {memory_bytes >> 20} MB of memory to run and was stopped")
+        raise ImportRefusedError(f"it needs more than {memory_bytes >> 20} MB of memory to run and was stopped")
     if code < 0:
-        raise ImportRefused(f"it crashed the process that ran it ({signal.Signals(-code).name})")
-    raise ImportRefused(f"it could not be run: {answer.get('failed', f'its process ended with {code}')}")
+        raise ImportRefusedError(f"it crashed the process that ran it ({signal.Signals(-code).name})")
+    raise ImportRefusedError(f"it could not be run: {answer.get('failed', f'its process ended with {code}')}")
 
 
 def _main(folder: Path) -> None:
@@ -144,7 +144,7 @@ def _main(folder: Path) -> None:
     _limit(asked["memory_bytes"], asked["seconds"])
     try:
         answer = {"result": function(folder, **asked["arguments"])}
-    except ImportRefused as error:
+    except ImportRefusedError as error:
         answer = {"refused": str(error)}
     except MemoryError:
         answer = {"memory": True}

@@ -7,7 +7,7 @@ from math import prod
 
 from onnx import TensorProto
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 
 NAME_MAX = 1_024
 RANK_MAX = 16
@@ -29,15 +29,15 @@ _TYPED_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "doubl
 def check_tensor(tensor: TensorProto, what: str) -> None:
     """Type and dimensions are those of the bytes that are there: no more and no fewer."""
     if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{what} is in another file, which is not opened; put the weights inline: torch.onnx.export(..., external_data=False), "
             "or onnx.save(onnx.load(file), new_file)"
         )
     kind = next((name for name, number in TensorProto.DataType.items() if number == tensor.data_type), "UNDEFINED")
     if kind not in _BITS or tensor.HasField("segment"):
-        raise ImportRefused(f"{what} is of type {kind}, which is not served")
+        raise ImportRefusedError(f"{what} is of type {kind}, which is not served")
     if len(tensor.dims) > RANK_MAX or any(not 0 <= size < DIM_MAX for size in tensor.dims):
-        raise ImportRefused(f"{what} has impossible dimensions")
+        raise ImportRefusedError(f"{what} has impossible dimensions")
     size, bits = prod(tensor.dims), _BITS[kind]
     packed = -(-size * bits // 8) if bits < 8 else size  # below a byte, an int32 holds one byte
     if tensor.HasField("raw_data"):
@@ -46,22 +46,22 @@ def check_tensor(tensor: TensorProto, what: str) -> None:
         field, each = _TYPED.get(kind, ("int32_data", 1))
         found, wanted, unit = len(getattr(tensor, field)), packed * each, "numbers"
     if others := [other for other in _TYPED_FIELDS if other != field and len(getattr(tensor, other))]:
-        raise ImportRefused(f"{what} has numbers in {field} and in {others[0]}; save the model again")
+        raise ImportRefusedError(f"{what} has numbers in {field} and in {others[0]}; save the model again")
     if found != wanted:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{what} has {found} {unit}; its dimensions {_dims(tensor.dims)} ask for {wanted}: the file is damaged or truncated"
         )
 
 
 def check_name(name: str, what: str) -> None:
     if not isinstance(name, str):
-        raise ImportRefused(f"the name of {what} is not UTF-8: {shown(name)}")
+        raise ImportRefusedError(f"the name of {what} is not UTF-8: {shown(name)}")
     if len(name) > NAME_MAX:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"the name of {what} has {len(name)} characters; at most {NAME_MAX} are read: {shown(name)}"
         )
     if not name.isprintable():
-        raise ImportRefused(f"the name of {what} has control characters: {shown(name)}")
+        raise ImportRefusedError(f"the name of {what} has control characters: {shown(name)}")
 
 
 def _dims(dims: Sequence[int]) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 
 from onnx import AttributeProto, GraphProto, NodeProto
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 
 Scopes = tuple[Mapping[str, int], ...]
 
 
 def check_topology(graph: GraphProto) -> None:
-    """Raises ImportRefused for names made twice, names that nobody makes, and circles. Sorts the graph's nodes."""
+    """Raises ImportRefusedError for names made twice, names that nobody makes, and circles. Sorts the graph's nodes."""
     order, _ = _check(graph, ())
     if order is None:
         return
@@ -44,14 +44,14 @@ def _check(graph: GraphProto, outer: Scopes) -> tuple[list[int] | None, set[str]
         taken = set(filter(None, node.input))
         for name in taken:
             if not any(name in scope for scope in scopes):
-                raise ImportRefused(f"operator {shown(node.op_type)} takes {shown(name)}, which nothing makes")
+                raise ImportRefusedError(f"operator {shown(node.op_type)} takes {shown(name)}, which nothing makes")
         for inner in subgraphs(node.attribute):
             taken |= _check(inner, scopes)[1]
         wants.append(taken)
     given = {value.name for value in graph.output}
     for name in given:
         if not any(name in scope for scope in scopes):
-            raise ImportRefused(f"output {shown(name)} is made by no operator")
+            raise ImportRefusedError(f"output {shown(name)} is made by no operator")
     in_order = all(makers.get(name, -1) < place for place, taken in enumerate(wants) for name in taken)
     order = None if in_order else _order(graph, makers, wants)
     return order, {name for taken in (*wants, given) for name in taken if name not in makers}
@@ -66,12 +66,12 @@ def _makers(graph: GraphProto) -> dict[str, int]:
     ):
         name, count = Counter(names).most_common(1)[0] if names else ("", 0)
         if count > 1:
-            raise ImportRefused(f"two {what} have the name {shown(name)}")
+            raise ImportRefusedError(f"two {what} have the name {shown(name)}")
     makers = dict.fromkeys([value.name for value in graph.input] + [tensor.name for tensor in graph.initializer], -1)
     for place, node in enumerate(graph.node):
         for name in filter(None, node.output):
             if name in makers:
-                raise ImportRefused(f"{shown(name)} is made twice (by operator {shown(node.op_type)} again)")
+                raise ImportRefusedError(f"{shown(name)} is made twice (by operator {shown(node.op_type)} again)")
             makers[name] = place
     return makers
 
@@ -92,5 +92,7 @@ def _order(graph: GraphProto, makers: Mapping[str, int], wants: list[set[str]]) 
                 order.append(user)
     if len(order) < len(graph.node):
         stuck = next(node for node, count in zip(graph.node, needed, strict=True) if count)
-        raise ImportRefused(f"the graph runs in a circle: operator {shown(stuck.op_type)} waits for its own result")
+        raise ImportRefusedError(
+            f"the graph runs in a circle: operator {shown(stuck.op_type)} waits for its own result"
+        )
     return order

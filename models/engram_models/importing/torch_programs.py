@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from engram_models.importing.archive import checked_names, torch_sort
 from engram_models.importing.arrays import read_arrays
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.returned import script_results, written_results
 
 _TENSORS_MAX = 1024
@@ -67,7 +67,7 @@ class Program:
 
 
 def program(request: Mapping[str, Any]) -> Program:
-    """Raises ImportRefused."""
+    """Raises ImportRefusedError."""
     source = request["source"]
     if request["sort"] == "factory":
         return _of_factory(request)
@@ -79,11 +79,11 @@ def _of_export(source: str) -> Program:
     try:
         exported = torch.export.load(source)
     except Exception as error:
-        raise ImportRefused(f"{source}: torch.export.load does not read it: {first_line(error)}") from None
+        raise ImportRefusedError(f"{source}: torch.export.load does not read it: {first_line(error)}") from None
     if exported.example_inputs is None:
-        raise ImportRefused(f"{source}: has no example inputs; export it again and save it by torch.export.save")
+        raise ImportRefusedError(f"{source}: has no example inputs; export it again and save it by torch.export.save")
     if changed := sorted(exported.graph_signature.buffers_to_mutate.values()):
-        raise ImportRefused(_keeps(source, changed))
+        raise ImportRefusedError(_keeps(source, changed))
     module = _traceable(exported.module(check_guards=False))
     args, kwargs = exported.example_inputs
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -92,7 +92,7 @@ def _of_export(source: str) -> Program:
     names = [name for name in exported.graph_signature.user_inputs if isinstance(places.get(str(name)), Tensor)]
     examples = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if len(names) != len(examples):
-        raise ImportRefused(f"{source}: {len(names)} inputs, and {len(examples)} example tensors")
+        raise ImportRefusedError(f"{source}: {len(names)} inputs, and {len(examples)} example tensors")
     dynamic = [
         {axis: str(size) for axis, size in enumerate(places[str(name)].shape) if isinstance(size, torch.SymInt)}
         for name in names
@@ -128,11 +128,11 @@ def _of_script(request: Mapping[str, Any]) -> Program:
         module = torch.jit.load(source, map_location="cpu").eval()  # type: ignore[no-untyped-call]
         parameters = module.forward.schema.arguments[1:]
     except Exception as error:
-        raise ImportRefused(f"{source}: torch.jit.load does not read it: {first_line(error)}") from None
+        raise ImportRefusedError(f"{source}: torch.jit.load does not read it: {first_line(error)}") from None
     needed = {each.name: not each.has_default_value() for each in parameters}
     for each in parameters:
         if each.type.kind() in ("IntType", "FloatType", "BoolType", "StringType") and not each.has_default_value():
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"{source}: forward's {shown(each.name)} is no tensor but {each.type}; import a scripted wrapper that sets it"
             )
     return _of_module(source, module, needed, _arguments(request, needed), script_results(module))
@@ -148,10 +148,10 @@ def _of_factory(request: Mapping[str, Any]) -> Program:
             made = getattr(made, part)
         made = made() if not isinstance(made, nn.Module) else made
     except Exception as error:
-        raise ImportRefused(f"{source}: {type(error).__name__}: {first_line(error)}") from None
+        raise ImportRefusedError(f"{source}: {type(error).__name__}: {first_line(error)}") from None
     module, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{source}: gave a {type(module).__name__}; a factory returns an nn.Module, or (module, example inputs)"
         )
     parameters = inspect.signature(module.forward).parameters.values()
@@ -166,7 +166,7 @@ def _of_factory(request: Mapping[str, Any]) -> Program:
         examples = (examples,)
     if not isinstance(examples, Mapping):
         if len(examples) > len(needed):
-            raise ImportRefused(f"{source}: {len(examples)} example inputs, and forward takes {', '.join(needed)}")
+            raise ImportRefusedError(f"{source}: {len(examples)} example inputs, and forward takes {', '.join(needed)}")
         examples = dict(zip(needed, examples, strict=False))
     return _of_module(source, module.eval(), needed, dict(examples), written_results(module))
 
@@ -175,10 +175,10 @@ def _of_module(
     source: str, module: Any, needed: dict[str, bool], arguments: dict[str, Any], results: list[str] | None
 ) -> Program:
     for wrong in [name for name in arguments if name not in needed]:
-        raise ImportRefused(f"{source}: forward takes {', '.join(needed)}; there is no {shown(wrong)}")
+        raise ImportRefusedError(f"{source}: forward takes {', '.join(needed)}; there is no {shown(wrong)}")
     if missing := [name for name, must in needed.items() if must and name not in arguments]:
         flags = " ".join(f"--shape {name}=2x..." for name in missing)
-        raise ImportRefused(f"{source}: forward takes {', '.join(needed)}; give the shapes, batch first: {flags}")
+        raise ImportRefusedError(f"{source}: forward takes {', '.join(needed)}; give the shapes, batch first: {flags}")
     ordered = {name: arguments[name] for name in needed if name in arguments}
     positional = list(needed)[: len(ordered)] == list(ordered)
     call: tuple[tuple[Any, ...], dict[str, Any]] = (tuple(ordered.values()), {}) if positional else ((), ordered)
@@ -187,7 +187,7 @@ def _of_module(
     names = [path_name(path) for path, leaf in named if isinstance(leaf, Tensor)]
     examples = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not 0 < len(examples) <= _TENSORS_MAX:
-        raise ImportRefused(f"{source}: {len(examples)} example tensors; give from 1 to {_TENSORS_MAX}")
+        raise ImportRefusedError(f"{source}: {len(examples)} example tensors; give from 1 to {_TENSORS_MAX}")
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return Program(source, Flat(module, leaves, spec), names, _plain(source, examples), results)
@@ -195,7 +195,7 @@ def _of_module(
 
 def _plain(source: str, examples: list[Tensor]) -> list[Tensor]:
     if any(example.is_sparse or example.is_complex() for example in examples):
-        raise ImportRefused(f"{source}: an example input is sparse or complex")
+        raise ImportRefusedError(f"{source}: an example input is sparse or complex")
     return [example.detach().cpu().clone() for example in examples]
 
 
@@ -209,7 +209,7 @@ def _arguments(request: Mapping[str, Any], needed: Mapping[str, bool]) -> dict[s
     for name, shape in request["shapes"].items():
         dtype = getattr(torch, request["dtypes"].get(name, "float32"), None)
         if not isinstance(dtype, torch.dtype):
-            raise ImportRefused(f"--shape {name}: {shown(request['dtypes'][name])} is no dtype")
+            raise ImportRefusedError(f"--shape {name}: {shown(request['dtypes'][name])} is no dtype")
         found[name] = torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
     arguments: dict[str, Any] = {}
     for name, tensor in sorted(found.items(), key=lambda item: _numbered(item[0])):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.torch_axes import Axes, batch_axes, grown_axis, resized
 from engram_models.importing.torch_programs import Program, first_line, path_name
 
@@ -21,10 +21,10 @@ _ROWS = (3, 5)  # batches that the graph is compared in
 
 
 def write_graph(program: Program, told: Mapping[str, int], output: Path) -> list[str]:
-    """Gives what the user should know. Raises ImportRefused."""
+    """Gives what the user should know. Raises ImportRefusedError."""
     for name in told:
         if name in program.names and not 0 <= told[name] < program.examples[program.names.index(name)].dim():
-            raise ImportRefused(f"--batch-axis {name}={told[name]}: it has no such axis")
+            raise ImportRefusedError(f"--batch-axis {name}={told[name]}: it has no such axis")
     torch.set_num_threads(1)  # this process forks
     with torch.no_grad():
         first = _call(program, program.examples)
@@ -50,7 +50,7 @@ def _call(program: Program, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(program.step(*(tensor.clone() for tensor in tensors)))
     except Exception as error:
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(program.names, tensors, strict=True))
-        raise ImportRefused(f"{program.source}: does not run on {shapes}: {first_line(error)}") from None
+        raise ImportRefusedError(f"{program.source}: does not run on {shapes}: {first_line(error)}") from None
 
 
 def _check_pure(program: Program, first: tuple[Tensor, ...]) -> None:
@@ -59,12 +59,12 @@ def _check_pure(program: Program, first: tuple[Tensor, ...]) -> None:
     second = _call(program, program.examples)
     changed = [name for name, buffer in program.step.named_buffers() if not _alike(buffer, before[name])]
     if changed:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{program.source}: forward changes its own {', '.join(shown(n.removeprefix('inner.')) for n in changed[:4])}; "
             "a session's state must be an argument of forward and one of its results"
         )
     if not all(map(_alike, first, second)):
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{program.source}: gives other results when it is called again: it keeps a state in itself, or draws random numbers; "
             "a session's state must be an argument of forward and one of its results"
         )
@@ -122,7 +122,7 @@ def _export(
                 output_names=names, dynamic_axes=dynamic,
             )  # fmt: skip
     except Exception as error:
-        raise ImportRefused(f"{program.source}: torch.onnx cannot write it: {first_line(error)}") from None
+        raise ImportRefusedError(f"{program.source}: torch.onnx cannot write it: {first_line(error)}") from None
     if any("Python boolean" in str(warning.message) for warning in warned):
         _check_branches(program, examples)
 
@@ -134,7 +134,7 @@ def _exported(program: Program, examples: list[Tensor]) -> tuple[Any, tuple[Any,
         return program.step, tuple(examples)
     args, kwargs = program.step.arguments(examples)
     if kwargs:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{program.source}: give the shape of every parameter of forward before {shown(next(iter(kwargs)))}"
         )
     return inner, args
@@ -146,7 +146,7 @@ def _check_branches(program: Program, examples: list[Tensor]) -> None:
         torch.export.export(program.step, tuple(examples), strict=False)
     except Exception as error:
         if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"{program.source}: its Python branches on the values of tensors, which no recording follows; use torch.where, "
                 "or import what torch.jit.script makes of it"
             ) from None
@@ -165,7 +165,7 @@ def _compare(program: Program, axes: Axes | None, output: Path) -> list[str]:
     try:
         session = onnxruntime.InferenceSession(str(output), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"{program.source}: ONNX Runtime does not load what torch.onnx wrote: {first_line(error)}"
         ) from None
     taken = {tensor.name for tensor in session.get_inputs()}
@@ -199,7 +199,7 @@ def _check_results(program: Program, session: Any, got: list[Any], expected: tup
             away = f"shape {list(ours.shape)}, not {list(theirs.shape)}" if ours.shape != theirs.shape else (
                 f"{(ours - theirs).abs().max().item():.2g} away"
             )  # fmt: skip
-            raise ImportRefused(
+            raise ImportRefusedError(
                 f"{program.source}: the graph that torch.onnx wrote differs from the module in {shown(result.name)} ({away}); "
                 "its Python does something that a recording cannot follow"
             )

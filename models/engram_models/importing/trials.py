@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engram_models.check import CHECK_ROWS, CHECK_STEPS, CheckVector
-from engram_models.importing.calls import RunFailed, checked_call, initial_rows, loaded
-from engram_models.importing.errors import ImportRefused, shown
+from engram_models.importing.calls import RunFailedError, checked_call, initial_rows, loaded
+from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.numbers import LEVELS, POISONS, Array, as_floats, difference, drawn, poisoned, tolerance
 from engram_models.importing.sandbox import report
 from engram_models.spec import Schema, TensorSpec
@@ -49,7 +49,7 @@ class Trials:
     def __init__(
         self, graph: bytes, schema: Schema, initial: Mapping[str, Array], examples: Mapping[str, Array]
     ) -> None:
-        """Raises ImportRefused where ONNX Runtime does not take the graph, or it does not run even alone."""
+        """Raises ImportRefusedError where ONNX Runtime does not take the graph, or it does not run even alone."""
         self._graph, self._step = graph, loaded(graph, schema)
         self._schema, self._examples = schema, examples
         self._initial = [initial_rows(spec, initial, 1) for spec in schema.state]
@@ -65,7 +65,7 @@ class Trials:
         self.states, self.outputs = self._alone()
 
     def run_alone(self) -> None:
-        """Order of calls, numbers, whether states move. Raises ImportRefused where calls are not the same twice."""
+        """Order of calls, numbers, whether states move. Raises ImportRefusedError where calls are not the same twice."""
         report("each row alone, again in another order")
         self._check_order()
         self._look_at_numbers()
@@ -101,9 +101,9 @@ class Trials:
                 for step in range(STEPS):
                     _, states = self._call(self._drawn(1, step), states)
                 return level, (time.perf_counter() - started) / STEPS
-            except RunFailed as error:
+            except RunFailedError as error:
                 why = str(error)
-        raise ImportRefused(
+        raise ImportRefusedError(
             f"the model does not run on inputs made up for it: {why}; give inputs of a real run with --verify, or look at "
             "--constant, --batch-axis and --initial"
         )
@@ -130,7 +130,7 @@ class Trials:
         return [*outputs, *after]
 
     def _call(self, inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-        """Raises RunFailed also where a tensor is not [rows, *shape]."""
+        """Raises RunFailedError also where a tensor is not [rows, *shape]."""
         self.findings.calls += 1
         return checked_call(self._step, self._schema, inputs, states)
 
@@ -142,7 +142,7 @@ class Trials:
                     apart = difference(got, wanted, spec)
                     self.findings.largest = max(self.findings.largest, apart)
                     if apart > tolerance(spec):
-                        raise ImportRefused(
+                        raise ImportRefusedError(
                             f"{shown(spec.name)} differs by {apart:.2g} when the model is called again with the same inputs and "
                             "states; it is random (a Random or Dropout operator?), or keeps something that is no state"
                         )
@@ -188,7 +188,7 @@ class Trials:
     def _together(self, inputs: Sequence[Array], states: Sequence[Array]) -> list[Array]:
         try:
             outputs, after = self._call(inputs, states)
-        except RunFailed as error:
+        except RunFailedError as error:
             raise Dependent(f"the graph does not run with {len(inputs[0])} rows: {error}") from None
         return [*outputs, *after]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from engram_models.importing.errors import ImportRefused
+from engram_models.importing.errors import ImportRefusedError
 
 FIELDS_MAX = 1_000_000
 DEPTH_MAX = 60  # messages in messages: three for each graph in a graph
@@ -25,7 +25,7 @@ _MESSAGE = FieldDescriptor.TYPE_MESSAGE
 
 
 def check_wire(data: bytes, descriptor: Descriptor) -> None:
-    """Raises ImportRefused for what is no such message, or one that would take far more memory than its own size."""
+    """Raises ImportRefusedError for what is no such message, or one that would take far more memory than its own size."""
     kinds: dict[str, dict[int, tuple[int, Descriptor | None]]] = {}
     open_messages: list[Iterator[tuple[int, int, int]]] = [_fields(data, 0, len(data))]
     schemas = [_schema(descriptor, kinds)]
@@ -39,19 +39,21 @@ def check_wire(data: bytes, descriptor: Descriptor) -> None:
         number, start, end = found
         fields += 1
         if fields > FIELDS_MAX:
-            raise ImportRefused(f"it has more than {FIELDS_MAX} fields; save numbers as raw data and split the model")
+            raise ImportRefusedError(
+                f"it has more than {FIELDS_MAX} fields; save numbers as raw data and split the model"
+            )
         if end < 0:
             continue
         kind, inner = schemas[-1].get(number, (0, None))
         if kind == _MESSAGE and inner is not None:
             if len(open_messages) >= DEPTH_MAX:
-                raise ImportRefused(f"graphs or types in it are nested more than {DEPTH_MAX // 3} deep")
+                raise ImportRefusedError(f"graphs or types in it are nested more than {DEPTH_MAX // 3} deep")
             open_messages.append(_fields(data, start, end))
             schemas.append(_schema(inner, kinds))
         elif kind in _NUMBERS:
             numbers += end - start
             if numbers > VARINT_BYTES_MAX:
-                raise ImportRefused(
+                raise ImportRefusedError(
                     f"it has more than {VARINT_BYTES_MAX >> 20} MB of packed numbers; save them as raw data"
                 )
 
@@ -70,11 +72,13 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
         key, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at, end)
         number, wire_type = key >> 3, key & 7
         if not number:
-            raise ImportRefused(_BROKEN)
+            raise ImportRefusedError(_BROKEN)
         if wire_type == 2:
             length, at = (data[at], at + 1) if at < end and data[at] < 128 else _varint(data, at, end)
             if length > end - at:
-                raise ImportRefused(f"{_BROKEN}: at byte {at}, {length} bytes are announced and {end - at} are left")
+                raise ImportRefusedError(
+                    f"{_BROKEN}: at byte {at}, {length} bytes are announced and {end - at} are left"
+                )
             yield number, at, at + length
             at += length
             continue
@@ -83,9 +87,9 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
         elif wire_type in (1, 5):
             at += 8 if wire_type == 1 else 4
         else:
-            raise ImportRefused(_BROKEN)
+            raise ImportRefusedError(_BROKEN)
         if at > end:
-            raise ImportRefused(_BROKEN)
+            raise ImportRefusedError(_BROKEN)
         yield number, at, -1
 
 
@@ -98,4 +102,4 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
         if byte < 128:
             return value, at
         shift += 7
-    raise ImportRefused(_BROKEN)
+    raise ImportRefusedError(_BROKEN)

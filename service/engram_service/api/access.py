@@ -11,7 +11,7 @@ from typing import Any
 from engram.v1 import service_pb2
 from engram_service.api.audit import Audit
 from engram_service.api.holdback import Holdback
-from engram_service.errors import PermissionDenied, Refusal
+from engram_service.errors import PermissionDeniedError, ServiceError
 from engram_service.tokens import Caller, Tokens
 
 ANY = ""  # any token will do
@@ -38,34 +38,34 @@ class Access:
         self.holdback = Holdback()
 
     def known(self, metadata: Any) -> Caller:
-        """Who calls. Raises Unauthenticated."""
+        """Who calls. Raises UnauthenticatedError."""
         return self.tokens.caller(_bearer(metadata))
 
     def entitle(self, caller: Caller, path: str) -> None:
-        """Whether it may call a method, of whatever service. Raises PermissionDenied."""
+        """Whether it may call a method, of whatever service. Raises PermissionDeniedError."""
         name = path.rpartition("/")[2]
         # gRPC itself says of a method that the service does not have that it is not there.
         _entitled(caller, name, RIGHT_OF.get(name, ANY) if path.startswith(SERVICE) else _OTHERS)
 
     def admit(self, method: str, metadata: Any, peer: str) -> Caller:
-        """Who calls this method of the Engram service. Raises Refusal."""
+        """Who calls this method of the Engram service. Raises ServiceError."""
         caller: Caller | None = None
         try:
             caller = self.known(metadata)
             return _entitled(caller, method, RIGHT_OF[method])
-        except Refusal as refusal:
+        except ServiceError as refusal:
             self.audit.denied(method, caller, peer, refusal)
             raise
 
     def renewed(self, caller: Caller, method: str) -> Caller:
-        """The caller of a call that goes on, as the tokens are by now. Raises Refusal."""
+        """The caller of a call that goes on, as the tokens are by now. Raises ServiceError."""
         return _entitled(self.tokens.renewed(caller), method, RIGHT_OF[method])
 
 
 def _entitled(caller: Caller, method: str, right: str) -> Caller:
     if right != ANY and right not in caller.rights:
         message = f"{method} needs the right {right!r}, which the token {caller.token!r} does not have"
-        raise PermissionDenied("RIGHT_MISSING", message, right=right)
+        raise PermissionDeniedError("RIGHT_MISSING", message, right=right)
     return caller
 
 

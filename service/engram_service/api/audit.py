@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from engram_service.errors import Refusal, Unauthenticated
+from engram_service.errors import ServiceError, UnauthenticatedError
 from engram_service.metrics import Metrics
 from engram_service.tokens import Caller
 
@@ -38,10 +38,10 @@ class Audit:
         """Sessions that were closed by a frame of a stream."""
         self._line("Stream close", caller, peer, sessions, outcome)
 
-    def denied(self, method: str, caller: Caller | None, peer: str, refusal: Refusal) -> None:
+    def denied(self, method: str, caller: Caller | None, peer: str, refusal: ServiceError) -> None:
         """A call that was not let in, or a stream that was put out."""
         self._denied.labels(refusal.reason).inc()
-        if isinstance(refusal, Unauthenticated) and caller is None:
+        if isinstance(refusal, UnauthenticatedError) and caller is None:
             if time.monotonic() < self._quiet_until:
                 return
             self._quiet_until = time.monotonic() + _UNKNOWN_PAUSE_S

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engram_service.errors import InvalidArgument
+from engram_service.errors import InvalidArgumentError
 from engram_service.store import SessionInfo
 from engram_service.tenants import id_of
 
@@ -46,13 +46,13 @@ def exported(session: Exported) -> bytes:
 
 
 def imported(data: bytes) -> Exported:
-    """The session out of exported bytes. Raises InvalidArgument."""
+    """The session out of exported bytes. Raises InvalidArgumentError."""
     start = len(_MAGIC) + _LENGTHS.size
     body, digest = data[:-_DIGEST_NBYTES], data[-_DIGEST_NBYTES:]
     if len(body) < start or not body.startswith(_MAGIC):
-        raise InvalidArgument("INVALID_EXPORT", "the bytes are not an exported session")
+        raise InvalidArgumentError("INVALID_EXPORT", "the bytes are not an exported session")
     if _digest(body) != digest:
-        raise InvalidArgument("INVALID_EXPORT", "the exported session is damaged: its digest does not fit")
+        raise InvalidArgumentError("INVALID_EXPORT", "the exported session is damaged: its digest does not fit")
     *lengths, count = _LENGTHS.unpack_from(body, len(_MAGIC))
     parts, start = _cut(body, start, lengths)
     if start + 8 * count > len(body):
@@ -64,11 +64,11 @@ def imported(data: bytes) -> Exported:
     try:
         return Exported(parts[0].decode(), parts[1].decode(), parts[2].decode(), parts[3], memory)
     except UnicodeDecodeError as error:
-        raise InvalidArgument("INVALID_EXPORT", "the exported session's names are not UTF-8") from error
+        raise InvalidArgumentError("INVALID_EXPORT", "the exported session's names are not UTF-8") from error
 
 
-def _misfit() -> InvalidArgument:
-    return InvalidArgument("INVALID_EXPORT", "the exported session's lengths do not fit it")
+def _misfit() -> InvalidArgumentError:
+    return InvalidArgumentError("INVALID_EXPORT", "the exported session's lengths do not fit it")
 
 
 def _cut(body: bytes, start: int, lengths: list[int]) -> tuple[list[bytes], int]:

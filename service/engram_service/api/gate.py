@@ -17,7 +17,7 @@ import grpc
 from engram_service.api.access import SERVICE, Access
 from engram_service.api.probes import HEALTH
 from engram_service.api.status import abort
-from engram_service.errors import Refusal, ResourceExhausted
+from engram_service.errors import ResourceExhaustedError, ServiceError
 from engram_service.tokens import Caller
 
 _STREAM = f"{SERVICE}Stream"  # has a limit of its own, streams_max
@@ -49,12 +49,12 @@ class Gate(grpc.aio.ServerInterceptor):
             self._access.entitle(caller, path)
             if path != _STREAM:
                 self._enter(caller.tenant)
-        except Refusal as refusal:
+        except ServiceError as refusal:
             return self._closed(path.rpartition("/")[2], caller, refusal)
         return await continuation(details)
 
     def _enter(self, tenant: str) -> None:
-        """Counts the call in until its task is done. Raises ResourceExhausted."""
+        """Counts the call in until its task is done. Raises ResourceExhaustedError."""
         task = asyncio.current_task()
         if task is None:
             return
@@ -62,7 +62,7 @@ class Gate(grpc.aio.ServerInterceptor):
             message = (
                 f"{self._of[tenant]} calls of this tenant and {self._calls} of all are under way, this server's limit"
             )
-            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+            raise ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
         self._calls += 1
         self._of[tenant] += 1
 
@@ -74,7 +74,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
         task.add_done_callback(leave)
 
-    def _closed(self, method: str, caller: Caller | None, refusal: Refusal) -> Handler:
+    def _closed(self, method: str, caller: Caller | None, refusal: ServiceError) -> Handler:
         async def handle(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             self._access.audit.denied(method, caller, context.peer(), refusal)
             await self._access.holdback.hold()

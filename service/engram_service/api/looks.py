@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from engram_service.core import Core
-from engram_service.errors import Refusal, ResourceExhausted, Unavailable
+from engram_service.errors import ResourceExhaustedError, ServiceError, UnavailableError
 from engram_service.sessions.table import NO_STREAM, Reference
 from engram_service.store import SessionInfo
 from engram_service.tenants import tenant_of
@@ -64,7 +64,7 @@ class Looks:
     """Those who wait, by session. Event loop only."""
 
     def __init__(self, core: Core, describe: Describe) -> None:
-        """`describe` reads a session with its record. Raises NotFound and whatever else the store may say."""
+        """`describe` reads a session with its record. Raises NotFoundError and whatever else the store may say."""
         self._core = core
         self._describe = describe
         self._watched: dict[str, _Watched] = {}
@@ -74,7 +74,8 @@ class Looks:
 
     async def committed(self, key: str, left_s: float, min_seq: int) -> SessionInfo:
         """The session with its record, once that has what this server has applied by now, and is at step `min_seq`: another
-        server may hold the session, or its client may still have to replay it. Raises NotFound, Unavailable, ResourceExhausted."""
+        server may hold the session, or its client may still have to replay it. Raises NotFoundError,
+        UnavailableError, ResourceExhaustedError."""
         deadline = time.monotonic() + left_s
         wait = self._asked(key, min_seq)
         if not self._behind(wait):
@@ -87,7 +88,7 @@ class Looks:
                 return await wait.found
         except TimeoutError:
             message = f"step {wait.target} is not committed yet; try again"
-            raise Unavailable("STORE_UNAVAILABLE", message, retry_after_ms=_RETRY_MS) from None
+            raise UnavailableError("STORE_UNAVAILABLE", message, retry_after_ms=_RETRY_MS) from None
         finally:
             self._leave(key, wait)
 
@@ -103,7 +104,7 @@ class Looks:
         if self._waiting.total() >= _WAITING_MAX or self._waiting[tenant] >= _TENANT_WAITING_MAX:
             mine, all_ = self._waiting[tenant], self._waiting.total()
             message = f"{mine} calls of this tenant and {all_} of all wait for steps of sessions, as many as may"
-            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+            raise ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
         self._waiting[tenant] += 1
         watched = self._watched.setdefault(key, _Watched(key, next_look=time.monotonic() + _LOOK_S))
         watched.waits.append(wait)
@@ -171,7 +172,7 @@ class Looks:
                 for wait in waits:
                     if info.seq >= wait.min_seq and not wait.found.done():
                         wait.found.set_result(info)
-        except Refusal as refusal:
+        except ServiceError as refusal:
             for wait in watched.waits:
                 if not wait.found.done():
                     wait.found.set_exception(refusal)

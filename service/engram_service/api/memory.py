@@ -1,6 +1,6 @@
 """The RPCs of memories: patterns stored, recalled and forgotten; an NTM's memory addressed; inputs recreated.
 
-Each method takes a request and its call, returns the response and raises Refusal; server.py maps it. What is worked
+Each method takes a request and its call, returns the response and raises ServiceError; server.py maps it. What is worked
 out happens in threads of its own, so that neither the event loop nor the engine waits for it.
 """
 
@@ -22,7 +22,7 @@ from engram_service.api.turns import Turns
 from engram_service.api.unary import UnaryHandlers, check_id, place_of
 from engram_service.catalog import Served
 from engram_service.core import Core
-from engram_service.errors import FailedPrecondition, InvalidArgument
+from engram_service.errors import FailedPreconditionError, InvalidArgumentError
 from engram_service.memory.chunks import width_of
 from engram_service.memory.memories import Memories
 from engram_service.sessions.calls import StoreCalls
@@ -62,9 +62,9 @@ class MemoryHandlers:
         bits = _rows(request.patterns, request.size, "patterns")
         labels = list(request.labels)
         if not len(bits):
-            raise InvalidArgument("INVALID_PATTERN", "no patterns; give at least one")
+            raise InvalidArgumentError("INVALID_PATTERN", "no patterns; give at least one")
         if labels and len(labels) != len(bits):
-            raise InvalidArgument(
+            raise InvalidArgumentError(
                 "INVALID_PATTERN", f"{len(bits)} patterns and {len(labels)} labels; give one each, or none"
             )
         _check_labels(labels)
@@ -80,7 +80,7 @@ class MemoryHandlers:
     async def forget_patterns(self, request: pb.ForgetPatternsRequest, call: Call) -> pb.ForgetPatternsResponse:
         operation = _operation(request.operation_id)
         if request.all == bool(request.labels):
-            raise InvalidArgument("INVALID_ARGUMENT", "give the labels to forget, or all, and not both")
+            raise InvalidArgumentError("INVALID_ARGUMENT", "give the labels to forget, or all, and not both")
         labels = None if request.all else list(request.labels)
         done = await self._call(call.left_s, self._memories.forget, request.session_id, operation, labels)
         self._core.metrics.patterns.labels("forgotten").inc(done.rows)
@@ -113,13 +113,13 @@ class MemoryHandlers:
         spec = served.queries.addressable
         if spec is None:
             message = f"{served.reference} is of kind {served.bundle.kind}, whose state has no memory to address"
-            raise FailedPrecondition("UNSUPPORTED_OPERATION", message)
+            raise FailedPreconditionError("UNSUPPORTED_OPERATION", message)
         slots, width = spec.shape
         keys = _floats(request.keys, width, "keys")
         strengths = _floats(request.strengths, 1, "strengths")[:, 0]
         if len(keys) != len(strengths) or not len(keys):
             message = f"{len(keys)} keys and {len(strengths)} strengths; give one or more keys, and a strength for each"
-            raise InvalidArgument("INVALID_ARGUMENT", message)
+            raise InvalidArgumentError("INVALID_ARGUMENT", message)
         weightings, reads = await self._query(call, served.queries.address, state, keys, strengths)
         return pb.AddressMemoryResponse(
             seq=info.seq, weightings=weightings.tobytes(), reads=reads.tobytes(), slots=slots, width=width
@@ -129,19 +129,19 @@ class MemoryHandlers:
         served = await self._model_of(request)
         if not served.queries.recreates:
             message = f"{served.reference} is of kind {served.bundle.kind}, which recreates no inputs; rbm and dbn do"
-            raise FailedPrecondition("UNSUPPORTED_OPERATION", message)
+            raise FailedPreconditionError("UNSUPPORTED_OPERATION", message)
         inputs = _floats(request.inputs, served.bundle.schema.inputs[0].size, "inputs")
         unknown = _unknown_units(request.unknown, inputs)
         sweeps = _sweeps(request.sweeps or 1)
         try:
             recreations, energies = await self._query(call, served.queries.recreate, inputs, unknown, sweeps)
         except ValueError as error:
-            raise InvalidArgument("INVALID_ARGUMENT", str(error)) from error
+            raise InvalidArgumentError("INVALID_ARGUMENT", str(error)) from error
         return pb.RecreateResponse(recreations=recreations.tobytes(), energies=energies.tobytes())
 
     async def _model_of(self, request: pb.RecreateRequest) -> Served:
         if bool(request.session_id) == bool(request.model):
-            raise InvalidArgument("INVALID_ARGUMENT", "give a model or a session, and not both")
+            raise InvalidArgumentError("INVALID_ARGUMENT", "give a model or a session, and not both")
         if request.model:
             return self._core.catalog.resolve(request.model, request.version)
         info = await self._unary.info(request.session_id)
@@ -171,7 +171,7 @@ class MemoryHandlers:
 
 def _operation(operation_id: bytes) -> bytes:
     if len(operation_id) != _OPERATION_NBYTES:
-        raise InvalidArgument("INVALID_ARGUMENT", f"operation_id has {_OPERATION_NBYTES} bytes, random ones")
+        raise InvalidArgumentError("INVALID_ARGUMENT", f"operation_id has {_OPERATION_NBYTES} bytes, random ones")
     return operation_id
 
 
@@ -179,7 +179,7 @@ def _rows(data: bytes, size: int, what: str) -> NDArray[np.uint8]:
     """Patterns uint8 [n, ceil(size / 8)] out of a column."""
     width = width_of(size)
     if not size or len(data) % width:
-        raise InvalidArgument(
+        raise InvalidArgumentError(
             "INVALID_PATTERN", f"{what}: {len(data)} bytes are not whole patterns of {size} bits, {width} bytes each"
         )
     return np.frombuffer(data, np.uint8).reshape(-1, width)
@@ -189,21 +189,23 @@ def _check_labels(labels: Sequence[str]) -> None:
     for row, label in enumerate(labels):
         if not label or not label.isprintable() or len(label.encode()) > LABEL_BYTES_MAX:
             message = f"pattern {row}: the label is 1 to {LABEL_BYTES_MAX} bytes of UTF-8 without control characters"
-            raise InvalidArgument("INVALID_PATTERN", message)
+            raise InvalidArgumentError("INVALID_PATTERN", message)
 
 
 def _cues(request: pb.RecallRequest) -> NDArray[np.int8]:
     """Cues int8 [n, size]: -1, +1, and 0 where a bit is unknown."""
     bits = _rows(request.cues, request.size, "cues")
     if not len(bits):
-        raise InvalidArgument("INVALID_PATTERN", "no cues; give at least one")
+        raise InvalidArgumentError("INVALID_PATTERN", "no cues; give at least one")
     if len(bits) > _CUES_MAX:
-        raise InvalidArgument("FRAME_TOO_LARGE", f"{len(bits)} cues in one call; send at most {_CUES_MAX}")
+        raise InvalidArgumentError("FRAME_TOO_LARGE", f"{len(bits)} cues in one call; send at most {_CUES_MAX}")
     cues = PatternMemory.unpack(bits, request.size)
     if request.unknown:
         unknown = _rows(request.unknown, request.size, "unknown")
         if len(unknown) != len(bits):
-            raise InvalidArgument("INVALID_PATTERN", f"{len(bits)} cues and {len(unknown)} masks; give one for each")
+            raise InvalidArgumentError(
+                "INVALID_PATTERN", f"{len(bits)} cues and {len(unknown)} masks; give one for each"
+            )
         cues[np.unpackbits(unknown, axis=1, count=request.size).view(np.bool_)] = 0
     return cues
 
@@ -226,27 +228,31 @@ def _recalled(found: Sequence[Recalled], size: int) -> pb.RecallResponse:
 
 def _sweeps(sweeps: int) -> int:
     if sweeps > _SWEEPS_MAX:
-        raise InvalidArgument("INVALID_ARGUMENT", f"{sweeps} sweeps; at most {_SWEEPS_MAX}")
+        raise InvalidArgumentError("INVALID_ARGUMENT", f"{sweeps} sweeps; at most {_SWEEPS_MAX}")
     return sweeps
 
 
 def _floats(data: bytes, width: int, what: str) -> NDArray[np.float32]:
     """float32 [n, width] out of a column."""
     if len(data) % (4 * width):
-        raise InvalidArgument("INVALID_INPUT_WIDTH", f"{what}: {len(data)} bytes are not whole rows of {width} float32")
+        raise InvalidArgumentError(
+            "INVALID_INPUT_WIDTH", f"{what}: {len(data)} bytes are not whole rows of {width} float32"
+        )
     values = np.frombuffer(data, "<f4").reshape(-1, width)
     if not np.isfinite(values).all():
-        raise InvalidArgument("NON_FINITE_INPUT", f"{what}: row {np.argmin(np.isfinite(values).all(1))} is not finite")
+        raise InvalidArgumentError(
+            "NON_FINITE_INPUT", f"{what}: row {np.argmin(np.isfinite(values).all(1))} is not finite"
+        )
     return values.astype(np.float32)
 
 
 def _unknown_units(data: bytes, inputs: NDArray[np.float32]) -> NDArray[np.bool_] | None:
     if not len(inputs):
-        raise InvalidArgument("INVALID_INPUT_WIDTH", "no inputs; give at least one")
+        raise InvalidArgumentError("INVALID_INPUT_WIDTH", "no inputs; give at least one")
     if not data:
         return None
     if len(data) != inputs.size:
-        raise InvalidArgument(
+        raise InvalidArgumentError(
             "INVALID_INPUT_WIDTH", f"unknown has {len(data)} bytes; {inputs.size} units are asked for"
         )
     return np.frombuffer(data, np.uint8).reshape(inputs.shape).astype(np.bool_)

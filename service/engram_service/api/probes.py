@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2
 from engram_service.api.health import LIVENESS, HealthService
 from engram_service.api.holdback import Holdback
 from engram_service.api.status import abort
-from engram_service.errors import DeadlineExceeded, InvalidArgument, Refusal, ResourceExhausted
+from engram_service.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError, ServiceError
 
 _SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 HEALTH = f"/{_SERVICE}/"
@@ -51,7 +51,7 @@ class Probes:
         async def handle(requests: Any, context: Context) -> None:
             try:
                 await work(context)
-            except Refusal as refusal:
+            except ServiceError as refusal:
                 await self._holdback.hold()
                 await abort(context, refusal)
             except asyncio.CancelledError:
@@ -67,11 +67,11 @@ class Probes:
     async def _watch(self, context: Context) -> None:
         if (request := await self._asked(context)) is None:
             message = "too many ask for this server's health just now; use Check"
-            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=1000)
+            raise ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=1000)
         await self._service.Watch(request, context)
 
     async def _asked(self, context: Context) -> Any:
-        """The request of a call; None: it cannot be read now. Raises DeadlineExceeded, InvalidArgument."""
+        """The request of a call; None: it cannot be read now. Raises DeadlineExceededError, InvalidArgumentError."""
         try:
             async with asyncio.timeout(_READ_S):
                 await self._turn.acquire()
@@ -90,14 +90,14 @@ class Probes:
             async with asyncio.timeout(_READ_S):
                 data = await context.read()
             if data is grpc.aio.EOF:
-                raise InvalidArgument("INVALID_FRAME", "the call has no request")
+                raise InvalidArgumentError("INVALID_FRAME", "the call has no request")
             if len(data) > _NBYTES_MAX:
                 raise DecodeError
             return health_pb2.HealthCheckRequest.FromString(data)
         except TimeoutError:
             self._unread_until = loop.time() + _READ_S
-            raise DeadlineExceeded("DEADLINE_EXCEEDED", f"no request came within {_READ_S:.0f} s") from None
+            raise DeadlineExceededError("DEADLINE_EXCEEDED", f"no request came within {_READ_S:.0f} s") from None
         except DecodeError:
             self._unread_until = loop.time() + _READ_S
             message = f"the request is not a grpc.health.v1.HealthCheckRequest of at most {_NBYTES_MAX} bytes"
-            raise InvalidArgument("INVALID_FRAME", message) from None
+            raise InvalidArgumentError("INVALID_FRAME", message) from None

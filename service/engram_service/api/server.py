@@ -24,7 +24,7 @@ from engram_service.api.status import abort
 from engram_service.api.stream import StreamHandler
 from engram_service.api.tls import Certificate
 from engram_service.descriptors import connection_options
-from engram_service.errors import DeadlineExceeded, Internal, InvalidArgument, Refusal
+from engram_service.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ServiceError
 from engram_service.health import Health
 from engram_service.settings import Settings
 
@@ -118,7 +118,7 @@ def _left_s(context: grpc.aio.ServicerContext[bytes, Message], settings: Setting
     left: float | None = context.time_remaining()
     left_s = settings.step_timeout_s if left is None else min(left, settings.step_timeout_s)
     if left_s <= 0:
-        raise DeadlineExceeded("DEADLINE_EXCEEDED", "the call's deadline had passed when it arrived")
+        raise DeadlineExceededError("DEADLINE_EXCEEDED", "the call's deadline had passed when it arrived")
     return left_s
 
 
@@ -136,7 +136,7 @@ def _unary(
     async def call(data: bytes, context: grpc.aio.ServicerContext[bytes, Message]) -> Message:
         try:
             caller = access.admit(method.name, context.invocation_metadata(), context.peer())
-        except Refusal as refusal:
+        except ServiceError as refusal:
             await abort(context, refusal)
         ids: list[str] = []
         try:
@@ -145,8 +145,10 @@ def _unary(
             confine(request, caller.tenant)
             response = await handle(request, Call(_left_s(context, settings), caller))
         except DecodeError:
-            problem: Refusal = InvalidArgument("INVALID_FRAME", f"the bytes are not an {method.input_type.full_name}")
-        except Refusal as refusal:
+            problem: ServiceError = InvalidArgumentError(
+                "INVALID_FRAME", f"the bytes are not an {method.input_type.full_name}"
+            )
+        except ServiceError as refusal:
             problem = refusal
         except asyncio.CancelledError:
             access.audit.done(method.name, caller, context.peer(), ids, "CANCELLED")
@@ -154,7 +156,7 @@ def _unary(
             raise
         except Exception as error:
             log.exception("%s failed", method.name)
-            problem = Internal("INTERNAL", f"the server failed on this call: {type(error).__name__}")
+            problem = InternalError("INTERNAL", f"the server failed on this call: {type(error).__name__}")
         else:
             access.audit.done(method.name, caller, context.peer(), ids)
             return response

@@ -9,12 +9,12 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from engram_service.errors import Refusal
+from engram_service.errors import ServiceError
 
 DOMAIN = "engram"
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], refusal: Refusal) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], refusal: ServiceError) -> NoReturn:
     """Ends the call with the refusal's status, reason and hints."""
     info = any_pb2.Any()
     info.Pack(error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN, metadata=refusal.metadata))

@@ -17,7 +17,13 @@ from engram.v1 import stream_pb2
 from engram_service.api.access import Access
 from engram_service.api.status import abort
 from engram_service.core import Core
-from engram_service.errors import Internal, InvalidArgument, Refusal, ResourceExhausted, Unauthenticated
+from engram_service.errors import (
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    ServiceError,
+    UnauthenticatedError,
+)
 from engram_service.sessions.ending import Asked, Endings
 from engram_service.sessions.opening import Opened, Sessions, Wanted, new_id
 from engram_service.sessions.streams import Stream
@@ -50,7 +56,7 @@ class _Guest:
     caller: Caller
     peer: str
     heard: bool = False  # whether a frame has come
-    put_out: asyncio.Future[Refusal] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    put_out: asyncio.Future[ServiceError] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class StreamHandler:
@@ -69,8 +75,8 @@ class StreamHandler:
         try:
             caller = self._access.admit("Stream", context.invocation_metadata(), context.peer())
             stream = self._core.connect(trace_of(context), caller.tenant)
-        except Refusal as refusal:
-            if isinstance(refusal, ResourceExhausted):
+        except ServiceError as refusal:
+            if isinstance(refusal, ResourceExhaustedError):
                 await self._access.holdback.hold()
             await abort(context, refusal)
         told = {"stream": stream.id, "trace": stream.trace, "tenant": caller.tenant, "token": caller.token}
@@ -115,9 +121,11 @@ class StreamHandler:
             try:
                 renewed = self._access.renewed(guest.caller, "Stream")
                 if renewed.tenant != guest.caller.tenant:
-                    raise Unauthenticated("TOKEN_UNKNOWN", "this token has been given to another tenant; connect again")
+                    raise UnauthenticatedError(
+                        "TOKEN_UNKNOWN", "this token has been given to another tenant; connect again"
+                    )
                 guest.caller = renewed
-            except Refusal as refusal:
+            except ServiceError as refusal:
                 if not guest.put_out.done():
                     self._access.audit.denied("Stream", guest.caller, guest.peer, refusal)
                     guest.put_out.set_result(refusal)
@@ -146,7 +154,7 @@ class StreamHandler:
         limit = self._core.settings.frame_bytes_max
         try:
             if len(data) > limit:
-                raise InvalidArgument("FRAME_TOO_LARGE", f"the frame has {len(data)} bytes; send at most {limit}")
+                raise InvalidArgumentError("FRAME_TOO_LARGE", f"the frame has {len(data)} bytes; send at most {limit}")
             request = stream_pb2.StreamRequest.FromString(data)
             match request.WhichOneof("frame"):
                 case "steps":
@@ -162,14 +170,14 @@ class StreamHandler:
                 case "confirm":
                     stream.confirmed(request.confirm.number)
                 case _:
-                    raise InvalidArgument("INVALID_FRAME", "the request has no frame that this server knows")
+                    raise InvalidArgumentError("INVALID_FRAME", "the request has no frame that this server knows")
         except DecodeError:
-            _say(stream, InvalidArgument("INVALID_FRAME", "the bytes are not an engram.v1.StreamRequest"))
-        except Refusal as refusal:
+            _say(stream, InvalidArgumentError("INVALID_FRAME", "the bytes are not an engram.v1.StreamRequest"))
+        except ServiceError as refusal:
             _say(stream, refusal)
         except Exception as error:
             log.exception("a frame failed", extra={"stream": stream.id})
-            _say(stream, Internal("INTERNAL", f"the server failed on this frame: {type(error).__name__}"))
+            _say(stream, InternalError("INTERNAL", f"the server failed on this frame: {type(error).__name__}"))
         return None
 
     async def _open(self, stream: Stream, frame: stream_pb2.OpenFrame | stream_pb2.AttachFrame, attach: bool) -> None:
@@ -182,11 +190,11 @@ class StreamHandler:
             wanted.confirms, wanted.constants = frame.confirms, frame.constants
         try:
             opened = await self._sessions.open(stream, wanted)
-        except Refusal as refusal:
+        except ServiceError as refusal:
             opened = Opened.refused(len(keys), keys, refusal)
         except Exception as error:
             log.exception("an open failed", extra={"stream": stream.id})
-            failure = Internal("INTERNAL", f"the server failed on this open: {type(error).__name__}")
+            failure = InternalError("INTERNAL", f"the server failed on this open: {type(error).__name__}")
             opened = Opened.refused(len(keys), keys, failure)
         made = any(not given for given in frame.session_ids)
         response = stream_pb2.OpenedFrame(
@@ -207,7 +215,7 @@ class StreamHandler:
         """What a CloseFrame is about is settled as it is read; it is finished though the stream be gone by its turn."""
         try:
             asked = self._endings.asked(stream, frame)
-        except Refusal as refusal:
+        except ServiceError as refusal:
             _tell_closed(stream, frame.request_id, [(row, refusal) for row in range(len(frame.handles) // 4)])
             return None
         return _Slow(partial(self._close, stream, frame.request_id, asked, self._guests[stream]), finished=True)
@@ -269,12 +277,12 @@ async def _write(stream: Stream, context: Context) -> None:
         await context.write(response)
 
 
-def _tell_closed(stream: Stream, request_id: int, errors: list[tuple[int, Refusal]]) -> None:
+def _tell_closed(stream: Stream, request_id: int, errors: list[tuple[int, ServiceError]]) -> None:
     rows = [stream_pb2.RowError(row=row, error=refusal.detail()) for row, refusal in errors]
     stream.tell(stream_pb2.StreamResponse(closed=stream_pb2.ClosedFrame(request_id=request_id, errors=rows)))
 
 
-def _say(stream: Stream, refusal: Refusal) -> None:
+def _say(stream: Stream, refusal: ServiceError) -> None:
     """A frame that could not be used at all."""
     stream.tell(stream_pb2.StreamResponse(errors=stream_pb2.ErrorsFrame(errors=[refusal.detail()])))
 

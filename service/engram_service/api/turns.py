@@ -11,7 +11,7 @@ import contextlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator
 
-from engram_service.errors import DeadlineExceeded, ResourceExhausted
+from engram_service.errors import DeadlineExceededError, ResourceExhaustedError
 
 _RETRY_MS = 500
 
@@ -29,7 +29,7 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def turn(self, tenant: str, left_s: float) -> AsyncIterator[None]:
-        """Lasts as long as the work. Raises ResourceExhausted where too many wait, DeadlineExceeded where none came in time."""
+        """Lasts as long as the work. Raises ResourceExhaustedError where too many wait, DeadlineExceededError where none came."""
         await self._enter(tenant, left_s)
         try:
             yield
@@ -43,7 +43,7 @@ class Turns:
         mine = self._waiting.get(tenant, ())
         if len(mine) >= self._tenant_waiting_max or sum(map(len, self._waiting.values())) >= self._waiting_max:
             message = f"{len(mine)} {self._name} of this tenant wait for their turn already, as many as may"
-            raise ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+            raise ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
         given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(given)
         self._give()
@@ -54,7 +54,7 @@ class Turns:
             self._give_up(tenant, given)
             if isinstance(error, TimeoutError):
                 message = f"the call's time was up before its turn among the {self._name} came; nothing was done"
-                raise DeadlineExceeded("DEADLINE_EXCEEDED", message) from None
+                raise DeadlineExceededError("DEADLINE_EXCEEDED", message) from None
             raise
 
     def _may_run(self, tenant: str) -> bool:

@@ -1,4 +1,4 @@
-"""The RPCs beside the stream: single steps, session management, models. Each raises Refusal; server.py maps it."""
+"""The RPCs beside the stream: single steps, session management, models. Each raises ServiceError; server.py maps it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from engram_service.api.unary_stream import Asked, UnaryStream
 from engram_service.catalog import Served
 from engram_service.core import Core
 from engram_service.errors import (
-    AlreadyExists,
-    DataLoss,
-    FailedPrecondition,
-    InvalidArgument,
-    Refusal,
-    Unavailable,
+    AlreadyExistsError,
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ServiceError,
+    UnavailableError,
     no_session,
 )
 from engram_service.memory.chunks import ChunkError
@@ -85,10 +85,10 @@ class UnaryHandlers:
         starting_state(served, request.constants)  # refused alike, whether or not the session is there
         inputs, rows = _inputs(request, served)
         if not rows and not request.generate:
-            raise InvalidArgument("INVALID_INPUT_WIDTH", "no input rows and nothing to generate")
+            raise InvalidArgumentError("INVALID_INPUT_WIDTH", "no input rows and nothing to generate")
         if rows + request.generate > min(_STEP_ROWS_MAX, served.arena.window):
             limit = min(_STEP_ROWS_MAX, served.arena.window)
-            raise InvalidArgument(
+            raise InvalidArgumentError(
                 "FRAME_TOO_LARGE", f"{rows + request.generate} steps in one call; at most {limit}, or use the stream"
             )
         asked = Asked(
@@ -163,14 +163,14 @@ class UnaryHandlers:
         )
         if _kept_by(old) != _kept_by(new):
             message = f"{old.reference} and {new.reference} have different state schemas or outputs"
-            raise FailedPrecondition("INCOMPATIBLE_VERSION", message)
+            raise FailedPreconditionError("INCOMPATIBLE_VERSION", message)
         self._unpacked(old, info)
         record = new.layout.refingerprinted(info.record)
         token = secrets.token_hex(8)
         if not await self._call(
             call.tenant, call.left_s, self._store.rewrite, info, new.reference, new.bundle.fingerprint, record, token
         ):
-            raise Unavailable(
+            raise UnavailableError(
                 "STORE_UNAVAILABLE", "the session was opened or closed meanwhile; try again", retry_after_ms=50
             )
         return session_pb2.MoveSessionResponse(session=self._session(await self.info(request.session_id)))
@@ -189,7 +189,7 @@ class UnaryHandlers:
         served = self._core.catalog.resolve(found.model, found.version)
         records = served.layout.unpack([found.record])
         if records.errors:
-            raise InvalidArgument(
+            raise InvalidArgumentError(
                 "INVALID_EXPORT", f"the exported session does not fit {served.reference}: {records.errors[0]}"
             )
         if found.memory:
@@ -198,7 +198,7 @@ class UnaryHandlers:
                     loop, check = asyncio.get_running_loop(), self._memories.check_log
                     await loop.run_in_executor(self._pool, check, served, found.memory)
             except ChunkError as error:
-                raise InvalidArgument("INVALID_EXPORT", f"the exported session's memory: {error}") from error
+                raise InvalidArgumentError("INVALID_EXPORT", f"the exported session's memory: {error}") from error
         new = request.session_id or key_of(call.tenant, found.session_id)
         await self._create(new, served.reference, served.bundle.fingerprint, found.record, call.left_s, found.memory)
         return session_pb2.ImportSessionResponse(session=self._session(await self.info(new)))
@@ -246,7 +246,7 @@ class UnaryHandlers:
             return await self._calls.call(deadline, work, *arguments, pool=self._pool)
 
     async def info(self, session_id: str, with_record: bool = False) -> SessionInfo:
-        """The session as Redis has it. Raises NotFound."""
+        """The session as Redis has it. Raises NotFoundError."""
         return await self._described(session_id, self._core.settings.step_timeout_s, with_record)
 
     async def _described(self, session_id: str, left_s: float, with_record: bool) -> SessionInfo:
@@ -270,7 +270,7 @@ class UnaryHandlers:
 
     async def committed(self, session_id: str, left_s: float, min_seq: int = 0) -> SessionInfo:
         """The session with its record, once that has what this server has applied by now, and is at step `min_seq`: another server
-        may hold the session, or its client may still have to replay it. Raises NotFound, Unavailable."""
+        may hold the session, or its client may still have to replay it. Raises NotFoundError, UnavailableError."""
         check_id(session_id)
         return await self._looks.committed(session_id, left_s, min_seq)
 
@@ -294,12 +294,12 @@ class UnaryHandlers:
             made = await self._calls.call(deadline, self._store.create, *session, pool=self._pool)
         if not made:
             own = id_of(session_id)
-            raise AlreadyExists("SESSION_EXISTS", f"there is a session {own!r} already", session=own)
+            raise AlreadyExistsError("SESSION_EXISTS", f"there is a session {own!r} already", session=own)
 
     def _unpacked(self, served: Served, info: SessionInfo) -> Records:
         records = served.layout.unpack([info.record])
         if records.errors:
-            raise DataLoss("RECORD_CORRUPTED", f"the session's record cannot be used ({records.errors[0]})")
+            raise DataLossError("RECORD_CORRUPTED", f"the session's record cannot be used ({records.errors[0]})")
         return records
 
     def _session(self, info: SessionInfo) -> session_pb2.Session:
@@ -320,19 +320,19 @@ class UnaryHandlers:
 
 
 def place_of(page_token: str) -> int:
-    """Where a page begins; 0 without a token. Raises InvalidArgument."""
+    """Where a page begins; 0 without a token. Raises InvalidArgumentError."""
     if not page_token:
         return 0
     if not (page_token.isascii() and page_token.isdigit() and len(page_token) <= _PAGE_TOKEN_DIGITS_MAX):
-        raise InvalidArgument("INVALID_ARGUMENT", "page_token is not one that this server gave")
+        raise InvalidArgumentError("INVALID_ARGUMENT", "page_token is not one that this server gave")
     place = int(page_token)
     if place >= _PAGE_TOKENS:
-        raise InvalidArgument("INVALID_ARGUMENT", "page_token is not one that this server gave")
+        raise InvalidArgumentError("INVALID_ARGUMENT", "page_token is not one that this server gave")
     return place
 
 
 def check_id(session_id: str) -> None:
-    refusal: Refusal | None = check_ids([session_id])[0]
+    refusal: ServiceError | None = check_ids([session_id])[0]
     if refusal is not None:
         raise refusal
 
@@ -353,10 +353,10 @@ def _inputs(request: session_pb2.StepRequest, served: Served) -> tuple[bytes, in
     rows = given // whole if whole else 0
     if rows * whole != given:
         message = f"model {served.reference} takes {takes} a step: {given} {unit} are not whole rows of {whole}"
-        raise InvalidArgument("INVALID_INPUT_WIDTH", message)
+        raise InvalidArgumentError("INVALID_INPUT_WIDTH", message)
     if request.raw_inputs:
         return request.raw_inputs, rows
     try:
         return takes.of_floats(np.array(request.inputs, np.float32).reshape(rows, whole)).tobytes(), rows
     except ValueError as error:
-        raise InvalidArgument("INVALID_INPUT_DTYPE", f"model {served.reference}: {error}") from error
+        raise InvalidArgumentError("INVALID_INPUT_DTYPE", f"model {served.reference}: {error}") from error

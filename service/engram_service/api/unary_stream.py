@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engram.v1 import model_pb2, stream_pb2
 from engram_service.core import Core
-from engram_service.errors import Aborted, Internal, of_detail
+from engram_service.errors import AbortedError, InternalError, of_detail
 from engram_service.sessions.admission import FEEDBACK, QUIET
 from engram_service.sessions.handles import ENDED
 from engram_service.sessions.opening import Sessions, Wanted
@@ -43,7 +43,7 @@ class _Call:
             return
         if output is not None and len(output) != self.outputs.shape[1]:
             self.done.set_exception(
-                Internal("INTERNAL", "the answer does not fit the model; repeat the step with its seq")
+                InternalError("INTERNAL", "the answer does not fit the model; repeat the step with its seq")
             )
             return
         if output is not None:
@@ -79,14 +79,14 @@ class UnaryStream:
         self._calls: dict[tuple[int, int], list[_Call]] = {}  # by handle and seq: several that ask for the same step
 
     async def step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
-        """The seq of the last row, and the outputs, uint8 [rows + generate, output_nbytes]. Raises Refusal."""
+        """The seq of the last row, and the outputs, uint8 [rows + generate, output_nbytes]. Raises ServiceError."""
         try:
             async with asyncio.timeout(asked.timeout_s):
                 for attempt in range(_TRIES):
                     try:
                         with self._core.shares.of(tenant_of(asked.session_id)).unary(asked.rows + asked.generate):
                             return await self._step(asked)
-                    except Aborted as error:
+                    except AbortedError as error:
                         # Another server had taken the session over since the last call. Where nothing was applied, or the
                         # step has a number by which it is known again, it is claimed again.
                         if attempt == _TRIES - 1 or (asked.seq == 0 and error.metadata.get("applied") == "unknown"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_service.runtimes.base import Advanced, Runtime, RuntimeStopped
+from engram_service.runtimes.base import Advanced, Runtime, RuntimeStoppedError
 
 _FAILURES_MAX = 64  # calls of one batch that may fail; then what is left of it is taken for broken
 
@@ -30,7 +30,7 @@ def advance(
     """As Runtime.step; raises what it raised where no row can be computed, or where the batch was stopped for its time."""
     try:
         return Parted(runtime.step(slots, inputs, feedback))
-    except RuntimeStopped:
+    except RuntimeStoppedError:
         raise
     except Exception as error:
         if len(slots) == 1:
@@ -49,7 +49,7 @@ def _halved(
         part = waiting.pop()
         try:
             got = runtime.step(slots[part], inputs[part], None if feedback is None else feedback[part])
-        except RuntimeStopped:
+        except RuntimeStoppedError:
             raise
         except Exception as failed:
             failures, error, middle = failures + 1, failed, (part.start + part.stop) // 2

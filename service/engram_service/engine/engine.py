@@ -23,7 +23,7 @@ from engram_service.engine import apart
 from engram_service.engine.records import pack_records
 from engram_service.metrics import Metrics
 from engram_service.pauses import Pauses
-from engram_service.runtimes.base import RuntimeStopped
+from engram_service.runtimes.base import RuntimeStoppedError
 from engram_service.scheduler import FIXED_ROWS, Tick
 from engram_service.sessions.admission import FEEDBACK
 from engram_service.sessions.table import Reference, References, SessionTable
@@ -184,7 +184,7 @@ class Engine:
             advance, states = self._advance(served, tick)
         except Exception as error:  # the cell's own failure; the engine must live on
             log.exception("a tick of %s failed", served.reference)
-            if isinstance(error, RuntimeStopped):
+            if isinstance(error, RuntimeStoppedError):
                 self._pauses.stopped(served, began)
             self._queue.finished(model)
             self._answers.failed(served, tick, error)

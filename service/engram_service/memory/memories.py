@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from engram_models import PatternError, PatternMemory, Recalled
 from engram_service.catalog import Served
 from engram_service.errors import (
-    AlreadyExists,
-    DataLoss,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    Refusal,
-    Unavailable,
+    AlreadyExistsError,
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ServiceError,
+    UnavailableError,
     no_session,
 )
 from engram_service.memory.cache import Cache, Slot
@@ -58,7 +58,7 @@ class Change:
 
 
 class Memories:
-    """The memories of all sessions. Thread-safe; methods raise Refusal and StoreUnavailable."""
+    """The memories of all sessions. Thread-safe; methods raise ServiceError and StoreUnavailableError."""
 
     def __init__(self, resolve: Resolve, store: Store, cache_nbytes: int) -> None:
         self.cache = Cache(cache_nbytes)
@@ -152,7 +152,7 @@ class Memories:
         _own(served)
         if served.bundle.fingerprint != head.fingerprint:
             message = f"the session was written by other weights of {served.reference}; serve those or move the session"
-            raise FailedPrecondition("FINGERPRINT_MISMATCH", message)
+            raise FailedPreconditionError("FINGERPRINT_MISMATCH", message)
         return served, head
 
     def _caught_up(self, session_id: str, slot: Slot, served: Served, head: MemoryHead) -> Held | None:
@@ -186,13 +186,15 @@ class Memories:
             return unfold(own, chunks)
         except ChunkError as error:
             message = f"the session's memory cannot be used ({error}); close the session to start over"
-            raise DataLoss("RECORD_CORRUPTED", message) from error
+            raise DataLossError("RECORD_CORRUPTED", message) from error
 
     def _write_back(self, session_id: str, held: Held, head: MemoryHead) -> None:
         """Redis has lost the log, or the end of it, and this server has what it said."""
         chunks = held.whole()
         if self._logs.write(session_id, head, chunks, replace=True) is not Written.DONE:
-            raise Unavailable("STORE_UNAVAILABLE", "the memory is being written back; try again", retry_after_ms=50)
+            raise UnavailableError(
+                "STORE_UNAVAILABLE", "the memory is being written back; try again", retry_after_ms=50
+            )
         held.replaced(chunks)
 
     # Changing
@@ -209,7 +211,7 @@ class Memories:
                     self.cache.used(session_id, slot)
             if made is not None:
                 return made
-        raise Unavailable("STORE_UNAVAILABLE", "too many change this memory at once; try again", retry_after_ms=50)
+        raise UnavailableError("STORE_UNAVAILABLE", "too many change this memory at once; try again", retry_after_ms=50)
 
     def _changed(
         self, session_id: str, slot: Slot, served: Served, head: MemoryHead, operation: bytes,
@@ -252,13 +254,13 @@ class Memories:
 
 
 def _own(served: Served) -> PatternMemory:
-    """The patterns that the model brings along. Raises FailedPrecondition where its sessions keep none."""
+    """The patterns that the model brings along. Raises FailedPreconditionError where its sessions keep none."""
     own = served.queries.patterns
     if own is None:
         message = (
             f"{served.reference} is of kind {served.bundle.kind}, which keeps no patterns; a hopfield network does"
         )
-        raise FailedPrecondition("UNSUPPORTED_OPERATION", message, model=served.bundle.name)
+        raise FailedPreconditionError("UNSUPPORTED_OPERATION", message, model=served.bundle.name)
     return own
 
 
@@ -288,15 +290,15 @@ def _check_size(memory: PatternMemory, size: int) -> None:
         raise PatternError("INVALID_PATTERN", message)
 
 
-_REFUSALS: dict[str, type[Refusal]] = {
-    "INVALID_PATTERN": InvalidArgument,
-    "CUE_ALL_MASKED": InvalidArgument,
-    "DUPLICATE_LABEL": AlreadyExists,
-    "UNKNOWN_LABEL": NotFound,
-    "MEMORY_FULL": FailedPrecondition,
-    "EMPTY_MEMORY": FailedPrecondition,
+_REFUSALS: dict[str, type[ServiceError]] = {
+    "INVALID_PATTERN": InvalidArgumentError,
+    "CUE_ALL_MASKED": InvalidArgumentError,
+    "DUPLICATE_LABEL": AlreadyExistsError,
+    "UNKNOWN_LABEL": NotFoundError,
+    "MEMORY_FULL": FailedPreconditionError,
+    "EMPTY_MEMORY": FailedPreconditionError,
 }
 
 
-def _refusal(error: PatternError) -> Refusal:
-    return _REFUSALS.get(error.reason, InvalidArgument)(error.reason, str(error))
+def _refusal(error: PatternError) -> ServiceError:
+    return _REFUSALS.get(error.reason, InvalidArgumentError)(error.reason, str(error))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engram_service.runtimes.arena import Arena
 
 
-class RuntimeStopped(Exception):
+class RuntimeStoppedError(Exception):
     """A batch that took too long was stopped. Nothing of it was applied."""
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engram_models.graph_step import GraphStep
 from engram_service.runtimes.arena import Arena, from_bytes, split, to_bytes
-from engram_service.runtimes.base import Advanced, Runtime, RuntimeStopped
+from engram_service.runtimes.base import Advanced, Runtime, RuntimeStoppedError
 from engram_service.runtimes.watchdog import Watchdog
 
 
@@ -44,7 +44,7 @@ class OnnxGraphs(Runtime):
             outputs, after = self._step(given, before, run.options)
         except Exception as error:
             if run.stopped:
-                raise RuntimeStopped(run.stopped) from error
+                raise RuntimeStoppedError(run.stopped) from error
             raise
         finally:
             self._watchdog.end(run)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
-from engram_service.errors import InvalidArgument
+from engram_service.errors import InvalidArgumentError
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -42,27 +42,29 @@ class StepColumns:
 
 
 def column(data: bytes, dtype: type[Number], name: str, rows: int | None = None) -> NDArray[Number]:
-    """A bytes field as an array, without a copy. Raises InvalidArgument where the length is not a whole number of rows."""
+    """A bytes field as an array, without a copy. Raises InvalidArgumentError where the length is not a whole number of rows."""
     width = np.dtype(dtype).itemsize
     if len(data) % width:
-        raise InvalidArgument("INVALID_FRAME", f"column {name} has {len(data)} bytes, not a multiple of {width}")
+        raise InvalidArgumentError("INVALID_FRAME", f"column {name} has {len(data)} bytes, not a multiple of {width}")
     values: NDArray[Number] = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
     if rows is not None and len(values) != rows:
-        raise InvalidArgument("INVALID_FRAME", f"column {name} has {len(values)} rows, handles has {rows}")
+        raise InvalidArgumentError("INVALID_FRAME", f"column {name} has {len(values)} rows, handles has {rows}")
     return values
 
 
 def read_columns(frame: stream_pb2.StepsFrame, rows_max: int) -> StepColumns:
-    """The frame's columns. Raises InvalidArgument if they are of unequal length, unusable, or too many rows."""
+    """The frame's columns. Raises InvalidArgumentError if they are of unequal length, unusable, or too many rows."""
     handles = column(frame.handles, np.uint32, "handles")
     rows = len(handles)
     if rows > rows_max:
-        raise InvalidArgument("FRAME_TOO_LARGE", f"the frame has {rows} rows; send at most {rows_max} in one frame")
+        raise InvalidArgumentError(
+            "FRAME_TOO_LARGE", f"the frame has {rows} rows; send at most {rows_max} in one frame"
+        )
     seqs = column(frame.seqs, np.uint64, "seqs", rows)
     flags = column(frame.flags, np.uint8, "flags", rows) if frame.flags else np.zeros(rows, np.uint8)
     acked = column(frame.acknowledged_seqs, np.uint64, "acknowledged_seqs", rows) if frame.acknowledged_seqs else None
     if np.any(flags & ~np.uint8(_FLAGS_KNOWN)):
-        raise InvalidArgument(
+        raise InvalidArgumentError(
             "INVALID_FRAME", "column flags has bits that are not known: use 1 (quiet) and 2 (feedback)"
         )
     if not frame.repeats:
@@ -70,7 +72,7 @@ def read_columns(frame: stream_pb2.StepsFrame, rows_max: int) -> StepColumns:
     repeats = column(frame.repeats, np.uint32, "repeats", rows)
     total = rows + int(repeats.sum(dtype=np.uint64))
     if total > rows_max:
-        raise InvalidArgument(
+        raise InvalidArgumentError(
             "FRAME_TOO_LARGE", f"with its repeats the frame has {total} rows; at most {rows_max} in one frame"
         )
     source = np.repeat(np.arange(rows), repeats.astype(np.intp) + 1)

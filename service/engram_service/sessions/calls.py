@@ -10,8 +10,8 @@ from concurrent.futures import Executor
 from typing import Any
 
 from engram_service.core import Core
-from engram_service.errors import Unavailable
-from engram_service.store import StoreUnavailable
+from engram_service.errors import UnavailableError
+from engram_service.store import StoreUnavailableError
 
 _RETRY_S = 0.1
 
@@ -26,15 +26,15 @@ class StoreCalls:
         self, deadline: float, work: Callable[..., Any], *arguments: Any, pool: Executor | None = None
     ) -> Any:
         """Runs a blocking call of the store in a thread; while the store is away, again until the deadline (seconds, monotonic).
-        Raises Unavailable."""
+        Raises UnavailableError."""
         loop = asyncio.get_running_loop()
         while True:
             try:
                 await self._core.written_back(deadline)
                 return await loop.run_in_executor(pool, work, *arguments)
-            except StoreUnavailable as error:
+            except StoreUnavailableError as error:
                 if time.monotonic() + _RETRY_S > deadline:
-                    raise Unavailable(
+                    raise UnavailableError(
                         "STORE_UNAVAILABLE", f"the store cannot be reached ({error})", retry_after_ms=500
                     ) from error
                 await asyncio.sleep(_RETRY_S)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engram.v1 import model_pb2
 from engram_models.spec import TensorSpec
 from engram_service.catalog import Served
-from engram_service.errors import InvalidArgument
+from engram_service.errors import InvalidArgumentError
 from engram_service.rows import Rows
 from engram_service.sessions.table import SessionTable
 
@@ -25,7 +25,7 @@ _NAMED_MAX = 16
 def starting_state(served: Served, given: Sequence[model_pb2.Constant]) -> NDArray[np.uint8] | None:
     """The state that a new session with these constants begins with, uint8 [state_nbytes]; None: the model's initial one.
 
-    Raises InvalidArgument. What is given is part of a frame, whose size is limited; it is copied once all of it fits."""
+    Raises InvalidArgumentError. What is given is part of a frame, whose size is limited; it is copied once all of it fits."""
     if not given:
         return None
     there = {spec.name: (at, spec) for at, spec in _constants(served)}
@@ -53,8 +53,8 @@ def starting_state(served: Served, given: Sequence[model_pb2.Constant]) -> NDArr
     return None if np.array_equal(state, initial) else state
 
 
-def _invalid(served: Served, what: str) -> InvalidArgument:
-    return InvalidArgument("INVALID_CONSTANT", f"model {served.reference}: {what}", model=served.bundle.name)
+def _invalid(served: Served, what: str) -> InvalidArgumentError:
+    return InvalidArgumentError("INVALID_CONSTANT", f"model {served.reference}: {what}", model=served.bundle.name)
 
 
 def _listed(specs: Sequence[TensorSpec]) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
 from engram_service.core import Core
-from engram_service.errors import Internal, Refusal, Unavailable, no_session
+from engram_service.errors import InternalError, ServiceError, UnavailableError, no_session
 from engram_service.sessions.admission import column
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.handles import ENDED
@@ -59,7 +59,7 @@ class Endings:
         self._deletes: dict[str, asyncio.Task[bool]] = {}  # of whoever holds the session, by key
 
     def asked(self, stream: Stream, frame: stream_pb2.CloseFrame) -> Asked:
-        """Raises InvalidArgument."""
+        """Raises InvalidArgumentError."""
         table = self._core.table
         rows = self._core.rows_of(stream, column(frame.handles, np.uint32, "handles"))
         known = np.unique(rows[rows >= 0])
@@ -69,7 +69,7 @@ class Endings:
             {n: table.id_of(rows.item(n)) for n in np.flatnonzero(rows >= 0).tolist()}, frame.detach,
         )  # fmt: skip
 
-    async def close(self, stream: Stream, asked: Asked) -> list[tuple[int, Refusal]]:
+    async def close(self, stream: Stream, asked: Asked) -> list[tuple[int, ServiceError]]:
         """Deletes the records of a stream's sessions, or only lets go of them; returns what was refused, by row of the frame."""
         rows = asked.rows
         # To end what this stream has ended is done already.
@@ -79,17 +79,19 @@ class Endings:
             tasks += self._ends(stream, asked, slice(start, start + _SLICE))
         _, open_ = await asyncio.wait(tasks, timeout=self._core.settings.step_timeout_s) if tasks else ((), ())
         if open_:
-            late = Unavailable("STORE_UNAVAILABLE", f"the session is not ended yet: {_GOES_ON}", retry_after_ms=500)
+            late = UnavailableError(
+                "STORE_UNAVAILABLE", f"the session is not ended yet: {_GOES_ON}", retry_after_ms=500
+            )
             return [*errors, *((n, late) for n in np.flatnonzero(rows >= 0).tolist())]
         if failed := next((task for task in tasks if task.cancelled() or task.exception()), None):
             why = "cancelled" if failed.cancelled() else type(failed.exception()).__name__
-            fault = Internal("INTERNAL", f"the server failed on this end ({why}); ask again")
+            fault = InternalError("INTERNAL", f"the server failed on this end ({why}); ask again")
             return [*errors, *((n, fault) for n in np.flatnonzero(rows >= 0).tolist())]
         lost = set[str]().union(*(task.result() for task in tasks))
         return [*errors, *((n, taken_over()) for n, key in asked.key_of.items() if key in lost)]
 
     async def delete(self, key: str) -> None:
-        """Closes a session whoever holds it. Raises NotFound."""
+        """Closes a session whoever holds it. Raises NotFoundError."""
         deleting = self._deletes.get(key)
         if deleting is None:
             deadline = time.monotonic() + self._core.settings.step_timeout_s
@@ -100,7 +102,7 @@ class Endings:
                 existed = await asyncio.shield(deleting)
         except TimeoutError:
             message = f"the session is not closed yet: {_GOES_ON}"
-            raise Unavailable("STORE_UNAVAILABLE", message, retry_after_ms=500) from None
+            raise UnavailableError("STORE_UNAVAILABLE", message, retry_after_ms=500) from None
         if not existed:
             raise no_session(key)
 
@@ -181,7 +183,7 @@ class Endings:
                 if not left or left == token:
                     break
                 if time.monotonic() > deadline:
-                    raise Unavailable(
+                    raise UnavailableError(
                         "STORE_UNAVAILABLE", "the session was opened meanwhile; try again", retry_after_ms=50
                     )
         finally:

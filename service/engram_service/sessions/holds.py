@@ -28,8 +28,8 @@ class Holds:
 
     @asynccontextmanager
     async def hold(self, keys: Sequence[str], deadline: float) -> AsyncIterator[None]:
-        """Keeps others from opening, closing or moving these sessions, once none of their steps is under way. Raises Refusal at
-        the deadline (seconds, monotonic)."""
+        """Keeps others from opening, closing or moving these sessions, once none of their steps is under way. Raises ServiceError
+        at the deadline (seconds, monotonic)."""
         mine = set(keys)
         while blocking := next((self._held[key] for key in mine if key in self._held), None):
             try:

@@ -26,13 +26,13 @@ from engram.v1 import model_pb2
 from engram_service.catalog import Served
 from engram_service.core import Core
 from engram_service.errors import (
-    DataLoss,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    Refusal,
-    ResourceExhausted,
-    Unavailable,
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    ServiceError,
+    UnavailableError,
 )
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.constants import starting_state
@@ -83,10 +83,10 @@ class Opened:
     ids: list[str]
     served: Served | None = None
     losses: int = 0  # of the store, before the claims
-    errors: dict[int, Refusal] = field(default_factory=dict)
+    errors: dict[int, ServiceError] = field(default_factory=dict)
 
     @classmethod
-    def refused(cls, count: int, ids: list[str], refusal: Refusal | None) -> Opened:
+    def refused(cls, count: int, ids: list[str], refusal: ServiceError | None) -> Opened:
         """Every row refused; with no refusal, every row still open."""
         zeros = np.zeros(count, np.uint64)
         errors = {} if refusal is None else dict.fromkeys(range(count), refusal)
@@ -115,24 +115,24 @@ class Sessions:
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def open(self, stream: Stream, wanted: Wanted, timeout_s: float | None = None) -> Opened:
-        """Claims the sessions for a stream. Raises Refusal where nothing of the request can be done."""
+        """Claims the sessions for a stream. Raises ServiceError where nothing of the request can be done."""
         core = self._core
         deadline = time.monotonic() + (timeout_s or core.settings.step_timeout_s)
         if core.draining:
-            raise Unavailable("DRAINING", "this server is going away; reconnect", retry_after_ms=50)
+            raise UnavailableError("DRAINING", "this server is going away; reconnect", retry_after_ms=50)
         if len(wanted.ids) > _IDS_MAX:
-            raise InvalidArgument(
+            raise InvalidArgumentError(
                 "FRAME_TOO_LARGE", f"{len(wanted.ids)} sessions in one frame; send at most {_IDS_MAX}"
             )
         if wanted.ttl_ms > _TTL_MS_MAX:
-            raise InvalidArgument("INVALID_ARGUMENT", f"ttl_ms is {wanted.ttl_ms}; give at most {_TTL_MS_MAX}")
+            raise InvalidArgumentError("INVALID_ARGUMENT", f"ttl_ms is {wanted.ttl_ms}; give at most {_TTL_MS_MAX}")
         new = {key for key in wanted.ids if core.table.find(key) is None}
         if len(core.table) + self._opening + len(new) > core.settings.sessions_max:
             message = f"this server has {core.settings.sessions_max} sessions, its limit"
-            raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
+            raise ResourceExhaustedError("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
         if len(stream.handles) + stream.opening + len(wanted.ids) > PLACES_MAX:
             message = f"this stream has {len(stream.handles)} sessions open, and may have {PLACES_MAX}; use another one"
-            raise ResourceExhausted("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
+            raise ResourceExhaustedError("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
         served = core.catalog.resolve(wanted.model, wanted.version)
         wanted = replace(wanted, start=starting_state(served, wanted.constants))
         ids = list(wanted.ids)
@@ -207,7 +207,7 @@ class Sessions:
                 if time.monotonic() > deadline:
                     raise self._core.late()
                 seen = await self._seen(stream, wanted, [one.session_id for _, one in left], deadline)
-        except Refusal as refusal:
+        except ServiceError as refusal:
             result.errors.update({place: refusal for place, _ in left})
             if wanted.tenant and not wanted.attach:
                 self._core.supervisor.once("places", self._settle_places([one.session_id for _, one in left]))
@@ -271,7 +271,7 @@ class Sessions:
             except TimeoutError:
                 raise self._core.late() from None
         if stream.ended:
-            raise Unavailable("STORE_UNAVAILABLE", "the stream ended before its sessions were claimed")
+            raise UnavailableError("STORE_UNAVAILABLE", "the stream ended before its sessions were claimed")
         return losses, tokens
 
     def _requests(self, served: Served, wanted: Wanted, ids: Sequence[str]) -> list[ClaimRequest]:
@@ -304,11 +304,11 @@ class Sessions:
                 version = version or own
                 if own is not version:
                     message = f"the session is on {own.reference}, others of this frame on {version.reference}; open it by itself"
-                    raise FailedPrecondition(
+                    raise FailedPreconditionError(
                         "SESSION_OF_OTHER_MODEL", message, model=wanted.model, version=own.bundle.version
                     )
                 members.append(k)
-            except Refusal as refusal:
+            except ServiceError as refusal:
                 result.errors[good[k]] = refusal
                 self._forget([requests[k].session_id])
         if version is not None:
@@ -317,14 +317,14 @@ class Sessions:
             result.served = version
 
     def _version_of(self, wanted: Wanted, served: Served, claim: ClaimResult) -> Served:
-        """The model version that a claimed session is on. Raises Refusal if the claim failed or it cannot be served."""
+        """The model version that a claimed session is on. Raises ServiceError if the claim failed or it cannot be served."""
         match claim.status:
             case ClaimStatus.CREATED:
                 return served
             case ClaimStatus.NOT_FOUND if not wanted.attach:
                 raise self._core.shares.of(wanted.tenant).stored_full()
             case ClaimStatus.NOT_FOUND:
-                raise NotFound("SESSION_NOT_FOUND", "there is no such session; it was closed or has expired")
+                raise NotFoundError("SESSION_NOT_FOUND", "there is no such session; it was closed or has expired")
             case ClaimStatus.TAKEN_OVER:
                 raise taken_over()
             case ClaimStatus.DAMAGED:
@@ -333,7 +333,9 @@ class Sessions:
                 asked = wanted.model + (f"/{wanted.version}" if wanted.version else "")
                 own = f"{claim.model}/{claim.version}"
                 message = f"the session is one of {own}, not of {asked}; close it, move it, or use another id"
-                raise FailedPrecondition("SESSION_OF_OTHER_MODEL", message, model=claim.model, version=claim.version)
+                raise FailedPreconditionError(
+                    "SESSION_OF_OTHER_MODEL", message, model=claim.model, version=claim.version
+                )
             case ClaimStatus.CARRIED:
                 pass
         version = self._core.catalog.resolve(wanted.model, claim.version)
@@ -342,7 +344,7 @@ class Sessions:
                 f"the session was written by other weights of {version.reference}"
                 f" (fingerprint {claim.fingerprint[:8]}, served {version.bundle.fingerprint[:8]}); serve those or move the session"
             )
-            raise FailedPrecondition("FINGERPRINT_MISMATCH", message)
+            raise FailedPreconditionError("FINGERPRINT_MISMATCH", message)
         return version
 
     def _enter(
@@ -354,7 +356,7 @@ class Sessions:
         sound = [k for k in range(len(claims)) if k not in records.errors]
         for k, reason in records.errors.items():
             message = f"the session's record cannot be used ({reason}); close the session to start over"
-            result.errors[places[k]] = DataLoss("RECORD_CORRUPTED", message)
+            result.errors[places[k]] = DataLossError("RECORD_CORRUPTED", message)
             self._forget([requests[k].session_id])
         if not sound:
             return
@@ -411,22 +413,24 @@ def _characters(texts: Sequence[bytes]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(texts), np.uint8).reshape(len(texts), -1)
 
 
-def check_ids(ids: Sequence[str]) -> list[Refusal | None]:
+def check_ids(ids: Sequence[str]) -> list[ServiceError | None]:
     """For each key, why the id in it cannot be used; None where it can."""
     seen: set[str] = set()
-    checked: list[Refusal | None] = []
+    checked: list[ServiceError | None] = []
     for key in ids:
         checked.append(_check_id(id_of(key), key in seen))
         seen.add(key)
     return checked
 
 
-def _check_id(session_id: str, repeated: bool) -> Refusal | None:
+def _check_id(session_id: str, repeated: bool) -> ServiceError | None:
     if not session_id or len(session_id.encode()) > _ID_BYTES_MAX:
-        return InvalidArgument("INVALID_SESSION_ID", f"a session id has 1 to {_ID_BYTES_MAX} bytes of UTF-8")
+        return InvalidArgumentError("INVALID_SESSION_ID", f"a session id has 1 to {_ID_BYTES_MAX} bytes of UTF-8")
     plain = session_id.isascii() and session_id.isprintable() and " " not in session_id
     if not plain and any(unicodedata.category(char) in ("Cc", "Zs", "Zl", "Zp") for char in session_id):
-        return InvalidArgument("INVALID_SESSION_ID", f"session id {session_id!r} has white space or control characters")
+        return InvalidArgumentError(
+            "INVALID_SESSION_ID", f"session id {session_id!r} has white space or control characters"
+        )
     if repeated:
-        return InvalidArgument("INVALID_SESSION_ID", f"session id {session_id!r} stands twice in the frame")
+        return InvalidArgumentError("INVALID_SESSION_ID", f"session id {session_id!r} stands twice in the frame")
     return None

@@ -13,12 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
-from engram_service.errors import Aborted, FailedPrecondition, NotFound, Refusal, ResourceExhausted
+from engram_service.errors import (
+    AbortedError,
+    FailedPreconditionError,
+    NotFoundError,
+    ResourceExhaustedError,
+    ServiceError,
+)
 from engram_service.sessions.handles import CLOSED, ENDED, TAKEN_OVER, UNKNOWN
 from engram_service.sessions.table import SessionTable
 from engram_service.store import Verdict
 
-Refused = list[tuple[NDArray[np.bool_], Refusal]]
+Refused = list[tuple[NDArray[np.bool_], ServiceError]]
 
 _RETRY_MS = 50
 _GAPS_MAX = 64  # places of sessions that are told in answer to one frame
@@ -26,37 +32,37 @@ _FATES = ("no", "yes", "unknown")
 _NO, _YES, _OPEN = range(3)
 
 
-def taken_over() -> Refusal:
-    return Aborted("TAKEN_OVER", "a newer open holds this session")
+def taken_over() -> ServiceError:
+    return AbortedError("TAKEN_OVER", "a newer open holds this session")
 
 
-def closed() -> Refusal:
-    return Aborted("SESSION_CLOSED", "the session was closed by another client, or has expired")
+def closed() -> ServiceError:
+    return AbortedError("SESSION_CLOSED", "the session was closed by another client, or has expired")
 
 
-def ended() -> Refusal:
-    return Aborted("SESSION_CLOSED", "this stream has closed the session, or let go of it; open it again")
+def ended() -> ServiceError:
+    return AbortedError("SESSION_CLOSED", "this stream has closed the session, or let go of it; open it again")
 
 
-def behind_late() -> Refusal:
+def behind_late() -> ServiceError:
     message = "the step that this one repeats was dropped, since the time of a step before it was up; send it again"
-    return ResourceExhausted("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+    return ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
 
 
-def lost(verdict: Verdict) -> Refusal:
+def lost(verdict: Verdict) -> ServiceError:
     return taken_over() if verdict.fenced else closed()
 
 
-def uncommitted(verdict: Verdict) -> Refusal:
+def uncommitted(verdict: Verdict) -> ServiceError:
     """For steps whose commit was refused."""
     refusal = lost(verdict)
     refusal.metadata["applied"] = "no" if verdict in (Verdict.FENCED, Verdict.GONE) else "unknown"
     return refusal
 
 
-def void(why: int) -> Refusal:
+def void(why: int) -> ServiceError:
     """What a handle is told that names no session any more."""
-    unknown = NotFound("INVALID_HANDLE", "no session of this stream has this handle; open it first")
+    unknown = NotFoundError("INVALID_HANDLE", "no session of this stream has this handle; open it first")
     return {TAKEN_OVER: taken_over(), CLOSED: closed(), ENDED: ended()}.get(why, unknown)
 
 
@@ -71,8 +77,8 @@ def gaps(gap: NDArray[np.bool_], admitted: NDArray[np.uint64]) -> Refused:
     refused: Refused = []
     for last in np.unique(admitted[gap])[:_GAPS_MAX].tolist():
         message = f"the next step of this session is {last + 1}; send steps in order"
-        refused.append((gap & (admitted == last), FailedPrecondition("SEQ_GAP", message, next_seq=last + 1)))
-    others = FailedPrecondition("SEQ_GAP", "this is not the session's next step; send steps in order")
+        refused.append((gap & (admitted == last), FailedPreconditionError("SEQ_GAP", message, next_seq=last + 1)))
+    others = FailedPreconditionError("SEQ_GAP", "this is not the session's next step; send steps in order")
     return [*refused, (gap, others)] if len(refused) == _GAPS_MAX else refused
 
 

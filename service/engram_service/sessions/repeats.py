@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_service.catalog import Served
-from engram_service.errors import FailedPrecondition, Internal, Refusal
+from engram_service.errors import FailedPreconditionError, InternalError, ServiceError
 from engram_service.sessions.refusals import closed
 from engram_service.sessions.streams import Stream
 from engram_service.sessions.table import NO_SLOT, Reference, References
@@ -66,7 +66,7 @@ class Repeats:
                     served = self._core.catalog.models[table.model.item(row)]
                     self.answer(one.stream, served, References.of([session]), *_columns([one]), one.deadline)
 
-    def refuse(self, sessions: References, refusal: Refusal, dropped: bool = False) -> None:
+    def refuse(self, sessions: References, refusal: ServiceError, dropped: bool = False) -> None:
         """These sessions are gone, or their steps will not be applied; `dropped`: those that are not admitted any more."""
         for session in sessions.each() if self._waiting else []:
             row, waiting = self._core.table.row_of(session), self._waiting.pop(session, [])
@@ -96,7 +96,7 @@ class Repeats:
     ) -> None:  # fmt: skip
         """Sends the outputs of sessions while these are pinned, so that neither slot nor row is another's meanwhile."""
         core, left = self._core, np.arange(len(seqs))
-        refusal: Refusal = Internal("INTERNAL", "the server failed on this repeated step")
+        refusal: ServiceError = InternalError("INTERNAL", "the server failed on this repeated step")
         try:
             while len(left):
                 here = core.table.alive(sessions[left])
@@ -134,9 +134,9 @@ class Repeats:
             core.after_release()
 
 
-def acknowledged() -> Refusal:
+def acknowledged() -> ServiceError:
     message = "this step's output was acknowledged and is no longer kept"
-    return FailedPrecondition("SEQ_ACKNOWLEDGED", message)
+    return FailedPreconditionError("SEQ_ACKNOWLEDGED", message)
 
 
 def _columns(waiting: list[_Waiting]) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:

@@ -22,7 +22,7 @@ from engram_service.sessions.changes import RuntimeChanges
 from engram_service.sessions.constants import Starts
 from engram_service.sessions.eviction import GRACE_S, leaving
 from engram_service.sessions.table import NO_SLOT, NO_STREAM, References
-from engram_service.store import Records, Store, StoreUnavailable, Verdict
+from engram_service.store import Records, Store, StoreUnavailableError, Verdict
 
 if TYPE_CHECKING:
     from engram_service.core import Core
@@ -151,7 +151,7 @@ class Residency:
                 verdicts = (
                     await asyncio.to_thread(self._store.diagnose, tags[missing], tokens[missing]) if missing else []
                 )
-            except StoreUnavailable:
+            except StoreUnavailableError:
                 await asyncio.sleep(_LOAD_RETRY_S)
                 continue
             self._core.metrics.records_loaded.labels(served.bundle.name).inc(len(there))
@@ -341,7 +341,7 @@ class Residency:
             try:
                 await asyncio.to_thread(self._store.touch, *columns)
                 await asyncio.to_thread(self._store.tally.keep, ids, columns[2].tolist())
-            except StoreUnavailable:
+            except StoreUnavailableError:
                 table.touched[table.rows_of(sessions)] = -1.0
 
     def _sweep(self, unused_since: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from engram_service.errors import ResourceExhausted
+from engram_service.errors import ResourceExhaustedError
 from engram_service.sessions.streams import Stream
 from engram_service.tokens import Limits
 
@@ -28,7 +28,7 @@ class Share:
         self._room = 0  # rows that may certainly come before they must be counted again
 
     def check_stream(self) -> None:
-        """Whether another stream may come. Raises ResourceExhausted."""
+        """Whether another stream may come. Raises ResourceExhaustedError."""
         limit = self._limits(self.tenant).streams_max
         if limit and len(self.streams) >= limit:
             raise _reached("streams_max", limit, "streams", _LATER_MS)
@@ -36,7 +36,7 @@ class Share:
     @contextlib.contextmanager
     def sessions(self, attached: int, more: int) -> Iterator[Callable[[int], None]]:
         """Room for so many more sessions while they are opened; to be told how many of them are in the table, where they are
-        counted from then on. Raises ResourceExhausted."""
+        counted from then on. Raises ResourceExhaustedError."""
         limit = self._limits(self.tenant).sessions_max
         if limit and more and attached + self._opening + more > limit:
             raise _reached("sessions_max", limit, "sessions in use at this server", _LATER_MS)
@@ -59,12 +59,12 @@ class Share:
         """Sessions that may be stored, in Redis and so for all servers; 0: no limit."""
         return self._limits(self.tenant).stored_max
 
-    def stored_full(self) -> ResourceExhausted:
+    def stored_full(self) -> ResourceExhaustedError:
         """What is said where a session would be one too many."""
         return _reached("stored_max", self.stored_max, "stored sessions; close some", _LATER_MS)
 
     def take(self, rows: int) -> None:
-        """Room for rows of a stream. Raises ResourceExhausted."""
+        """Room for rows of a stream. Raises ResourceExhaustedError."""
         if rows > self._room:
             limit = self._limits(self.tenant).rows_max
             in_flight = self._unary_rows + sum(stream.in_flight for stream in self.streams) if limit else 0
@@ -82,7 +82,7 @@ class Share:
 
     @contextlib.contextmanager
     def unary(self, rows: int) -> Iterator[None]:
-        """Room for the rows of a call without a stream while it lasts. Raises ResourceExhausted."""
+        """Room for the rows of a call without a stream while it lasts. Raises ResourceExhaustedError."""
         self.take(rows)
         self._unary_rows += rows
         try:
@@ -113,6 +113,6 @@ class Shares:
             share.forget_room()
 
 
-def _reached(name: str, limit: int, what: str, retry_after_ms: int) -> ResourceExhausted:
+def _reached(name: str, limit: int, what: str, retry_after_ms: int) -> ResourceExhaustedError:
     message = f"this tenant's limit is reached ({name}): {limit} {what}"
-    return ResourceExhausted("TENANT_LIMIT", message, retry_after_ms=retry_after_ms, limit=name, value=limit)
+    return ResourceExhaustedError("TENANT_LIMIT", message, retry_after_ms=retry_after_ms, limit=name, value=limit)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from engram_service.store.generations import Generations, Mark
 from engram_service.store.nodes import Node, Nodes, redirected
 from engram_service.store.packing import commands, counting, read_replies
-from engram_service.store.types import UNACKNOWLEDGED, CommitJob, StoreSettings, StoreUnavailable, Verdict
+from engram_service.store.types import UNACKNOWLEDGED, CommitJob, StoreSettings, StoreUnavailableError, Verdict
 from engram_service.supervision import Supervisor
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _SEND_BUFFER = 4 << 20  # a tick's commands at once, if the kernel allows so muc
 _JOINED_MAX = 64 << 10
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 _UNACKNOWLEDGED = UNACKNOWLEDGED.encode()
-_LOST: tuple[type[Exception], ...] = (redis.exceptions.RedisError, OSError, StoreUnavailable)
+_LOST: tuple[type[Exception], ...] = (redis.exceptions.RedisError, OSError, StoreUnavailableError)
 
 Diagnose = Callable[[CommitJob, NDArray[np.intp], Callable[[int], bytes]], Sequence[Verdict]]
 

@@ -14,7 +14,7 @@ from redis.commands.core import Script
 
 from engram_service.store import scripts
 from engram_service.store.keys import memory_key, meta_key, session_tag
-from engram_service.store.types import MemoryHead, StoreUnavailable, Written
+from engram_service.store.types import MemoryHead, StoreUnavailableError, Written
 
 REVISION_NBYTES = 16
 _READ_CHUNKS = 64  # in one answer
@@ -30,7 +30,7 @@ def revision_of(chunks: Sequence[bytes]) -> bytes:
 
 
 class MemoryLogs:
-    """Reads and writes logs. Blocking and thread-safe; raises StoreUnavailable."""
+    """Reads and writes logs. Blocking and thread-safe; raises StoreUnavailableError."""
 
     def __init__(self, make: Callable[[str], Script], scripted: Scripted, pipelined: Pipelined) -> None:
         self._look, self._write = make(scripts.LOOK), make(scripts.WRITE)
@@ -62,7 +62,7 @@ class MemoryLogs:
         return found
 
     def write(self, session_id: str, head: MemoryHead, chunks: Sequence[bytes], replace: bool = False) -> Written:
-        """Adds chunks to the log that `head` tells of, or puts them in its place. May be repeated after StoreUnavailable."""
+        """Adds chunks to the log that `head` tells of, or puts them in its place. May be repeated after StoreUnavailableError."""
         args = [head.fingerprint, head.revision, head.length, revision_of(chunks), int(replace), *chunks]
         return Written(self._scripted(self._write, [meta_key(session_tag(session_id))], [args], True)[0])
 
@@ -75,4 +75,4 @@ class MemoryLogs:
             chunks = self.chunks(session_id)
             if len(chunks) == head.length and revision_of(chunks) == head.revision:
                 return chunks
-        raise StoreUnavailable("the memory changes faster than it can be read")
+        raise StoreUnavailableError("the memory changes faster than it can be read")

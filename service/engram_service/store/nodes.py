@@ -21,7 +21,7 @@ from redis.retry import Retry
 
 from engram_service.store.generations import Generations
 from engram_service.store.keys import GENERATION, META_PREFIX
-from engram_service.store.types import LOST, UNACKNOWLEDGED, Damaged, StoreError, TlsFiles
+from engram_service.store.types import LOST, UNACKNOWLEDGED, DamagedError, StoreError, TlsFiles
 
 _CLUSTER = "+cluster"
 _DAMAGED = "DAMAGED"  # as the scripts say it
@@ -222,7 +222,9 @@ def pipelined(
         if generations is not None and mark is not None and isinstance(count, int) and generations.counted(mark, count):
             raise redis.exceptions.ConnectionError(LOST)
         failed = [
-            reply for reply in results if isinstance(reply, Exception) and not (each and isinstance(reply, Damaged))
+            reply
+            for reply in results
+            if isinstance(reply, Exception) and not (each and isinstance(reply, DamagedError))
         ]
         failed += [reply for reply in replies[len(rows) + (mark is not None) :] if isinstance(reply, Exception)]
         if failed:
@@ -232,11 +234,11 @@ def pipelined(
     return results
 
 
-def damage(reply: Any) -> Damaged | None:
+def damage(reply: Any) -> DamagedError | None:
     """What an error says of the key that was asked for, if it is about that key alone and not about Redis."""
     if isinstance(reply, redis.exceptions.ResponseError) and any(word in str(reply) for word in _DAMAGES):
         text = str(reply)
-        return Damaged(text[text.index(_DAMAGED) + len(_DAMAGED) :].strip() if _DAMAGED in text else _OTHER_TYPE)
+        return DamagedError(text[text.index(_DAMAGED) + len(_DAMAGED) :].strip() if _DAMAGED in text else _OTHER_TYPE)
     return None
 
 

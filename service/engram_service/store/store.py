@@ -19,7 +19,7 @@ import redis
 from numpy.typing import NDArray
 from redis.commands.core import Script
 
-from engram_service.errors import DataLoss
+from engram_service.errors import DataLossError
 from engram_service.health import Health
 from engram_service.metrics import Metrics
 from engram_service.store import safety, scripts
@@ -37,11 +37,11 @@ from engram_service.store.types import (
     ClaimResult,
     ClaimStatus,
     CommitJob,
-    Damaged,
+    DamagedError,
     SessionInfo,
     StoreError,
     StoreSettings,
-    StoreUnavailable,
+    StoreUnavailableError,
     Verdict,
 )
 from engram_service.supervision import Supervisor
@@ -171,7 +171,7 @@ class Store:
         """Records under these claims; None where there is none."""
         keys = [record_key(tag.tobytes(), token.tobytes()) for tag, token in zip(tags, tokens, strict=True)]
         found = self._call(lambda: self._pipelined(keys, lambda pipe, at: pipe.get(keys[at]), each=True))
-        return [b"" if isinstance(value, Damaged) else value for value in found]  # b"": no record
+        return [b"" if isinstance(value, DamagedError) else value for value in found]  # b"": no record
 
     def diagnose(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]) -> list[Verdict]:
         """What became of sessions whose record is not under our claim: FENCED or GONE."""
@@ -191,7 +191,7 @@ class Store:
         back: dict[str, int] = {}
         for n, row in enumerate(rows.tolist()):
             meta = job.meta(row)
-            if meta is None or isinstance(held[n], Damaged):
+            if meta is None or isinstance(held[n], DamagedError):
                 continue
             # Our own claim without a record was evicted or half deleted. No claim at all, or another one, may be what Redis came
             # back with, if it has lost data since we claimed.
@@ -214,7 +214,7 @@ class Store:
         return [token.decode(errors="replace") if isinstance(token, bytes) else "" for token in held]
 
     def claim(self, requests: Sequence[ClaimRequest]) -> list[ClaimResult]:
-        """Takes sessions over, or creates them. Raises StoreUnavailable; then some may have been claimed: claim again."""
+        """Takes sessions over, or creates them. Raises StoreUnavailableError; then some may have been claimed: claim again."""
 
         keys = [meta_key(session_tag(request.session_id)) for request in requests]
 
@@ -296,13 +296,13 @@ class Store:
             if not cursor or len(found) * 2 >= count or time.monotonic() > enough:
                 return cursor, found
 
-    # Each may be called again, with the same token, after StoreUnavailable: it then tells what the first call did.
+    # Each may be called again, with the same token, after StoreUnavailableError: it then tells what the first call did.
 
     def exists(self, session_id: str) -> bool:
         """Whether there is such a session, be it damaged."""
         try:
             return self.describe(session_id) is not None
-        except DataLoss:
+        except DataLossError:
             return True
 
     def delete(self, session_ids: Sequence[str], tokens: Sequence[bytes] | None = None) -> None:
@@ -340,13 +340,13 @@ class Store:
 
     def _describe(
         self, keys: Sequence[bytes], with_record: bool, wanted: Wanted = lambda session_id, model: True,
-        damaged: Callable[[bytes, Damaged], None] | None = None,
+        damaged: Callable[[bytes, DamagedError], None] | None = None,
     ) -> list[SessionInfo]:  # fmt: skip
         """Sessions by their hashes. What is damaged is given to `damaged`, or raised."""
 
         def sound(found: list[tuple[bytes, Any]]) -> Iterator[tuple[bytes, Any]]:
             for key, value in found:
-                if not isinstance(value, Damaged):
+                if not isinstance(value, DamagedError):
                     yield key, value
                 elif damaged is not None:
                     damaged(key, value)
@@ -370,7 +370,7 @@ class Store:
         ]
         return [info for _, info in sound(found) if info is not None]
 
-    def _leave_out(self, key: bytes, why: Damaged) -> None:
+    def _leave_out(self, key: bytes, why: DamagedError) -> None:
         log.warning(
             "a listing leaves out a session that is damaged (%s); close it to start over",
             why,
@@ -491,7 +491,7 @@ class Store:
         if after != before:
             self.on_trouble(after)
 
-    def _tokens(self, keys: Sequence[bytes]) -> list[bytes | Damaged | None]:
+    def _tokens(self, keys: Sequence[bytes]) -> list[bytes | DamagedError | None]:
         """The tokens in sessions' hashes."""
         return self._pipelined(keys, lambda pipe, at: pipe.hget(keys[at], "t"), each=True)
 
@@ -528,7 +528,7 @@ class Store:
         named = [[key] for key in keys]
         if self._nodes.in_slots:
             held = self._pipelined(keys, lambda pipe, at: pipe.hmget(keys[at], "t", "g"), each=True)
-            pairs = [(None, None) if isinstance(pair, Damaged) else pair for pair in held]
+            pairs = [(None, None) if isinstance(pair, DamagedError) else pair for pair in held]
             named = [
                 [key, key + b":" + (token or b""), *([key + b":m"] if revision else [])]
                 for key, (token, revision) in zip(keys, pairs, strict=True)
@@ -557,15 +557,15 @@ class Store:
     def _call(self, work: Callable[[], T]) -> T:
         try:
             return work()
-        except Damaged as error:
+        except DamagedError as error:
             raise damaged(error) from error
         except (redis.exceptions.RedisError, OSError) as error:
-            raise StoreUnavailable(_why(error)) from error
+            raise StoreUnavailableError(_why(error)) from error
 
 
-def damaged(why: object) -> DataLoss:
+def damaged(why: object) -> DataLossError:
     """What is said of a session that cannot be read."""
-    return DataLoss("RECORD_CORRUPTED", f"the session cannot be used ({why}); close the session to start over")
+    return DataLossError("RECORD_CORRUPTED", f"the session cannot be used ({why}); close the session to start over")
 
 
 def _why(error: BaseException) -> str:
@@ -585,7 +585,7 @@ def _reference(text: bytes) -> tuple[str, str]:
 
 
 def _claimed(reply: Any) -> ClaimResult:
-    if isinstance(reply, Damaged):
+    if isinstance(reply, DamagedError):
         return ClaimResult(ClaimStatus.DAMAGED, why=str(reply))
     status = ClaimStatus(reply[0].decode())
     if status in (ClaimStatus.NOT_FOUND, ClaimStatus.CHANGED, ClaimStatus.TAKEN_OVER):
@@ -596,16 +596,16 @@ def _claimed(reply: Any) -> ClaimResult:
     return ClaimResult(status, model, version, reply[2].decode(), int(reply[3]), int(reply[4]), reply[5])
 
 
-def _meta(key: bytes, fields: Any) -> _Meta | Damaged | None:
+def _meta(key: bytes, fields: Any) -> _Meta | DamagedError | None:
     """A session's hash, if it is one; None: there is none."""
-    if isinstance(fields, Damaged):
+    if isinstance(fields, DamagedError):
         return fields
     if all(value is None for value in fields):
         return None
     if None in fields:
-        return Damaged("its hash lacks a field")
+        return DamagedError("its hash lacks a field")
     if b"/" not in fields[1]:
-        return Damaged("the field m of its hash names no model")
+        return DamagedError("the field m of its hash names no model")
     try:
         (model, version), (name, _, fingerprint, token) = (
             _reference(fields[1]),
@@ -613,16 +613,16 @@ def _meta(key: bytes, fields: Any) -> _Meta | Damaged | None:
         )
         meta = _Meta(name, model, version, fingerprint, token, int(fields[4]), int(fields[5]))
     except ValueError as error:  # a UnicodeDecodeError is one
-        return Damaged(f"a field of its hash cannot be read: {type(error).__name__}")
+        return DamagedError(f"a field of its hash cannot be read: {type(error).__name__}")
     if key != meta_key(session_tag(meta.session_id)):
-        return Damaged("its hash has another session's id")
+        return DamagedError("its hash has another session's id")
     if not 0 <= meta.epoch < 2**63 or not 0 <= meta.created_ms <= TIME_MS_MAX:
-        return Damaged("a number in its hash is too great")
+        return DamagedError("a number in its hash is too great")
     return meta
 
 
-def _info(meta: _Meta, record: Any, header: Any, ttl_ms: int, with_record: bool) -> SessionInfo | Damaged | None:
-    if not record or isinstance(record, Damaged):
+def _info(meta: _Meta, record: Any, header: Any, ttl_ms: int, with_record: bool) -> SessionInfo | DamagedError | None:
+    if not record or isinstance(record, DamagedError):
         return record or None
     seq, acked, commit_ms = int(header["seq"]), int(header["acked"]), int(header["commit_ms"])
     if (
@@ -632,7 +632,7 @@ def _info(meta: _Meta, record: Any, header: Any, ttl_ms: int, with_record: bool)
         or seq > SEQ_MAX
         or commit_ms > TIME_MS_MAX
     ):
-        return Damaged("its record is none")
+        return DamagedError("its record is none")
     return SessionInfo(
         session_id=meta.session_id, model=meta.model, version=meta.version, fingerprint=meta.fingerprint, token=meta.token,
         epoch=meta.epoch, created_ms=meta.created_ms, seq=seq, acked=acked, commit_ms=commit_ms, ttl_ms=ttl_ms,

@@ -17,7 +17,7 @@ from redis.commands.core import Script
 
 from engram_service.store import scripts
 from engram_service.store.keys import meta_key, session_tag, tally_key
-from engram_service.store.types import Damaged
+from engram_service.store.types import DamagedError
 from engram_service.tenants import tenant_of
 
 _LATE = 1.25  # of the session's time
@@ -28,7 +28,7 @@ Pipelined = Callable[[Sequence[bytes], Callable[[Any, int], object]], list[Any]]
 
 
 class Tally:
-    """Places of sessions, by their keys. Blocking and thread-safe; raises StoreUnavailable."""
+    """Places of sessions, by their keys. Blocking and thread-safe; raises StoreUnavailableError."""
 
     def __init__(self, make: Callable[[str], Script], pipelined: Pipelined) -> None:
         self._place = make(scripts.PLACE)
@@ -56,7 +56,7 @@ class Tally:
         """About `count` of the tags that have a place, and the cursor of those that follow (0: none)."""
         key = tally_key(tenant)
         found = self._pipelined([key], lambda pipe, at: pipe.zscan(key, cursor, count=count))[0]
-        if isinstance(found, Damaged):  # the next session that is opened or held begins it anew
+        if isinstance(found, DamagedError):  # the next session that is opened or held begins it anew
             return 0, []
         return int(found[0]), [tag for tag, _ in found[1]]
 

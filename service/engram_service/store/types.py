@@ -16,11 +16,11 @@ UNACKNOWLEDGED = "UNACKNOWLEDGED: fewer copies than redis_ack asks for"
 LOST = "Redis has lost its data, or the last of it; living sessions are being written back"
 
 
-class StoreUnavailable(Exception):
+class StoreUnavailableError(Exception):
     """Redis cannot be reached, or takes no writes just now. Nothing is known of what the call did; it may be repeated."""
 
 
-class Damaged(Exception):
+class DamagedError(Exception):
     """What Redis has under one session's key is no session. The message says why."""
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from engram_service.api.exported import Exported, exported, imported
 from engram_service.api.unary import check_id
-from engram_service.errors import Refusal
+from engram_service.errors import ServiceError
 from engram_service.memory.chunks import ChunkError
 from targets import chunks, records
 from targets.world import world
@@ -57,7 +57,7 @@ def fuzz_one(data: bytes) -> None:
         found = imported(data)
         served = world().core.catalog.resolve(found.model, found.version)
         check_id(found.session_id)
-    except Refusal as refusal:
+    except ServiceError as refusal:
         if refusal.reason not in ("INVALID_EXPORT", "INVALID_SESSION_ID", "MODEL_NOT_FOUND", "VERSION_NOT_FOUND"):
             raise
         return

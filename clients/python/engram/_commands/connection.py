@@ -57,7 +57,7 @@ def client_of(args: argparse.Namespace) -> Client:
 
 def _token(args: argparse.Namespace) -> str | Callable[[], str] | None:
     """A token is never an argument: arguments can be read by everybody on the machine. A file is read again for each connection."""
-    from engram import InvalidInput
+    from engram import InvalidInputError
     from engram._files import read_file
 
     def read() -> str:
@@ -65,7 +65,7 @@ def _token(args: argparse.Namespace) -> str | Callable[[], str] | None:
             return read_file(args.token_file, _TOKEN_BYTES_MAX).decode("utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise InvalidInput(f"--token-file {args.token_file}: {why}", reason="INVALID_ARGUMENT") from error
+            raise InvalidInputError(f"--token-file {args.token_file}: {why}", reason="INVALID_ARGUMENT") from error
 
     return read if args.token_file else os.environ.get("ENGRAM_TOKEN")
 

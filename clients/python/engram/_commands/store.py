@@ -74,10 +74,10 @@ def _store(args: argparse.Namespace, labels: list[str] | None, patterns: NDArray
 
 def _ensure(client: Client, session: str, model: str) -> None:
     """Creates the session if there is none; who has it open is not disturbed."""
-    from engram import NotFound
+    from engram import NotFoundError
 
     name, _, version = model.partition("/")
     try:
         client.sessions.get(session)
-    except NotFound:
+    except NotFoundError:
         client.open(name, session, version=version).detach()
