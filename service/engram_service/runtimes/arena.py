@@ -100,7 +100,7 @@ class Arena:
             rows = np.flatnonzero(counts > k)
             seq = seqs[rows] - counts[rows].astype(np.uint64) + np.uint64(k + 1)
             self.keep(slots[rows], seq, outputs[rows, k])
-        if self.last is not None:
+        if self.schema.generates:
             rows = np.flatnonzero(counts > 0)
             self._put_last(slots[rows], np.ascontiguousarray(outputs[rows, counts[rows].astype(np.intp) - 1]))
 

@@ -93,8 +93,8 @@ class CudaArena(Arena):
         return packed
 
     def _put_last(self, slots: NDArray[np.int32], outputs: NDArray[np.uint8]) -> None:
-        if self.last_tensor is not None:
-            self.last_tensor.index_copy_(0, self._index(slots), self._on_device(outputs, self.schema.outputs[0]))
+        assert self.last_tensor is not None
+        self.last_tensor.index_copy_(0, self._index(slots), self._on_device(outputs, self.schema.outputs[0]))
 
     def _on_device(self, rows: NDArray[np.uint8], spec: TensorSpec) -> torch.Tensor:
         host = torch.from_numpy(np.array(rows)).view(-1).view(torch_dtype(spec))
