@@ -12,7 +12,7 @@ from cells import CELLS
 from numpy.typing import NDArray
 
 import engram
-from engram_models import Repository, load_bundle, load_cell, shipped_models_dir, write_bundle
+from engram_models import Bundle, Repository, load_bundle, load_cell, shipped_models_dir, write_bundle
 from engram_models.cell import torch_dtype
 from engram_service.bench.workload import INPUT, W, workload_w, write_w
 from engram_service.local import LocalServer
@@ -38,29 +38,59 @@ def _steps(
     )
 
 
-@pytest.mark.parametrize("name", [*CELLS, *SHIPPED])
-def test_a_row_has_the_cpus_numbers_and_the_same_bits_in_every_batch(name: str, tmp_path: Path) -> None:
+def _bundle(name: str, directory: Path) -> Bundle:
     torch.manual_seed(0)
-    path = SHIPPED.get(name) or write_bundle(tmp_path, "m", "1", CELLS[name]())
-    bundle = load_bundle(path)
-    here, there = Arena(bundle, SLOTS, 8), CudaArena(bundle, SLOTS, 8, torch.device("cuda:0"))
+    return load_bundle(SHIPPED.get(name) or write_bundle(directory, "m", "1", CELLS[name]()))
+
+
+def _inputs(bundle: Bundle, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    """Inputs [STEPS, SLOTS, bytes], and which slots take their last output instead, where the model can."""
     spec = bundle.schema.inputs[0]
-    rng = np.random.default_rng(5)
     noise = torch.from_numpy(rng.standard_normal((STEPS, SLOTS, *spec.shape), np.float32))
     x = load_cell(bundle).inputs_like(noise.to(torch_dtype(spec)))
     inputs = x.contiguous().view(STEPS, SLOTS, -1).view(torch.uint8).numpy()
-    feedback = np.arange(SLOTS) % 3 == 0 if bundle.schema.generates else None
-    slots = np.arange(SLOTS, dtype=np.int32)
+    return inputs, np.arange(SLOTS) % 3 == 0 if bundle.schema.generates else None
 
-    runner = CudaGraphs(there, load_cell(bundle, "cuda:0"), Shapes.of_tiles(256, 1024))
+
+def _runner(bundle: Bundle) -> CudaGraphs:
+    arena = CudaArena(bundle, SLOTS, 8, torch.device("cuda:0"))
+    return CudaGraphs(arena, load_cell(bundle, "cuda:0"), Shapes.of_tiles(256, 1024))
+
+
+@pytest.mark.parametrize("name", [*CELLS, *SHIPPED])
+def test_a_row_has_the_cpus_numbers_and_the_same_bits_in_every_batch(name: str, tmp_path: Path) -> None:
+    bundle, rng = _bundle(name, tmp_path), np.random.default_rng(5)
+    inputs, feedback = _inputs(bundle, rng)
+    slots = np.arange(SLOTS, dtype=np.int32)
+    runner = _runner(bundle)
     many, states = _steps(runner, slots, inputs, feedback)
     for rows in (1, 3, 255, 256, 300, 1025):
         some = rng.choice(SLOTS, rows, replace=False)
         fed = None if feedback is None else feedback[some]
         few, left = _steps(runner, rng.choice(slots, rows, replace=False), np.ascontiguousarray(inputs[:, some]), fed)
         assert np.array_equal(few, many[:, some]) and np.array_equal(left, states[some]), rows
-    expected, _ = _steps(TorchCells(here, load_cell(bundle), Shapes(32)), slots, inputs, feedback)
+    plain = TorchCells(Arena(bundle, SLOTS, 8), load_cell(bundle), Shapes(32))
+    expected, _ = _steps(plain, slots, inputs, feedback)
     assert np.allclose(many.view(np.float32), expected.view(np.float32), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CELLS, *SHIPPED])
+def test_a_session_that_went_and_came_back_goes_on_in_the_same_bits(name: str, tmp_path: Path) -> None:
+    bundle = _bundle(name, tmp_path)
+    inputs, feedback = _inputs(bundle, np.random.default_rng(6))
+    runner, slots = _runner(bundle), np.arange(SLOTS, dtype=np.int32)
+    before, _ = _steps(runner, slots, inputs, feedback)
+    some, others, count = slots[:300], slots[1100:1400], 300
+    fed = None if feedback is None else feedback[some]
+    gone = runner.arena.packed(some)
+    stayed = runner.step(some, inputs[0, some], fed)
+
+    runner.arena.load(others, gone)
+    newest = np.ascontiguousarray(before[-2:, some].swapaxes(0, 1))
+    runner.arena.load_outputs(others, np.full(count, STEPS, np.uint64), newest, np.full(count, 2))
+    back = runner.step(others, inputs[0, some], fed)
+    assert np.array_equal(back.outputs, stayed.outputs)
+    assert np.array_equal(runner.arena.packed(others), runner.arena.packed(some))
 
 
 async def _run(
