@@ -1,7 +1,7 @@
 """`make simulate`: a load on N servers and M Redis shards, with failures and a rolling update, calibrated by `engram bench`;
 docs/results/scaling.json and .png, and the tables of docs/scaling.md.
 
-A server has engine threads; each takes the rows that wait, at most `tick_rows_max`, computes them and sends their records to
+A server has engine threads; each takes the rows that wait, at most `batch_rows_max`, computes them and sends their records to
 the shards, and waits for these only when it has computed the next tick, as engine/engine.py does. A shard writes one record
 after another. Times of ticks, records and frames are lines through what `engram bench` measured (`Costs.measured`); before
 anything else is said, the bench's own runs are simulated and compared with what it measured. Sessions step at their own rate,

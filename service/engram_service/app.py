@@ -18,6 +18,7 @@ from types import FrameType
 from engram import __version__
 from engram_service.api.access import Access
 from engram_service.api.audit import Audit
+from engram_service.api.looks import Looks
 from engram_service.api.memory import MemoryHandlers
 from engram_service.api.server import Server
 from engram_service.api.stream import StreamHandler
@@ -25,9 +26,9 @@ from engram_service.api.tls import Certificate
 from engram_service.api.unary import UnaryHandlers
 from engram_service.api.unary_stream import UnaryStream
 from engram_service.catalog import Catalog
-from engram_service.core import Core
+from engram_service.condition import Condition
 from engram_service.descriptors import Descriptors
-from engram_service.engine.engine import Engine
+from engram_service.draining import Drain
 from engram_service.health import Health
 from engram_service.http.server import HttpServer
 from engram_service.memory.memories import Memories
@@ -35,22 +36,38 @@ from engram_service.metrics import Metrics
 from engram_service.pauses import Pauses
 from engram_service.runtimes.devices import Device, device_of
 from engram_service.runtimes.loader import Loader
+from engram_service.scheduling.scheduler import Scheduler
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.ending import Endings
 from engram_service.sessions.holds import Holds
 from engram_service.sessions.opening import Sessions
+from engram_service.sessions.ownership import Ownership
+from engram_service.sessions.pins import Pins
+from engram_service.sessions.residency import Residency
 from engram_service.sessions.shares import Shares
-from engram_service.sessions.table import NO_SLOT, SessionTable
+from engram_service.sessions.streams import Streams
+from engram_service.sessions.table import NO_SLOT, Reference, SessionTable
 from engram_service.settings import SettingError, Settings
-from engram_service.store import UNSAFE, Store, StoreSettings, TlsFiles
+from engram_service.steps.admission import Admission
+from engram_service.steps.advance import Advances
+from engram_service.steps.answers import Answers
+from engram_service.steps.backlog import Backlog
+from engram_service.steps.commits import Commits
+from engram_service.steps.deadlines import Deadlines
+from engram_service.steps.flushes import Flushes
+from engram_service.steps.loop import StepLoop
+from engram_service.steps.repeats import Repeats
+from engram_service.steps.rollback import Rollback
+from engram_service.steps.withdrawal import Withdrawal
+from engram_service.store import UNSAFE, MetaFields, Store, StoreSettings, TlsFiles
 from engram_service.store.private import PrivateRedis, PrivateSettings
 from engram_service.supervision import Supervisor
 from engram_service.tokens import Tokens
-from engram_service.work import WorkQueue
+from engram_service.wire.grpcio import GrpcioWire
 
 log = logging.getLogger(__name__)
 
-_SWITCH_INTERVAL_S = 0.0002  # the event loop and the engine share the interpreter: neither may wait long for it
+_SWITCH_INTERVAL_S = 0.0002  # other threads share the interpreter: the event loop may not wait long for it
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_S = 0.5  # a terminal signals all of its processes, and some of these pass it on: it is the same one then
 _STOP_GRACE_S = 1.0
@@ -61,14 +78,14 @@ _REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is awa
 async def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises SettingError, StoreError or OSError if it cannot start."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    stop, events = asyncio.Event(), asyncio.get_running_loop()
     at_once: list[Callable[[], None]] = []  # what is done even then
-    _heed_signals(loop, stop, at_once)
+    _heed_signals(events, stop, at_once)
 
     async with AsyncExitStack() as stack:
         metrics, health = Metrics(), Health()
         supervisor = Supervisor(metrics, health)
-        supervisor.watch_loop(loop)
+        supervisor.watch_loop(events)
         files = Descriptors(metrics, health)
         settings = files.fitted(settings)
         health.fail("server", "it is starting")
@@ -76,55 +93,86 @@ async def serve(settings: Settings) -> None:
         stack.callback(http.stop)
         device = device_of(settings.device)
         loader = Loader(settings, device)
-        threads: list[str] = []  # of the engine, that do not end
-        stack.callback(_leave, loader, threads)
+        stack.callback(_leave, loader)
         tokens = Tokens(Path(settings.tokens_file) if settings.tokens_file else None)
         access = Access(tokens, Audit(metrics))
         certificate = Certificate.of(settings)
         store = await _store(settings, stack, supervisor, health, at_once)
         table = SessionTable()
-        workers = settings.engine_threads(device.is_cpu)
-        pauses = Pauses(metrics, health)
-        queue = WorkQueue(table, lambda model: catalog.models[model].rows_max, settings.tick_run_max, workers, pauses)
         _register_cells(settings)
         catalog = Catalog(settings, loader, metrics)
         stack.callback(catalog.close)
-        core = Core(settings, table, queue, catalog, store, metrics, Shares(tokens.limits), supervisor, pauses)
-        metrics.engine_threads.set(workers)
-        core.engine = Engine(queue, table, catalog, store, core, metrics, core.meta, workers, supervisor, pauses)
-        calls, holds = StoreCalls(core), Holds(core)
-        sessions, endings = Sessions(core, store, calls, holds), Endings(core, store, calls, holds)
-        unary = UnaryStream(core, sessions)
+        condition, pauses, backlog, advances = Condition(metrics), Pauses(metrics, health), Backlog(), Advances()
+        shares, scheduler = Shares(tokens.limits), Scheduler(settings.batch_run_max)
+        pins = Pins(table, condition.late)
+        wire = GrpcioWire(settings, access)
+        streams = Streams(wire, settings.streams_max)
+        answers = Answers(wire, streams, table, metrics)
+        commits = Commits(store, table, metrics, partial(_meta, table, catalog))
+        flushes = Flushes(table, commits)
+        residency = Residency(
+            settings, table, catalog, store, pins, condition, supervisor, metrics, flushes.add, answers.durable
+        )  # fmt: skip
+        repeats = Repeats(table, catalog, answers, residency, pins, condition, supervisor)
+        withdrawal = Withdrawal(scheduler, table, answers, repeats, condition)
+        rollback = Rollback(table, pins, residency, repeats, withdrawal, answers, metrics)
+        ownership = Ownership(table, wire, streams, pins, residency, repeats, withdrawal, metrics)
+        residency.losses, flushes.on_flushed = ownership, residency.on_flushed
+        admission = Admission(
+            settings, table, catalog, wire, streams, shares, scheduler, residency, repeats, answers, condition, pauses,
+            metrics, backlog, advances,
+        )  # fmt: skip
+        calls, holds = StoreCalls(residency), Holds(table, pins, residency, ownership, condition)
+        sessions = Sessions(
+            settings, table, catalog, store, calls, holds, residency, ownership, shares, condition, supervisor, metrics
+        )  # fmt: skip
+        endings = Endings(
+            settings, table, store, calls, holds, pins, residency, ownership, condition, supervisor, metrics
+        )  # fmt: skip
+        stream = StreamHandler(
+            settings, wire, streams, catalog, admission, sessions, endings, ownership, shares, access, condition, supervisor
+        )  # fmt: skip
+        loop = StepLoop(
+            wire, stream.event, admission, scheduler, catalog, table, commits, flushes, answers, advances, repeats,
+            residency, pins, ownership, withdrawal, rollback, pauses, metrics,
+        )  # fmt: skip
+        deadlines = Deadlines(
+            scheduler, advances, repeats, withdrawal, answers, table, condition, pauses, backlog
+        )  # fmt: skip
+        unary = UnaryStream(settings, table, catalog, streams, admission, sessions, residency, shares, condition)
+        answers.local = unary
         memories = Memories(catalog.resolve, store, settings.memory_cache_mb << 20)
-        handlers = UnaryHandlers(core, sessions, endings, calls, store, unary, memories, device.name)
-        memory_handlers = MemoryHandlers(core, calls, handlers, memories)
+        handlers = UnaryHandlers(
+            settings, table, catalog, shares, supervisor, sessions, endings, calls,
+            partial(Looks, settings, table, pins, residency, supervisor), store, unary, memories, device.name,
+        )  # fmt: skip
+        memory_handlers = MemoryHandlers(settings, catalog, metrics, calls, handlers, memories)
         for pools in (sessions, memory_handlers, handlers):
             stack.callback(pools.close)
-        streams = StreamHandler(core, sessions, endings, access)
-        tokens.on_change = streams.tokens_changed
-        server = Server(settings, access, certificate, health, streams, handlers, memory_handlers)
-        _expose(metrics, core, store, memories, device)
+        tokens.on_change = stream.tokens_changed
+        server = Server(settings, access, certificate, health, wire, handlers, memory_handlers)
+        _expose(metrics, table, catalog, streams, store, memories, device)
 
         supervisor.thread("graphs watch", loader.watchdog.look, loader.watchdog.stopped).start()
         if not await _load_models(catalog, supervisor, health, stop):
             return
-        _start_store(store, core, health)
-        core.engine.start()
+        _start_store(store, residency, condition, health)
+        loop.start()
         gc.collect()
         gc.freeze()  # what is there stays: to look through it for garbage would stop everybody, and torch's objects for 80 ms
         port = await server.start()
         _announce(settings, port, http.address, device)
 
-        loop.add_signal_handler(signal.SIGHUP, lambda: supervisor.once("models reload", catalog.reload()))
-        supervisor.run("sweep", core.sweep)
-        supervisor.run("residency", core.residency.beat)
+        events.add_signal_handler(signal.SIGHUP, lambda: supervisor.once("models reload", catalog.reload()))
+        supervisor.run("deadlines", deadlines.sweep)
+        supervisor.run("residency", residency.beat)
         supervisor.run("models watch", catalog.watch)
-        supervisor.run("unary answers", unary.run)
         supervisor.run("unary tidy", unary.tidy)
         supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
-        supervisor.run("descriptors", lambda: files.watch(port, streams.peers))
+        supervisor.run("descriptors", lambda: files.watch(port, stream.peers))
         await stop.wait()
-        threads += await _drain(server, core, supervisor, loader)
+        drain = Drain(server, stream, streams, scheduler, advances, residency, condition, supervisor)
+        await drain.run(settings.drain_timeout_s)
     log.info("stopped")
 
 
@@ -186,24 +234,10 @@ def _heed_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, at_once:
         loop.add_signal_handler(number, first)
 
 
-async def _drain(server: Server, core: Core, supervisor: Supervisor, loader: Loader) -> list[str]:
-    """Threads of the engine that do not end."""
-    log.info("draining")
-    server.set_serving(False)
-    deadline = time.monotonic() + core.settings.drain_timeout_s
-    await core.drain(deadline)
-    await server.stop(_STOP_GRACE_S)
-    await supervisor.cancel()
-    core.queue.close()
-    if await core.engine.left(max(deadline, time.monotonic() + _STOP_GRACE_S)):
-        loader.stop()
-    return await core.engine.left(time.monotonic() + _STOP_GRACE_S)
-
-
-def _leave(loader: Loader, threads: list[str]) -> None:
+def _leave(loader: Loader) -> None:
     """The last of all: what is in an operator of a model, and cannot be stopped, would keep the process from its end."""
     deadline = time.monotonic() + _STOP_GRACE_S  # what was told to stop may be about to
-    while left := loader.watchdog.running() or threads:
+    while left := loader.watchdog.running():
         if time.monotonic() > deadline:
             told = "left behind, for it does not end: %s; its steps are not answered and may be sent again"
             log.warning(told, ", ".join(left))
@@ -242,19 +276,37 @@ async def _store(
     return store
 
 
-def _start_store(store: Store, core: Core, health: Health) -> None:
+def _start_store(store: Store, residency: Residency, condition: Condition, health: Health) -> None:
+    """Its threads tell the event loop."""
+    loop = asyncio.get_running_loop()
+
     def on_trouble(why: str) -> None:
         health.tell("redis", why, 0 if health.failures() else _REDIS_GRACE_S)
-        core.on_trouble(why)
+        loop.call_soon_threadsafe(condition.set_trouble, why)
 
-    store.on_trouble, store.on_loss = on_trouble, core.on_loss
-    store.writing_back = lambda: core.residency.writing_back
+    def on_loss() -> None:
+        residency.lost_data()
+        loop.call_soon_threadsafe(residency.write_back)
+
+    store.on_trouble, store.on_loss = on_trouble, on_loss
+    store.writing_back = lambda: residency.writing_back
     store.start()
 
 
-def _expose(metrics: Metrics, core: Core, store: Store, memories: Memories, device: Device) -> None:
+def _meta(table: SessionTable, catalog: Catalog, session: Reference) -> MetaFields | None:
+    """What the hash of a session holds; for the store, from a committer thread: the session is pinned."""
+    if (row := table.row_of(session)) is None:
+        return None
+    served = catalog.models[int(table.model[row])]
+    return MetaFields(table.id_of(row), served.reference, served.bundle.fingerprint, int(table.client_id[row]),
+                      int(table.epoch[row]), int(table.created_ms[row]), int(table.losses[row]))  # fmt: skip
+
+
+def _expose(
+    metrics: Metrics, table: SessionTable, catalog: Catalog, streams: Streams, store: Store, memories: Memories,
+    device: Device,
+) -> None:  # fmt: skip
     """Gauges that are read when somebody scrapes."""
-    table = core.table
     metrics.read_with(metrics.memory_cache_bytes, lambda: memories.cache.nbytes)
 
     def resident() -> int:
@@ -262,8 +314,8 @@ def _expose(metrics: Metrics, core: Core, store: Store, memories: Memories, devi
 
     metrics.read_with(metrics.sessions, resident, "device")
     metrics.read_with(metrics.sessions, lambda: len(table) - resident(), "stored")
-    metrics.read_with(metrics.rows_in_flight, core.rows_in_flight)
-    metrics.read_with(metrics.streams, lambda: len(core.streams) - 1)  # less the unary one
+    metrics.read_with(metrics.rows_in_flight, lambda: streams.in_flight)
+    metrics.read_with(metrics.streams, lambda: len(streams))
     metrics.read_with(metrics.redis_memory_bytes, lambda: store.used_memory_bytes)
     metrics.read_with(metrics.redis_expired_keys, lambda: store.expired_keys)
     metrics.read_with(metrics.redis_losses, lambda: store.losses)
@@ -274,7 +326,7 @@ def _expose(metrics: Metrics, core: Core, store: Store, memories: Memories, devi
     def arenas() -> int:
         return sum(
             served.arena.resident * (served.arena.state_nbytes + served.arena.window * served.arena.output_nbytes)
-            for served in core.catalog.models
+            for served in catalog.models
         )
 
     if not device.is_cpu:

@@ -1,4 +1,4 @@
-"""Every metric of the server, in one place. Observed once a tick or a frame, never once a row; no label grows with users."""
+"""Every metric of the server, in one place. Observed once a batch or a frame, never once a row; no label grows with users."""
 
 from __future__ import annotations
 
@@ -34,14 +34,13 @@ class Metrics:
             "sessions_fenced", "Commits refused by the store because another server holds the session"
         )
         self.steps = counter("steps", "Steps by what became of them", "model", "outcome")
-        self.ticks = counter("ticks", "Batched cell calls over ready rows", "model")
+        self.batches = counter("batches", "Calls of a model over ready rows", "model")
         self.batches_stopped = counter("batches_stopped", "Batches that ran too long and were stopped", "model")
-        self.tick_rows = histogram("tick_rows", "Rows in a tick", _ROWS, "model")
-        self.tick_busy_seconds = counter(
-            "tick_busy_seconds", "Seconds that the engine spent in ticks: its rate is the utilisation"
+        self.batch_rows = histogram("batch_rows", "Rows in a batch", _ROWS, "model")
+        self.loop_busy_seconds = counter(
+            "loop_busy_seconds", "Seconds that the step loop had something to do: its rate is the utilisation"
         )
-        self.engine_threads = gauge("engine_threads", "Engine threads: the most that the utilisation can be")
-        self.stage_seconds = histogram("stage_seconds", "Seconds by stage, one observation a tick", _SECONDS, "stage")
+        self.stage_seconds = histogram("stage_seconds", "Seconds by stage, one observation a batch", _SECONDS, "stage")
         self.commit_bytes = counter("commit_bytes", "Bytes of records sent to Redis")
         self.commit_rows = counter("commit_rows", "Records sent to Redis")
         self.records_loaded = counter(

@@ -97,8 +97,8 @@ class Settings:
     workers: int = _setting(
         0, "engine threads on a CPU, each with a tick of its own; 0: half of the cores, at least one"
     )
-    tick_rows_max: int = _setting(1024, "most rows in one tick")
-    tick_run_max: int = _setting(16, "most consecutive steps of one session in one tick")
+    batch_rows_max: int = _setting(1024, "most rows in one tick")
+    batch_run_max: int = _setting(16, "most consecutive steps of one session in one tick")
     arena_mb: int = _setting(256, "memory of one model's arena")
     arena_slots_max: int = _setting(16_384, "most resident sessions of one model")
     resident_idle_s: float = _setting(15.0, "an idle session leaves the arena after so many seconds")
@@ -203,7 +203,7 @@ class Settings:
 
 
 _AT_LEAST_ONE = (
-    "interval_steps", "interval_ms", "session_ttl_s", "redis_connections", "tick_rows_max", "tick_run_max", "arena_mb",
+    "interval_steps", "interval_ms", "session_ttl_s", "redis_connections", "batch_rows_max", "batch_run_max", "arena_mb",
     "arena_slots_max", "frame_rows_max", "frame_bytes_max", "stream_rows_max", "queue_rows_max", "sessions_max",
     "streams_max", "calls_max", "connection_calls_max", "redis_replicas", "redis_ack_timeout_ms",
     "memory_cache_mb", "memory_workers", "memory_calls_max", "http_connections_max",

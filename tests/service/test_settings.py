@@ -34,7 +34,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
         ({"http_connections_max": "0"}, {}, "http_connections_max"),
         ({}, {"ENGRAM_HTTP": "127.0.0.1:99999"}, "http"),
         ({"durability": "sometimes"}, {}, "step, interval"),
-        ({"tick_rows_max": "many"}, {}, "--tick-rows-max"),
+        ({"batch_rows_max": "many"}, {}, "--tick-rows-max"),
         ({}, {"ENGRAM_TICK_ROWS_MAX": "0"}, "at least 1"),
         ({"drain_timeout_s": "-1"}, {}, "negative"),
         ({"sessions_max": "9" * 400}, {}, "sessions_max is too large"),

@@ -7,7 +7,6 @@ session, after its step is durable by what the table says, or else, since others
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -16,10 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from engram_service.core import Core
 from engram_service.errors import ResourceExhaustedError, ServiceError, UnavailableError
-from engram_service.sessions.table import NO_STREAM, Reference
+from engram_service.sessions.pins import Pins
+from engram_service.sessions.residency import Residency
+from engram_service.sessions.table import NO_STREAM, Reference, SessionTable
+from engram_service.settings import Settings
 from engram_service.store import SessionInfo
+from engram_service.supervision import Supervisor
 from engram_service.tenants import tenant_of
 
 _ROUND_S = 0.01  # between two looks at the table
@@ -63,9 +65,16 @@ class _Watched:
 class Looks:
     """Those who wait, by session. Event loop only."""
 
-    def __init__(self, core: Core, describe: Describe) -> None:
+    def __init__(
+        self, settings: Settings, table: SessionTable, pins: Pins, residency: Residency, supervisor: Supervisor,
+        describe: Describe,
+    ) -> None:  # fmt: skip
         """`describe` reads a session with its record. Raises NotFoundError and whatever else the store may say."""
-        self._core = core
+        self._settings = settings
+        self._table = table
+        self._pins = pins
+        self._residency = residency
+        self._supervisor = supervisor
         self._describe = describe
         self._watched: dict[str, _Watched] = {}
         self._waiting: Counter[str] = Counter()  # by tenant
@@ -93,7 +102,7 @@ class Looks:
             self._leave(key, wait)
 
     def _asked(self, key: str, min_seq: int) -> _Wait:
-        table, row = self._core.table, self._core.table.find(key)
+        table, row = self._table, self._table.find(key)
         found: asyncio.Future[SessionInfo] = asyncio.get_running_loop().create_future()
         if row is None:
             return _Wait(min_seq, 0, None, found)
@@ -110,7 +119,7 @@ class Looks:
         watched.waits.append(wait)
         watched.count()
         if self._round is None or self._round.done():
-            self._round = self._core.supervisor.once("looks", self._rounds())
+            self._round = self._supervisor.once("looks", self._rounds())
 
     def _leave(self, key: str, wait: _Wait) -> None:
         self._waiting -= Counter((tenant_of(key),))
@@ -129,7 +138,7 @@ class Looks:
             ]
             for watched in sorted(due, key=lambda one: one.next_look)[: _LOOKS_AT_ONCE - len(self._looking)]:
                 watched.looking = True
-                task = self._core.supervisor.once("look", self._look(watched))
+                task = self._supervisor.once("look", self._look(watched))
                 self._looking.add(task)
                 task.add_done_callback(self._looking.discard)
             await asyncio.sleep(_ROUND_S)
@@ -137,14 +146,10 @@ class Looks:
 
     async def _until_something_happens(self) -> None:
         """Returns when a step was done, or it is time to look at Redis again."""
-        changed = self._core.changed
-        changed.clear()
         idle = [one for one in self._watched.values() if not one.looking]
         seconds = min((one.next_look for one in idle), default=0.0) - time.monotonic()
         if seconds > 0 and not any(map(self._ready, idle)):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(seconds, _LOOK_S_MAX)):
-                    await changed.wait()
+            await self._pins.changes(time.monotonic() + min(seconds, _LOOK_S_MAX))
 
     def _ready(self, watched: _Watched) -> bool:
         """Whether this server holds the session, and somebody's step has become durable."""
@@ -152,15 +157,15 @@ class Looks:
         return done >= watched.target and done > watched.looked_at
 
     def _durable(self, key: str) -> int:
-        table, row = self._core.table, self._core.table.find(key)
+        table, row = self._table, self._table.find(key)
         return -1 if row is None or table.stream[row] == NO_STREAM else int(table.durable[row])
 
     def _behind(self, wait: _Wait) -> bool:
         """Whether what this server had applied when the call came is volatile yet; then it is committed now."""
-        table, row = self._core.table, None if wait.held is None else self._core.table.row_of(wait.held)
+        table, row = self._table, None if wait.held is None else self._table.row_of(wait.held)
         if row is None or not table.interval[row] or table.durable[row] >= wait.applied:
             return False
-        self._core.residency.flush(np.array([row]))
+        self._residency.flush(np.array([row]))
         return True
 
     async def _look(self, watched: _Watched) -> None:
@@ -168,7 +173,7 @@ class Looks:
         try:
             waits = [wait for wait in watched.waits if not self._behind(wait)]
             if waits:
-                info = await self._describe(watched.key, self._core.settings.step_timeout_s)
+                info = await self._describe(watched.key, self._settings.step_timeout_s)
                 for wait in waits:
                     if info.seq >= wait.min_seq and not wait.found.done():
                         wait.found.set_result(info)

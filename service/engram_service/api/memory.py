@@ -20,12 +20,13 @@ from engram_models import LABEL_BYTES_MAX, PatternMemory, Recalled
 from engram_service.api.call import Call
 from engram_service.api.turns import Turns
 from engram_service.api.unary import UnaryHandlers, check_id, place_of
-from engram_service.catalog import Served
-from engram_service.core import Core
+from engram_service.catalog import Catalog, Served
 from engram_service.errors import FailedPreconditionError, InvalidArgumentError
 from engram_service.memory.chunks import width_of
 from engram_service.memory.memories import Memories
+from engram_service.metrics import Metrics
 from engram_service.sessions.calls import StoreCalls
+from engram_service.settings import Settings
 from engram_service.tenants import tenant_of
 
 _OPERATION_NBYTES = 16
@@ -39,12 +40,15 @@ T = TypeVar("T")
 class MemoryHandlers:
     """One method for each RPC of memory.proto."""
 
-    def __init__(self, core: Core, calls: StoreCalls, unary: UnaryHandlers, memories: Memories) -> None:
-        self._core = core
+    def __init__(
+        self, settings: Settings, catalog: Catalog, metrics: Metrics, calls: StoreCalls, unary: UnaryHandlers,
+        memories: Memories,
+    ) -> None:  # fmt: skip
+        self._catalog = catalog
+        self._metrics = metrics
         self._calls = calls
         self._unary = unary
         self._memories = memories
-        settings = core.settings
         waiting = settings.memory_calls_max
         limits = (waiting, max(1, waiting // 2) if settings.tokens_file else waiting)
         workers = settings.memory_workers
@@ -71,7 +75,7 @@ class MemoryHandlers:
         done = await self._call(
             call.left_s, self._memories.store, request.session_id, operation, request.size, bits, labels
         )
-        self._core.metrics.patterns.labels("stored").inc(done.rows)
+        self._metrics.patterns.labels("stored").inc(done.rows)
         return pb.StorePatternsResponse(
             stored=done.rows, first_number=done.first, count=done.summary.count, load=done.summary.load,
             warning=done.warning,
@@ -83,7 +87,7 @@ class MemoryHandlers:
             raise InvalidArgumentError("INVALID_ARGUMENT", "give the labels to forget, or all, and not both")
         labels = None if request.all else list(request.labels)
         done = await self._call(call.left_s, self._memories.forget, request.session_id, operation, labels)
-        self._core.metrics.patterns.labels("forgotten").inc(done.rows)
+        self._metrics.patterns.labels("forgotten").inc(done.rows)
         return pb.ForgetPatternsResponse(forgotten=done.rows, count=done.summary.count, load=done.summary.load)
 
     async def recall(self, request: pb.RecallRequest, call: Call) -> pb.RecallResponse:
@@ -143,9 +147,9 @@ class MemoryHandlers:
         if bool(request.session_id) == bool(request.model):
             raise InvalidArgumentError("INVALID_ARGUMENT", "give a model or a session, and not both")
         if request.model:
-            return self._core.catalog.resolve(request.model, request.version)
+            return self._catalog.resolve(request.model, request.version)
         info = await self._unary.info(request.session_id)
-        return self._core.catalog.resolve(info.model, info.version)
+        return self._catalog.resolve(info.model, info.version)
 
     async def _call(self, left_s: float, work: Callable[..., T], session_id: str, *arguments: Any) -> T:
         check_id(session_id)
@@ -159,7 +163,7 @@ class MemoryHandlers:
             return await asyncio.get_running_loop().run_in_executor(self._queries, work, *arguments)
 
     def _observe(self, model: str, found: Sequence[Recalled], seconds: float) -> None:
-        metrics = self._core.metrics
+        metrics = self._metrics
         metrics.recall_seconds.observe(seconds)
         metrics.recall_cues.observe(len(found))
         unsettled = sum(not one.converged for one in found)

@@ -21,12 +21,12 @@ from engram_service.api.gate import Gate
 from engram_service.api.health import HealthService
 from engram_service.api.probes import Probes
 from engram_service.api.status import abort
-from engram_service.api.stream import StreamHandler
 from engram_service.api.tls import Certificate
 from engram_service.descriptors import connection_options
 from engram_service.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ServiceError
 from engram_service.health import Health
 from engram_service.settings import Settings
+from engram_service.wire.grpcio import GrpcioWire
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Server:
     """Binds, serves, says how it is, stops."""
 
     def __init__(
-        self, settings: Settings, access: Access, certificate: Certificate | None, ready: Health, stream: StreamHandler,
+        self, settings: Settings, access: Access, certificate: Certificate | None, ready: Health, stream: GrpcioWire,
         *unary: object,
     ) -> None:  # fmt: skip
         self._settings = settings

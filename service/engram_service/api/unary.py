@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -16,11 +17,10 @@ from engram import __version__
 from engram.v1 import model_pb2, session_pb2, stream_pb2
 from engram_service.api.call import Call
 from engram_service.api.exported import Exported, exported, imported
-from engram_service.api.looks import Looks
+from engram_service.api.looks import Describe, Looks
 from engram_service.api.turns import Turns
 from engram_service.api.unary_stream import Asked, UnaryStream
-from engram_service.catalog import Served
-from engram_service.core import Core
+from engram_service.catalog import Catalog, Served
 from engram_service.errors import (
     AlreadyExistsError,
     DataLossError,
@@ -37,8 +37,11 @@ from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.constants import starting_state
 from engram_service.sessions.ending import Endings
 from engram_service.sessions.opening import Sessions, check_ids, new_id
-from engram_service.sessions.table import NO_SLOT
+from engram_service.sessions.shares import Shares
+from engram_service.sessions.table import NO_SLOT, SessionTable
+from engram_service.settings import Settings
 from engram_service.store import TIME_MS_MAX, Records, SessionInfo, Store
+from engram_service.supervision import Supervisor
 from engram_service.tenants import beside, id_of, key_of, tenant_of
 
 _PAGE_DEFAULT, _PAGE_MAX = 100, 1000
@@ -55,10 +58,15 @@ class UnaryHandlers:
     """One method for each unary RPC: request and call in, response out. Session ids in requests are keys: see confine.py."""
 
     def __init__(
-        self, core: Core, sessions: Sessions, endings: Endings, calls: StoreCalls, store: Store, unary: UnaryStream,
-        memories: Memories, device: str,
+        self, settings: Settings, table: SessionTable, catalog: Catalog, shares: Shares, supervisor: Supervisor,
+        sessions: Sessions, endings: Endings, calls: StoreCalls, looks: Callable[[Describe], Looks], store: Store,
+        unary: UnaryStream, memories: Memories, device: str,
     ) -> None:  # fmt: skip
-        self._core = core
+        self._settings = settings
+        self._table = table
+        self._catalog = catalog
+        self._shares = shares
+        self._supervisor = supervisor
         self._memories = memories
         self._sessions = sessions
         self._endings = endings
@@ -68,7 +76,7 @@ class UnaryHandlers:
         self._device = device
         self._turns = Turns("calls", _THREADS, _TENANT_CALLS, *_CALLS_WAITING)
         self._lists = Turns("listings", _LISTS, _TENANT_LISTS, *_LISTS_WAITING)
-        self._looks = Looks(core, self._with_record)
+        self._looks = looks(self._with_record)
         # Threads of their own: opens, which use asyncio's, need not wait behind them.
         self._pool = ThreadPoolExecutor(_THREADS + _LISTS, "manage")
 
@@ -81,7 +89,7 @@ class UnaryHandlers:
         if not model:
             info = await self.info(request.session_id)
             model, version = info.model, info.version
-        served = self._core.catalog.resolve(model, version)
+        served = self._catalog.resolve(model, version)
         starting_state(served, request.constants)  # refused alike, whether or not the session is there
         inputs, rows = _inputs(request, served)
         if not rows and not request.generate:
@@ -158,8 +166,8 @@ class UnaryHandlers:
         """The session's present stream, if it has one, is told that it was taken over; the next open is on the new version."""
         info = await self.committed(request.session_id, call.left_s)
         old, new = (
-            self._core.catalog.resolve(info.model, info.version),
-            self._core.catalog.resolve(info.model, request.version),
+            self._catalog.resolve(info.model, info.version),
+            self._catalog.resolve(info.model, request.version),
         )
         if _kept_by(old) != _kept_by(new):
             message = f"{old.reference} and {new.reference} have different state schemas or outputs"
@@ -186,7 +194,7 @@ class UnaryHandlers:
         self, request: session_pb2.ImportSessionRequest, call: Call
     ) -> session_pb2.ImportSessionResponse:
         found = imported(request.data)
-        served = self._core.catalog.resolve(found.model, found.version)
+        served = self._catalog.resolve(found.model, found.version)
         records = served.layout.unpack([found.record])
         if records.errors:
             raise InvalidArgumentError(
@@ -208,7 +216,7 @@ class UnaryHandlers:
     ) -> session_pb2.GetSessionStateResponse:
         info = await self.committed(request.session_id, call.left_s, request.min_seq)
         served, state = self.state_of(info)
-        specs = self._core.catalog.describe(served).state
+        specs = self._catalog.describe(served).state
         response = session_pb2.GetSessionStateResponse(seq=info.seq)
         start = 0
         for spec, own in zip(specs, served.bundle.schema.state, strict=True):
@@ -217,20 +225,20 @@ class UnaryHandlers:
         return response
 
     async def list_models(self, request: session_pb2.ListModelsRequest, call: Call) -> session_pb2.ListModelsResponse:
-        return session_pb2.ListModelsResponse(models=self._core.catalog.describe_all())
+        return session_pb2.ListModelsResponse(models=self._catalog.describe_all())
 
     async def get_model(self, request: session_pb2.GetModelRequest, call: Call) -> session_pb2.GetModelResponse:
-        served = self._core.catalog.resolve(request.model, request.version)
-        return session_pb2.GetModelResponse(model=self._core.catalog.describe(served))
+        served = self._catalog.resolve(request.model, request.version)
+        return session_pb2.GetModelResponse(model=self._catalog.describe(served))
 
     async def reload_models(
         self, request: session_pb2.ReloadModelsRequest, call: Call
     ) -> session_pb2.ReloadModelsResponse:
-        errors = await self._core.catalog.reload()
-        return session_pb2.ReloadModelsResponse(models=self._core.catalog.describe_all(), errors=errors)
+        errors = await self._catalog.reload()
+        return session_pb2.ReloadModelsResponse(models=self._catalog.describe_all(), errors=errors)
 
     async def get_server(self, request: session_pb2.GetServerRequest, call: Call) -> session_pb2.GetServerResponse:
-        settings = self._core.settings
+        settings = self._settings
         default = stream_pb2.DURABILITY_INTERVAL if settings.durability == "interval" else stream_pb2.DURABILITY_STEP
         return session_pb2.GetServerResponse(
             server_version=__version__,
@@ -247,7 +255,7 @@ class UnaryHandlers:
 
     async def info(self, session_id: str, with_record: bool = False) -> SessionInfo:
         """The session as Redis has it. Raises NotFoundError."""
-        return await self._described(session_id, self._core.settings.step_timeout_s, with_record)
+        return await self._described(session_id, self._settings.step_timeout_s, with_record)
 
     async def _described(self, session_id: str, left_s: float, with_record: bool) -> SessionInfo:
         check_id(session_id)
@@ -262,7 +270,7 @@ class UnaryHandlers:
 
     def state_of(self, info: SessionInfo) -> tuple[Served, NDArray[np.uint8]]:
         """The model of a session that was read with its record, and the state's bytes uint8 [state_nbytes]."""
-        served = self._core.catalog.resolve(info.model, info.version)
+        served = self._catalog.resolve(info.model, info.version)
         records = self._unpacked(served, info)
         if records.initial[0]:
             return served, served.bundle.initial_row
@@ -280,17 +288,17 @@ class UnaryHandlers:
         """A session that stands where `record` stands. Once begun it is finished, also where the caller does not wait for it."""
         check_id(session_id)
         made = self._made(session_id, reference, fingerprint, record, left_s, memory)
-        await asyncio.shield(self._core.supervisor.once("create", made))
+        await asyncio.shield(self._supervisor.once("create", made))
 
     async def _made(
         self, session_id: str, reference: str, fingerprint: str, record: bytes, left_s: float, memory: list[bytes]
     ) -> None:
         tenant, deadline = tenant_of(session_id), time.monotonic() + left_s
-        ttl_ms = self._core.settings.session_ttl_s * 1000
+        ttl_ms = self._settings.session_ttl_s * 1000
         session = (session_id, reference, fingerprint, record, ttl_ms, secrets.token_hex(8), memory)
         async with self._turns.turn(tenant, left_s):
             if await self._sessions.above_limit([session_id], ttl_ms, deadline):
-                raise self._core.shares.of(tenant).stored_full()
+                raise self._shares.of(tenant).stored_full()
             made = await self._calls.call(deadline, self._store.create, *session, pool=self._pool)
         if not made:
             own = id_of(session_id)
@@ -303,7 +311,7 @@ class UnaryHandlers:
         return records
 
     def _session(self, info: SessionInfo) -> session_pb2.Session:
-        table = self._core.table
+        table = self._table
         row = table.find(info.session_id)
         here = row is not None and table.slot[row] != NO_SLOT
         kind = session_pb2.Session.RESIDENCY_DEVICE if here else session_pb2.Session.RESIDENCY_STORED

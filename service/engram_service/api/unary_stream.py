@@ -6,6 +6,7 @@ A call is found again by handle and seq. A handle names one session only, also w
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,14 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import model_pb2, stream_pb2
-from engram_service.core import Core
+from engram_service.catalog import Catalog
+from engram_service.condition import Condition
 from engram_service.errors import AbortedError, InternalError, of_detail
-from engram_service.sessions.admission import FEEDBACK, QUIET
 from engram_service.sessions.handles import ENDED
 from engram_service.sessions.opening import Sessions, Wanted
-from engram_service.sessions.refusals import taken_over
-from engram_service.sessions.table import NO_STREAM
+from engram_service.sessions.residency import Residency
+from engram_service.sessions.shares import Shares
+from engram_service.sessions.streams import LOCAL, Streams
+from engram_service.sessions.table import NO_STREAM, SessionTable
+from engram_service.settings import Settings
+from engram_service.steps.admission import Admission
+from engram_service.steps.refusals import taken_over
 from engram_service.tenants import tenant_of
+from engram_service.tokens import Caller
+from engram_service.wire.base import FEEDBACK, QUIET
 
 CLIENT_ID = 1  # of all unary callers: a session without a stream belongs to whoever steps it
 _TRIES = 3
@@ -70,12 +78,21 @@ class Asked:
 
 
 class UnaryStream:
-    """Opens sessions as they are stepped, and hands rows to the core like any stream."""
+    """Opens sessions as they are stepped, and has their rows admitted like those of any stream."""
 
-    def __init__(self, core: Core, sessions: Sessions) -> None:
-        self._core = core
+    def __init__(
+        self, settings: Settings, table: SessionTable, catalog: Catalog, streams: Streams, admission: Admission,
+        sessions: Sessions, residency: Residency, shares: Shares, condition: Condition,
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self._table = table
+        self._catalog = catalog
+        self._admission = admission
         self._sessions = sessions
-        self._stream = core.connect()
+        self._residency = residency
+        self._shares = shares
+        self._condition = condition
+        self._stream = streams.add(LOCAL, Caller())
         self._calls: dict[tuple[int, int], list[_Call]] = {}  # by handle and seq: several that ask for the same step
 
     async def step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
@@ -84,7 +101,7 @@ class UnaryStream:
             async with asyncio.timeout(asked.timeout_s):
                 for attempt in range(_TRIES):
                     try:
-                        with self._core.shares.of(tenant_of(asked.session_id)).unary(asked.rows + asked.generate):
+                        with self._shares.of(tenant_of(asked.session_id)).unary(asked.rows + asked.generate):
                             return await self._step(asked)
                     except AbortedError as error:
                         # Another server had taken the session over since the last call. Where nothing was applied, or the
@@ -92,32 +109,24 @@ class UnaryStream:
                         if attempt == _TRIES - 1 or (asked.seq == 0 and error.metadata.get("applied") == "unknown"):
                             raise
         except TimeoutError:
-            raise self._core.late() from None
+            raise self._condition.late() from None
         raise AssertionError("unreachable")
-
-    async def run(self) -> None:
-        """Hands answers to the calls that wait for them; runs until the stream ends."""
-        while (response := await self._stream.next()) is not None:
-            if response.WhichOneof("frame") == "outputs":
-                self._deliver(response.outputs)
-            elif response.WhichOneof("frame") == "errors":
-                self._refuse(response.errors)
 
     async def tidy(self) -> None:
         """Lets go of sessions that nobody has stepped for a while, so that they cost nothing; runs until cancelled."""
-        core, table = self._core, self._core.table
+        table = self._table
         while True:
             await asyncio.sleep(_TIDY_S)
             rows = self._stream.handles.attached()
-            idle = table.used[rows] < core.residency.clock() - core.settings.resident_idle_s
+            idle = table.used[rows] < self._residency.clock() - self._settings.resident_idle_s
             idle &= ~table.busy[rows] & ~table.opening[rows] & (table.admitted[rows] == table.applied[rows])
             for handle in table.handle[rows[idle]].tolist():
                 self._stream.handles.end(handle, ENDED)
             table.stream[rows[idle]] = NO_STREAM
-            core.residency.let_go(rows[idle])
+            self._residency.let_go(rows[idle])
 
     async def _step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
-        core, table = self._core, self._core.table
+        table = self._table
         row = self._held(asked.session_id)
         if row is None or self._doubtful(row, asked.seq):
             await self._open(asked)
@@ -125,7 +134,7 @@ class UnaryStream:
         if row is None:  # somebody has opened it meanwhile
             raise taken_over()
         handle = table.handle.item(row)
-        served = core.catalog.models[int(table.model[row])]
+        served = self._catalog.models[int(table.model[row])]
         first = asked.seq or int(table.admitted[row]) + 1
         total = asked.rows + asked.generate
         call = _Call(np.zeros((total, served.arena.output_nbytes), np.uint8), first, total, asked.quiet)
@@ -133,7 +142,8 @@ class UnaryStream:
         for key in keys:
             self._calls.setdefault(key, []).append(call)
         try:
-            core.steps(self._stream, self._frame(asked, handle, first, served.bundle.schema.input_nbytes))
+            frame = self._frame(asked, handle, first, served.bundle.schema.input_nbytes)
+            self._admission.admit_frame(self._stream, frame, time.monotonic())
             await call.done
         finally:
             for key in keys:
@@ -145,13 +155,13 @@ class UnaryStream:
 
     def _held(self, key: str) -> int | None:
         """The row of a session that this stream has; to be used before anything is awaited."""
-        row = self._core.table.find(key)
-        return row if row is not None and self._core.table.stream.item(row) == self._stream.id else None
+        row = self._table.find(key)
+        return row if row is not None and self._table.stream.item(row) == self._stream.id else None
 
     def _doubtful(self, row: int, seq: int) -> bool:
         """Whether a step seems to be repeated or ahead: another server may have had the session since, or a new one of its
         name. The next step needs no such doubt: its commit fails."""
-        admitted, applied = self._core.table.admitted.item(row), self._core.table.applied.item(row)
+        admitted, applied = self._table.admitted.item(row), self._table.applied.item(row)
         return seq not in (0, admitted + 1) and admitted == applied
 
     async def _open(self, asked: Asked) -> None:
@@ -180,18 +190,20 @@ class UnaryStream:
             timeout_ms=max(1, int(asked.timeout_s * 1000)),
         )
 
-    def _deliver(self, frame: stream_pb2.OutputsFrame) -> None:
-        handles, seqs = np.frombuffer(frame.handles, np.uint32), np.frombuffer(frame.seqs, np.uint64)
-        outputs = np.frombuffer(frame.outputs, np.uint8).reshape(len(handles), -1)
+    def delivered(
+        self, handles: NDArray[np.uint32], seqs: NDArray[np.uint64], outputs: NDArray[np.uint8] | None
+    ) -> None:  # fmt: skip
+        """Answers.local: hands outputs to the calls that wait for them."""
         for i, key in enumerate(zip(handles.tolist(), seqs.tolist(), strict=True)):
             waiting = self._calls.pop(key, [])
-            if left := [] if frame.outputs else [call for call in waiting if not call.quiet]:
+            if left := [] if outputs is not None else [call for call in waiting if not call.quiet]:
                 self._calls[key] = left  # their own rows bring the outputs
             for call in waiting:
                 if call not in left:
-                    call.answered(key[1], outputs[i] if frame.outputs else None)
+                    call.answered(key[1], None if outputs is None else outputs[i])
 
-    def _refuse(self, frame: stream_pb2.ErrorsFrame) -> None:
+    def refused(self, frame: stream_pb2.ErrorsFrame) -> None:
+        """Answers.local: tells the calls why."""
         handles, seqs = np.frombuffer(frame.handles, np.uint32), np.frombuffer(frame.seqs, np.uint64)
         indexes = np.frombuffer(frame.error_indexes, np.uint32)
         # The first refused row says why; those behind it are only gaps.

@@ -60,7 +60,7 @@ def share(path: Path, plain: Plain, input_shape: tuple[int, ...], rows: int, win
     rows = min(rows, ROWS_MAX)
     bundle, settings = load_bundle(path), Settings()
     findings = Findings(settings.cache_directory() / "examinations")
-    step = checked_step(bundle, findings.of(bundle, settings.tick_rows_max).batching)
+    step = checked_step(bundle, findings.of(bundle, settings.batch_rows_max).batching)
     runtime = OnnxGraphs(Arena(bundle, ROWS_MAX, _WINDOW), step, Watchdog())
     pair = [Ceiling(one, input_shape, rows, window_s, 1) for one in (Alone(runtime), plain)]
     shares, rates = [], []

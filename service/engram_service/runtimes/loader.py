@@ -79,7 +79,7 @@ class Loader:
         that it does not take long, where it is known how long a row takes."""
         schema = bundle.schema
         row_nbytes = max(1, schema.state_nbytes + schema.input_nbytes + schema.output_nbytes)
-        fitting = min(self._settings.tick_rows_max, _TICK_BYTES // row_nbytes)
+        fitting = min(self._settings.batch_rows_max, _TICK_BYTES // row_nbytes)
         return max(1, min(fitting, int(_TICK_S / row_s)) if row_s else fitting)
 
     def _plug_in(self, bundle: Bundle) -> Runtime:

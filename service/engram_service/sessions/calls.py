@@ -9,8 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
-from engram_service.core import Core
 from engram_service.errors import UnavailableError
+from engram_service.sessions.residency import Residency
 from engram_service.store import StoreUnavailableError
 
 _RETRY_S = 0.1
@@ -19,8 +19,8 @@ _RETRY_S = 0.1
 class StoreCalls:
     """Calls that wait until living sessions have been written back to a store that has lost its data."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
 
     async def call(
         self, deadline: float, work: Callable[..., Any], *arguments: Any, pool: Executor | None = None
@@ -30,7 +30,7 @@ class StoreCalls:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                await self._core.written_back(deadline)
+                await self._residency.written_back(deadline)
                 return await loop.run_in_executor(pool, work, *arguments)
             except StoreUnavailableError as error:
                 if time.monotonic() + _RETRY_S > deadline:

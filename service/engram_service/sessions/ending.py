@@ -17,16 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
-from engram_service.core import Core
+from engram_service.condition import Condition
 from engram_service.errors import InternalError, ServiceError, UnavailableError, no_session
-from engram_service.sessions.admission import column
+from engram_service.metrics import Metrics
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.handles import ENDED
 from engram_service.sessions.holds import Holds
-from engram_service.sessions.refusals import taken_over, void
+from engram_service.sessions.ownership import Ownership
+from engram_service.sessions.pins import Pins
+from engram_service.sessions.residency import Residency
 from engram_service.sessions.streams import Stream
-from engram_service.sessions.table import NO_STREAM, Reference, References
+from engram_service.sessions.table import NO_STREAM, Reference, References, SessionTable
+from engram_service.settings import Settings
+from engram_service.steps.frames import column
+from engram_service.steps.refusals import taken_over, void
 from engram_service.store import Store
+from engram_service.supervision import Supervisor
 
 _SLICE = 128  # sessions that are ended between two batches
 _FLUSH_POLL_S = 0.005
@@ -50,8 +56,18 @@ class Asked:
 class Endings:
     """Ends under way, by session."""
 
-    def __init__(self, core: Core, store: Store, calls: StoreCalls, holds: Holds) -> None:
-        self._core = core
+    def __init__(
+        self, settings: Settings, table: SessionTable, store: Store, calls: StoreCalls, holds: Holds, pins: Pins,
+        residency: Residency, ownership: Ownership, condition: Condition, supervisor: Supervisor, metrics: Metrics,
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self._table = table
+        self._pins = pins
+        self._residency = residency
+        self._ownership = ownership
+        self._condition = condition
+        self._supervisor = supervisor
+        self._metrics = metrics
         self._store = store
         self._calls = calls
         self._holds = holds
@@ -60,8 +76,8 @@ class Endings:
 
     def asked(self, stream: Stream, frame: stream_pb2.CloseFrame) -> Asked:
         """Raises InvalidArgumentError."""
-        table = self._core.table
-        rows = self._core.rows_of(stream, column(frame.handles, np.uint32, "handles"))
+        table = self._table
+        rows = stream.handles.rows_of(column(frame.handles, np.uint32, "handles"))
         known = np.unique(rows[rows >= 0])
         return Asked(
             rows, table.refer(known), [table.id_of(row) for row in known.tolist()],
@@ -77,7 +93,7 @@ class Endings:
         tasks: list[End] = []
         for start in range(0, len(asked.keys), _SLICE):
             tasks += self._ends(stream, asked, slice(start, start + _SLICE))
-        _, open_ = await asyncio.wait(tasks, timeout=self._core.settings.step_timeout_s) if tasks else ((), ())
+        _, open_ = await asyncio.wait(tasks, timeout=self._settings.step_timeout_s) if tasks else ((), ())
         if open_:
             late = UnavailableError(
                 "STORE_UNAVAILABLE", f"the session is not ended yet: {_GOES_ON}", retry_after_ms=500
@@ -94,11 +110,11 @@ class Endings:
         """Closes a session whoever holds it. Raises NotFoundError."""
         deleting = self._deletes.get(key)
         if deleting is None:
-            deadline = time.monotonic() + self._core.settings.step_timeout_s
-            deleting = self._deletes[key] = self._core.supervisor.once("close", self._delete(key, deadline))
+            deadline = time.monotonic() + self._settings.step_timeout_s
+            deleting = self._deletes[key] = self._supervisor.once("close", self._delete(key, deadline))
             deleting.add_done_callback(lambda task: self._deletes.pop(key, None))
         try:
-            async with asyncio.timeout(self._core.settings.step_timeout_s):
+            async with asyncio.timeout(self._settings.step_timeout_s):
                 existed = await asyncio.shield(deleting)
         except TimeoutError:
             message = f"the session is not closed yet: {_GOES_ON}"
@@ -120,13 +136,13 @@ class Endings:
         return list(dict.fromkeys(tasks))
 
     def _begin(self, sessions: References, work: Coroutine[Any, Any, set[str]], deletes: bool) -> End:
-        core, each = self._core, sessions.each()
-        task: End = core.supervisor.once("end", work)
-        core.ends += 1
+        each = sessions.each()
+        task: End = self._supervisor.once("end", work)
+        self._condition.ends += 1
         self._under_way.update(dict.fromkeys(each, (task, deletes)))
 
         def ended(task: End) -> None:
-            core.ends -= 1
+            self._condition.ends -= 1
             for session in each:
                 if self._under_way.get(session, (None,))[0] is task:
                     del self._under_way[session]
@@ -138,36 +154,36 @@ class Endings:
         self, stream: Stream, sessions: References, keys: Sequence[str], tokens: Sequence[bytes], detach: bool
     ) -> set[str]:
         """Under the claims that the sessions had when it was asked for: what was claimed since is another's."""
-        core, table = self._core, self._core.table
+        table = self._table
         async with self._holds.hold(keys, math.inf):
             gone = set(np.array(keys, object)[~table.alive(sessions)].tolist())
             if detach:
                 await self._flushed(sessions)
             else:
                 await self._calls.call(math.inf, self._store.delete, keys, tokens)
-                core.metrics.sessions_closed.inc(len(keys) - len(gone))
-            await core.quiesce(sessions, math.inf)  # a store that has lost its data is written back meanwhile
+                self._metrics.sessions_closed.inc(len(keys) - len(gone))
+            await self._pins.quiesce(sessions, math.inf)  # a store that has lost its data is written back meanwhile
             rows = table.rows_of(sessions)
             mine = rows[table.stream[rows] == stream.id]
             for handle in table.handle[mine].tolist():
                 stream.handles.end(handle, ENDED)
             table.stream[mine] = NO_STREAM  # which needs not be told
-            core.dismiss(rows)
+            self._ownership.dismiss(rows)
         return gone
 
     async def _flushed(self, sessions: References) -> None:
         """What a store that was away has not got yet (durability interval) is there: nothing is let go of before."""
-        core, table = self._core, self._core.table
-        while len(dirty := np.intersect1d(core.residency.dirty(), table.rows_of(sessions))):
-            core.residency.flush(dirty)
-            await core.quiesce(sessions, math.inf)
+        table = self._table
+        while len(dirty := np.intersect1d(self._residency.dirty(), table.rows_of(sessions))):
+            self._residency.flush(dirty)
+            await self._pins.quiesce(sessions, math.inf)
             await asyncio.sleep(_FLUSH_POLL_S)
 
     async def _delete(self, key: str, deadline: float) -> bool:
         """Whether there was such a session. Until its claim is known nothing is begun, and that is given up at the deadline: later
         the id may be that of another session. The claim is then ended whatever comes."""
-        core, existed = self._core, False
-        core.ends += 1
+        existed = False
+        self._condition.ends += 1
         try:
             while True:
                 existed = bool(await self._calls.call(deadline, self._store.exists, key)) or existed
@@ -177,8 +193,8 @@ class Endings:
                     tokens = [token.encode()] if token else None
                     await self._calls.call(math.inf if token else deadline, self._store.delete, [key], tokens)
                     (left,) = await self._calls.call(math.inf if token else deadline, self._store.holders, [key])
-                    row = core.table.find(key)
-                    if row is not None and core.table.token[row].tobytes() != left.encode():
+                    row = self._table.find(key)
+                    if row is not None and self._table.token[row].tobytes() != left.encode():
                         await self._holds.dismiss([key], math.inf)
                 if not left or left == token:
                     break
@@ -187,7 +203,7 @@ class Endings:
                         "STORE_UNAVAILABLE", "the session was opened meanwhile; try again", retry_after_ms=50
                     )
         finally:
-            core.ends -= 1
+            self._condition.ends -= 1
         if existed:
-            core.metrics.sessions_closed.inc()
+            self._metrics.sessions_closed.inc()
         return existed

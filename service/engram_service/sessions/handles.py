@@ -1,14 +1,15 @@
-"""The handles of one stream: what its client calls the sessions that it has open. Used by streams.py.
+"""The handles of all streams: what their clients call the sessions that they have open. Used by streams.py.
 
 A handle is 20 bits of place and 12 bits that count how often the place was used before. Places are used again, the longest
 unused first, so that a stream on which sessions come and go does not grow; a handle that is out of date does not name the
 session that has its place now, until the place has been used 4,096 times more.
+
+The places of all streams stand in two columns, each stream's in a segment, so that the rows of many streams are looked up at once.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Any
+from collections import defaultdict, deque
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +24,69 @@ PLACES_MAX = (1 << PLACE_BITS) - 1  # less one, for 0xFFFFFFFF is no handle
 REMEMBERED = 1024  # places that were freed last, and are not used yet: of their handles it is known why they are void
 _PLACE = np.uint32((1 << PLACE_BITS) - 1)
 _USES = 1 << (32 - PLACE_BITS)
+_SEGMENT_MIN = 4
+
+
+class HandleTable:
+    """Segments of places: the rows of the session table that they stand for (or why they are void), and the handles that they have."""
+
+    def __init__(self) -> None:
+        self.rows = np.full(1024, UNKNOWN, np.int32)
+        self.names = np.zeros(1024, np.uint32)
+        self._high = 0
+        self._free: defaultdict[int, list[int]] = defaultdict(list)  # starts of segments that nobody has, by length
+        self._starts = np.zeros(64, np.int64)  # by the number of a stream
+        self._counts = np.zeros(64, np.uint32)  # places that the stream has used
+
+    def rows_of(self, numbers: NDArray[np.uint32], handles: NDArray[np.uint32]) -> NDArray[np.int32]:
+        """Session-table rows of these handles of streams; negative where a handle is unknown or void."""
+        places = handles & _PLACE
+        known = places < self._counts[numbers]
+        if not known.all():
+            places = np.where(known, places, np.uint32(0))
+        at = self._starts[numbers] + places
+        known &= self.names[at] == handles
+        rows = self.rows[at]
+        return rows if known.all() else np.where(known, rows, UNKNOWN).astype(np.int32)
+
+    def make(self, number: int) -> None:
+        """A stream with this number begins."""
+        if number >= len(self._starts):
+            more = max(2 * len(self._starts), number + 1)
+            self._starts, self._counts = (
+                np.concatenate([column, np.zeros(more - len(column), column.dtype)])
+                for column in (self._starts, self._counts)
+            )
+        self._counts[number] = 0
+        self._starts[number] = self.segment(_SEGMENT_MIN)
+
+    def moved(self, number: int, start: int, count: int) -> None:
+        self._starts[number], self._counts[number] = start, count
+
+    def segment(self, length: int) -> int:
+        """The start of a free segment."""
+        if self._free[length]:
+            return self._free[length].pop()
+        start, self._high = self._high, self._high + length
+        if self._high > len(self.rows):
+            more = max(self._high, 2 * len(self.rows)) - len(self.rows)
+            self.rows = np.concatenate([self.rows, np.full(more, UNKNOWN, np.int32)])
+            self.names = np.concatenate([self.names, np.zeros(more, np.uint32)])
+        return start
+
+    def give_back(self, start: int, length: int) -> None:
+        self._free[length].append(start)
 
 
 class Handles:
-    """Places, the rows of the session table that they stand for (or why they are void), and the handles that they have now."""
+    """The handles of one stream."""
 
-    def __init__(self) -> None:
-        self._rows = np.full(16, UNKNOWN, np.int32)
-        self._names = np.zeros(16, np.uint32)
+    def __init__(self, table: HandleTable, number: int) -> None:
+        table.make(number)
+        self._table = table
+        self._number = number
+        self._start = int(table._starts[number])
+        self._length = _SEGMENT_MIN
         self._count = 0
         self._free: deque[int] = deque()
 
@@ -40,48 +96,52 @@ class Handles:
 
     def name(self, row: int) -> int:
         """A new handle for a session-table row."""
+        table = self._table
         if len(self._free) > REMEMBERED:
             place = self._free.popleft()
-            use = ((int(self._names[place]) >> PLACE_BITS) + 1) % _USES
+            use = ((int(table.names[self._start + place]) >> PLACE_BITS) + 1) % _USES
         else:
             place, use = self._count, 0
-            if place == len(self._rows):
+            if place == self._length:
                 self._grow()
             self._count += 1
+            table.moved(self._number, self._start, self._count)
         handle = place | use << PLACE_BITS
-        self._rows[place], self._names[place] = row, handle
+        table.rows[self._start + place], table.names[self._start + place] = row, handle
         return handle
 
     def end(self, handle: int, why: int) -> None:
         """The handle is void from now on, and its place may be used again."""
         place = handle & int(_PLACE)
         if self.row_of(handle) >= 0:
-            self._rows[place] = why
+            self._table.rows[self._start + place] = why
             self._free.append(place)
 
     def rows_of(self, handles: NDArray[np.uint32]) -> NDArray[np.int32]:
         """Session-table rows; negative where a handle is unknown or void."""
-        places = handles & _PLACE
-        known = places < self._count
-        if not known.all():
-            places = np.where(known, places, 0)
-        known &= self._names[places] == handles
-        rows = self._rows[places]
-        return rows if known.all() else np.where(known, rows, UNKNOWN).astype(np.int32)
+        return self._table.rows_of(np.full(len(handles), self._number, np.uint32), handles)
 
     def row_of(self, handle: int) -> int:
         """The same for one handle."""
         place = handle & int(_PLACE)
-        if place >= self._count or self._names.item(place) != handle:
+        if place >= self._count or self._table.names.item(self._start + place) != handle:
             return UNKNOWN
-        return self._rows.item(place)
+        return self._table.rows.item(self._start + place)
 
     def attached(self) -> NDArray[np.int32]:
         """The rows of all that are in use."""
-        rows = self._rows[: self._count]
+        rows = self._table.rows[self._start : self._start + self._count]
         return rows[rows >= 0]
 
+    def forget(self) -> None:
+        """The stream is gone."""
+        self._table.moved(self._number, 0, 0)
+        self._table.give_back(self._start, self._length)
+        self._length = self._count = 0
+
     def _grow(self) -> None:
-        more: Any = len(self._rows)
-        self._rows = np.concatenate([self._rows, np.full(more, UNKNOWN, np.int32)])
-        self._names = np.concatenate([self._names, np.zeros(more, np.uint32)])
+        table, start = self._table, self._table.segment(2 * self._length)
+        for column in (table.rows, table.names):
+            column[start : start + self._length] = column[self._start : self._start + self._length]
+        table.give_back(self._start, self._length)
+        self._start, self._length = start, 2 * self._length

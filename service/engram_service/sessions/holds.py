@@ -13,8 +13,12 @@ from contextlib import asynccontextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_service.core import Core
+from engram_service.condition import Condition
 from engram_service.sessions.handles import CLOSED
+from engram_service.sessions.ownership import Ownership
+from engram_service.sessions.pins import Pins
+from engram_service.sessions.residency import Residency
+from engram_service.sessions.table import SessionTable
 
 _FLUSH_POLL_S = 0.005
 
@@ -22,8 +26,14 @@ _FLUSH_POLL_S = 0.005
 class Holds:
     """The keys that are held, each with the event that is set when it is let go of."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(
+        self, table: SessionTable, pins: Pins, residency: Residency, ownership: Ownership, condition: Condition
+    ) -> None:  # fmt: skip
+        self._table = table
+        self._pins = pins
+        self._residency = residency
+        self._ownership = ownership
+        self._condition = condition
         self._held: dict[str, asyncio.Event] = {}
 
     @asynccontextmanager
@@ -36,7 +46,7 @@ class Holds:
                 async with asyncio.timeout(None if deadline == float("inf") else max(0.0, deadline - time.monotonic())):
                     await blocking.wait()
             except TimeoutError:
-                raise self._core.late() from None
+                raise self._condition.late() from None
         released = asyncio.Event()
         self._held.update(dict.fromkeys(mine, released))
         try:
@@ -46,31 +56,34 @@ class Holds:
             for key in mine:
                 del self._held[key]
             rows = self._rows(mine)
-            self._core.table.opening[rows] = False
+            self._table.opening[rows] = False
             released.set()
 
     async def dismiss(self, keys: Sequence[str], deadline: float, why: int = CLOSED) -> None:
         """Forgets what this server knows of sessions that are held, once nothing of them is under way; their streams are told."""
         while len(rows := self._rows(keys)):
-            if not self._core.table.pinned(rows).any():
-                self._core.dismiss(rows, why)
+            if not self._table.pinned(rows).any():
+                self._ownership.dismiss(rows, why)
                 return
-            await self._core.quiesce(self._core.table.refer(rows), deadline)
+            await self._pins.quiesce(self._table.refer(rows), deadline)
 
     async def _quiet(self, keys: set[str], deadline: float) -> None:
-        core, table = self._core, self._core.table
+        table = self._table
         rows = self._rows(keys)
         if not len(rows):
             return
         sessions = table.refer(rows)
         table.opening[rows] = True
-        core.hand_over(rows)
-        await core.quiesce(sessions, deadline)
-        while len(dirty := np.intersect1d(core.residency.dirty(), table.rows_of(sessions))) and not core.store_trouble:
-            core.residency.flush(dirty)
-            await core.quiesce(sessions, deadline)
+        self._ownership.hand_over(rows)
+        await self._pins.quiesce(sessions, deadline)
+        while (
+            len(dirty := np.intersect1d(self._residency.dirty(), table.rows_of(sessions)))
+            and not self._condition.store_trouble
+        ):
+            self._residency.flush(dirty)
+            await self._pins.quiesce(sessions, deadline)
             await asyncio.sleep(_FLUSH_POLL_S)
 
     def _rows(self, keys: Iterable[str]) -> NDArray[np.int32]:
-        table = self._core.table
+        table = self._table
         return np.array([row for key in keys if (row := table.find(key)) is not None], np.int32)

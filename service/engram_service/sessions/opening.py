@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import model_pb2
-from engram_service.catalog import Served
-from engram_service.core import Core
+from engram_service.catalog import Catalog, Served
+from engram_service.condition import Condition
 from engram_service.errors import (
     DataLossError,
     FailedPreconditionError,
@@ -34,14 +34,20 @@ from engram_service.errors import (
     ServiceError,
     UnavailableError,
 )
+from engram_service.metrics import Metrics
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.constants import starting_state
 from engram_service.sessions.handles import PLACES_MAX, TAKEN_OVER
 from engram_service.sessions.holds import Holds
-from engram_service.sessions.refusals import taken_over
+from engram_service.sessions.ownership import Ownership
+from engram_service.sessions.residency import Residency
+from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Stream
-from engram_service.sessions.table import NO_STREAM
+from engram_service.sessions.table import NO_STREAM, SessionTable
+from engram_service.settings import Settings
+from engram_service.steps.refusals import taken_over
 from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, damaged, session_tag
+from engram_service.supervision import Supervisor
 from engram_service.tenants import id_of, tenant_of
 
 VOID_HANDLE = 0xFFFFFFFF
@@ -98,8 +104,20 @@ class Opened:
 class Sessions:
     """Claims sessions for streams."""
 
-    def __init__(self, core: Core, store: Store, calls: StoreCalls, holds: Holds) -> None:
-        self._core = core
+    def __init__(
+        self, settings: Settings, table: SessionTable, catalog: Catalog, store: Store, calls: StoreCalls, holds: Holds,
+        residency: Residency, ownership: Ownership, shares: Shares, condition: Condition, supervisor: Supervisor,
+        metrics: Metrics,
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self._table = table
+        self._catalog = catalog
+        self._residency = residency
+        self._ownership = ownership
+        self._shares = shares
+        self._condition = condition
+        self._supervisor = supervisor
+        self._metrics = metrics
         self._store = store
         self._calls = calls
         self._holds = holds
@@ -116,32 +134,30 @@ class Sessions:
 
     async def open(self, stream: Stream, wanted: Wanted, timeout_s: float | None = None) -> Opened:
         """Claims the sessions for a stream. Raises ServiceError where nothing of the request can be done."""
-        core = self._core
-        deadline = time.monotonic() + (timeout_s or core.settings.step_timeout_s)
-        if core.draining:
-            raise UnavailableError("DRAINING", "this server is going away; reconnect", retry_after_ms=50)
+        deadline = time.monotonic() + (timeout_s or self._settings.step_timeout_s)
+        self._condition.check_open()
         if len(wanted.ids) > _IDS_MAX:
             raise InvalidArgumentError(
                 "FRAME_TOO_LARGE", f"{len(wanted.ids)} sessions in one frame; send at most {_IDS_MAX}"
             )
         if wanted.ttl_ms > _TTL_MS_MAX:
             raise InvalidArgumentError("INVALID_ARGUMENT", f"ttl_ms is {wanted.ttl_ms}; give at most {_TTL_MS_MAX}")
-        new = {key for key in wanted.ids if core.table.find(key) is None}
-        if len(core.table) + self._opening + len(new) > core.settings.sessions_max:
-            message = f"this server has {core.settings.sessions_max} sessions, its limit"
+        new = {key for key in wanted.ids if self._table.find(key) is None}
+        if len(self._table) + self._opening + len(new) > self._settings.sessions_max:
+            message = f"this server has {self._settings.sessions_max} sessions, its limit"
             raise ResourceExhaustedError("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
         if len(stream.handles) + stream.opening + len(wanted.ids) > PLACES_MAX:
             message = f"this stream has {len(stream.handles)} sessions open, and may have {PLACES_MAX}; use another one"
             raise ResourceExhaustedError("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
-        served = core.catalog.resolve(wanted.model, wanted.version)
+        served = self._catalog.resolve(wanted.model, wanted.version)
         wanted = replace(wanted, start=starting_state(served, wanted.constants))
         ids = list(wanted.ids)
         result = Opened.refused(len(ids), ids, None)
         result.errors = {i: refusal for i, refusal in enumerate(check_ids(ids)) if refusal is not None}
         good = [i for i in range(len(ids)) if i not in result.errors]
-        share = core.shares.of(wanted.tenant)
+        share = self._shares.of(wanted.tenant)
         with (
-            share.sessions(core.table.count_of(wanted.tenant), len(new)) as entered,
+            share.sessions(self._table.count_of(wanted.tenant), len(new)) as entered,
             self._room(stream, len(ids), new),
             self._in_order(stream, wanted) as outdone,
         ):
@@ -151,8 +167,8 @@ class Sessions:
                 work = self._open(
                     stream, wanted, served, good[piece], (seen[0], seen[1][piece]), outdone, deadline, result
                 )
-                await asyncio.shield(core.supervisor.once("open", work))
-                there = {ids[place] for place in good[piece] if core.table.find(ids[place]) is not None} & new
+                await asyncio.shield(self._supervisor.once("open", work))
+                there = {ids[place] for place in good[piece] if self._table.find(ids[place]) is not None} & new
                 entered(len(there))
                 new -= there  # which are counted in the table from now on
                 self._opening -= len(there)
@@ -205,12 +221,12 @@ class Sessions:
                 if not left:
                     return
                 if time.monotonic() > deadline:
-                    raise self._core.late()
+                    raise self._condition.late()
                 seen = await self._seen(stream, wanted, [one.session_id for _, one in left], deadline)
         except ServiceError as refusal:
             result.errors.update({place: refusal for place, _ in left})
             if wanted.tenant and not wanted.attach:
-                self._core.supervisor.once("places", self._settle_places([one.session_id for _, one in left]))
+                self._supervisor.once("places", self._settle_places([one.session_id for _, one in left]))
 
     async def _claim(
         self, stream: Stream, wanted: Wanted, served: Served, asked: Sequence[tuple[int, ClaimRequest]],
@@ -246,8 +262,8 @@ class Sessions:
         """Before sessions of one tenant are created: those of which it may have no more. The others have their place."""
         if not ids or not (tenant := tenant_of(ids[0])):
             return set()
-        limit = self._core.shares.of(tenant).stored_max
-        ttl_ms = ttl_ms or self._core.settings.session_ttl_s * 1000
+        limit = self._shares.of(tenant).stored_max
+        ttl_ms = ttl_ms or self._settings.session_ttl_s * 1000
         above: set[str] = await self._call(deadline, self._store.tally.take, ids, ttl_ms, limit)
         return above
 
@@ -269,13 +285,13 @@ class Sessions:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                     await stream.confirm()
             except TimeoutError:
-                raise self._core.late() from None
+                raise self._condition.late() from None
         if stream.ended:
             raise UnavailableError("STORE_UNAVAILABLE", "the stream ended before its sessions were claimed")
         return losses, tokens
 
     def _requests(self, served: Served, wanted: Wanted, ids: Sequence[str]) -> list[ClaimRequest]:
-        ttl_ms = wanted.ttl_ms or self._core.settings.session_ttl_s * 1000
+        ttl_ms = wanted.ttl_ms or self._settings.session_ttl_s * 1000
         initial = served.layout.initial(1, int(time.time() * 1000), wanted.start)
         tokens = secrets.token_hex(_TOKEN_NBYTES * len(ids))
         width = 2 * _TOKEN_NBYTES
@@ -322,7 +338,7 @@ class Sessions:
             case ClaimStatus.CREATED:
                 return served
             case ClaimStatus.NOT_FOUND if not wanted.attach:
-                raise self._core.shares.of(wanted.tenant).stored_full()
+                raise self._shares.of(wanted.tenant).stored_full()
             case ClaimStatus.NOT_FOUND:
                 raise NotFoundError("SESSION_NOT_FOUND", "there is no such session; it was closed or has expired")
             case ClaimStatus.TAKEN_OVER:
@@ -338,7 +354,7 @@ class Sessions:
                 )
             case ClaimStatus.CARRIED:
                 pass
-        version = self._core.catalog.resolve(wanted.model, claim.version)
+        version = self._catalog.resolve(wanted.model, claim.version)
         if version.bundle.fingerprint != claim.fingerprint:
             message = (
                 f"the session was written by other weights of {version.reference}"
@@ -351,7 +367,7 @@ class Sessions:
         self, stream: Stream, wanted: Wanted, served: Served, places: Sequence[int], requests: Sequence[ClaimRequest],
         claims: Sequence[ClaimResult], result: Opened,
     ) -> None:  # fmt: skip
-        core, table = self._core, self._core.table
+        table = self._table
         records = served.layout.unpack([claim.record for claim in claims])
         sound = [k for k in range(len(claims)) if k not in records.errors]
         for k, reason in records.errors.items():
@@ -378,29 +394,28 @@ class Sessions:
         for name in ("admitted", "computed", "applied", "durable"):
             getattr(table, name)[rows] = kept.seq
         table.acked[rows] = kept.acked
-        table.used[rows] = table.touched[rows] = core.residency.clock()
+        table.used[rows] = table.touched[rows] = self._residency.clock()
         result.seqs[at], result.acked[at] = kept.seq, kept.acked
         begun = np.flatnonzero(~kept.initial & (kept.seq == 0))
-        core.residency.starts.enter(served, rows[begun], kept.states[begun])
+        self._residency.starts.enter(served, rows[begun], kept.states[begun])
         advanced = np.flatnonzero(kept.seq > 0)
         if len(advanced):
-            core.residency.place_if_room(served, rows[advanced], kept.only(advanced.tolist()))
+            self._residency.place_if_room(served, rows[advanced], kept.only(advanced.tolist()))
         new = int(result.created[at].sum())
-        core.metrics.sessions_opened.labels("created").inc(new)
-        core.metrics.sessions_opened.labels("carried_on").inc(len(rows) - new)
+        self._metrics.sessions_opened.labels("created").inc(new)
+        self._metrics.sessions_opened.labels("carried_on").inc(len(rows) - new)
 
     def _rows(self, session_ids: Sequence[str]) -> NDArray[np.int32]:
-        with self._core.queue.lock:
-            return np.array([self._core.table.add(session_id) for session_id in session_ids], np.int32)
+        return np.array([self._table.add(session_id) for session_id in session_ids], np.int32)
 
     def _forget(self, session_ids: Sequence[str]) -> None:
         """After a claim that led to nothing here: what this server may have thought of these sessions is out of date."""
-        table = self._core.table
+        table = self._table
         known = [row for session_id in session_ids if (row := table.find(session_id)) is not None]
         rows = np.array(known, np.int32)
         rows = rows[(table.stream[rows] == NO_STREAM) & ~table.pinned(rows)]
         if len(rows):
-            self._core.dismiss(rows)
+            self._ownership.dismiss(rows)
 
 
 def new_id() -> str:

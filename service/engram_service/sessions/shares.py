@@ -1,4 +1,4 @@
-"""What each tenant has of this server just now, and the limits on it. Event loop only; core.py and opening.py ask.
+"""What each tenant has of this server just now, and the limits on it. Event loop only; admission.py and opening.py ask.
 
 Limits are looked up at every use, so that a tokens file which is read again counts at once.
 """
@@ -63,22 +63,15 @@ class Share:
         """What is said where a session would be one too many."""
         return _reached("stored_max", self.stored_max, "stored sessions; close some", _LATER_MS)
 
-    def take(self, rows: int) -> None:
-        """Room for rows of a stream. Raises ResourceExhaustedError."""
+    def take(self, rows: int, counted: int = 0) -> None:
+        """Room for rows of a stream, so many of which are counted as in flight already. Raises ResourceExhaustedError."""
         if rows > self._room:
             limit = self._limits(self.tenant).rows_max
             in_flight = self._unary_rows + sum(stream.in_flight for stream in self.streams) if limit else 0
-            self._room = limit - in_flight if limit else _NO_LIMIT
+            self._room = limit - in_flight + counted if limit else _NO_LIMIT
             if rows > self._room:
                 raise _reached("rows_max", limit, "rows in flight", _SOON_MS)
         self._room -= rows
-
-    def take_one(self) -> bool:
-        """The same for the usual single row, where it needs no counting."""
-        if self._room < 1:
-            return False
-        self._room -= 1
-        return True
 
     @contextlib.contextmanager
     def unary(self, rows: int) -> Iterator[None]:
@@ -101,16 +94,19 @@ class Shares:
     def __init__(self, limits: Callable[[str], Limits]) -> None:
         self._limits = limits
         self._of: dict[str, Share] = {}
+        self.limited = False  # whether there is a tenant whose rows are counted
 
     def of(self, tenant: str) -> Share:
         share = self._of.get(tenant)
         if share is None:
             share = self._of[tenant] = Share(tenant, self._limits)
+            self.limited |= self._limits(tenant).rows_max > 0
         return share
 
     def forget_room(self) -> None:
         for share in self._of.values():
             share.forget_room()
+        self.limited = any(self._limits(tenant).rows_max for tenant in self._of)
 
 
 def _reached(name: str, limit: int, what: str, retry_after_ms: int) -> ResourceExhaustedError:

@@ -1,70 +1,56 @@
-"""One client stream, as the core sees it: what it has in flight, and where its answers go.
+"""The streams of clients: who has which sessions open, and what of theirs is in flight. Event loop only.
 
-Event loop only. api/stream.py makes one for each gRPC stream and api/unary.py one for all unary steps.
+A stream's id is 20 bits of number, which is used again, and bits that count the uses; wire/ gives them. What every batch asks about
+streams stands in columns by number. Stream 0 is the server's own, for steps that come without a stream.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import deque
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
-from engram_service.sessions.handles import Handles
+from engram_service.errors import ResourceExhaustedError
+from engram_service.sessions.handles import Handles, HandleTable
+from engram_service.tokens import Caller
+from engram_service.wire.base import NUMBER_BITS, Wire
+
+LOCAL = 0
+_NUMBER = np.uint32((1 << NUMBER_BITS) - 1)
+_NOBODY = np.uint32(0xFFFFFFFF)
 
 
 class Stream:
-    """One stream of a client, or the one that the server itself has for unary steps."""
+    """One stream."""
 
-    def __init__(self, stream_id: int, rows_in_flight_max: int, trace: str = "", tenant: str = "") -> None:
+    def __init__(self, stream_id: int, streams: Streams, caller: Caller, peer: str, trace: str) -> None:
         self.id = stream_id
+        self.caller = caller
+        self.tenant = caller.tenant  # whose sessions it may open
+        self.peer = peer
         self.trace = trace  # the trace id that the client sent (W3C trace context); for log lines
-        self.tenant = tenant  # whose sessions it may open
-        self.in_flight = 0  # rows accepted whose answer is not on its way
         self.ended = False
         self.opening = 0  # handles that opens under way may take
-        self.handles = Handles()
-        self._rows_in_flight_max = rows_in_flight_max
-        self._outbox: deque[tuple[stream_pb2.StreamResponse, int]] = deque()
-        self._freed = asyncio.Event()
-        self._posted = asyncio.Event()
+        self.handles = Handles(streams.handles, stream_id & int(_NUMBER))
+        self._streams = streams
         self._questions = itertools.count(1)
         self._asked: dict[int, asyncio.Future[None]] = {}  # by the number of a ConfirmFrame
 
-    # Answers
+    @property
+    def in_flight(self) -> int:
+        """Rows that have come and are not answered."""
+        return self._streams.in_flight_of(self.id)
 
-    def send(self, response: stream_pb2.StreamResponse, rows: int = 0) -> None:
-        """Queues a frame that answers `rows` rows. The queue is bounded by the rows in flight."""
-        if self.ended:
-            self.in_flight -= rows
-            return
-        self._outbox.append((response, rows))
-        self._posted.set()
-
-    def tell(self, response: stream_pb2.StreamResponse, rows: int = 1) -> None:
-        """Queues a frame that answers nothing that was accepted. It counts as rows in flight, so that who sends what is refused and
-        does not read is read no further."""
-        self.in_flight += rows
-        self.send(response, rows)
-
-    async def next(self) -> stream_pb2.StreamResponse | None:
-        """The next frame to write; None once the stream has ended and none is left.
-
-        Its rows are no longer in flight from now on: a client that has its answer is to find its room free.
-        """
-        while not self._outbox:
-            if self.ended:
-                return None
-            self._posted.clear()
-            await self._posted.wait()
-        response, rows = self._outbox.popleft()
-        self.in_flight -= rows
-        self._freed.set()
-        return response
+    def tell(self, response: stream_pb2.StreamResponse) -> None:
+        """Sends a frame that answers no step. Until it has left it counts as a row, so that who sends what is refused and does not
+        read is read no further."""
+        if not self.ended:
+            self._streams.wire.expect(self.id, 1)
+            self._streams.wire.send(self.id, response, 1)
 
     async def confirm(self) -> None:
         """Asks the client whether it is still there; returns when it has said so, or the stream has ended."""
@@ -84,31 +70,94 @@ class Stream:
         if answered is not None and not answered.done():
             answered.set_result(None)
 
-    async def room(self) -> None:
-        """Returns when another frame may be read: gRPC's flow control holds the client back until then."""
-        while self.in_flight >= self._rows_in_flight_max and not self.ended:
-            self._freed.clear()
-            await self._freed.wait()
-
     def end(self) -> None:
         self.ended = True
         for number in self._asked:
             self.confirmed(number)
-        self._posted.set()
-        self._freed.set()
 
 
-def outputs_frame(
-    handles: NDArray[Any], seqs: NDArray[Any], outputs: NDArray[np.uint8] | None, durable: NDArray[Any] | None
-) -> stream_pb2.StreamResponse:
-    return stream_pb2.StreamResponse(
-        outputs=stream_pb2.OutputsFrame(
-            handles=handles.tobytes(),
-            seqs=seqs.tobytes(),
-            outputs=b"" if outputs is None else outputs.tobytes(),
-            durable_seqs=b"" if durable is None else durable.tobytes(),
-        )
-    )
+class Streams:
+    """All of them, by id."""
+
+    def __init__(self, wire: Wire, streams_max: int) -> None:
+        self.wire = wire
+        self.handles = HandleTable()
+        self.in_flight = 0  # rows of all streams
+        self._streams_max = streams_max
+        self._of: dict[int, Stream] = {}
+        self._ids = np.full(64, _NOBODY, np.uint32)  # by number
+        self._rows = np.zeros(64, np.int64)  # in flight
+
+    def __len__(self) -> int:
+        return len(self._of) - (LOCAL in self._of)
+
+    def get(self, stream_id: int) -> Stream | None:
+        return self._of.get(stream_id)
+
+    def all(self) -> list[Stream]:
+        """The clients' ones."""
+        return [stream for stream in self._of.values() if stream.id != LOCAL]
+
+    def add(self, stream_id: int, caller: Caller, peer: str = "", trace: str = "") -> Stream:
+        """Raises ResourceExhaustedError."""
+        if stream_id != LOCAL and len(self) >= self._streams_max:
+            limit = self._streams_max
+            raise ResourceExhaustedError(
+                "TOO_MANY_STREAMS", f"this server has {limit} streams, its limit", retry_after_ms=1000
+            )
+        number = stream_id & int(_NUMBER)
+        if number >= len(self._ids):
+            more = max(len(self._ids), number + 1 - len(self._ids))
+            self._ids = np.concatenate([self._ids, np.full(more, _NOBODY, np.uint32)])
+            self._rows = np.concatenate([self._rows, np.zeros(more, np.int64)])
+        stream = self._of[stream_id] = Stream(stream_id, self, caller, peer, trace)
+        self._ids[number], self._rows[number] = stream_id, 0
+        return stream
+
+    def remove(self, stream: Stream) -> None:
+        """It has ended, and with it what it had in flight."""
+        stream.end()
+        number = stream.id & int(_NUMBER)
+        del self._of[stream.id]
+        self.in_flight -= int(self._rows[number])
+        self._ids[number], self._rows[number] = _NOBODY, 0
+        stream.handles.forget()
+
+    # Rows, by the id of their stream
+
+    def rows_of(self, ids: NDArray[np.uint32], handles: NDArray[np.uint32]) -> NDArray[np.int32]:
+        """Rows of the session table that these handles of streams name; negative where they name none. The streams are there."""
+        return self.handles.rows_of(ids & _NUMBER, handles)
+
+    def here(self, ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
+        """Which of these streams are there."""
+        numbers = ids & _NUMBER
+        inside = numbers < len(self._ids)
+        there: NDArray[np.bool_] = inside & (self._ids[np.where(inside, numbers, 0)] == ids)
+        return there
+
+    def in_flight_of(self, stream_id: int) -> int:
+        return int(self._rows[stream_id & int(_NUMBER)]) if stream_id in self._of else 0
+
+    def arrived(self, ids: NDArray[np.uint32]) -> None:
+        """A row for each, which is in flight from now on. The streams are there."""
+        if len(ids) == 1:
+            self._rows[ids & _NUMBER] += 1
+        else:
+            np.add.at(self._rows, ids & _NUMBER, 1)
+        self.in_flight += len(ids)
+
+    def answered(self, ids: NDArray[np.uint32]) -> None:
+        """A row for each, which is answered, or given up. Of streams that have ended nothing is in flight."""
+        numbers = ids & _NUMBER
+        same = self._ids[numbers] == ids
+        if not same.all():
+            numbers = numbers[same]
+        if len(numbers) == 1:
+            self._rows[numbers] -= 1
+        else:
+            np.subtract.at(self._rows, numbers, 1)
+        self.in_flight -= len(numbers)
 
 
 def event_frame(kind: stream_pb2.EventFrame.Type, handles: NDArray[Any] | None = None) -> stream_pb2.StreamResponse:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import logging
 import queue
+import select
 import socket
 import ssl
 import struct
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 _TIMEOUT_S = 5.0  # without a reply for so long, a connection is given up
-_INLINE_TIMEOUT_S = 1.0  # the same where an engine thread waits: the committers then go on with it
+_INLINE_TIMEOUT_S = 1.0  # the same for the event loop: the committers then go on with it
 _SEND_BUFFER = 4 << 20  # a tick's commands at once, if the kernel allows so much
 _JOINED_MAX = 64 << 10
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
@@ -95,6 +97,19 @@ class Link:
             return True
         connection.send_command(*wait)
         return self._settings.waited(connection.read_response())
+
+    def waits_on(self) -> int | None:
+        """The descriptor that becomes readable with the first reply; None: there is one, or nothing is waited for."""
+        sock = None if self._connection is None else self._connection._sock
+        if sock is None or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+            return None
+        return int(sock.fileno())
+
+    def abandon(self, doubtful: list[int]) -> None:
+        """Drops the connection, on which commands may still be buffered."""
+        if self._connection is not None:
+            doubtful.append(self._id)
+        self.drop()
 
     def drop(self) -> None:
         if self._connection is not None:
@@ -160,7 +175,7 @@ def _joined(buffers: list[memoryview | bytes]) -> list[memoryview | bytes]:
 
 
 class Committers:
-    """A few committer threads, and a way to commit in the calling thread."""
+    """A few committer threads, and a way to commit from the event loop."""
 
     def __init__(
         self, nodes: Nodes, settings: StoreSettings, generations: Generations, diagnose: Diagnose,
@@ -175,7 +190,6 @@ class Committers:
         self._closed = threading.Event()
         self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._settings = settings
-        self._own = threading.local()  # the links of a thread that commits by itself
         self._threads = [supervisor.thread(f"commit-{n}", self._run, self._closed) for n in range(settings.connections)]
         for thread in self._threads:
             thread.start()
@@ -183,21 +197,34 @@ class Committers:
     def submit(self, job: CommitJob) -> None:
         self._jobs.put(_Pending(job))
 
-    def begin(self, job: CommitJob) -> Sent:
-        """Sends a commit from the calling thread, which says `finish` before its next one."""
+    def line(self) -> Line:
+        """A way to commit from the event loop."""
+        return Line(self, Links(self._settings, _INLINE_TIMEOUT_S))
+
+    def send(self, links: Links, job: CommitJob) -> Sent | None:
+        """Sends a commit on a caller's own links; None: the committers have it, for Redis is in trouble, or answers late as it is
+        asked to."""
         pending = _Pending(job)
-        return self._send(self._own_links(), pending) if not self._troubled else Sent(pending, {"": "in trouble"})
+        if self._troubled or self._settings.wait is not None:
+            self._jobs.put(pending)
+            return None
+        return self._send(links, pending)
 
-    def finish(self, sent: Sent) -> None:
-        """Takes the replies; if Redis is in trouble, the committers go on with it."""
-        if not self._receive(self._own_links(), sent):
-            self._jobs.put(sent.pending)
-
-    def _own_links(self) -> Links:
-        if not hasattr(self._own, "links"):
-            self._own.links = Links(self._settings, _INLINE_TIMEOUT_S)
-        links: Links = self._own.links
-        return links
+    def receive(self, links: Links, sent: Sent) -> None:
+        """Takes the replies. What is not plainly written is the committers' to find out about."""
+        pending, settled = sent.pending, not sent.failures
+        for node, parts in sent.parts.items():
+            if node.name in sent.failures:
+                continue
+            with self._noting(sent, node.name):
+                replies, _ = self._replies(links, sent, node, parts)
+                start = 0
+                for rows, _ in parts:
+                    own = None if replies is None else replies[start : start + len(rows)]
+                    start += len(rows)
+                    settled &= _settle_written(pending, rows, own)
+        if not settled or sent.failures:
+            self._jobs.put(pending)
 
     def close(self) -> None:
         self._closed.set()
@@ -271,10 +298,7 @@ class Committers:
             if node.name in sent.failures:
                 continue
             with self._noting(sent, node.name):
-                count = sum(len(rows) for rows, _ in parts)
-                replies, counter = links.to(node).receive(count, pending.doubtful[node.name], counted=True)
-                if counter.startswith(b":"):  # first, for who looks why a record is not there asks about losses
-                    self._generations.counted(sent.marks[node], int(counter[1:]))
+                replies, _ = self._replies(links, sent, node, parts)
                 start = 0
                 for rows, buffer in parts:
                     own = None if replies is None else replies[start : start + len(rows)]
@@ -283,6 +307,16 @@ class Committers:
                         self._ask(links, pending, buffer, own)
                     if why := self._settle(pending, rows, own):
                         sent.failures[node.name] = why
+
+    def _replies(
+        self, links: Links, sent: Sent, node: Node, parts: list[tuple[NDArray[np.intp], memoryview]]
+    ) -> tuple[list[bytes] | None, bytes]:
+        """Of a node, as Link.receive gives them."""
+        count = sum(len(rows) for rows, _ in parts)
+        replies, counter = links.to(node).receive(count, sent.pending.doubtful[node.name], counted=True)
+        if counter.startswith(b":"):  # first, for who looks why a record is not there asks about losses
+            self._generations.counted(sent.marks[node], int(counter[1:]))
+        return replies, counter
 
     def _ask(self, links: Links, pending: _Pending, buffer: memoryview, replies: list[bytes]) -> None:
         """Writes the rows of a slot that is just moving to where they are by now."""
@@ -311,14 +345,10 @@ class Committers:
 
     def _settle(self, pending: _Pending, rows: NDArray[np.intp], replies: list[bytes] | None) -> str:
         """Tells the job what became of rows; returns why some must be written again, or nothing."""
-        if replies is None:
-            pending.done(rows, Verdict.OK)
+        if _settle_written(pending, rows, replies) or replies is None:
             return ""
-        pending.unknown[rows] = [reply.endswith(_UNACKNOWLEDGED) for reply in replies]
-        kinds = np.array([b"+" if reply == b"+OK" else b"-" if reply.startswith(b"-") else b"0" for reply in replies])
-        if (written := rows[kinds == b"+"]).size:
-            pending.done(written, Verdict.OK)
-        if (missing := rows[kinds == b"0"]).size:
+        missing = rows[[reply[:1] not in (b"+", b"-") for reply in replies]]
+        if missing.size:
             verdicts = np.array(self._diagnose(pending.job, missing, pending.record), dtype=object)
             for verdict in set(verdicts):
                 own = missing[verdicts == verdict]
@@ -327,6 +357,67 @@ class Committers:
                 pending.done(own[late], verdict.late)
         failed = next((reply for reply in replies if reply.startswith(b"-")), b"")
         return failed[1:].decode(errors="replace")
+
+
+def _settle_written(pending: _Pending, rows: NDArray[np.intp], replies: list[bytes] | None) -> bool:
+    """Tells the job of the rows that were written (None: all of them); whether they all were."""
+    if replies is None:
+        pending.done(rows, Verdict.OK)
+        return True
+    pending.unknown[rows] = [reply.endswith(_UNACKNOWLEDGED) for reply in replies]
+    written = np.array([reply == b"+OK" for reply in replies], np.bool_)
+    if written.any():
+        pending.done(rows[written], Verdict.OK)
+    return bool(written.all())
+
+
+def _readable(descriptor: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+class Line:
+    """The event loop's way to Redis, for one commit at a time. It waits for no longer than it is asked to."""
+
+    def __init__(self, committers: Committers, links: Links) -> None:
+        self._committers = committers
+        self._links = links
+        self._sent: Sent | None = None
+        self._left: list[int] = []  # descriptors of connections whose replies have not begun to come
+
+    def send(self, job: CommitJob) -> None:
+        """Never fails; what cannot be sent is the committers' to send again."""
+        self._sent = sent = self._committers.send(self._links, job)
+        nodes = [] if sent is None else [node for node in sent.parts if node.name not in sent.failures]
+        self._left = [number for node in nodes if (number := self._links.to(node).waits_on()) is not None]
+
+    def ready(self, timeout_s: float) -> bool:
+        """Whether `finish` need not wait, now or within a time."""
+        deadline = time.monotonic() + timeout_s
+        while self._left:
+            if not _readable(self._left[-1], max(0.0, deadline - time.monotonic())):
+                return False
+            self._left.pop()
+        return True
+
+    def waits_on(self) -> int:
+        """The descriptor that becomes readable with the next reply; to be asked while it is not ready."""
+        return self._left[-1]
+
+    def finish(self) -> None:
+        """Takes the replies and tells the job."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            self._committers.receive(self._links, sent)
+
+    def give_up(self) -> None:
+        """The replies do not come: the connections that wait are dropped, and the committers go on."""
+        if self._sent is not None:
+            for node in self._sent.parts:
+                if self._links.to(node).waits_on() in self._left:
+                    self._links.to(node).abandon(self._sent.pending.doubtful[node.name])
+        self.finish()
 
 
 @dataclass(slots=True)

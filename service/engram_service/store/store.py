@@ -23,7 +23,7 @@ from engram_service.errors import DataLossError
 from engram_service.health import Health
 from engram_service.metrics import Metrics
 from engram_service.store import safety, scripts
-from engram_service.store.committer import Committers, Sent
+from engram_service.store.committer import Committers, Line
 from engram_service.store.generations import KEPT_MS, Generations
 from engram_service.store.keys import META_PREFIX, memory_key, meta_key, record_key, session_tag
 from engram_service.store.memories import MemoryLogs, revision_of
@@ -159,13 +159,9 @@ class Store:
         """Hands a commit to the committer threads; never blocks."""
         self._committers.submit(job)
 
-    def begin(self, job: CommitJob) -> Sent:
-        """Sends a commit from the calling thread, which says `finish` before its next one. Never fails."""
-        return self._committers.begin(job)
-
-    def finish(self, sent: Sent) -> None:
-        """Waits for Redis's word on a commit; the committer threads go on with what it had none on."""
-        self._committers.finish(sent)
+    def line(self) -> Line:
+        """A way to commit from the event loop."""
+        return self._committers.line()
 
     def load(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]) -> list[bytes | None]:
         """Records under these claims; None where there is none."""

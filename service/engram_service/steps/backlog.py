@@ -1,7 +1,7 @@
 """When refused rows shall be sent again: as soon as there may be room, and not all at once. No clock of its own.
 
 How fast rows are done is measured while some wait, for only then is it what the machine can do, and not what it was asked for.
-core.py tells and asks, on the event loop.
+admission.py and deadlines.py tell and ask, on the event loop.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ class Backlog:
         return self._rows / self._seconds if self._seconds >= _KNOWN_S else 0.0
 
     def observe(self, now: float, answered: int, waiting: int) -> None:
-        """A few dozen times a second. `answered`: rows so far; `waiting`: rows that no tick has taken."""
+        """A few dozen times a second. `answered`: rows so far; `waiting`: rows that no batch has taken."""
         then, answered_then, waited = self._before
         if waiting and waited:
             kept = math.exp((then - now) / _MEMORY_S)
             self._rows = self._rows * kept + answered - answered_then
             self._seconds = self._seconds * kept + now - then
         self._before = (now, answered, bool(waiting))
+
+    def retry_in_ms(self, rows: int) -> int:
+        """The hint for refused rows, since `observe` was last called."""
+        return self.retry_ms(self._before[0], rows)
 
     def retry_ms(self, now: float, rows: int) -> int:
         """The hint for refused rows: they are given times one after another, at the rate at which room comes free."""

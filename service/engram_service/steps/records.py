@@ -1,4 +1,4 @@
-"""Puts together what a commit writes: header, state and the outputs that the client has not acknowledged. Engine thread only."""
+"""Puts together what a commit writes: header, state and the outputs that the client has not acknowledged."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""Which rows of a frame may go on. Pure decisions over arrays; called by core.py for every frame.
+"""Columns of frames, and what their rows are to their sessions. Pure; called by admission.py.
 
-Bad rows come back with the refusal that says why, good rows go on. A refused row spoils the later rows of the same
-session in its frame: they would leave a gap.
+A refused row spoils the later rows of the same session that came with it: they would leave a gap.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -14,12 +13,9 @@ from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
 from engram_service.errors import InvalidArgumentError
+from engram_service.wire.base import FEEDBACK, FLAGS_KNOWN
 
 Number = TypeVar("Number", bound=np.generic)
-
-QUIET = 1
-FEEDBACK = 2
-_FLAGS_KNOWN = QUIET | FEEDBACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +31,6 @@ class StepColumns:
 
     def __len__(self) -> int:
         return len(self.handles)
-
-    def only(self, index: NDArray[np.intp]) -> StepColumns:
-        """Some of the rows, for their handles, seqs and flags."""
-        return replace(self, handles=self.handles[index], seqs=self.seqs[index], flags=self.flags[index])
 
 
 def column(data: bytes, dtype: type[Number], name: str, rows: int | None = None) -> NDArray[Number]:
@@ -63,7 +55,7 @@ def read_columns(frame: stream_pb2.StepsFrame, rows_max: int) -> StepColumns:
     seqs = column(frame.seqs, np.uint64, "seqs", rows)
     flags = column(frame.flags, np.uint8, "flags", rows) if frame.flags else np.zeros(rows, np.uint8)
     acked = column(frame.acknowledged_seqs, np.uint64, "acknowledged_seqs", rows) if frame.acknowledged_seqs else None
-    if np.any(flags & ~np.uint8(_FLAGS_KNOWN)):
+    if np.any(flags & ~np.uint8(FLAGS_KNOWN)):
         raise InvalidArgumentError(
             "INVALID_FRAME", "column flags has bits that are not known: use 1 (quiet) and 2 (feedback)"
         )

@@ -1,4 +1,4 @@
-"""Why rows of a frame are refused, and what is known of their fate. Pure; core.py, repeats.py and opening.py ask.
+"""Why rows of a frame are refused, and what is known of their fate. Pure; admission.py, repeats.py and opening.py ask.
 
 Every refusal of a row says in its metadata what became of the step, as far as this server can know (`applied`):
 

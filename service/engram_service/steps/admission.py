@@ -1,0 +1,422 @@
+"""Which of the rows that have come may go on. Good rows wait for their batch, repeated ones are answered, bad ones are refused with a
+typed error that says why; nobody else is disturbed. Event loop only; vectorised over the rows of all streams.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram.v1 import stream_pb2
+from engram_service.catalog import Catalog, Served
+from engram_service.condition import Condition
+from engram_service.errors import (
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    ServiceError,
+)
+from engram_service.metrics import Metrics
+from engram_service.pauses import Pauses
+from engram_service.rows import Rows, rows_of
+from engram_service.scheduling.columns import Steps
+from engram_service.scheduling.scheduler import Scheduler
+from engram_service.sessions.residency import Residency
+from engram_service.sessions.shares import Shares
+from engram_service.sessions.streams import Stream, Streams
+from engram_service.sessions.table import SessionTable
+from engram_service.settings import Settings
+from engram_service.steps.advance import Advances
+from engram_service.steps.answers import Answers
+from engram_service.steps.backlog import Backlog
+from engram_service.steps.frames import classify, column, read_columns
+from engram_service.steps.refusals import Refused, bad_handles, errors_frame, fates, gaps
+from engram_service.steps.repeats import Asked, Repeats, acknowledged
+from engram_service.wire.base import FEEDBACK, FIRST, NOT_ACKNOWLEDGED, QUIET, Arrived, Wire
+
+log = logging.getLogger(__name__)
+
+_HANDLE_NBYTES, _SEQ_NBYTES = 4, 8
+_RETRY_MS = 50
+_OPENING = "the session is being opened, moved or closed just now; try again"
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows that have come for one model, with inputs of its width."""
+
+    rows: NDArray[np.int32]  # of the session table; negative: none
+    streams: NDArray[np.uint32]
+    handles: NDArray[np.uint32]
+    seqs: NDArray[np.uint64]
+    flags: NDArray[np.uint8]
+    deadlines: NDArray[np.float64]
+    inputs: NDArray[np.uint8]  # [n, input_nbytes]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Admission:
+    """Lets rows in."""
+
+    def __init__(
+        self, settings: Settings, table: SessionTable, catalog: Catalog, wire: Wire, streams: Streams, shares: Shares,
+        scheduler: Scheduler, residency: Residency, repeats: Repeats, answers: Answers, condition: Condition,
+        pauses: Pauses, metrics: Metrics, backlog: Backlog, advances: Advances,
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self._table = table
+        self._catalog = catalog
+        self._wire = wire
+        self._streams = streams
+        self._shares = shares
+        self._scheduler = scheduler
+        self._residency = residency
+        self._repeats = repeats
+        self._answers = answers
+        self._condition = condition
+        self._pauses = pauses
+        self._metrics = metrics
+        self._backlog = backlog
+        self._advances = advances
+        self._takes: dict[int, Rows] = {}  # by model
+        self.on_admit: Callable[[], None] = lambda: None
+
+    # Rows that the wire brings as columns
+
+    def admit(self, arrived: Arrived, now: float) -> None:
+        """Rows of any streams, in the order in which they came. Never raises."""
+        try:
+            self._admit_all(arrived, now)
+        except Exception as error:
+            log.exception("rows could not be let in")
+            failed = InternalError("INTERNAL", f"the server failed on this frame: {type(error).__name__}")
+            self._refuse(arrived, self._streams.here(arrived.streams), failed)
+
+    def _admit_all(self, arrived: Arrived, now: float) -> None:
+        if not (here := self._streams.here(arrived.streams)).all():  # a stream that was refused goes on for a moment
+            arrived = _only(arrived, here)
+            if not len(arrived):
+                return
+        self._streams.arrived(arrived.streams)
+        rows = self._streams.rows_of(arrived.streams, arrived.handles)
+        self._acknowledge(rows, arrived.acknowledged)
+        if (closed := self._without_room(arrived)).any():
+            arrived, rows = _only(arrived, ~closed), rows[~closed]
+        known = rows >= 0
+        if not known.all():
+            refused = [(mask, refusal) for mask, refusal in bad_handles(rows)]
+            self._answers.refuse(arrived.streams, arrived.handles, arrived.seqs, refused)
+            arrived, rows = _only(arrived, known), rows[known]
+        if not len(rows):
+            return
+        deadlines = self._deadlines(arrived.timeouts_ms, now)
+        models = self._table.model[rows]
+        first = models.item(0)
+        if not (models == first).all():
+            self._admit_mixed(arrived, rows, models, deadlines, now)
+        elif (arrived.input_nbytes == (width := self._width(first))).all():
+            inputs = arrived.inputs.reshape(-1, width)
+            self._admit(self._catalog.models[first], _rows(arrived, rows, deadlines, inputs), [], now)
+        else:
+            self._admit_mixed(arrived, rows, models, deadlines, now)
+
+    def _admit_mixed(
+        self, arrived: Arrived, rows: NDArray[np.int32], models: NDArray[np.int16], deadlines: NDArray[np.float64],
+        now: float,
+    ) -> None:  # fmt: skip
+        """Rows of several models, or with inputs that do not fit theirs."""
+        ends = np.cumsum(arrived.input_nbytes, dtype=np.int64)
+        frame = np.maximum.accumulate(np.where(arrived.flags & FIRST, np.arange(len(rows)), 0))
+        other = models != models[frame]
+        for model in np.unique(models).tolist():
+            served, width, mine = self._catalog.models[model], self._width(model), models == model
+            if (bad := mine & other).any():
+                references = self._catalog.models[int(models[frame[np.flatnonzero(bad)[0]]])].reference
+                self._refuse(arrived, bad, _other_model(references))
+            if (bad := mine & ~other & (arrived.input_nbytes != width)).any():
+                n = int(np.flatnonzero(bad)[0])
+                message = (
+                    f"column inputs has {arrived.input_nbytes[n]} bytes a row; for model {served.reference},"
+                    f" a row of {self._inputs_of(served)} is {width} bytes"
+                )
+                self._refuse(arrived, bad, InvalidArgumentError("INVALID_INPUT_WIDTH", message))
+            good = np.flatnonzero(mine & ~other & (arrived.input_nbytes == width))
+            if len(good):
+                inputs = arrived.inputs[(ends[good] - width)[:, None] + np.arange(width)]
+                self._admit(served, _rows(_without_inputs(arrived, good), rows[good], deadlines[good], inputs), [], now)
+
+    # Frames that are not like most
+
+    def admit_frame(self, stream: Stream, frame: stream_pb2.StepsFrame, now: float) -> None:
+        """A frame with repeats or a dtype, without inputs, or of which something is wrong."""
+        try:
+            self._condition.check_open()
+            self._check_room(stream.id, len(frame.handles) // _HANDLE_NBYTES, frame.timeout_ms)
+            columns = read_columns(frame, self._settings.frame_rows_max)
+            if not len(columns):
+                raise InvalidArgumentError("INVALID_FRAME", "the frame has no rows")
+            rows = stream.handles.rows_of(columns.handles)
+            refused = bad_handles(rows)
+            served = self._model_of(rows, refused)
+            inputs = self._read_inputs(served, frame, columns.flags, columns.source)
+            self._shares.of(stream.tenant).take(len(columns))
+        except ServiceError as refusal:
+            self._refuse_frame(stream, frame, refusal)
+            return
+        streams = np.full(len(columns), stream.id, np.uint32)
+        self._wire.expect(stream.id, len(columns))
+        self._streams.arrived(streams)
+        if columns.acked is not None:
+            own = (
+                rows if columns.source is None else stream.handles.rows_of(column(frame.handles, np.uint32, "handles"))
+            )
+            self._acknowledge(own, columns.acked)
+        deadlines = self._deadlines(np.full(len(columns), frame.timeout_ms, np.uint32), now)
+        came = _Rows(rows, streams, columns.handles, columns.seqs, columns.flags, deadlines, inputs)
+        self._admit(served, came, refused, now)
+
+    def acknowledge(self, stream: Stream, frame: stream_pb2.AcknowledgeFrame) -> None:
+        handles = column(frame.handles, np.uint32, "handles")
+        acked = column(frame.acknowledged_seqs, np.uint64, "acknowledged_seqs", len(handles))
+        self._acknowledge(stream.handles.rows_of(handles), acked)
+
+    # What both have in common
+
+    def _admit(self, served: Served, came: _Rows, refused: Refused, now: float) -> None:
+        table, rows, seqs = self._table, came.rows, came.seqs
+        self._refuse_unfit(served, came, refused)
+        out = np.zeros(len(rows), np.bool_)
+        for mask, _ in refused:
+            out |= mask
+        safe = np.where(rows >= 0, rows, 0) if refused else rows
+        classes = classify(rows, seqs, table.admitted[safe], out)
+        if not classes.fresh.all():
+            if classes.gap.any():
+                refused += gaps(classes.gap, table.admitted[safe])
+            if classes.repeated.any():
+                self._repeat(served, came, np.flatnonzero(classes.repeated), refused)
+            if refused:
+                self._answers.refuse(came.streams, came.handles, seqs, refused)
+            good = np.flatnonzero(classes.fresh)
+            if not len(good):
+                return
+        else:
+            good = slice(None)  # type: ignore[assignment]
+        flags = came.flags[good] & np.uint8(QUIET | FEEDBACK)
+        arrived = np.full(len(flags), now)
+        steps = Steps(rows[good], came.streams[good], came.handles[good], seqs[good], flags, came.deadlines[good],
+                      arrived, came.inputs[good])  # fmt: skip
+        # Rows of one session stand in order, so the last assignment is the greatest seq.
+        table.admitted[steps.rows] = steps.seqs
+        self._residency.want(served, steps.rows)
+        self._scheduler.add(served.index, steps)
+        self.on_admit()
+
+    def _refuse_unfit(self, served: Served, came: _Rows, refused: Refused) -> None:
+        """Rows that no session could take: seq 0, inputs that are not finite, too many unacknowledged steps."""
+        table, rows, seqs = self._table, came.rows, came.seqs
+        if not seqs.all():
+            refused.append((seqs == 0, InvalidArgumentError("INVALID_SEQ", "seq counts from 1; 0 is not a step")))
+        takes, gives = self._inputs_of(served), served.bundle.schema.outputs
+        fed = (came.flags & FEEDBACK).astype(np.bool_)
+        if fed.any() and not served.bundle.schema.generates:
+            sizes = f"gives {rows_of(gives)} and takes {takes}"
+            message = f"model {served.reference} {sizes}: it cannot run on its own output"
+            refused.append((fed, FailedPreconditionError("CANNOT_GENERATE", message)))
+        for bad, reason, what in takes.faults(came.inputs, served.bundle.allows_non_finite):
+            if (bad & ~fed).any():
+                refused.append((bad & ~fed, InvalidArgumentError(reason, f"{what}; nothing was applied")))
+        known = rows >= 0
+        safe = rows if known.all() else np.where(known, rows, 0)
+        window = served.arena.window
+        full = seqs > table.acked[safe] + np.uint64(window)
+        if full.any() and (full := full & (seqs > table.admitted[safe]) & known).any():
+            message = (
+                f"{window} outputs of this session are not acknowledged, the limit; acknowledge those that have arrived"
+            )
+            refused.append((full, ResourceExhaustedError("REPLY_WINDOW_FULL", message, retry_after_ms=_RETRY_MS)))
+        if pause := self._pauses.refusal(served.index):
+            refused.append(((seqs > table.admitted[safe]) & known, pause))
+        if (held := table.opening[safe] & known).any():
+            refused.append((held, ResourceExhaustedError("QUEUE_FULL", _OPENING, retry_after_ms=_RETRY_MS)))
+
+    def _repeat(self, served: Served, came: _Rows, index: NDArray[np.intp], refused: Refused) -> None:
+        """Answers steps that were accepted before: with the recorded output, or when the first answer comes."""
+        table, sessions, seqs = self._table, came.rows[index], came.seqs[index]
+        streams, handles, deadlines = came.streams[index], came.handles[index], came.deadlines[index]
+        quiet = (came.flags[index] & QUIET).astype(np.bool_)
+        gone = (seqs <= table.acked[sessions]) & ~quiet
+        if gone.any():
+            mask = np.zeros(len(came), np.bool_)
+            mask[index[gone]] = True
+            refused.append((mask, acknowledged()))
+        asked = Asked(streams, table.refer(sessions), handles, seqs)
+        pending = (seqs > table.applied[sessions]) & ~gone
+        if pending.any():
+            until = (sessions[pending], seqs[pending].max(), float(deadlines[pending].max()))
+            self._scheduler.prolong(*until)
+            self._advances.prolong(*until)
+            self._repeats.wait(asked.only(pending), deadlines[pending])
+        silent, loud = ~gone & ~pending & quiet, ~gone & ~pending & ~quiet
+        if silent.any():
+            self._answers.outputs(streams[silent], handles[silent], sessions[silent], seqs[silent], None)
+        if loud.any():
+            self._repeats.answer(served, asked.only(loud), float(deadlines[loud].max()))
+
+    def _acknowledge(self, rows: NDArray[np.int32], acked: NDArray[Any]) -> None:
+        table = self._table
+        told = (rows >= 0) & (acked != NOT_ACKNOWLEDGED)
+        if not told.all():
+            if not told.any():
+                return
+            rows, acked = rows[told], acked[told]
+        if len(rows) == 1:
+            table.acked[rows] = np.maximum(table.acked[rows], np.minimum(acked, table.applied[rows]))
+        else:
+            np.maximum.at(table.acked, rows, np.minimum(acked, table.applied[rows]))
+
+    def _deadlines(self, timeouts_ms: NDArray[np.uint32], now: float) -> NDArray[np.float64]:
+        if not timeouts_ms.any():
+            return np.full(len(timeouts_ms), now + self._settings.step_timeout_s)
+        return now + np.where(timeouts_ms > 0, timeouts_ms / 1000, self._settings.step_timeout_s)
+
+    def _inputs_of(self, served: Served) -> Rows:
+        """What input rows of a model are made of."""
+        found = self._takes.get(served.index)
+        if found is None:
+            found = self._takes[served.index] = Rows(served.bundle.schema.inputs)
+        return found
+
+    def _width(self, model: int) -> int:
+        return self._inputs_of(self._catalog.models[model]).nbytes
+
+    # Room
+
+    def _without_room(self, arrived: Arrived) -> NDArray[np.bool_]:
+        """Refuses rows for which there is no room, frame by frame; which they are."""
+        none = np.zeros(len(arrived), np.bool_)
+        timeouts = arrived.timeouts_ms[arrived.timeouts_ms > 0]
+        least = int(timeouts.min()) if len(timeouts) else 0
+        tight = self._condition.draining or self._streams.in_flight > self._rows_max(least)
+        if not tight and not self._shares.limited:
+            return none
+        for stream in np.unique(arrived.streams).tolist():
+            mine = arrived.streams == stream
+            frame = np.cumsum((arrived.flags & FIRST) != 0)
+            for number in np.unique(frame[mine]).tolist():
+                rows = mine & (frame == number)
+                count, known = int(rows.sum()), self._streams.get(stream)
+                try:
+                    self._condition.check_open()
+                    self._check_room(stream, 0, int(arrived.timeouts_ms[rows][0]), count)
+                    if known is not None:
+                        self._shares.of(known.tenant).take(count, count)
+                except ServiceError as refusal:
+                    self._refuse(arrived, rows, refusal)
+                    none |= rows
+        return none
+
+    def _check_room(self, stream: int, rows: int, timeout_ms: int, counted: int = 0) -> None:
+        """Room for more rows of a stream, or for those that are `counted` already. Raises ResourceExhaustedError."""
+        limit, there = self._rows_max(timeout_ms), self._streams.in_flight - counted
+        # Where greedy clients have filled the queue, one that has less than its share is still let in.
+        if there >= limit and self._streams.in_flight_of(stream) + rows > limit // max(1, len(self._streams)):
+            message = f"{there} rows are in flight, and {limit} are this server's limit just now"
+            hint = self._backlog.retry_in_ms(rows + counted)
+            raise ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=hint)
+
+    def _rows_max(self, timeout_ms: int) -> int:
+        """Rows in flight before streams with more than their share are refused: no more than are done before the queue's time
+        is up, or half of the frame's own, as far as it is known how fast they are done."""
+        settings = self._settings
+        rate, seconds = self._backlog.rate, settings.queue_s_max or math.inf
+        if timeout_ms:
+            seconds = min(seconds, timeout_ms / 2000)
+        if not rate or seconds == math.inf:
+            return settings.queue_rows_max
+        return min(settings.queue_rows_max, max(settings.batch_rows_max, int(rate * seconds)))
+
+    # Single frames
+
+    def _model_of(self, rows: NDArray[np.int32], refused: Refused) -> Served:
+        known = rows[rows >= 0]
+        if not len(known):
+            raise refused[0][1]
+        models = self._table.model[rows]
+        model = int(self._table.model[known[0]])
+        served = self._catalog.models[model]
+        other = (rows >= 0) & (models != model)
+        if other.any():
+            refused.append((other, _other_model(served.reference)))
+        return served
+
+    def _read_inputs(
+        self, served: Served, frame: stream_pb2.StepsFrame, flags: NDArray[np.uint8], source: NDArray[np.intp] | None
+    ) -> NDArray[np.uint8]:  # fmt: skip
+        """Input rows as bytes, uint8 [n, input_nbytes]."""
+        takes = self._inputs_of(served)
+        if frame.dtype and len(takes.specs) == 1 and frame.dtype != takes.specs[0].dtype:
+            message = f"model {served.reference} takes {takes.specs[0].dtype}, not {frame.dtype}"
+            raise InvalidArgumentError("INVALID_INPUT_DTYPE", message)
+        rows = len(frame.handles) // _HANDLE_NBYTES
+        if not frame.inputs and bool((flags & FEEDBACK).all()):
+            return np.zeros((len(flags), takes.nbytes), np.uint8)
+        if len(frame.inputs) != rows * takes.nbytes:
+            expected = f"{rows} rows of {takes} are {rows * takes.nbytes} bytes"
+            raise InvalidArgumentError(
+                "INVALID_INPUT_WIDTH",
+                f"column inputs has {len(frame.inputs)} bytes; for model {served.reference}, {expected}",
+            )
+        inputs = np.frombuffer(frame.inputs, np.uint8).reshape(rows, takes.nbytes)
+        return inputs if source is None else inputs[source]
+
+    # Refusals
+
+    def _refuse(self, arrived: Arrived, mask: NDArray[np.bool_], refusal: ServiceError) -> None:
+        self._answers.refuse_all(arrived.streams[mask], arrived.handles[mask], arrived.seqs[mask], refusal)
+
+    def _refuse_frame(self, stream: Stream, frame: stream_pb2.StepsFrame, refusal: ServiceError) -> None:
+        """A frame of which no row could be used."""
+        rows = len(frame.handles) // _HANDLE_NBYTES
+        self._metrics.rows_refused.labels(refusal.reason).inc(max(1, rows))
+        if rows and len(frame.handles) % _HANDLE_NBYTES == 0 and len(frame.seqs) == rows * _SEQ_NBYTES:
+            handles, seqs = np.frombuffer(frame.handles, np.uint32), np.frombuffer(frame.seqs, np.uint64)
+            fate = fates(self._table, stream.handles.rows_of(handles), seqs)
+            response = errors_frame(handles, seqs, [(np.ones(rows, np.bool_), refusal)], fate)
+        else:
+            response = stream_pb2.StreamResponse(errors=stream_pb2.ErrorsFrame(errors=[refusal.detail()]))
+        self._answers.frame_refused(stream, response)
+
+
+def _other_model(reference: str) -> InvalidArgumentError:
+    message = f"this handle's session is not of model {reference}, as the frame's first is; one frame, one model"
+    return InvalidArgumentError("INVALID_HANDLE", message)
+
+
+def _rows(
+    arrived: Arrived, rows: NDArray[np.int32], deadlines: NDArray[np.float64], inputs: NDArray[np.uint8]
+) -> _Rows:
+    return _Rows(rows, arrived.streams, arrived.handles, arrived.seqs, arrived.flags, deadlines, inputs)
+
+
+def _without_inputs(arrived: Arrived, index: Any) -> Arrived:
+    return Arrived(arrived.streams[index], arrived.handles[index], arrived.seqs[index], arrived.acknowledged[index],
+                   arrived.flags[index], arrived.timeouts_ms[index], arrived.input_nbytes[index], arrived.inputs[:0])  # fmt: skip
+
+
+def _only(arrived: Arrived, mask: NDArray[np.bool_]) -> Arrived:
+    """The rows of a mask, with their inputs; the first that is left of a frame begins it."""
+    frames = np.cumsum((arrived.flags & FIRST) != 0)[mask]
+    kept = _without_inputs(arrived, mask)
+    kept.flags[np.flatnonzero(np.append(True, frames[1:] != frames[:-1])[: len(frames)])] |= FIRST
+    inputs = arrived.inputs[np.repeat(mask, arrived.input_nbytes)]
+    return replace(kept, inputs=inputs)

@@ -1,0 +1,118 @@
+"""Commits from the event loop: sent at once, waited for in line for a moment, then through the loop's selector. Event loop only.
+
+While a commit is under way its sessions are busy, and the loop goes on with others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_service.catalog import Served
+from engram_service.metrics import Metrics
+from engram_service.sessions.table import Reference, References, SessionTable
+from engram_service.steps.records import pack_records
+from engram_service.store import CommitJob, Line, MetaFields, Store, Verdict
+
+log = logging.getLogger(__name__)
+
+IN_LINE_S = 0.002
+_LINES_MAX = 4
+_TIMEOUT_S = 1.0  # then the committers go on with it
+
+Done = Callable[[NDArray[np.intp], Verdict], None]
+
+
+class Commits:
+    """A few lines to Redis, each with one commit under way at most."""
+
+    def __init__(
+        self, store: Store, table: SessionTable, metrics: Metrics, meta: Callable[[Reference], MetaFields | None]
+    ) -> None:
+        self._table = table
+        self._metrics = metrics
+        self._meta = meta
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._free: list[Line] = [store.line() for _ in range(_LINES_MAX)]
+        self._parked: dict[Line, asyncio.TimerHandle] = {}
+        self.on_free: Callable[[], None] = lambda: None  # a line has come free
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no line for another commit."""
+        return not self._free
+
+    def __len__(self) -> int:
+        """How many are under way."""
+        return len(self._parked)
+
+    def job(
+        self, served: Served, sessions: References, seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]], done: Done
+    ) -> CommitJob:  # fmt: skip
+        """The sessions are pinned, until the store has said what became of them; `done` is called on the event loop."""
+        table, rows = self._table, sessions.rows
+        blocks = pack_records(served, table.slot[rows], seqs, table.acked[rows], table.epoch[rows], states)
+        self._metrics.commit_rows.inc(len(rows))
+        self._metrics.commit_bytes.inc(sum(block.nbytes for _, block in blocks))
+        return CommitJob(
+            tags=table.tag[rows],
+            tokens=table.token[rows],
+            blocks=blocks,
+            ttl_ms=table.ttl_ms[rows],
+            meta=lambda row: self._meta(sessions.one(row)),
+            done=lambda rows, verdict: self._here(done, rows, verdict),
+        )
+
+    def send(self, job: CommitJob, wait_s: float = IN_LINE_S) -> None:
+        """Sends a commit, and waits so long for its end. There is a free line."""
+        line = self._free.pop()
+        line.send(job)
+        if line.ready(wait_s):
+            self._finish(line)
+        else:
+            self._park(line)
+
+    def _park(self, line: Line) -> None:
+        """The rest of the wait is the selector's: it watches one connection after the other."""
+
+        def readable(number: int) -> None:
+            self._loop.remove_reader(number)
+            if line.ready(0.0):
+                self._parked.pop(line).cancel()
+                self._finish(line)
+            else:
+                self._watch(line, readable)
+
+        def late() -> None:
+            self._loop.remove_reader(line.waits_on())
+            del self._parked[line]
+            line.give_up()
+            self._freed(line)
+
+        self._parked[line] = self._loop.call_later(_TIMEOUT_S, late)
+        self._watch(line, readable)
+
+    def _watch(self, line: Line, readable: Callable[[int], None]) -> None:
+        number = line.waits_on()
+        self._loop.add_reader(number, readable, number)
+
+    def _finish(self, line: Line) -> None:
+        line.finish()
+        self._freed(line)
+
+    def _freed(self, line: Line) -> None:
+        self._free.append(line)
+        self.on_free()
+
+    def _here(self, done: Done, rows: NDArray[np.intp], verdict: Verdict) -> None:
+        """On the event loop, for the committers have threads of their own."""
+        if threading.get_ident() == self._thread:
+            done(rows, verdict)
+        else:
+            self._loop.call_soon_threadsafe(done, rows, verdict)

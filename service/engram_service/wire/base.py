@@ -1,0 +1,114 @@
+"""A wire: the rows of steps that streams bring as columns, everything else as events, and the way back for answers.
+
+The step loop calls it, from one thread. `native.py` is the extension's, `grpcio.py` runs where there is no extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from google.protobuf.message import Message as Proto
+from numpy.typing import NDArray
+
+from engram_service.errors import ServiceError
+from engram_service.tokens import Caller
+
+NUMBER_BITS = 20  # of a stream's id; a number is used again, and the bits above it count the uses
+NOT_ACKNOWLEDGED = np.uint64(0xFFFFFFFFFFFFFFFF)
+FIRST = 0x80  # in `flags`: the row begins a frame
+QUIET = 1
+FEEDBACK = 2
+FLAGS_KNOWN = QUIET | FEEDBACK
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """Rows of StepsFrames, of any streams, each stream's in order."""
+
+    streams: NDArray[np.uint32]
+    handles: NDArray[np.uint32]
+    seqs: NDArray[np.uint64]
+    acknowledged: NDArray[np.uint64]  # or NOT_ACKNOWLEDGED
+    flags: NDArray[np.uint8]
+    timeouts_ms: NDArray[np.uint32]  # 0: none
+    input_nbytes: NDArray[np.uint32]
+    inputs: NDArray[np.uint8]  # of all rows, one behind the other
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+    def part(self, start: int, stop: int) -> Arrived:
+        """Rows start .. stop."""
+        if start == 0 and stop == len(self):
+            return self
+        first = int(self.input_nbytes[:start].sum(dtype=np.int64))
+        last = first + int(self.input_nbytes[start:stop].sum(dtype=np.int64))
+        rows = slice(start, stop)
+        return Arrived(self.streams[rows], self.handles[rows], self.seqs[rows], self.acknowledged[rows], self.flags[rows],
+                       self.timeouts_ms[rows], self.input_nbytes[rows], self.inputs[first:last])  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """A stream has come, and its caller is known."""
+
+    stream: int
+    caller: Caller
+    peer: str
+    trace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A frame that is none of steps, or of steps that are not like most."""
+
+    stream: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HalfClose:
+    """The client will send no more."""
+
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The stream is over, in whichever way. Nothing of it comes after this."""
+
+    stream: int
+
+
+Event: TypeAlias = Begin | Message | HalfClose | End
+
+
+class Wire(Protocol):
+    """Connections of clients."""
+
+    name: str  # "native" or "python"
+
+    def start(self, arrived: Callable[[], None]) -> None:
+        """`arrived` is called on the event loop when there is something to take, after a `take` that found nothing."""
+
+    def take(self) -> tuple[Arrived | None, Sequence[tuple[int, Event]]]:
+        """All that has come: rows, if there are some, and events, each with how many of these rows came before it."""
+
+    def answer(
+        self, streams: NDArray[np.uint32], handles: NDArray[np.uint32], seqs: NDArray[np.uint64],
+        outputs: NDArray[np.uint8] | None, durable: NDArray[np.uint64] | None,
+    ) -> None:  # fmt: skip
+        """Answers rows. outputs: uint8 [rows, nbytes]; None: they wanted none. durable: seqs; None: each row is durable.
+        Of streams that are over nothing is sent."""
+
+    def expect(self, stream: int, rows: int) -> None:
+        """So many more rows of a stream are under way than the wire has brought."""
+
+    def send(self, stream: int, response: Proto, rows: int) -> None:
+        """Sends a frame that answers so many rows."""
+
+    def finish(self, stream: int, refusal: ServiceError | None = None) -> None:
+        """Ends a stream behind what was sent to it; None: with OK."""
