@@ -187,16 +187,10 @@ impl Call {
         let mut sending = self.sending.lock();
         sending.over = true;
         sending.queue.clear();
-        if let Some(stream) = &mut sending.stream
-            && !(whole && read)
-        {
-            // The caller is told to stop where it goes on though the call is over.
-            stream.send_reset(if whole {
-                Reason::NO_ERROR
-            } else {
-                Reason::CANCEL
-            });
+        if !whole && let Some(stream) = &mut sending.stream {
+            stream.send_reset(Reason::CANCEL);
         }
+        // Where all of it was sent and the caller goes on, h2 tells it to stop, behind what was sent; a reset would be before it.
     }
 
     /// Returns at the end of what the caller sends. Err: why it makes no sense; None: the caller has gone.

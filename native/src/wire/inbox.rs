@@ -4,24 +4,26 @@ use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::Notify;
 
 use super::frames::Steps;
+use super::server::Peer;
 
 /// A row without an acknowledged seq.
 const NOT_ACKNOWLEDGED: u64 = u64::MAX;
 
 /// What happens to a call that is no row.
-#[derive(Debug)]
 pub enum Happening {
-    /// A call begins: its path, the place of its token in the table (None: there is no table), its metadata, and how long
-    /// its caller waits.
+    /// A call begins: its path, the place of its token in the table (None: there is no table), its metadata, how long
+    /// its caller waits, and where it is.
     Begin {
         path: String,
         identity: Option<u32>,
         metadata: Vec<(String, String)>,
         timeout_ms: Option<u64>,
+        peer: Arc<Peer>,
     },
     /// A message of it, unless it is a frame of usual steps.
     Message(Vec<u8>),
@@ -31,7 +33,6 @@ pub enum Happening {
     End,
 }
 
-#[derive(Debug)]
 pub struct Noted {
     pub call: u32,
     pub rows_before: u64, // of all rows ever taken or waiting: what came before it on any call

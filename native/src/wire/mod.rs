@@ -4,6 +4,8 @@ mod call;
 mod frames;
 mod inbox;
 mod messages;
+mod refusals;
+mod relay;
 mod server;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -13,10 +15,12 @@ use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use std::collections::HashMap;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -25,6 +29,8 @@ use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 
 use call::Status;
 use inbox::{Columns, Happening, Noted};
+use refusals::Refusals;
+use relay::Relay;
 use server::{Limits, Listener, Server};
 
 /// What happened to a call that is no row of steps.
@@ -48,6 +54,9 @@ pub struct Event {
     metadata: Vec<(String, String)>,
     #[pyo3(get)]
     timeout_ms: Option<u64>,
+    /// The other end of its connection, as gRPC spells it.
+    #[pyo3(get)]
+    peer: String,
     data: Vec<u8>,
 }
 
@@ -70,6 +79,7 @@ impl From<Noted> for Event {
             identity: None,
             metadata: vec![],
             timeout_ms: None,
+            peer: String::new(),
             data: vec![],
         };
         match noted.what {
@@ -78,7 +88,9 @@ impl From<Noted> for Event {
                 identity,
                 metadata,
                 timeout_ms,
+                peer,
             } => {
+                event.peer = peer.address.clone();
                 (event.kind, event.path, event.identity) = ("begin", path, identity);
                 (event.metadata, event.timeout_ms) = (metadata, timeout_ms);
             }
@@ -102,10 +114,14 @@ pub struct Wire {
 
 #[pymethods]
 impl Wire {
-    /// `head`: metadata of every stream's response. Raises OSError, ValueError.
+    /// `head`: metadata of every stream's response. `relay`: a unix socket where another gRPC server answers what is no Stream, up to
+    /// `relayed` calls at a time. `refusals`: a status (code, words, google.rpc.Status as bytes) for TOKEN_MISSING, TOKEN_UNKNOWN,
+    /// TOKEN_REVOKED (of a call under way), QUEUE_FULL (of calls that are relayed) and RELAY_UNAVAILABLE, in place of the wire's own.
+    /// Raises OSError, ValueError.
     #[new]
     #[pyo3(signature = (*, connections=65536, calls=1024, header_nbytes=16384, message_nbytes=4194304, rows=16384,
-                        inbox_nbytes=268435456, handshake_s=10.0, idle_s=300.0, keepalive_s=30.0, resets=200, threads=1, head=vec![]))]
+                        inbox_nbytes=268435456, handshake_s=10.0, idle_s=300.0, keepalive_s=30.0, resets=200, threads=1, head=vec![],
+                        relay=None, relayed=256, refusals=HashMap::new()))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         connections: usize,
@@ -120,12 +136,17 @@ impl Wire {
         resets: usize,
         threads: usize,
         head: Vec<(String, String)>,
+        relay: Option<PathBuf>,
+        relayed: usize,
+        refusals: HashMap<String, (u16, String, Vec<u8>)>,
     ) -> PyResult<Self> {
         let times = [handshake_s, idle_s, keepalive_s];
         if times.iter().any(|time| !(0.001..=1e9).contains(time))
             || threads == 0
             || rows == 0
             || connections == 0
+            || relayed == 0
+            || relayed.max(connections) > Semaphore::MAX_PERMITS
         {
             return Err(PyValueError::new_err("a limit is out of range"));
         }
@@ -141,7 +162,20 @@ impl Wire {
             keepalive_s,
             resets,
         };
-        let server = Server::new(limits, header_map(head)?)?;
+        let refusals = refusals
+            .into_iter()
+            .map(|(name, (code, message, details))| {
+                let status = Status {
+                    code,
+                    message,
+                    details,
+                };
+                (name, status)
+            })
+            .collect();
+        let refusals = Refusals::new(refusals).map_err(PyValueError::new_err)?;
+        let relay = relay.map(|path| Relay::new(path, relayed));
+        let server = Server::new(limits, header_map(head)?, refusals, relay)?;
         let runtime = Builder::new_multi_thread()
             .worker_threads(threads)
             .enable_all()
@@ -297,15 +331,21 @@ impl Wire {
     }
 
     /// What is counted: connections now; accepted, turned away for there were too many, failed before HTTP/2 was agreed upon, and
-    /// calls without a token, ever; calls now.
+    /// calls without a token, ever; calls now; calls that are relayed, now and ever.
     fn counters(&self) -> HashMap<&'static str, u64> {
         let counters = &self.server.counters;
+        let (relayed, relayed_ever) = match &self.server.relay {
+            Some(relay) => (relay.now() as u64, relay.ever.load(Relaxed)),
+            None => (0, 0),
+        };
         HashMap::from([
             ("connections", counters.connections.load(Relaxed) as u64),
             ("accepted", counters.accepted.load(Relaxed)),
             ("turned_away", counters.turned_away.load(Relaxed)),
             ("failed", counters.failed.load(Relaxed)),
             ("unauthenticated", counters.unauthenticated.load(Relaxed)),
+            ("relayed", relayed),
+            ("relayed_ever", relayed_ever),
             ("calls", self.server.calls.read().len() as u64),
         ])
     }

@@ -7,6 +7,7 @@ use parking_lot::RwLock;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
@@ -15,10 +16,13 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ProtocolVersion;
 
 use super::call::{Call, Status};
 use super::inbox::{Happening, Inbox};
 use super::messages::Messages;
+use super::refusals::{Refusal, Refusals};
+use super::relay::{HEALTH, Relay, Relayed};
 
 const STREAM_PATH: &str = "/engram.v1.EngramService/Stream";
 const WINDOW_BEFORE: u32 = 64 << 10; // of a connection whose caller is not known yet
@@ -52,6 +56,12 @@ pub struct Counters {
     pub unauthenticated: AtomicU64,
 }
 
+/// The other end of a connection.
+pub struct Peer {
+    pub address: String,           // as gRPC spells it
+    pub tls: Option<&'static str>, // its version
+}
+
 /// A token is known by its SHA-256. None: no call needs one.
 pub type Identities = Option<HashMap<[u8; 32], u32>>;
 
@@ -60,7 +70,9 @@ pub struct Server {
     pub counters: Counters,
     pub limits: Limits,
     pub calls: RwLock<HashMap<u32, Arc<Call>>>,
-    head: HeaderMap, // of every stream's response
+    refusals: Refusals,
+    pub relay: Option<Relay>, // for calls that are not steps; None: all are Python's
+    head: HeaderMap,          // of every stream's response
     identities: RwLock<Identities>,
     tls: RwLock<Option<TlsAcceptor>>,
     numbers: AtomicU32,
@@ -69,12 +81,19 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn new(limits: Limits, head: HeaderMap) -> io::Result<Self> {
+    pub fn new(
+        limits: Limits,
+        head: HeaderMap,
+        refusals: Refusals,
+        relay: Option<Relay>,
+    ) -> io::Result<Self> {
         Ok(Server {
             inbox: Inbox::new(limits.inbox_nbytes)?,
             counters: Counters::default(),
             calls: RwLock::new(HashMap::new()),
             head,
+            refusals,
+            relay,
             identities: RwLock::new(None),
             tls: RwLock::new(None),
             numbers: AtomicU32::new(0),
@@ -100,15 +119,17 @@ impl Server {
             .flat_map(|table| table.values().copied())
             .collect();
         let open = identities.is_none();
+        let ends = |identity: Option<u32>| {
+            !open && !identity.is_some_and(|identity| known.contains(&identity))
+        };
         *self.identities.write() = identities;
         for call in self.calls.read().values() {
-            if !open
-                && !call
-                    .identity
-                    .is_some_and(|identity| known.contains(&identity))
-            {
-                call.finish(Status::new(16, "the call's token is not valid any more"));
+            if ends(call.identity) {
+                call.finish(self.refusals.status(Refusal::TokenRevoked));
             }
+        }
+        if let Some(relay) = &self.relay {
+            relay.end(ends);
         }
     }
 
@@ -121,25 +142,51 @@ impl Server {
         let Some(table) = identities else {
             return Ok(None);
         };
-        let token = headers
-            .get("authorization")
-            .and_then(|value| value.to_str().ok())
-            .and_then(|value| {
-                let (scheme, token) = value.split_once(' ')?;
-                scheme
-                    .eq_ignore_ascii_case("bearer")
-                    .then_some(token.trim())
-            });
-        let found =
-            token.and_then(|token| table.get(&<[u8; 32]>::from(Sha256::digest(token))).copied());
-        found.map(Some).ok_or_else(|| {
-            self.counters.unauthenticated.fetch_add(1, Relaxed);
-            Status::new(
-                16,
-                "this server asks for a token: send `authorization: Bearer TOKEN` with the call",
-            )
-        })
+        let bearer = |value: &HeaderValue| {
+            let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
+            let token = token.trim();
+            (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty())
+                .then(|| <[u8; 32]>::from(Sha256::digest(token)))
+        };
+        let token = headers.get_all("authorization").iter().find_map(bearer);
+        let token = token.ok_or_else(|| self.refusals.status(Refusal::TokenMissing))?;
+        let found = table.get(&token).copied().map(Some);
+        found.ok_or_else(|| self.refusals.status(Refusal::TokenUnknown))
     }
+
+    /// A place among the calls that are relayed. None: it needs none.
+    fn place(&self, kind: Kind) -> Result<Option<OwnedSemaphorePermit>, Status> {
+        let places = match (&self.relay, kind) {
+            (Some(relay), Kind::Relayed) => &relay.places,
+            (Some(relay), Kind::Health) => &relay.health_places,
+            _ => return Ok(None),
+        };
+        let place = places.clone().try_acquire_owned();
+        place
+            .map(Some)
+            .map_err(|_| self.refusals.status(Refusal::QueueFull))
+    }
+
+    fn kind(&self, path: &str) -> Kind {
+        match path {
+            STREAM_PATH => Kind::Stream,
+            _ if self.relay.is_none() => Kind::Other,
+            _ if path.starts_with(HEALTH) => Kind::Health,
+            _ => Kind::Relayed,
+        }
+    }
+}
+
+/// What becomes of a call.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    /// Its frames of steps are rows, all else is events.
+    Stream,
+    /// It is events.
+    Other,
+    Relayed,
+    /// Relayed too, and no token is asked for.
+    Health,
 }
 
 /// A listening socket.
@@ -170,23 +217,38 @@ pub async fn listen(server: Arc<Server>, listener: Listener) {
 trait Socket: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Socket for T {}
 
-async fn accept(listener: &Listener) -> io::Result<Box<dyn Socket>> {
+async fn accept(listener: &Listener) -> io::Result<(Box<dyn Socket>, String)> {
     Ok(match listener {
         Listener::Tcp(listener) => {
-            let (socket, _) = listener.accept().await?;
+            let (socket, address) = listener.accept().await?;
             socket.set_nodelay(true)?;
-            Box::new(socket)
+            (Box::new(socket), spelled(address))
         }
-        Listener::Unix(listener) => Box::new(listener.accept().await?.0),
+        Listener::Unix(listener) => (Box::new(listener.accept().await?.0), "unix:".into()),
     })
 }
 
-async fn connection(server: Arc<Server>, socket: Box<dyn Socket>, _place: OwnedSemaphorePermit) {
+/// An address as gRPC has it.
+fn spelled(address: SocketAddr) -> String {
+    let port = address.port();
+    match address.ip().to_canonical() {
+        IpAddr::V4(ip) => format!("ipv4:{ip}:{port}"),
+        IpAddr::V6(ip) => format!("ipv6:%5B{ip}%5D:{port}"),
+    }
+}
+
+async fn connection(
+    server: Arc<Server>,
+    (socket, address): (Box<dyn Socket>, String),
+    _place: OwnedSemaphorePermit,
+) {
     server.counters.accepted.fetch_add(1, Relaxed);
     server.counters.connections.fetch_add(1, Relaxed);
     let time = Duration::from_secs_f64(server.limits.handshake_s);
     match timeout(time, handshake(&server, socket)).await {
-        Ok(Some(connection)) => serve(&server, connection).await,
+        Ok(Some((connection, tls))) => {
+            serve(&server, connection, Arc::new(Peer { address, tls })).await
+        }
         _ => drop(server.counters.failed.fetch_add(1, Relaxed)),
     }
     server.counters.connections.fetch_sub(1, Relaxed);
@@ -194,13 +256,23 @@ async fn connection(server: Arc<Server>, socket: Box<dyn Socket>, _place: OwnedS
 
 type Http = Connection<Box<dyn Socket>, Bytes>;
 
-async fn handshake(server: &Server, socket: Box<dyn Socket>) -> Option<Http> {
-    let tls = server.tls.read().clone();
-    let socket = match tls {
-        Some(acceptor) => Box::new(acceptor.accept(socket).await.ok()?),
-        None => socket,
+async fn handshake(
+    server: &Server,
+    socket: Box<dyn Socket>,
+) -> Option<(Http, Option<&'static str>)> {
+    let acceptor = server.tls.read().clone();
+    let (socket, tls): (Box<dyn Socket>, _) = match acceptor {
+        Some(acceptor) => {
+            let socket = acceptor.accept(socket).await.ok()?;
+            let version = match socket.get_ref().1.protocol_version() {
+                Some(ProtocolVersion::TLSv1_3) => "TLSv1.3",
+                _ => "TLSv1.2",
+            };
+            (Box::new(socket), Some(version))
+        }
+        None => (socket, None),
     };
-    Builder::new()
+    let connection = Builder::new()
         .initial_window_size(WINDOW_BEFORE)
         .initial_connection_window_size(WINDOW_BEFORE)
         .data_frame_budget(SMALL_FRAMES)
@@ -210,10 +282,11 @@ async fn handshake(server: &Server, socket: Box<dyn Socket>) -> Option<Http> {
         .max_local_error_reset_streams(Some(server.limits.resets))
         .handshake(socket)
         .await
-        .ok()
+        .ok()?;
+    Some((connection, tls))
 }
 
-async fn serve(server: &Arc<Server>, mut connection: Http) {
+async fn serve(server: &Arc<Server>, mut connection: Http, peer: Arc<Peer>) {
     let limits = &server.limits;
     let mut draining = server.draining.subscribe();
     let mut pings = connection.ping_pong();
@@ -249,7 +322,7 @@ async fn serve(server: &Arc<Server>, mut connection: Http) {
             return;
         };
         used = Instant::now();
-        if begin(server, request, respond, &under_way) && !known {
+        if begin(server, request, respond, &peer, &under_way) && !known {
             known = true;
             connection.set_target_window_size(WINDOW_CONNECTION);
             let _ = connection.set_initial_window_size(WINDOW_STREAM);
@@ -257,86 +330,112 @@ async fn serve(server: &Arc<Server>, mut connection: Http) {
     }
 }
 
-/// Begins a call; false: it was refused at once.
+/// Begins a call; false: its caller is not known.
 fn begin(
     server: &Arc<Server>,
     request: Request<h2::RecvStream>,
     mut respond: SendResponse<Bytes>,
+    peer: &Arc<Peer>,
     under_way: &Arc<AtomicUsize>,
 ) -> bool {
     let identities = server.identities.read(); // until the call is among those that a new table ends
-    let read = match read_head(server, &identities, request.method(), request.headers()) {
-        Ok(read) => read,
+    let kind = server.kind(request.uri().path());
+    let begun = read_head(server, &identities, kind, &request).and_then(|read| {
+        let place = server.place(kind)?;
+        Ok((read, place))
+    });
+    let (read, place) = match begun {
+        Ok(begun) => begun,
         Err(status) => {
-            let mut response = response(&HeaderMap::new());
-            response.headers_mut().extend(status.headers());
-            if status.code == 12 {
-                response
-                    .headers_mut()
-                    .insert("grpc-accept-encoding", HeaderValue::from_static("gzip"));
-            }
-            let _ = respond.send_response(response, true);
+            let _ = respond.send_response(refused(&status), true);
             return false;
         }
     };
-    let path = request.uri().path().to_owned();
-    let stream = path == STREAM_PATH;
-    let metadata = metadata(request.headers());
+    let known = identities.is_none() || read.identity.is_some();
+    let id = server.numbers.fetch_add(1, Relaxed);
+    under_way.fetch_add(1, Relaxed);
+    let over = Over {
+        server: server.clone(),
+        under_way: under_way.clone(),
+        id,
+        relayed: place.is_some(),
+    };
+    if let (Some(relay), Some(place)) = (&server.relay, place) {
+        relay.ever.fetch_add(1, Relaxed);
+        let revoked = match kind {
+            Kind::Health => Arc::default(),
+            _ => relay.begin(id, read.identity),
+        };
+        drop(identities);
+        let (head, body) = request.into_parts();
+        let call = Relayed {
+            head,
+            body,
+            respond,
+            identity: read.identity,
+            peer: peer.clone(),
+            time: read.time,
+            message_nbytes: server.limits.message_nbytes,
+        };
+        let server = server.clone();
+        tokio::spawn(async move {
+            let (_over, _place) = (over, place);
+            if let Some(relay) = &server.relay {
+                relay.serve(call, &revoked, &server.refusals).await;
+            }
+        });
+        return known;
+    }
+    let stream = kind == Kind::Stream;
     let head = if stream {
         response(&server.head)
     } else {
         response(&HeaderMap::new())
     };
-    let id = server.numbers.fetch_add(1, Relaxed);
     let call = Call::new(id, read.identity, respond, head, server.limits.rows);
     server.calls.write().insert(id, call.clone());
     drop(identities);
-    let timeout_ms = read.time.map(|time| time.as_millis() as u64);
     server.inbox.push(
         id,
         Happening::Begin {
-            path,
+            path: request.uri().path().to_owned(),
             identity: read.identity,
-            metadata,
-            timeout_ms,
+            metadata: metadata(request.headers()),
+            timeout_ms: read.time.map(|time| time.as_millis() as u64),
+            peer: peer.clone(),
         },
     );
     if stream {
         call.begin();
     }
     let messages = Messages::new(read.gzip, server.limits.message_nbytes);
-    let (server, under_way) = (server.clone(), under_way.clone());
-    under_way.fetch_add(1, Relaxed);
     tokio::spawn(async move {
-        let _over = Over {
-            server: &server,
-            under_way: &under_way,
-            id,
-        };
-        call.serve(
-            &server.inbox,
-            request.into_body(),
-            messages,
-            stream,
-            read.time,
-        )
-        .await;
+        let over = over;
+        let body = request.into_body();
+        call.serve(&over.server.inbox, body, messages, stream, read.time)
+            .await;
     });
-    true
+    known
 }
 
 /// What is to be done when a call is over, in whichever way.
-struct Over<'a> {
-    server: &'a Server,
-    under_way: &'a AtomicUsize,
+struct Over {
+    server: Arc<Server>,
+    under_way: Arc<AtomicUsize>,
     id: u32,
+    relayed: bool,
 }
 
-impl Drop for Over<'_> {
+impl Drop for Over {
     fn drop(&mut self) {
-        self.server.calls.write().remove(&self.id);
         self.under_way.fetch_sub(1, Relaxed);
-        self.server.inbox.push(self.id, Happening::End);
+        match &self.server.relay {
+            Some(relay) if self.relayed => relay.over(self.id),
+            _ => {
+                self.server.calls.write().remove(&self.id);
+                self.server.inbox.push(self.id, Happening::End);
+            }
+        }
     }
 }
 
@@ -350,23 +449,33 @@ struct Head {
 fn read_head(
     server: &Server,
     identities: &Identities,
-    method: &http::Method,
-    headers: &HeaderMap,
+    kind: Kind,
+    request: &Request<h2::RecvStream>,
 ) -> Result<Head, Status> {
+    let headers = request.headers();
     let content = headers
         .get("content-type")
         .and_then(|value| value.to_str().ok())
         .unwrap_or("");
-    if method != http::Method::POST || !content.starts_with("application/grpc") {
+    if request.method() != http::Method::POST || !content.starts_with("application/grpc") {
         return Err(Status::new(
             12,
             "this port speaks gRPC: POST with content-type application/grpc",
         ));
     }
-    let identity = server.identity(identities, headers)?;
+    let identity = match server.identity(identities, headers) {
+        Err(_) if kind == Kind::Health => None,
+        Err(status) => {
+            server.counters.unauthenticated.fetch_add(1, Relaxed);
+            return Err(status);
+        }
+        Ok(identity) => identity,
+    };
+    let relayed = matches!(kind, Kind::Relayed | Kind::Health); // whose messages others unpack
     let gzip = match headers.get("grpc-encoding").map(HeaderValue::as_bytes) {
         None | Some(b"identity") => false,
         Some(b"gzip") => true,
+        Some(_) if relayed => false,
         Some(_) => {
             return Err(Status::new(
                 12,
@@ -389,6 +498,19 @@ fn read_head(
         gzip,
         time,
     })
+}
+
+/// The response to a call that is not begun.
+pub fn refused(status: &Status) -> Response<()> {
+    let mut response = response(&HeaderMap::new());
+    response.headers_mut().extend(status.headers());
+    if status.code == 12 {
+        let encodings = HeaderValue::from_static("gzip");
+        response
+            .headers_mut()
+            .insert("grpc-accept-encoding", encodings);
+    }
+    response
 }
 
 fn response(head: &HeaderMap) -> Response<()> {
@@ -436,6 +558,17 @@ fn metadata(headers: &HeaderMap) -> Vec<(String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_are_spelled_as_grpc_does() {
+        for (address, wanted) in [
+            ("1.2.3.4:567", "ipv4:1.2.3.4:567"),
+            ("[::1]:567", "ipv6:%5B::1%5D:567"),
+            ("[::ffff:1.2.3.4]:567", "ipv4:1.2.3.4:567"),
+        ] {
+            assert_eq!(spelled(address.parse().unwrap()), wanted);
+        }
+    }
 
     #[test]
     fn timeouts_are_read_as_grpc_writes_them() {
