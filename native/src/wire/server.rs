@@ -339,7 +339,12 @@ fn begin(
     under_way: &Arc<AtomicUsize>,
 ) -> bool {
     let identities = server.identities.read(); // until the call is among those that a new table ends
-    let kind = server.kind(request.uri().path());
+    // With its query, if there is one, which names no method.
+    let path = request
+        .uri()
+        .path_and_query()
+        .map_or("", |path| path.as_str());
+    let kind = server.kind(path);
     let begun = read_head(server, &identities, kind, &request).and_then(|read| {
         let place = server.place(kind)?;
         Ok((read, place))
