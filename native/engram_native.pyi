@@ -12,7 +12,7 @@ class Event:
     """What happened to a call that is no row of steps."""
 
     kind: str
-    """"begin", "message", "half_close" or "end"."""
+    """"begin", "message", "half_close", "end" or "step": a unary Step that has come whole, which is one event."""
     call: int
     rows_before: int
     """How many rows have come before it, ever, on any call."""
@@ -20,6 +20,8 @@ class Event:
     identity: int | None
     metadata: list[tuple[str, str]]
     timeout_ms: int | None
+    peer: str
+    """The other end of a call's connection, as gRPC spells it; of a call that begins."""
     data: bytes
 
 @final
@@ -44,6 +46,9 @@ class Wire:
         resets: int = 200,
         threads: int = 1,
         head: list[tuple[str, str]] = ...,
+        relay: str | None = None,
+        relayed: int = 256,
+        refusals: dict[str, tuple[int, str, bytes]] = ...,
     ) -> None: ...
     def listen(self, descriptor: int) -> None: ...
     def set_tls(self, certificate: bytes, key: bytes, clients: bytes | None = None) -> None: ...
@@ -69,6 +74,7 @@ class Wire:
         durable: NDArray[np.uint64],
     ) -> None: ...
     def send(self, call: int, message: bytes, rows: int = 0) -> None: ...
+    def respond(self, call: int, message: bytes) -> None: ...
     def finish(self, call: int, code: int = 0, message: str = "", details: bytes | None = None) -> None: ...
     def drain(self) -> None: ...
     def counters(self) -> dict[str, int]: ...

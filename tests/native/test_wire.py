@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from wire_loop import NONE, WAIT_S, Loop, channel, code_of, frame, stream, unary
+from wire_loop import NONE, WAIT_S, Loop, channel, code_of, frame, native, stream, unary
 
 from engram.v1 import stream_pb2
 
@@ -148,6 +148,128 @@ def test_half_of_a_stream_may_be_closed_while_answers_are_under_way(loops: Calla
         assert (response.outputs.outputs, response.outputs.durable_seqs) == (b"cd", np.uint64(1).tobytes())
 
 
+# Unary steps
+
+STEP = "/engram.v1.EngramService/Step"
+
+
+def steps_of(loop: Loop, count: int) -> list[Any]:
+    found = loop.until(lambda: [event for event in loop.events if event.kind == "step"][count - 1 :])
+    return [event for event in loop.events if event.kind == "step"] if found else []
+
+
+@pytest.mark.parametrize("relay", [None, "/nowhere"])
+def test_a_unary_step_is_one_event_and_one_answer(loops: Callable[..., Loop], relay: str | None) -> None:
+    loop = loops(answers=False, head=[("engram-server", "here")], relay=relay)
+    loop.wire.set_tokens({hashlib.sha256(b"one").digest(): 5})
+    with channel(loop, **{"grpc.max_receive_message_length": -1}) as made:
+        metadata = [("traceparent", "00-1-2-01"), ("x", "y"), ("authorization", "Bearer one")]
+        for count, nbytes in enumerate((0, 5, 3_000_000), 1):
+            data = bytes(nbytes)
+            waiting = made.unary_unary(STEP).future(data, timeout=WAIT_S, metadata=metadata)
+            step = steps_of(loop, count)[-1]
+            assert (step.path, step.identity, step.metadata) == (STEP, 5, [("traceparent", "00-1-2-01")])
+            assert (step.data, step.peer[:15]) == (data, "ipv4:127.0.0.1:")
+            assert 0 < step.timeout_ms <= WAIT_S * 1000 + 10, "gRPC rounds up to 10 ms"
+            loop.wire.respond(step.call, data + b"!")
+            assert (waiting.result(), waiting.code()) == (data + b"!", grpc.StatusCode.OK)
+            loop.until(lambda count=count: loop.kinds() == ["step", "end"] * count)
+        loop.wire.respond(step.call, b"nobody gets it")
+    counters = loop.wire.counters()
+    assert (counters["steps"], counters["answers"], counters["rows"], counters["calls"]) == (3, 3, 0, 0)
+
+
+def test_a_unary_step_may_fail_be_cancelled_and_be_late(loops: Callable[..., Loop]) -> None:
+    loop = loops(answers=False)
+    with channel(loop) as made:
+        step = made.unary_unary(STEP)
+        failing = step.future(b"x", timeout=WAIT_S)
+        event = steps_of(loop, 1)[-1]
+        loop.wire.finish(event.call, 9, "no", b"\x08\x09\x12\x02no")
+        loop.wire.respond(event.call, b"too late")
+        assert (failing.code(), failing.details()) == (grpc.StatusCode.FAILED_PRECONDITION, "no")
+        cancelled = step.future(b"x")
+        event = steps_of(loop, 2)[-1]
+        cancelled.cancel()
+        loop.until(lambda: loop.kinds() == ["step", "end"] * 2)
+        loop.wire.respond(event.call, b"too late")
+        assert code_of(lambda: step(b"x", timeout=0.2))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+        loop.until(lambda: loop.kinds() == ["step", "end"] * 3)
+    assert loop.wire.counters()["answers"] == 0
+
+
+def test_a_unary_step_has_one_message(loops: Callable[..., Loop]) -> None:
+    loop = loops(answers=False)
+    with channel(loop) as made:
+        for messages in ([], [b"a", b"b"], [b"", b""]):
+            call = made.stream_stream(STEP)(iter(messages), timeout=WAIT_S)
+            code, words = code_of(lambda call=call: list(call))
+            assert (code, "one message" in words) == (grpc.StatusCode.INTERNAL, True)
+        held = made.stream_stream(STEP)(iter(lambda: time.sleep(0.3) or b"x", None), timeout=WAIT_S)
+        assert code_of(lambda: list(held))[0] is grpc.StatusCode.INTERNAL
+        open_end = made.stream_stream(STEP)(_one_then_silence())
+        time.sleep(0.3)
+        open_end.cancel()
+        loop.until(lambda: loop.wire.counters()["calls"] == 0)
+    assert loop.events == [], "Python hears of none of them"
+    assert loop.wire.counters()["refused_message"] == 4
+
+
+def _one_then_silence() -> Iterator[bytes]:
+    yield b"one"
+    time.sleep(5)
+
+
+# Counters
+
+
+def test_what_is_counted(loops: Callable[..., Loop]) -> None:
+    loop = loops()
+    assert all(type(value) is int and value == 0 for value in loop.wire.counters().values())
+    with channel(loop) as made:
+        going = threading.Event()
+
+        def requests() -> Iterator[stream_pb2.StreamRequest]:
+            yield frame([1, 2], [1, 1], bytes(100_000))
+            going.wait(WAIT_S)
+
+        call = stream(made, requests(), timeout=WAIT_S)
+        assert len(next(call).outputs.outputs) == 100_000
+        counters = loop.wire.counters()
+        assert (counters["streams"], counters["rows"], counters["answers"]) == (1, 2, 2)
+        assert 100_000 < counters["bytes_in"] < 110_000
+        assert 100_000 < counters["bytes_out"] < 110_000
+        going.set()
+        assert list(call) == []
+    host, port = loop.address.split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(PREFACE + h2_frame(1, 5, 1, HEAD.replace(b"application/grpc", b"application/json")))
+        loop.until(lambda: loop.wire.counters()["refused_head"] == 1)
+    loop.until(lambda: loop.wire.counters()["streams"] == 0)
+    assert loop.wire.counters()["inbox_age_ms"] == 0
+
+
+def test_what_is_not_taken_has_a_depth_and_an_age() -> None:
+    wire = native.Wire()
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    wire.listen(listener.detach())
+    with grpc.insecure_channel(address) as made:
+        call = stream(made, iter([frame([1, 2], [1, 1], bytes(1000))]))
+        deadline = time.monotonic() + WAIT_S
+        while wire.counters()["inbox_age_ms"] < 100:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        counters = wire.counters()
+        assert (counters["inbox_rows"], counters["inbox_events"], counters["inbox_nbytes"]) == (2, 2, 1000)
+        wire.take()
+        counters = wire.counters()
+        assert [counters[f"inbox_{name}"] for name in ("rows", "events", "nbytes", "age_ms")] == [0, 0, 0, 0]
+        assert counters["rows"] == 2
+        call.cancel()
+    wire.close()
+
+
 # Tokens
 
 
@@ -168,12 +290,18 @@ def test_calls_without_a_good_token_are_refused_and_streams_end_with_theirs(loop
             assert details == (MISSING if missing else "this token is not known, or was revoked")
         calls = [stream(made, iter([]), metadata=[("authorization", f"bearer {token}")]) for token in ("one", "two")]
         loop.until(lambda: {event.identity for event in loop.events if event.kind == "begin"} == {0, 1})
-        assert loop.wire.counters()["unauthenticated"] == 4
+        counters = loop.wire.counters()
+        assert (counters["unauthenticated"], counters["refused_no_token"], counters["refused_unknown_token"]) == (
+            4,
+            3,
+            1,
+        )
         loop.wire.set_tokens({hashlib.sha256(b"two").digest(): 1})
         assert code_of(lambda: next(calls[0])) == (
             grpc.StatusCode.UNAUTHENTICATED,
             "the call's token is not valid any more",
         )
+        assert loop.wire.counters()["refused_token_revoked"] == 1
         loop.wire.finish(next(event.call for event in loop.events if event.identity == 1))
         assert list(calls[1]) == []
 
@@ -330,6 +458,15 @@ def test_tls_and_clients_certificates_that_change(loops: Callable[..., Loop], ce
         context.wrap_socket(plain_socket, server_hostname="localhost") as wrapped,
     ):
         assert (wrapped.selected_alpn_protocol(), wrapped.version()) == ("h2", "TLSv1.3")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with (
+        socket.create_connection((host, int(port))) as plain_socket,
+        context.wrap_socket(plain_socket, server_hostname="localhost") as wrapped,
+    ):
+        assert wrapped.version() == "TLSv1.2"
+    counters = loop.until(lambda: (now := loop.wire.counters())["tls_1_2"] and now)
+    assert counters["tls_1_3"] >= 4
+    assert counters["tls_failed"] >= 2
 
 
 @pytest.mark.parametrize("kind", ["unix", "ipv6"])
@@ -425,6 +562,7 @@ def test_floods_cost_a_connection_at_most(loops: Callable[..., Loop], kind: str)
         assert unary(made, b"then, too") == b"then, too"
     loop.until(lambda: loop.wire.counters()["connections"] == 0)
     assert loop.wire.counters()["calls"] == 0
+    assert loop.wire.counters()["refused_resets"] == (kind in ("resets", "continuations", "empty data"))
 
 
 def _read_all(connection: socket.socket) -> None:

@@ -9,13 +9,13 @@ use parking_lot::Mutex;
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::frames;
-use super::inbox::{Happening, Inbox};
+use super::inbox::{Begun, Happening, Inbox};
 use super::messages::{Messages, Unreadable};
 
 /// What grpc-message may not have as it is.
@@ -67,6 +67,17 @@ pub struct Call {
     rows: AtomicUsize, // that came and whose answer has not gone
     rows_max: usize,
     answered: Notify,
+    told: AtomicBool, // Python knows of it, and is told when it is over
+}
+
+/// What becomes of what a caller sends.
+pub enum Reading {
+    /// Frames of steps are rows, other messages are events.
+    Stream,
+    /// Messages are events.
+    Messages,
+    /// The one message is an event when all is there.
+    Step(Box<Begun>),
 }
 
 struct Sending {
@@ -76,6 +87,7 @@ struct Sending {
     queue: VecDeque<(Bytes, usize)>, // what the caller has no window for yet, and the rows that it answers
     status: Option<Status>,
     over: bool,
+    ended: Option<bool>,  // by `respond`: whether all of it was sent
     waker: Option<Waker>, // of the task that sends
 }
 
@@ -97,11 +109,13 @@ impl Call {
                 queue: VecDeque::new(),
                 status: None,
                 over: false,
+                ended: None,
                 waker: None,
             }),
             rows: AtomicUsize::new(0),
             rows_max,
             answered: Notify::new(),
+            told: AtomicBool::new(false),
         })
     }
 
@@ -135,6 +149,36 @@ impl Call {
         }
     }
 
+    /// The one message of a call, and its end. False: the call is over or ends otherwise.
+    pub fn respond(&self, message: Bytes) -> bool {
+        let mut sending = self.sending.lock();
+        if sending.over || sending.status.is_some() {
+            return false;
+        }
+        sending.status = Some(Status::new(0, ""));
+        if sending.queue.is_empty() && sending.fits(message.len()) {
+            sending.write(message);
+            sending.ended = Some(sending.end());
+        } else {
+            sending.queue.push_back((message, 0));
+        }
+        sending.wake();
+        true
+    }
+
+    /// Tells Python what happens to the call.
+    pub fn tell(&self, inbox: &Inbox, what: Happening) {
+        self.told.store(true, Ordering::Relaxed);
+        inbox.push(self.id, what);
+    }
+
+    /// Tells Python that the call is over, if it knows of it.
+    pub fn tell_end(&self, inbox: &Inbox) {
+        if self.told.load(Ordering::Relaxed) {
+            inbox.push(self.id, Happening::End);
+        }
+    }
+
     fn gone(&self, rows: usize) {
         if rows > 0 && self.rows.fetch_sub(rows, Ordering::Relaxed) >= self.rows_max {
             self.answered.notify_waiters();
@@ -151,16 +195,17 @@ impl Call {
         }
     }
 
-    /// Reads the call and sends what is given to it, until it is over. `stream`: its frames of steps become rows.
+    /// Reads the call and sends what is given to it, until it is over. Returns the status code for messages that cannot be read.
     pub async fn serve(
         &self,
         inbox: &Inbox,
         body: RecvStream,
         messages: Messages,
-        stream: bool,
+        reading: Reading,
         time: Option<Duration>,
-    ) {
-        let reading = self.read(inbox, body, messages, stream);
+    ) -> Option<u16> {
+        let mut refused = None;
+        let reading = self.read(inbox, body, messages, reading);
         let late = async {
             match time {
                 Some(time) => tokio::time::sleep(time).await,
@@ -172,8 +217,8 @@ impl Call {
         let whole = loop {
             tokio::select! {
                 unreadable = &mut reading, if !read => match unreadable {
-                    Ok(()) => { read = true; inbox.push(self.id, Happening::HalfClose); }
-                    Err(Some(Unreadable(code, why))) => { self.finish(Status::new(code, why)); read = true; }
+                    Ok(()) => read = true,
+                    Err(Some(Unreadable(code, why))) => { self.finish(Status::new(code, why)); (read, refused) = (true, Some(code)) }
                     Err(None) => break false,
                 },
                 whole = std::future::poll_fn(|context| self.poll_send(context)) => break whole,
@@ -191,6 +236,7 @@ impl Call {
             stream.send_reset(Reason::CANCEL);
         }
         // Where all of it was sent and the caller goes on, h2 tells it to stop, behind what was sent; a reset would be before it.
+        refused
     }
 
     /// Returns at the end of what the caller sends. Err: why it makes no sense; None: the caller has gone.
@@ -199,8 +245,9 @@ impl Call {
         inbox: &Inbox,
         mut body: RecvStream,
         mut messages: Messages,
-        stream: bool,
+        reading: Reading,
     ) -> Result<(), Option<Unreadable>> {
+        let (mut one, mut count) = (vec![], 0); // of a call that has one message
         loop {
             // Whoever has too much under way is read no further, and its window closes.
             self.room().await;
@@ -211,6 +258,14 @@ impl Call {
             let chunk = chunk.map_err(|_| None)?;
             let length = chunk.len();
             messages.feed(chunk, |message| {
+                if let Reading::Step(_) = reading {
+                    count += 1;
+                    if count == 1 {
+                        one = message.to_vec();
+                    }
+                    return;
+                }
+                let stream = matches!(reading, Reading::Stream);
                 match if stream { frames::steps(message) } else { None } {
                     Some(steps) => {
                         self.rows.fetch_add(steps.rows(), Ordering::Relaxed);
@@ -219,6 +274,12 @@ impl Call {
                     None => inbox.push(self.id, Happening::Message(message.to_vec())),
                 }
             })?;
+            if count > 1 {
+                return Err(Some(Unreadable(
+                    13,
+                    "this call has one message, and more have come".into(),
+                )));
+            }
             let _ = body.flow_control().release_capacity(length);
         }
         if messages.cut() {
@@ -226,6 +287,16 @@ impl Call {
                 13,
                 "the call ends within a message".into(),
             )));
+        }
+        match reading {
+            Reading::Step(_) if count == 0 => {
+                return Err(Some(Unreadable(
+                    13,
+                    "this call has one message, and none has come".into(),
+                )));
+            }
+            Reading::Step(begun) => self.tell(inbox, Happening::Step(begun, one)),
+            _ => inbox.push(self.id, Happening::HalfClose),
         }
         Ok(())
     }
@@ -278,7 +349,26 @@ impl Sending {
         }
     }
 
+    /// Sends the status, behind all else. False: the caller has gone.
+    fn end(&mut self) -> bool {
+        let headers = self
+            .status
+            .as_ref()
+            .map_or_else(HeaderMap::new, Status::headers);
+        match (&mut self.stream, self.head.take()) {
+            (Some(stream), _) => stream.send_trailers(headers).is_ok(),
+            (None, Some(mut head)) => {
+                head.headers_mut().extend(headers);
+                self.respond.send_response(head, true).is_ok()
+            }
+            (None, None) => false,
+        }
+    }
+
     fn poll(&mut self, context: &mut Context, gone: &mut usize) -> Poll<bool> {
+        if let Some(whole) = self.ended {
+            return Poll::Ready(whole);
+        }
         while let Some((message, _)) = self.queue.front_mut() {
             let left = message.len();
             self.begin();
@@ -299,18 +389,8 @@ impl Sending {
                 self.queue.pop_front();
             }
         }
-        if self.queue.is_empty()
-            && let Some(status) = &self.status
-        {
-            let headers = status.headers();
-            return Poll::Ready(match (&mut self.stream, self.head.take()) {
-                (Some(stream), _) => stream.send_trailers(headers).is_ok(),
-                (None, Some(mut head)) => {
-                    head.headers_mut().extend(headers);
-                    self.respond.send_response(head, true).is_ok()
-                }
-                (None, None) => false,
-            });
+        if self.queue.is_empty() && self.status.is_some() {
+            return Poll::Ready(self.end());
         }
         let reset = match &mut self.stream {
             Some(stream) => stream.poll_reset(context),

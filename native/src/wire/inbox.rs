@@ -6,6 +6,7 @@ use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::frames::Steps;
@@ -14,17 +15,20 @@ use super::server::Peer;
 /// A row without an acknowledged seq.
 const NOT_ACKNOWLEDGED: u64 = u64::MAX;
 
+/// A call that begins.
+pub struct Begun {
+    pub path: String,
+    pub identity: Option<u32>, // the number of its token in the table; None: there is no table
+    pub metadata: Vec<(String, String)>,
+    pub timeout_ms: Option<u64>, // how long its caller waits
+    pub peer: Arc<Peer>,
+}
+
 /// What happens to a call that is no row.
 pub enum Happening {
-    /// A call begins: its path, the place of its token in the table (None: there is no table), its metadata, how long
-    /// its caller waits, and where it is.
-    Begin {
-        path: String,
-        identity: Option<u32>,
-        metadata: Vec<(String, String)>,
-        timeout_ms: Option<u64>,
-        peer: Arc<Peer>,
-    },
+    Begin(Box<Begun>),
+    /// A call that begins, has its one message and sends no more, all in one.
+    Step(Box<Begun>, Vec<u8>),
     /// A message of it, unless it is a frame of usual steps.
     Message(Vec<u8>),
     /// Its caller sends no more.
@@ -111,8 +115,19 @@ struct Waiting {
     columns: Columns,
     noted: VecDeque<Noted>,
     noted_nbytes: usize,
-    rows: u64,    // ever
-    asleep: bool, // Python waits for the descriptor
+    rows: u64,              // ever
+    since: Option<Instant>, // when the oldest thing came
+    asleep: bool,           // Python waits for the descriptor
+}
+
+/// What waits to be taken.
+#[derive(Debug, Default)]
+pub struct Depth {
+    pub rows: usize,
+    pub events: usize,
+    pub nbytes: usize,
+    pub age: Duration, // of the oldest thing
+    pub rows_ever: u64,
 }
 
 pub struct Inbox {
@@ -158,10 +173,9 @@ impl Inbox {
     }
 
     pub fn push(&self, call: u32, what: Happening) {
-        let nbytes = if let Happening::Message(message) = &what {
-            message.len()
-        } else {
-            0
+        let nbytes = match &what {
+            Happening::Message(message) | Happening::Step(_, message) => message.len(),
+            _ => 0,
         };
         let mut waiting = self.waiting.lock();
         let rows_before = waiting.rows;
@@ -175,7 +189,23 @@ impl Inbox {
         self.wake(&mut waiting);
     }
 
+    pub fn depth(&self) -> Depth {
+        let waiting = self.waiting.lock();
+        Depth {
+            rows: waiting.columns.len(),
+            events: waiting.noted.len(),
+            nbytes: self.nbytes.load(Ordering::Relaxed),
+            age: waiting
+                .since
+                .map_or(Duration::ZERO, |since| since.elapsed()),
+            rows_ever: waiting.rows,
+        }
+    }
+
     fn wake(&self, waiting: &mut Waiting) {
+        if waiting.since.is_none() {
+            waiting.since = Some(Instant::now());
+        }
         if waiting.asleep {
             waiting.asleep = false;
             let _ = (&self.writer).write(&[1]); // one byte at most is in the pipe
@@ -201,6 +231,7 @@ impl Inbox {
             let mut waiting = self.waiting.lock();
             std::mem::swap(&mut waiting.columns, columns);
             let noted = std::mem::take(&mut waiting.noted);
+            waiting.since = None;
             let nbytes = std::mem::take(&mut waiting.noted_nbytes) + columns.inputs.len();
             if columns.len() == 0 && noted.is_empty() && !waiting.asleep {
                 waiting.asleep = true;
@@ -286,6 +317,22 @@ mod tests {
         assert!(!readable(&inbox), "nothing was left, so the next one wakes");
         inbox.push(1, Happening::End);
         assert!(readable(&inbox));
+    }
+
+    #[test]
+    fn the_oldest_thing_has_an_age_until_it_is_taken() {
+        let inbox = Inbox::new(1000).unwrap();
+        assert_eq!(inbox.depth().age, Duration::ZERO);
+        inbox.push(1, Happening::Message(vec![0; 11]));
+        std::thread::sleep(Duration::from_millis(20));
+        inbox.push_steps(3, &steps(&[1, 0, 0, 0], &[5; 8], &[9; 6]));
+        let depth = inbox.depth();
+        assert!(depth.age >= Duration::from_millis(20));
+        assert_eq!((depth.rows, depth.events, depth.nbytes), (1, 1, 17));
+        inbox.take(&mut Columns::default());
+        let depth = inbox.depth();
+        assert_eq!((depth.rows, depth.age), (0, Duration::ZERO));
+        assert_eq!((depth.nbytes, depth.rows_ever), (0, 1));
     }
 
     #[tokio::test]

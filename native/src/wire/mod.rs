@@ -28,7 +28,7 @@ use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 
 use call::Status;
-use inbox::{Columns, Happening, Noted};
+use inbox::{Begun, Columns, Happening, Noted};
 use refusals::Refusals;
 use relay::Relay;
 use server::{Limits, Listener, Server};
@@ -36,7 +36,7 @@ use server::{Limits, Listener, Server};
 /// What happened to a call that is no row of steps.
 #[pyclass(frozen)]
 pub struct Event {
-    /// "begin", "message", "half_close" or "end".
+    /// "begin", "message", "half_close", "end" or "step": a unary Step that has come whole.
     #[pyo3(get)]
     kind: &'static str,
     #[pyo3(get)]
@@ -69,6 +69,14 @@ impl Event {
     }
 }
 
+impl Event {
+    fn begin(&mut self, kind: &'static str, begun: Begun) {
+        (self.kind, self.path, self.identity) = (kind, begun.path, begun.identity);
+        (self.metadata, self.timeout_ms) = (begun.metadata, begun.timeout_ms);
+        self.peer = begun.peer.address.clone();
+    }
+}
+
 impl From<Noted> for Event {
     fn from(noted: Noted) -> Self {
         let mut event = Event {
@@ -83,16 +91,10 @@ impl From<Noted> for Event {
             data: vec![],
         };
         match noted.what {
-            Happening::Begin {
-                path,
-                identity,
-                metadata,
-                timeout_ms,
-                peer,
-            } => {
-                event.peer = peer.address.clone();
-                (event.kind, event.path, event.identity) = ("begin", path, identity);
-                (event.metadata, event.timeout_ms) = (metadata, timeout_ms);
+            Happening::Begin(begun) => event.begin("begin", *begun),
+            Happening::Step(begun, data) => {
+                event.begin("step", *begun);
+                event.data = data;
             }
             Happening::Message(data) => (event.kind, event.data) = ("message", data),
             Happening::HalfClose => event.kind = "half_close",
@@ -309,7 +311,17 @@ impl Wire {
     #[pyo3(signature = (call, message, rows=0))]
     fn send(&self, call: u32, message: &[u8], rows: usize) {
         if let Some(call) = self.server.call(call) {
+            self.server.counters.answers.fetch_add(rows as u64, Relaxed);
             call.send(frames::prefixed(message), rows);
+        }
+    }
+
+    /// Answers a unary call: head, message and the status OK in one go.
+    fn respond(&self, call: u32, message: &[u8]) {
+        if let Some(call) = self.server.call(call)
+            && call.respond(frames::prefixed(message))
+        {
+            self.server.counters.answers.fetch_add(1, Relaxed);
         }
     }
 
@@ -330,24 +342,55 @@ impl Wire {
         self.server.draining.send_replace(true);
     }
 
-    /// What is counted: connections now; accepted, turned away for there were too many, failed before HTTP/2 was agreed upon, and
-    /// calls without a token, ever; calls now; calls that are relayed, now and ever.
+    /// What is counted. Now: connections, calls (of Python), streams (calls that are Stream), relayed, inbox_rows, inbox_events and
+    /// inbox_nbytes (that have come and are not taken), inbox_age_ms (of the oldest of them). Ever: accepted (connections),
+    /// turned_away (for there were too many), failed (before HTTP/2 was agreed upon), bytes_in and bytes_out (of HTTP/2, without
+    /// TLS), tls_1_2, tls_1_3 and tls_failed (handshakes), unauthenticated (calls), rows, steps (unary), answers (to both),
+    /// relayed_ever, and what was refused: refused_no_token, refused_unknown_token, refused_token_revoked (calls under way),
+    /// refused_too_many_calls (to be relayed), refused_no_relay (nobody was there), refused_head (of calls that make no sense),
+    /// refused_message (too large, or not gRPC) and refused_resets (connections with more resets or small frames than allowed).
     fn counters(&self) -> HashMap<&'static str, u64> {
         let counters = &self.server.counters;
+        let depth = self.server.inbox.depth();
         let (relayed, relayed_ever) = match &self.server.relay {
             Some(relay) => (relay.now() as u64, relay.ever.load(Relaxed)),
             None => (0, 0),
         };
-        HashMap::from([
+        let ever = [
+            ("accepted", &counters.accepted),
+            ("turned_away", &counters.turned_away),
+            ("failed", &counters.failed),
+            ("unauthenticated", &counters.unauthenticated),
+            ("bytes_in", &counters.bytes_in),
+            ("bytes_out", &counters.bytes_out),
+            ("tls_1_2", &counters.tls_1_2),
+            ("tls_1_3", &counters.tls_1_3),
+            ("tls_failed", &counters.tls_failed),
+            ("steps", &counters.steps),
+            ("answers", &counters.answers),
+            ("refused_no_token", &counters.no_token),
+            ("refused_unknown_token", &counters.unknown_token),
+            ("refused_token_revoked", &counters.token_revoked),
+            ("refused_too_many_calls", &counters.too_many_calls),
+            ("refused_no_relay", &counters.no_relay),
+            ("refused_head", &counters.bad_head),
+            ("refused_message", &counters.bad_message),
+            ("refused_resets", &counters.resets),
+        ];
+        let mut all = HashMap::from(ever.map(|(name, count)| (name, count.load(Relaxed))));
+        all.extend([
             ("connections", counters.connections.load(Relaxed) as u64),
-            ("accepted", counters.accepted.load(Relaxed)),
-            ("turned_away", counters.turned_away.load(Relaxed)),
-            ("failed", counters.failed.load(Relaxed)),
-            ("unauthenticated", counters.unauthenticated.load(Relaxed)),
+            ("streams", counters.streams.load(Relaxed) as u64),
+            ("calls", self.server.calls.read().len() as u64),
             ("relayed", relayed),
             ("relayed_ever", relayed_ever),
-            ("calls", self.server.calls.read().len() as u64),
-        ])
+            ("rows", depth.rows_ever),
+            ("inbox_rows", depth.rows as u64),
+            ("inbox_events", depth.events as u64),
+            ("inbox_nbytes", depth.nbytes as u64),
+            ("inbox_age_ms", depth.age.as_millis() as u64),
+        ]);
+        all
     }
 
     /// Lets go of every connection, and of what was not sent within the grace.
@@ -372,7 +415,7 @@ impl Wire {
     ) {
         let width = outputs.len().checked_div(ids.len()).unwrap_or(0);
         let calls = self.server.calls.read();
-        let mut start = 0;
+        let (mut start, mut answers) = (0, 0);
         for run in ids.chunk_by(|one, next| one == next) {
             let end = start + run.len();
             if let Some(call) = calls.get(&run[0]) {
@@ -388,9 +431,11 @@ impl Wire {
                     durable,
                 );
                 call.send(message, run.len());
+                answers += run.len() as u64;
             }
             start = end;
         }
+        self.server.counters.answers.fetch_add(answers, Relaxed);
     }
 }
 

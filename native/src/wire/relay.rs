@@ -22,8 +22,8 @@ use tokio::time::timeout;
 
 use super::call::Status;
 use super::frames::PREFIX;
-use super::refusals::{Refusal, Refusals};
-use super::server::Peer;
+use super::refusals::Refusal;
+use super::server::{Peer, Server};
 
 /// Health is open to all, for a load balancer has no token.
 pub const HEALTH: &str = "/grpc.health.v1.Health/";
@@ -75,6 +75,8 @@ enum End {
     Gone,
     /// The server behind reset it.
     Reset(Reason),
+    /// A message of it is too large.
+    TooLarge(Status),
     Status(Status),
 }
 
@@ -130,7 +132,7 @@ impl Relay {
     }
 
     /// Relays a call until it is over. `revoked`: its token is in the table no more.
-    pub async fn serve(&self, call: Relayed, revoked: &Notify, refusals: &Refusals) {
+    pub async fn serve(&self, call: Relayed, revoked: &Notify, server: &Server) {
         let mut answer = Answer {
             respond: call.respond,
             stream: None,
@@ -148,8 +150,8 @@ impl Relay {
         let lengths = Lengths::new(call.message_nbytes);
         let end = tokio::select! {
             biased;
-            () = revoked.notified() => Err(End::Status(refusals.status(Refusal::TokenRevoked))),
-            end = self.exchange(request, call.body, lengths, &mut answer, refusals) => end,
+            () = revoked.notified() => Err(End::Status(server.refused(Refusal::TokenRevoked))),
+            end = self.exchange(request, call.body, lengths, &mut answer, server) => end,
             () = late => Err(End::Status(Status::new(4, "the time of the call is up"))),
         };
         // The server behind has been told to stop where it had not come to its end: what it was called with is dropped by now.
@@ -157,6 +159,10 @@ impl Relay {
             Ok(()) => {}
             Err(End::Gone) => answer.reset(Reason::CANCEL),
             Err(End::Reset(reason)) => answer.reset(reason),
+            Err(End::TooLarge(status)) => {
+                server.counters.bad_message.fetch_add(1, Relaxed);
+                answer.finish(status);
+            }
             Err(End::Status(status)) => answer.finish(status),
         }
     }
@@ -167,9 +173,9 @@ impl Relay {
         body: RecvStream,
         lengths: Lengths,
         answer: &mut Answer,
-        refusals: &Refusals,
+        server: &Server,
     ) -> Result<(), End> {
-        let unavailable = || End::Status(refusals.status(Refusal::RelayUnavailable));
+        let unavailable = || End::Status(server.refused(Refusal::RelayUnavailable));
         let (mut sender, _place) = self.place().await.ok_or_else(unavailable)?;
         let all = body.is_end_stream();
         let (response, upload) = sender
@@ -307,7 +313,7 @@ async fn send_up(
 ) -> Result<(), End> {
     while let Some(chunk) = body.data().await {
         let chunk = chunk.map_err(|_| End::Gone)?;
-        lengths.feed(&chunk).map_err(End::Status)?;
+        lengths.feed(&chunk).map_err(End::TooLarge)?;
         let length = chunk.len();
         if !pass(&mut upload, chunk).await {
             return Ok(()); // the answer, which is then whole, says why no more is wanted

@@ -1,6 +1,7 @@
 //! Connections: taken from listening sockets, limited, kept alive, and let go. Each call of theirs is served in call.rs.
 
 use bytes::Bytes;
+use h2::Reason;
 use h2::server::{Builder, Connection, SendResponse};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use parking_lot::RwLock;
@@ -8,23 +9,26 @@ use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ProtocolVersion;
 
-use super::call::{Call, Status};
-use super::inbox::{Happening, Inbox};
+use super::call::{Call, Reading, Status};
+use super::inbox::{Begun, Happening, Inbox};
 use super::messages::Messages;
 use super::refusals::{Refusal, Refusals};
 use super::relay::{HEALTH, Relay, Relayed};
 
 const STREAM_PATH: &str = "/engram.v1.EngramService/Stream";
+const STEP_PATH: &str = "/engram.v1.EngramService/Step";
 const WINDOW_BEFORE: u32 = 64 << 10; // of a connection whose caller is not known yet
 const WINDOW_STREAM: u32 = 1 << 20; // afterwards
 const WINDOW_CONNECTION: u32 = 4 << 20;
@@ -54,6 +58,38 @@ pub struct Counters {
     pub turned_away: AtomicU64, // for there were too many
     pub failed: AtomicU64,      // before HTTP/2 was agreed upon
     pub unauthenticated: AtomicU64,
+    pub streams: AtomicUsize,
+    pub bytes_in: AtomicU64, // of HTTP/2
+    pub bytes_out: AtomicU64,
+    pub tls_1_2: AtomicU64,
+    pub tls_1_3: AtomicU64,
+    pub tls_failed: AtomicU64,
+    pub steps: AtomicU64, // unary
+    pub answers: AtomicU64,
+    pub no_token: AtomicU64,
+    pub unknown_token: AtomicU64,
+    pub token_revoked: AtomicU64,
+    pub too_many_calls: AtomicU64,
+    pub no_relay: AtomicU64,
+    pub bad_head: AtomicU64,
+    pub bad_message: AtomicU64,
+    pub resets: AtomicU64,
+}
+
+impl Counters {
+    pub fn refused(&self, refusal: Refusal) {
+        let count = match refusal {
+            Refusal::TokenMissing => &self.no_token,
+            Refusal::TokenUnknown => &self.unknown_token,
+            Refusal::TokenRevoked => &self.token_revoked,
+            Refusal::QueueFull => &self.too_many_calls,
+            Refusal::RelayUnavailable => &self.no_relay,
+        };
+        count.fetch_add(1, Relaxed);
+        if matches!(refusal, Refusal::TokenMissing | Refusal::TokenUnknown) {
+            self.unauthenticated.fetch_add(1, Relaxed);
+        }
+    }
 }
 
 /// The other end of a connection.
@@ -125,7 +161,7 @@ impl Server {
         *self.identities.write() = identities;
         for call in self.calls.read().values() {
             if ends(call.identity) {
-                call.finish(self.refusals.status(Refusal::TokenRevoked));
+                call.finish(self.refused(Refusal::TokenRevoked));
             }
         }
         if let Some(relay) = &self.relay {
@@ -133,12 +169,18 @@ impl Server {
         }
     }
 
+    /// Counts what is refused, and says how.
+    pub fn refused(&self, refusal: Refusal) -> Status {
+        self.counters.refused(refusal);
+        self.refusals.status(refusal)
+    }
+
     /// Who calls, by this table.
     fn identity(
         &self,
         identities: &Identities,
         headers: &HeaderMap,
-    ) -> Result<Option<u32>, Status> {
+    ) -> Result<Option<u32>, Refusal> {
         let Some(table) = identities else {
             return Ok(None);
         };
@@ -149,9 +191,9 @@ impl Server {
                 .then(|| <[u8; 32]>::from(Sha256::digest(token)))
         };
         let token = headers.get_all("authorization").iter().find_map(bearer);
-        let token = token.ok_or_else(|| self.refusals.status(Refusal::TokenMissing))?;
+        let token = token.ok_or(Refusal::TokenMissing)?;
         let found = table.get(&token).copied().map(Some);
-        found.ok_or_else(|| self.refusals.status(Refusal::TokenUnknown))
+        found.ok_or(Refusal::TokenUnknown)
     }
 
     /// A place among the calls that are relayed. None: it needs none.
@@ -164,12 +206,13 @@ impl Server {
         let place = places.clone().try_acquire_owned();
         place
             .map(Some)
-            .map_err(|_| self.refusals.status(Refusal::QueueFull))
+            .map_err(|_| self.refused(Refusal::QueueFull))
     }
 
     fn kind(&self, path: &str) -> Kind {
         match path {
             STREAM_PATH => Kind::Stream,
+            STEP_PATH => Kind::Step,
             _ if self.relay.is_none() => Kind::Other,
             _ if path.starts_with(HEALTH) => Kind::Health,
             _ => Kind::Relayed,
@@ -182,6 +225,8 @@ impl Server {
 enum Kind {
     /// Its frames of steps are rows, all else is events.
     Stream,
+    /// It is one event.
+    Step,
     /// It is events.
     Other,
     Relayed,
@@ -254,20 +299,87 @@ async fn connection(
     server.counters.connections.fetch_sub(1, Relaxed);
 }
 
-type Http = Connection<Box<dyn Socket>, Bytes>;
+/// Counts the bytes that pass.
+struct Counted {
+    socket: Box<dyn Socket>,
+    server: Arc<Server>,
+}
+
+impl Counted {
+    fn wrote(&self, wrote: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(count)) = wrote {
+            let counters = &self.server.counters;
+            counters.bytes_out.fetch_add(count as u64, Relaxed);
+        }
+        wrote
+    }
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context,
+        buffer: &mut ReadBuf,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let ready = Pin::new(&mut self.socket).poll_read(context, buffer);
+        let count = buffer.filled().len() - before;
+        let counters = &self.server.counters;
+        counters.bytes_in.fetch_add(count as u64, Relaxed);
+        ready
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let wrote = Pin::new(&mut self.socket).poll_write(context, data);
+        self.wrote(wrote)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context,
+        data: &[io::IoSlice],
+    ) -> Poll<io::Result<usize>> {
+        let wrote = Pin::new(&mut self.socket).poll_write_vectored(context, data);
+        self.wrote(wrote)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(context)
+    }
+}
+
+type Http = Connection<Counted, Bytes>;
 
 async fn handshake(
-    server: &Server,
+    server: &Arc<Server>,
     socket: Box<dyn Socket>,
 ) -> Option<(Http, Option<&'static str>)> {
     let acceptor = server.tls.read().clone();
     let (socket, tls): (Box<dyn Socket>, _) = match acceptor {
         Some(acceptor) => {
-            let socket = acceptor.accept(socket).await.ok()?;
-            let version = match socket.get_ref().1.protocol_version() {
-                Some(ProtocolVersion::TLSv1_3) => "TLSv1.3",
-                _ => "TLSv1.2",
+            let Ok(socket) = acceptor.accept(socket).await else {
+                server.counters.tls_failed.fetch_add(1, Relaxed);
+                return None;
             };
+            let (version, count) = match socket.get_ref().1.protocol_version() {
+                Some(ProtocolVersion::TLSv1_3) => ("TLSv1.3", &server.counters.tls_1_3),
+                _ => ("TLSv1.2", &server.counters.tls_1_2),
+            };
+            count.fetch_add(1, Relaxed);
             (Box::new(socket), Some(version))
         }
         None => (socket, None),
@@ -280,7 +392,10 @@ async fn handshake(
         .max_header_list_size(server.limits.header_nbytes)
         .max_pending_accept_reset_streams(server.limits.resets)
         .max_local_error_reset_streams(Some(server.limits.resets))
-        .handshake(socket)
+        .handshake(Counted {
+            socket,
+            server: server.clone(),
+        })
         .await
         .ok()?;
     Some((connection, tls))
@@ -318,8 +433,15 @@ async fn serve(server: &Arc<Server>, mut connection: Http, peer: Arc<Peer>) {
                 continue;
             }
         };
-        let Some(Ok((request, respond))) = accepted else {
-            return;
+        let (request, respond) = match accepted {
+            None => return,
+            Some(Err(error)) => {
+                if error.reason() == Some(Reason::ENHANCE_YOUR_CALM) && !error.is_remote() {
+                    server.counters.resets.fetch_add(1, Relaxed);
+                }
+                return;
+            }
+            Some(Ok(accepted)) => accepted,
         };
         used = Instant::now();
         if begin(server, request, respond, &peer, &under_way) && !known {
@@ -359,11 +481,11 @@ fn begin(
     let known = identities.is_none() || read.identity.is_some();
     let id = server.numbers.fetch_add(1, Relaxed);
     under_way.fetch_add(1, Relaxed);
-    let over = Over {
+    let mut over = Over {
         server: server.clone(),
         under_way: under_way.clone(),
+        call: None,
         id,
-        relayed: place.is_some(),
     };
     if let (Some(relay), Some(place)) = (&server.relay, place) {
         relay.ever.fetch_add(1, Relaxed);
@@ -386,39 +508,51 @@ fn begin(
         tokio::spawn(async move {
             let (_over, _place) = (over, place);
             if let Some(relay) = &server.relay {
-                relay.serve(call, &revoked, &server.refusals).await;
+                relay.serve(call, &revoked, &server).await;
             }
         });
         return known;
     }
-    let stream = kind == Kind::Stream;
-    let head = if stream {
-        response(&server.head)
-    } else {
-        response(&HeaderMap::new())
-    };
+    let none = HeaderMap::new();
+    let head = response(match kind {
+        Kind::Stream => &server.head,
+        _ => &none,
+    });
     let call = Call::new(id, read.identity, respond, head, server.limits.rows);
     server.calls.write().insert(id, call.clone());
     drop(identities);
-    server.inbox.push(
-        id,
-        Happening::Begin {
-            path: request.uri().path().to_owned(),
-            identity: read.identity,
-            metadata: metadata(request.headers()),
-            timeout_ms: read.time.map(|time| time.as_millis() as u64),
-            peer: peer.clone(),
-        },
-    );
-    if stream {
-        call.begin();
-    }
+    over.call = Some((call.clone(), kind));
     let messages = Messages::new(read.gzip, server.limits.message_nbytes);
+    let begun = Box::new(Begun {
+        path: path.to_owned(),
+        identity: read.identity,
+        metadata: metadata(request.headers(), kind),
+        timeout_ms: read.time.map(|time| time.as_millis() as u64),
+        peer: peer.clone(),
+    });
+    let reading = match kind {
+        Kind::Step => {
+            server.counters.steps.fetch_add(1, Relaxed);
+            Reading::Step(begun)
+        }
+        Kind::Stream => {
+            server.counters.streams.fetch_add(1, Relaxed);
+            call.tell(&server.inbox, Happening::Begin(begun));
+            call.begin();
+            Reading::Stream
+        }
+        _ => {
+            call.tell(&server.inbox, Happening::Begin(begun));
+            Reading::Messages
+        }
+    };
     tokio::spawn(async move {
         let over = over;
-        let body = request.into_body();
-        call.serve(&over.server.inbox, body, messages, stream, read.time)
-            .await;
+        let (server, body) = (&over.server, request.into_body());
+        let serving = call.serve(&server.inbox, body, messages, reading, read.time);
+        if serving.await.is_some() {
+            server.counters.bad_message.fetch_add(1, Relaxed);
+        }
     });
     known
 }
@@ -428,18 +562,22 @@ struct Over {
     server: Arc<Server>,
     under_way: Arc<AtomicUsize>,
     id: u32,
-    relayed: bool,
+    call: Option<(Arc<Call>, Kind)>, // None: it is relayed
 }
 
 impl Drop for Over {
     fn drop(&mut self) {
         self.under_way.fetch_sub(1, Relaxed);
-        match &self.server.relay {
-            Some(relay) if self.relayed => relay.over(self.id),
-            _ => {
+        match (&self.call, &self.server.relay) {
+            (Some((call, kind)), _) => {
                 self.server.calls.write().remove(&self.id);
-                self.server.inbox.push(self.id, Happening::End);
+                if *kind == Kind::Stream {
+                    self.server.counters.streams.fetch_sub(1, Relaxed);
+                }
+                call.tell_end(&self.server.inbox);
             }
+            (None, Some(relay)) => relay.over(self.id),
+            (None, None) => {}
         }
     }
 }
@@ -458,22 +596,23 @@ fn read_head(
     request: &Request<h2::RecvStream>,
 ) -> Result<Head, Status> {
     let headers = request.headers();
+    let bad_head = |code, words| {
+        server.counters.bad_head.fetch_add(1, Relaxed);
+        Status::new(code, words)
+    };
     let content = headers
         .get("content-type")
         .and_then(|value| value.to_str().ok())
         .unwrap_or("");
     if request.method() != http::Method::POST || !content.starts_with("application/grpc") {
-        return Err(Status::new(
+        return Err(bad_head(
             12,
             "this port speaks gRPC: POST with content-type application/grpc",
         ));
     }
     let identity = match server.identity(identities, headers) {
         Err(_) if kind == Kind::Health => None,
-        Err(status) => {
-            server.counters.unauthenticated.fetch_add(1, Relaxed);
-            return Err(status);
-        }
+        Err(refusal) => return Err(server.refused(refusal)),
         Ok(identity) => identity,
     };
     let relayed = matches!(kind, Kind::Relayed | Kind::Health); // whose messages others unpack
@@ -482,7 +621,7 @@ fn read_head(
         Some(b"gzip") => true,
         Some(_) if relayed => false,
         Some(_) => {
-            return Err(Status::new(
+            return Err(bad_head(
                 12,
                 "of encodings, gzip and identity are understood",
             ));
@@ -492,11 +631,11 @@ fn read_head(
         None => None,
         Some(value) => Some(
             grpc_timeout(value.as_bytes())
-                .ok_or_else(|| Status::new(3, "grpc-timeout makes no sense"))?,
+                .ok_or_else(|| bad_head(3, "grpc-timeout makes no sense"))?,
         ),
     };
     if time == Some(Duration::ZERO) {
-        return Err(Status::new(4, "the call's time was up when it arrived"));
+        return Err(bad_head(4, "the call's time was up when it arrived"));
     }
     Ok(Head {
         identity,
@@ -545,10 +684,13 @@ fn grpc_timeout(value: &[u8]) -> Option<Duration> {
     })
 }
 
-/// What the caller sent beside what HTTP and gRPC need, its token left out.
-fn metadata(headers: &HeaderMap) -> Vec<(String, String)> {
+/// What the caller sent beside what HTTP and gRPC need, its token left out; of a step, where it is traced from.
+fn metadata(headers: &HeaderMap, kind: Kind) -> Vec<(String, String)> {
     let own = |name: &HeaderName| {
         let name = name.as_str();
+        if kind == Kind::Step {
+            return name == "traceparent";
+        }
         !matches!(name, "te" | "content-type" | "authorization" | "user-agent")
             && !name.starts_with("grpc-")
     };
