@@ -170,10 +170,11 @@ def test_a_unary_step_is_one_event_and_one_answer(loops: Callable[..., Loop], re
             step = steps_of(loop, count)[-1]
             assert (step.path, step.identity, step.metadata) == (STEP, 5, [("traceparent", "00-1-2-01")])
             assert (step.data, step.peer[:15]) == (data, "ipv4:127.0.0.1:")
-            assert 0 < step.timeout_ms <= WAIT_S * 1000 + 10, "gRPC rounds up to 10 ms"
+            assert 0 < step.timeout_ms <= WAIT_S * 1000 + 100, "gRPC rounds up to 100 ms"
             loop.wire.respond(step.call, data + b"!")
             assert (waiting.result(), waiting.code()) == (data + b"!", grpc.StatusCode.OK)
             loop.until(lambda count=count: loop.kinds() == ["step", "end"] * count)
+            loop.until(lambda count=count: loop.wire.counters()["answers"] == count)
         loop.wire.respond(step.call, b"nobody gets it")
     counters = loop.wire.counters()
     assert (counters["steps"], counters["answers"], counters["rows"], counters["calls"]) == (3, 3, 0, 0)
@@ -235,10 +236,11 @@ def test_what_is_counted(loops: Callable[..., Loop]) -> None:
 
         call = stream(made, requests(), timeout=WAIT_S)
         assert len(next(call).outputs.outputs) == 100_000
-        counters = loop.wire.counters()
+        # What is sent is counted a moment after it is gone.
+        counters = loop.until(lambda: (now := loop.wire.counters())["bytes_out"] > 100_000 and now["answers"] and now)
         assert (counters["streams"], counters["rows"], counters["answers"]) == (1, 2, 2)
         assert 100_000 < counters["bytes_in"] < 110_000
-        assert 100_000 < counters["bytes_out"] < 110_000
+        assert counters["bytes_out"] < 110_000
         going.set()
         assert list(call) == []
     host, port = loop.address.split(":")

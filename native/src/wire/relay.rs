@@ -49,8 +49,13 @@ pub struct Relay {
     pub places: Arc<Semaphore>,
     pub health_places: Arc<Semaphore>, // others: who has no token takes none of those who have one
     pub ever: AtomicU64,
-    /// Calls that end with their token.
-    under_way: Mutex<HashMap<u32, (Option<u32>, Arc<Notify>)>>,
+    under_way: Mutex<HashMap<u32, Held>>,
+}
+
+/// A call that ends with its token.
+struct Held {
+    identity: Option<u32>,
+    revoked: Arc<Notify>,
 }
 
 /// One connection.
@@ -113,9 +118,11 @@ impl Relay {
     /// From now on `end` ends the call, if `ends` says so of its identity.
     pub fn begin(&self, id: u32, identity: Option<u32>) -> Arc<Notify> {
         let revoked = Arc::new(Notify::new());
-        self.under_way
-            .lock()
-            .insert(id, (identity, revoked.clone()));
+        let held = Held {
+            identity,
+            revoked: revoked.clone(),
+        };
+        self.under_way.lock().insert(id, held);
         revoked
     }
 
@@ -124,9 +131,9 @@ impl Relay {
     }
 
     pub fn end(&self, ends: impl Fn(Option<u32>) -> bool) {
-        for (identity, revoked) in self.under_way.lock().values() {
-            if ends(*identity) {
-                revoked.notify_one();
+        for held in self.under_way.lock().values() {
+            if ends(held.identity) {
+                held.revoked.notify_one();
             }
         }
     }
