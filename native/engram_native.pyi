@@ -79,3 +79,43 @@ class Wire:
     def drain(self) -> None: ...
     def counters(self) -> dict[str, int]: ...
     def close(self, grace_s: float = 0.0) -> None: ...
+
+@final
+class CommitLink:
+    """One connection for commits, of one thread. A commit is one `send`, or several of which the last one counts or waits; then
+    `progress` until it is True; then `verdicts`. Whatever raises an OSError ends the link."""
+
+    descriptor: int
+    """-1 after an error or `close`."""
+    wants_write: bool
+    in_doubt: bool
+    """Commands were sent, or parts of them, whose replies have not come: also after an error."""
+
+    def __init__(self, descriptor: int) -> None: ...
+    def send(
+        self,
+        tags: NDArray[np.uint8],
+        tokens: NDArray[np.uint8],
+        records: NDArray[np.uint8],
+        ttl_ms: NDArray[np.uint64],
+        prefix: bytes,
+        counting_key: bytes = b"",
+        wait: bytes = b"",
+        more: bool = False,
+    ) -> None: ...
+    def progress(self, timeout_s: float = 0.0) -> bool: ...
+    def verdicts(self) -> tuple[bytes | None, list[tuple[int, bytes]], int | None, list[int]]: ...
+    def close(self) -> None: ...
+
+def pack_records(
+    out: NDArray[np.uint8],
+    fingerprint: int,
+    runtime: int,
+    seq: NDArray[np.uint64],
+    acked: NDArray[np.uint64],
+    epoch: NDArray[np.uint64],
+    counts: NDArray[np.uint32],
+    states: list[NDArray[np.uint8]],
+    outputs: NDArray[np.uint8],
+    now_ms: int,
+) -> None: ...

@@ -1,5 +1,6 @@
 //! What Engram does for each message: HTTP/2 connections in, columns of rows out. What it does for each batch is Python.
 
+pub mod commits;
 pub mod wire;
 
 use pyo3::prelude::*;
@@ -9,5 +10,7 @@ fn engram_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<wire::Wire>()?;
     module.add_class::<wire::Event>()?;
+    module.add_class::<commits::CommitLink>()?;
+    module.add_function(wrap_pyfunction!(commits::pack_records, module)?)?;
     Ok(())
 }
