@@ -35,7 +35,7 @@ BITS, CUES, BATCH = 256, 1000, 128
 FLIPS, UNKNOWN = 0.20, 0.50  # of a cue's bits, in every other cue each
 HEBB_BITS, HEBB_PATTERNS, HEBB_RECALLS, HEBB_FLIPS = 1024, 100, 300, 0.10
 SESSIONS = 256
-QUICK = ("--log-level", "warning", "--shipped-models", "false", "--tick-rows-max", "64")  # steps are not measured here
+QUICK = ("--log-level", "warning", "--shipped-models", "false", "--batch-rows-max", "64")  # steps are not measured here
 GOALS = {"dense_p50_ms_a_cue": 20.0, "hebb_p50_ms": 5.0, "ntm_ratio": 8.0}
 
 

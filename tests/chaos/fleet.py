@@ -180,7 +180,7 @@ class Server(Forked):
         world = self._fleet.world
         flags = [
             "--listen", f"127.0.0.1:{self._port}", "--http", f"127.0.0.1:{self._http}", "--redis-url", self._redis_url,
-            "--models", str(self._fleet.models), "--shipped-models", "false", "--tick-rows-max", "256",
+            "--models", str(self._fleet.models), "--shipped-models", "false", "--batch-rows-max", "256",
             "--drain-timeout-s", "15", "--log-format", "human",
         ]  # fmt: skip
         if world.held:

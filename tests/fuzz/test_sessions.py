@@ -37,7 +37,7 @@ from engram_models.patterns import own_memory
 
 SIZE, OWN = 20, 3
 ROWS = 32  # of the reference's batch: every floor's multiple, as the servers' largest one
-QUICK = ("--shipped-models", "false", "--tick-rows-max", str(ROWS))
+QUICK = ("--shipped-models", "false", "--batch-rows-max", str(ROWS))
 PATIENT = engram.ClientOptions(backoff_initial_s=0.02, backoff_max_s=0.3)
 EXAMPLES = int(os.environ.get("ENGRAM_FUZZ_EXAMPLES", "3"))
 STEPS = int(os.environ.get("ENGRAM_FUZZ_STEPS", "20"))

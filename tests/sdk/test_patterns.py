@@ -104,7 +104,7 @@ def test_an_npz_executes_nothing() -> None:
 def server(tmp_path_factory: pytest.TempPathFactory, shared_server: Any) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("memories")
     write_bundle(path / "models", "bits", "1", Hopfield(13))
-    flags = ("--models", str(path / "models"), "--shipped-models", "false", "--tick-rows-max", "32")
+    flags = ("--models", str(path / "models"), "--shipped-models", "false", "--batch-rows-max", "32")
     with type(shared_server)(path, *flags) as one:
         yield one
 

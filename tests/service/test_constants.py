@@ -253,7 +253,7 @@ def test_forks_and_imports_have_them_before_the_first_step_and_after(robot: Any,
 def test_sessions_that_leave_the_arena_come_back_with_them(
     server_with: Callable, connect: Callable, tmp_path: pathlib.Path
 ) -> None:
-    flags = ("--models", str(models_in(tmp_path)), "--arena-slots-max", "4", "--tick-rows-max", "4")
+    flags = ("--models", str(models_in(tmp_path)), "--arena-slots-max", "4", "--batch-rows-max", "4")
     inputs = robots.some(3)
     with server_with(*flags) as server:
         raw, other = connect(server), connect(server)
@@ -274,7 +274,7 @@ def test_a_redis_that_loses_everything_before_the_first_step_is_told_them_again(
 ) -> None:
     """What no slot holds is written back with its first step."""
     flags = ("--models", str(models_in(tmp_path)), "--redis-url", redis_process.url, "--arena-slots-max", str(slots),
-             "--tick-rows-max", "4")  # fmt: skip
+             "--batch-rows-max", "4")  # fmt: skip
     inputs = robots.some(2)
     outputs, state = robots.run(inputs, RATE, GAIN)
     with server_with(*flags) as server:

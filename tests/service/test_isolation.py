@@ -51,7 +51,7 @@ IDLE_S = 0.3
 PATIENCE_S = 20.0  # by when every call is answered
 GONE_S = 20.0  # by when nothing is left of streams that have ended
 NO_HANDLE = 0xFFFFFFFF
-FLAGS = ("--resident-idle-s", str(IDLE_S), "--arena-slots-max", "12", "--tick-rows-max", "32", "--interval-ms", "50")
+FLAGS = ("--resident-idle-s", str(IDLE_S), "--arena-slots-max", "12", "--batch-rows-max", "32", "--interval-ms", "50")
 
 REASONS = {name.removeprefix("ERROR_REASON_") for name in error_pb2.ErrorReason.DESCRIPTOR.values_by_name}
 NEVER = {

@@ -22,7 +22,7 @@ from engram_models import DBN, NTM, RBM, Hopfield, content_addressing, load_cell
 from engram_service.store.keys import memory_key, meta_key, session_tag
 
 SIZE = 96
-QUICK = ("--shipped-models", "false", "--tick-rows-max", "32")  # which makes a start quick
+QUICK = ("--shipped-models", "false", "--batch-rows-max", "32")  # which makes a start quick
 PATIENT = engram.ClientOptions(backoff_initial_s=0.02, backoff_max_s=0.3)
 
 

@@ -79,7 +79,7 @@ def busy(server_with: Callable[..., ServerProcess], connect: Connect) -> Any:
 
 def test_what_is_refused_is_told_to_come_when_there_is_room(busy: Any) -> None:
     """The hint is from the rate at which rows are done, and another one's is after it."""
-    flags = ("--queue-rows-max", str(SESSIONS), "--queue-s-max", "0", "--tick-rows-max", "64")
+    flags = ("--queue-rows-max", str(SESSIONS), "--queue-s-max", "0", "--batch-rows-max", "64")
     refused = busy(flags, 1024, 8, lambda refused: len({detail.retry_after_ms for detail in refused} - {50}) > 3)
     hints = [detail.retry_after_ms for detail in refused]
     assert min(hints) >= 50 and max(hints) <= 5000, hints
@@ -88,7 +88,7 @@ def test_what_is_refused_is_told_to_come_when_there_is_room(busy: Any) -> None:
 
 def test_the_queue_is_limited_in_time(busy: Any) -> None:
     """As soon as the rate is known, it has as many rows as are done in so long; until then, as many as there may be."""
-    flags = ("--queue-s-max", "0.02", "--tick-rows-max", "64")
+    flags = ("--queue-s-max", "0.02", "--batch-rows-max", "64")
     refused = busy(flags, 64, 200, lambda refused: len(refused) > 3)
     limits = [int(detail.message.split(" and ")[1].split()[0]) for detail in refused]
     assert all(64 <= limit < 64 * 200 for limit in limits), limits

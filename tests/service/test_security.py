@@ -41,7 +41,7 @@ SERVICE = service_pb2.DESCRIPTOR.services_by_name["EngramService"]
 METHODS = [method.name for method in SERVICE.methods]
 WAIT_S = 20.0
 SOON_S = 5.0  # several looks at the tokens file
-QUICK = ("--shipped-models", "false", "--tick-rows-max", "32", "--tokens-poll-s", "0.1")
+QUICK = ("--shipped-models", "false", "--batch-rows-max", "32", "--tokens-poll-s", "0.1")
 ALL = ("read", "step", "manage", "operate")
 HERE = "seen"  # a session of acme's in every test that looks for one
 

@@ -29,7 +29,7 @@ from redises import RedisCluster, speaks_tls
 import engram
 from engram_models import LSTM, Hopfield, write_bundle
 
-QUICK = ("--shipped-models", "false", "--tick-rows-max", "32", "--tokens-poll-s", "0.1")
+QUICK = ("--shipped-models", "false", "--batch-rows-max", "32", "--tokens-poll-s", "0.1")
 SOON_S = 10.0
 
 

@@ -19,7 +19,7 @@ from engram_service.demo.screen import Screen
 from engram_service.local import LocalServer, LocalServerError
 
 # With few sessions there are few sizes of batches to look at and little room to make: the server is ready sooner.
-FEW_SESSIONS = ("--tick-rows-max", "32", "--arena-slots-max", "64")
+FEW_SESSIONS = ("--batch-rows-max", "32", "--arena-slots-max", "64")
 
 
 class Stage:

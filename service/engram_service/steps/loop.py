@@ -213,7 +213,9 @@ class StepLoop:
         if len(index) < len(steps):
             steps, outputs = steps[index], outputs[index]
         quiet = (steps.flags & QUIET).astype(np.bool_)
-        if not quiet.any():
+        if not len(steps):
+            pass
+        elif not quiet.any():
             self._answers.outputs(steps.streams, steps.handles, steps.rows, steps.seqs, outputs)
         else:
             for some, own in ((steps[quiet], None), (steps[~quiet], outputs[~quiet])):
