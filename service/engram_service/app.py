@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from engram import __version__
 from engram_service.api.access import Access
@@ -65,6 +66,9 @@ from engram_service.supervision import Supervisor
 from engram_service.tokens import Tokens
 from engram_service.wire.grpcio import GrpcioWire
 
+if TYPE_CHECKING:
+    from engram_service.wire.native import NativeWire
+
 log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0002  # other threads share the interpreter: the event loop may not wait long for it
@@ -105,7 +109,7 @@ async def serve(settings: Settings) -> None:
         condition, pauses, backlog, advances = Condition(metrics), Pauses(metrics, health), Backlog(), Advances()
         shares, scheduler = Shares(tokens.limits), Scheduler(settings.batch_run_max)
         pins = Pins(table, condition.late)
-        wire = GrpcioWire(settings, access)
+        wire = _wire(settings, access, certificate)
         streams = Streams(wire, settings.streams_max)
         answers = Answers(wire, streams, table, metrics)
         commits = Commits(store, table, metrics, partial(_meta, table, catalog))
@@ -151,6 +155,8 @@ async def serve(settings: Settings) -> None:
             stack.callback(pools.close)
         tokens.on_change = stream.tokens_changed
         server = Server(settings, access, certificate, health, wire, handlers, memory_handlers)
+        if not isinstance(wire, GrpcioWire):
+            _take_over(wire, access, server, stream, tokens, supervisor)
         _expose(metrics, table, catalog, streams, store, memories, device)
 
         supervisor.thread("graphs watch", loader.watchdog.look, loader.watchdog.stopped).start()
@@ -161,19 +167,54 @@ async def serve(settings: Settings) -> None:
         gc.collect()
         gc.freeze()  # what is there stays: to look through it for garbage would stop everybody, and torch's objects for 80 ms
         port = await server.start()
-        _announce(settings, port, http.address, device)
+        _announce(settings, port, http.address, device, wire.name)
+        metrics.build_info.labels(__version__, wire.name).set(1)
 
         events.add_signal_handler(signal.SIGHUP, lambda: supervisor.once("models reload", catalog.reload()))
         supervisor.run("deadlines", deadlines.sweep)
         supervisor.run("residency", residency.beat)
         supervisor.run("models watch", catalog.watch)
         supervisor.run("unary tidy", unary.tidy)
+        if not isinstance(wire, GrpcioWire):
+            supervisor.run("certificate watch", wire.watch_certificate)
         supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
         supervisor.run("descriptors", lambda: files.watch(port, stream.peers))
         await stop.wait()
-        drain = Drain(server, stream, streams, scheduler, advances, residency, condition, supervisor)
+        drain = Drain(wire, server, stream, streams, scheduler, advances, residency, condition, supervisor)
         await drain.run(settings.drain_timeout_s)
     log.info("stopped")
+
+
+def _wire(settings: Settings, access: Access, certificate: Certificate | None) -> GrpcioWire | NativeWire:
+    """The wire that is asked for. Raises SettingError where it is not there."""
+    if settings.wire != "python":
+        try:
+            from engram_service.wire.native import NativeWire
+
+            return NativeWire(settings, access, certificate)
+        except ImportError as error:
+            if settings.wire == "native":
+                raise SettingError(f"wire = native: the extension engram_native is not here ({error})") from error
+            log.warning(
+                "the extension engram_native is not here (%s): connections are gRPC's own, which is slower", error
+            )
+    return GrpcioWire(settings, access)
+
+
+def _take_over(
+    wire: NativeWire, access: Access, server: Server, stream: StreamHandler, tokens: Tokens, supervisor: Supervisor
+) -> None:
+    """What the native wire does itself: it asks who calls, and brings unary steps."""
+    from engram_service.api.step_calls import StepCalls
+
+    access.relayed = lambda: wire.callers
+    stream.calls = StepCalls(wire, server.methods["Step"], supervisor)
+
+    def changed() -> None:
+        wire.tokens_changed()
+        stream.tokens_changed()
+
+    tokens.on_change = changed
 
 
 async def _load_models(catalog: Catalog, supervisor: Supervisor, health: Health, stop: asyncio.Event) -> bool:
@@ -245,9 +286,9 @@ def _leave(loader: Loader) -> None:
         time.sleep(_LOOK_S)
 
 
-def _announce(settings: Settings, port: int, http: str, device: Device) -> None:
-    where = (settings.listen, port, http, device.name)
-    log.info("engram %s serves on %s (port %d), metrics on %s, device %s", __version__, *where)
+def _announce(settings: Settings, port: int, http: str, device: Device, wire: str) -> None:
+    where = (settings.listen, port, http, device.name, wire)
+    log.info("engram %s serves on %s (port %d), metrics on %s, device %s, %s wire", __version__, *where)
     for exposure in settings.exposures():
         log.warning("%s", exposure)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from typing import TYPE_CHECKING
 
 from engram_service.api.server import Server
 from engram_service.api.stream import StreamHandler
@@ -14,6 +15,10 @@ from engram_service.sessions.residency import Residency
 from engram_service.sessions.streams import Streams
 from engram_service.steps.advance import Advances
 from engram_service.supervision import Supervisor
+from engram_service.wire.grpcio import GrpcioWire
+
+if TYPE_CHECKING:
+    from engram_service.wire.native import NativeWire
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +30,10 @@ class Drain:
     """Once, at the end."""
 
     def __init__(
-        self, server: Server, stream: StreamHandler, streams: Streams, scheduler: Scheduler, advances: Advances,
+        self, wire: GrpcioWire | NativeWire, server: Server, stream: StreamHandler, streams: Streams, scheduler: Scheduler, advances: Advances,
         residency: Residency, condition: Condition, supervisor: Supervisor,
     ) -> None:  # fmt: skip
+        self._wire = wire
         self._server = server
         self._stream = stream
         self._streams = streams
@@ -47,6 +53,7 @@ class Drain:
             await asyncio.sleep(_LOOK_S)
         await self._residency.flush_all(deadline)
         self._stream.finish()
+        await self._wire.stop(_STOP_GRACE_S)
         await self._server.stop(_STOP_GRACE_S)
         await self._supervisor.cancel()
 

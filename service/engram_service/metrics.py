@@ -22,6 +22,9 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
+        self.build_info = Gauge(
+            "engram_build_info", "What this server is; always 1", ("version", "wire"), registry=self.registry
+        )
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
         self.sessions = gauge("sessions", "Sessions known to this server, by where their state is", "residency")
         self.sessions_opened = counter("sessions_opened", "Sessions created or carried on", "how")

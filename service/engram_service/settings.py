@@ -38,6 +38,10 @@ class Settings:
     advertise: str = _setting(
         "", "HOST:PORT at which clients reach this very server, which reconnecting ones then try first; none: not told"
     )
+    wire: str = _setting(
+        "auto", "who ends clients' connections: the extension engram_native or gRPC; auto: the extension, if it is here",
+        ("auto", "native", "python"),
+    )  # fmt: skip
     http: str = _setting("127.0.0.1:9464", "address of /metrics, /healthz and /readyz, HOST:PORT")
     http_connections_max: int = _setting(
         128,

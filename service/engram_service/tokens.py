@@ -122,10 +122,12 @@ class Tokens:
         if not self.asked_for:
             return Caller()
         if not token:
-            raise UnauthenticatedError(
-                "TOKEN_MISSING", "this server asks for a token: metadata authorization: Bearer TOKEN"
-            )
+            raise missing()
         return self._valid(digest_of(token))
+
+    def callers(self) -> Mapping[str, Caller] | None:
+        """By the SHA-256 of their tokens, also those that have expired; None: nobody needs one."""
+        return self._book.callers if self.asked_for else None
 
     def renewed(self, caller: Caller) -> Caller:
         """The caller as the file has it by now. Raises UnauthenticatedError where its token was revoked or has expired."""
@@ -165,10 +167,18 @@ class Tokens:
     def _valid(self, digest: str) -> Caller:
         found = self._book.callers.get(digest)
         if found is None:
-            raise UnauthenticatedError("TOKEN_UNKNOWN", "this token is not known, or was revoked")
+            raise unknown()
         if found.expires <= time.time():
             raise UnauthenticatedError("TOKEN_EXPIRED", f"the token {found.token!r} has expired; ask for a new one")
         return found
+
+
+def missing() -> UnauthenticatedError:
+    return UnauthenticatedError("TOKEN_MISSING", "this server asks for a token: metadata authorization: Bearer TOKEN")
+
+
+def unknown() -> UnauthenticatedError:
+    return UnauthenticatedError("TOKEN_UNKNOWN", "this token is not known, or was revoked")
 
 
 def new_token() -> str:

@@ -9,14 +9,15 @@ use parking_lot::Mutex;
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::sync::Notify;
 
-use super::frames;
+use super::frames::{self, Steps};
 use super::inbox::{Begun, Happening, Inbox};
 use super::messages::{Messages, Unreadable};
+use super::server::Limits;
 
 /// What grpc-message may not have as it is.
 const UNSAFE: &AsciiSet = &CONTROLS.add(b'%');
@@ -64,8 +65,10 @@ pub struct Call {
     pub id: u32,
     pub identity: Option<u32>,
     sending: Mutex<Sending>,
-    rows: AtomicUsize, // that came and whose answer has not gone
-    rows_max: usize,
+    rows: AtomicI64, // that came and whose answer has not gone
+    rows_max: i64,
+    frame_rows: usize,
+    frame_nbytes: usize,
     answered: Notify,
     told: AtomicBool, // Python knows of it, and is told when it is over
 }
@@ -97,7 +100,7 @@ impl Call {
         identity: Option<u32>,
         respond: SendResponse<Bytes>,
         head: Response<()>,
-        rows_max: usize,
+        limits: &Limits,
     ) -> Arc<Self> {
         Arc::new(Call {
             id,
@@ -112,8 +115,10 @@ impl Call {
                 ended: None,
                 waker: None,
             }),
-            rows: AtomicUsize::new(0),
-            rows_max,
+            rows: AtomicI64::new(0),
+            rows_max: limits.rows as i64,
+            frame_rows: limits.frame_rows,
+            frame_nbytes: limits.frame_nbytes,
             answered: Notify::new(),
             told: AtomicBool::new(false),
         })
@@ -180,9 +185,24 @@ impl Call {
     }
 
     fn gone(&self, rows: usize) {
-        if rows > 0 && self.rows.fetch_sub(rows, Ordering::Relaxed) >= self.rows_max {
+        if rows > 0 {
+            self.expect(-(rows as i64));
+        }
+    }
+
+    /// So many more rows are under way than were read; a negative number: so many less.
+    pub fn expect(&self, rows: i64) {
+        if self.rows.fetch_add(rows, Ordering::Relaxed) >= self.rows_max && rows < 0 {
             self.answered.notify_waiters();
         }
+    }
+
+    /// The rows that a message is, where it is a frame of steps like most.
+    fn steps<'a>(&self, message: &'a [u8]) -> Option<Steps<'a>> {
+        if message.len() > self.frame_nbytes {
+            return None;
+        }
+        frames::steps(message).filter(|steps| steps.rows() <= self.frame_rows)
     }
 
     async fn room(&self) {
@@ -266,9 +286,9 @@ impl Call {
                     return;
                 }
                 let stream = matches!(reading, Reading::Stream);
-                match if stream { frames::steps(message) } else { None } {
+                match if stream { self.steps(message) } else { None } {
                     Some(steps) => {
-                        self.rows.fetch_add(steps.rows(), Ordering::Relaxed);
+                        self.expect(steps.rows() as i64);
                         inbox.push_steps(self.id, &steps);
                     }
                     None => inbox.push(self.id, Happening::Message(message.to_vec())),

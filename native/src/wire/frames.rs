@@ -6,6 +6,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 
 const STEPS: u64 = 3; // field of StreamRequest
 const OUTPUTS: u8 = 2; // field of StreamResponse
+const FLAGS_KNOWN: u8 = 3; // quiet, feedback
 
 /// The columns of a StepsFrame that is like most: at least one row, columns of one length, no repeats, no dtype.
 #[derive(Debug, Default, PartialEq)]
@@ -31,6 +32,7 @@ impl Steps<'_> {
             && !self.inputs.is_empty()
             && self.inputs.len().is_multiple_of(rows)
             && (self.flags.is_empty() || self.flags.len() == rows)
+            && self.flags.iter().all(|&flags| flags <= FLAGS_KNOWN)
             && (self.acknowledged.is_empty() || self.acknowledged.len() == 8 * rows)
     }
 }

@@ -14,6 +14,7 @@ use super::server::Peer;
 
 /// A row without an acknowledged seq.
 const NOT_ACKNOWLEDGED: u64 = u64::MAX;
+const FIRST: u8 = 0x80; // in the flags of a row that begins a frame
 
 /// A call that begins.
 pub struct Begun {
@@ -92,6 +93,7 @@ impl Columns {
         self.acknowledged.resize(end, NOT_ACKNOWLEDGED);
         self.flags.extend_from_slice(steps.flags);
         self.flags.resize(end, 0);
+        self.flags[start] |= FIRST;
         self.timeouts_ms.resize(end, steps.timeout_ms);
         self.input_nbytes
             .resize(end, (steps.inputs.len() / rows) as u32);
@@ -295,7 +297,7 @@ mod tests {
                 columns.flags[2],
                 columns.timeouts_ms[1]
             ),
-            (NOT_ACKNOWLEDGED, 0, 7)
+            (NOT_ACKNOWLEDGED, FIRST, 7)
         );
         assert_eq!(inbox.take(&mut columns).0, 3);
         assert_eq!(columns.len(), 0);

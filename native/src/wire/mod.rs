@@ -122,7 +122,8 @@ impl Wire {
     /// Raises OSError, ValueError.
     #[new]
     #[pyo3(signature = (*, connections=65536, calls=1024, header_nbytes=16384, message_nbytes=4194304, rows=16384,
-                        inbox_nbytes=268435456, handshake_s=10.0, idle_s=300.0, keepalive_s=30.0, resets=200, threads=1, head=vec![],
+                        inbox_nbytes=268435456, handshake_s=10.0, idle_s=300.0, keepalive_s=30.0, resets=200, frame_rows=16384,
+                        frame_nbytes=4194304, threads=1, head=vec![],
                         relay=None, relayed=256, refusals=HashMap::new()))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -136,6 +137,8 @@ impl Wire {
         idle_s: f64,
         keepalive_s: f64,
         resets: usize,
+        frame_rows: usize,
+        frame_nbytes: usize,
         threads: usize,
         head: Vec<(String, String)>,
         relay: Option<PathBuf>,
@@ -163,6 +166,8 @@ impl Wire {
             idle_s,
             keepalive_s,
             resets,
+            frame_rows,
+            frame_nbytes,
         };
         let refusals = refusals
             .into_iter()
@@ -322,6 +327,13 @@ impl Wire {
             && call.respond(frames::prefixed(message))
         {
             self.server.counters.answers.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// So many more rows of a call are under way than it has brought; a negative number: so many less.
+    fn expect(&self, call: u32, rows: i64) {
+        if let Some(call) = self.server.call(call) {
+            call.expect(rows);
         }
     }
 

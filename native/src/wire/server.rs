@@ -4,14 +4,14 @@ use bytes::Bytes;
 use h2::Reason;
 use h2::server::{Builder, Connection, SendResponse};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use sha2::{Digest, Sha256};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -48,6 +48,8 @@ pub struct Limits {
     pub idle_s: f64,           // without a call
     pub keepalive_s: f64, // between questions whether the peer is still there, and until it has answered
     pub resets: usize,    // of calls that the server has not looked at
+    pub frame_rows: usize, // of a frame of steps; one with more, or with more bytes, is Python's to refuse
+    pub frame_nbytes: usize,
 }
 
 /// What is counted, ever, and what there is now.
@@ -101,6 +103,33 @@ pub struct Peer {
 /// A token is known by its SHA-256. None: no call needs one.
 pub type Identities = Option<HashMap<[u8; 32], u32>>;
 
+/// The ids of calls: a number of 20 bits, which is used again, and bits that count the uses. Python has columns by number.
+#[derive(Default)]
+struct Numbers {
+    free: VecDeque<u32>, // ids that calls had, the longest unused first
+    made: u32,           // number 0 is Python's own
+}
+
+const NUMBER_BITS: u32 = 20;
+const ID_MAX: u32 = (1 << 31) - 1;
+const FREE_MIN: usize = 1024; // unused, before one is used again
+
+impl Numbers {
+    fn take(&mut self) -> u32 {
+        if (self.free.len() > FREE_MIN || self.made + 1 >= 1 << NUMBER_BITS)
+            && let Some(id) = self.free.pop_front()
+        {
+            return (id + (1 << NUMBER_BITS)) & ID_MAX;
+        }
+        self.made += 1;
+        self.made
+    }
+
+    fn give_back(&mut self, id: u32) {
+        self.free.push_back(id);
+    }
+}
+
 pub struct Server {
     pub inbox: Inbox,
     pub counters: Counters,
@@ -111,7 +140,7 @@ pub struct Server {
     head: HeaderMap,          // of every stream's response
     identities: RwLock<Identities>,
     tls: RwLock<Option<TlsAcceptor>>,
-    numbers: AtomicU32,
+    numbers: Mutex<Numbers>,
     places: Arc<Semaphore>,
     pub draining: watch::Sender<bool>,
 }
@@ -132,7 +161,7 @@ impl Server {
             relay,
             identities: RwLock::new(None),
             tls: RwLock::new(None),
-            numbers: AtomicU32::new(0),
+            numbers: Mutex::default(),
             places: Arc::new(Semaphore::new(limits.connections)),
             draining: watch::Sender::new(false),
             limits,
@@ -479,7 +508,7 @@ fn begin(
         }
     };
     let known = identities.is_none() || read.identity.is_some();
-    let id = server.numbers.fetch_add(1, Relaxed);
+    let id = server.numbers.lock().take();
     under_way.fetch_add(1, Relaxed);
     let mut over = Over {
         server: server.clone(),
@@ -518,7 +547,7 @@ fn begin(
         Kind::Stream => &server.head,
         _ => &none,
     });
-    let call = Call::new(id, read.identity, respond, head, server.limits.rows);
+    let call = Call::new(id, read.identity, respond, head, &server.limits);
     server.calls.write().insert(id, call.clone());
     drop(identities);
     over.call = Some((call.clone(), kind));
@@ -579,6 +608,7 @@ impl Drop for Over {
             (None, Some(relay)) => relay.over(self.id),
             (None, None) => {}
         }
+        self.server.numbers.lock().give_back(self.id);
     }
 }
 

@@ -6,13 +6,14 @@ else needs a token where tokens are on, and a method without a right in `RIGHT_O
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engram.v1 import service_pb2
 from engram_service.api.audit import Audit
 from engram_service.api.holdback import Holdback
 from engram_service.errors import PermissionDeniedError, ServiceError
-from engram_service.tokens import Caller, Tokens
+from engram_service.tokens import Caller, Tokens, unknown
 
 ANY = ""  # any token will do
 RIGHT_OF = {
@@ -36,10 +37,25 @@ class Access:
         self.tokens = tokens
         self.audit = audit
         self.holdback = Holdback()
+        self.relayed: Callable[[], Mapping[int, Caller]] | None = None
+        """Where calls are relayed by the wire, which has asked who calls: callers by number."""
 
     def known(self, metadata: Any) -> Caller:
         """Who calls. Raises UnauthenticatedError."""
-        return self.tokens.caller(_bearer(metadata))
+        if self.relayed is None:
+            return self.tokens.caller(_bearer(metadata))
+        if not self.tokens.asked_for:
+            return Caller()
+        number = _value(metadata, "engram-identity")
+        caller = self.relayed().get(int(number)) if number else None
+        if caller is None:
+            raise unknown()
+        return self.tokens.renewed(caller)
+
+    def peer(self, context: Any) -> str:
+        """The other end of the client's connection."""
+        peer: str = context.peer()
+        return peer if self.relayed is None else _value(context.invocation_metadata(), "engram-peer") or peer
 
     def entitle(self, caller: Caller, path: str) -> None:
         """Whether it may call a method, of whatever service. Raises PermissionDeniedError."""
@@ -57,6 +73,14 @@ class Access:
             self.audit.denied(method, caller, peer, refusal)
             raise
 
+    def admitted(self, method: str, caller: Caller, peer: str) -> Caller:
+        """The same for a caller whom the wire knows. Raises ServiceError."""
+        try:
+            return self.renewed(caller, method)
+        except ServiceError as refusal:
+            self.audit.denied(method, caller, peer, refusal)
+            raise
+
     def renewed(self, caller: Caller, method: str) -> Caller:
         """The caller of a call that goes on, as the tokens are by now. Raises ServiceError."""
         return _entitled(self.tokens.renewed(caller), method, RIGHT_OF[method])
@@ -67,6 +91,11 @@ def _entitled(caller: Caller, method: str, right: str) -> Caller:
         message = f"{method} needs the right {right!r}, which the token {caller.token!r} does not have"
         raise PermissionDeniedError("RIGHT_MISSING", message, right=right)
     return caller
+
+
+def _value(metadata: Any, name: str) -> str:
+    """A metadata entry; empty if there is none."""
+    return next((str(value) for key, value in metadata or () if key == name), "")
 
 
 def _bearer(metadata: Any) -> str:

@@ -76,7 +76,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def _closed(self, method: str, caller: Caller | None, refusal: ServiceError) -> Handler:
         async def handle(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            self._access.audit.denied(method, caller, context.peer(), refusal)
+            self._access.audit.denied(method, caller, self._access.peer(context), refusal)
             await self._access.holdback.hold()
             await abort(context, refusal)
 

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
@@ -26,7 +27,11 @@ from engram_service.descriptors import connection_options
 from engram_service.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ServiceError
 from engram_service.health import Health
 from engram_service.settings import Settings
+from engram_service.tokens import Caller
 from engram_service.wire.grpcio import GrpcioWire
+
+if TYPE_CHECKING:
+    from engram_service.wire.native import NativeWire
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +47,11 @@ class Server:
     """Binds, serves, says how it is, stops."""
 
     def __init__(
-        self, settings: Settings, access: Access, certificate: Certificate | None, ready: Health, stream: GrpcioWire,
+        self, settings: Settings, access: Access, certificate: Certificate | None, ready: Health, wire: GrpcioWire | NativeWire,
         *unary: object,
     ) -> None:  # fmt: skip
         self._settings = settings
+        self._wire = wire
         self._certificate = certificate
         self._server = grpc.aio.server(
             interceptors=[Gate(access, settings.calls_max)],
@@ -71,15 +77,19 @@ class Server:
             ],
         )
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self.methods: dict[str, Method] = {}
         for method in SERVICE.methods:
             if method.name == "Stream":
+                if not isinstance(wire, GrpcioWire):
+                    continue
                 handlers[method.name] = grpc.stream_stream_rpc_method_handler(
-                    stream.handle, request_deserializer=None, response_serializer=_serialize
+                    wire.handle, request_deserializer=None, response_serializer=_serialize
                 )
             else:
                 name = _snake(method.name)
-                handle = next(getattr(one, name) for one in unary if hasattr(one, name))
-                handlers[method.name] = _unary(method, handle, settings, access)
+                handle = next(getattr(part, name) for part in unary if hasattr(part, name))
+                one = self.methods[method.name] = Method(method, handle, settings, access)
+                handlers[method.name] = _unary(one, access)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
         self._ready = ready
         self._holdback = access.holdback
@@ -90,6 +100,11 @@ class Server:
 
     async def start(self) -> int:
         """Serves; the bound port. Raises OSError where the address cannot be had."""
+        if not isinstance(self._wire, GrpcioWire):  # which relays what is for this server
+            self._server.add_insecure_port(f"unix:{self._wire.relay}")
+            await self._server.start()
+            self.set_serving(True)
+            return self._wire.listen()
         try:
             if self._certificate is not None:
                 port = self._server.add_secure_port(self._settings.listen, self._certificate.credentials())
@@ -114,53 +129,65 @@ def _serialize(response: Message) -> bytes:
     return response.SerializeToString()
 
 
-def _left_s(context: grpc.aio.ServicerContext[bytes, Message], settings: Settings) -> float:
-    left: float | None = context.time_remaining()
-    left_s = settings.step_timeout_s if left is None else min(left, settings.step_timeout_s)
-    if left_s <= 0:
-        raise DeadlineExceededError("DEADLINE_EXCEEDED", "the call's deadline had passed when it arrived")
-    return left_s
-
-
 def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-def _unary(
-    method: Any, handle: Callable[[Any, Call], Awaitable[Message]], settings: Settings, access: Access
-) -> grpc.RpcMethodHandler[Any, Any]:
-    from google.protobuf import message_factory
+class Method:
+    """One unary method: bytes in, response out."""
 
-    request_type = message_factory.GetMessageClass(method.input_type)
+    def __init__(
+        self, method: Any, handle: Callable[[Any, Call], Awaitable[Message]], settings: Settings, access: Access
+    ) -> None:  # fmt: skip
+        self.name: str = method.name
+        self._type = method.input_type
+        self._request = message_factory.GetMessageClass(method.input_type)
+        self._handle = handle
+        self._settings = settings
+        self._access = access
 
-    async def call(data: bytes, context: grpc.aio.ServicerContext[bytes, Message]) -> Message:
-        try:
-            caller = access.admit(method.name, context.invocation_metadata(), context.peer())
-        except ServiceError as refusal:
-            await abort(context, refusal)
+    async def answer(self, data: bytes, caller: Caller, peer: str, left_s: float | None) -> Message:
+        """The response to a caller who may call. Raises ServiceError."""
         ids: list[str] = []
+        outcome = "ok"
         try:
-            request = request_type.FromString(data)
+            request = self._request.FromString(data)
             ids = ids_of(request)
             confine(request, caller.tenant)
-            response = await handle(request, Call(_left_s(context, settings), caller))
+            return await self._handle(request, Call(self._left_s(left_s), caller))
         except DecodeError:
-            problem: ServiceError = InvalidArgumentError(
-                "INVALID_FRAME", f"the bytes are not an {method.input_type.full_name}"
-            )
+            outcome = "INVALID_FRAME"
+            raise InvalidArgumentError(outcome, f"the bytes are not an {self._type.full_name}") from None
         except ServiceError as refusal:
-            problem = refusal
+            outcome = refusal.reason
+            raise
         except asyncio.CancelledError:
-            access.audit.done(method.name, caller, context.peer(), ids, "CANCELLED")
-            await access.holdback.hold()
+            outcome = "CANCELLED"
             raise
         except Exception as error:
-            log.exception("%s failed", method.name)
-            problem = InternalError("INTERNAL", f"the server failed on this call: {type(error).__name__}")
-        else:
-            access.audit.done(method.name, caller, context.peer(), ids)
-            return response
-        access.audit.done(method.name, caller, context.peer(), ids, problem.reason)
-        return await abort(context, problem)
+            log.exception("%s failed", self.name)
+            outcome = "INTERNAL"
+            raise InternalError(outcome, f"the server failed on this call: {type(error).__name__}") from error
+        finally:
+            self._access.audit.done(self.name, caller, peer, ids, outcome)
+
+    def _left_s(self, left: float | None) -> float:
+        most = self._settings.step_timeout_s
+        left_s = most if left is None else min(left, most)
+        if left_s <= 0:
+            raise DeadlineExceededError("DEADLINE_EXCEEDED", "the call's deadline had passed when it arrived")
+        return left_s
+
+
+def _unary(method: Method, access: Access) -> grpc.RpcMethodHandler[Any, Any]:
+    async def call(data: bytes, context: grpc.aio.ServicerContext[bytes, Message]) -> Message:
+        try:
+            caller = access.admit(method.name, context.invocation_metadata(), access.peer(context))
+            return await method.answer(data, caller, access.peer(context), context.time_remaining())
+        except ServiceError as refusal:
+            await abort(context, refusal)
+        except asyncio.CancelledError:
+            await access.holdback.hold()
+            raise
 
     return grpc.unary_unary_rpc_method_handler(call, request_deserializer=None, response_serializer=_serialize)

@@ -16,6 +16,12 @@ DOMAIN = "engram"
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], refusal: ServiceError) -> NoReturn:
     """Ends the call with the refusal's status, reason and hints."""
+    await context.abort_with_status(rpc_status.to_status(status_of(refusal)))
+    raise AssertionError("abort returns never")
+
+
+def status_of(refusal: ServiceError) -> Any:
+    """The refusal as a google.rpc.Status."""
     info = any_pb2.Any()
     info.Pack(error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN, metadata=refusal.metadata))
     details = [info]
@@ -25,6 +31,4 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], refusal: ServiceErr
         delay = duration_pb2.Duration(seconds=seconds, nanos=millis * 1_000_000)
         retry.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         details.append(retry)
-    status = status_pb2.Status(code=int(refusal.code.value[0]), message=refusal.message, details=details)
-    await context.abort_with_status(rpc_status.to_status(status))
-    raise AssertionError("abort returns never")
+    return status_pb2.Status(code=int(refusal.code.value[0]), message=refusal.message, details=details)

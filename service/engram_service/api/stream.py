@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
@@ -29,7 +30,7 @@ from engram_service.steps.admission import Admission
 from engram_service.supervision import Supervisor
 from engram_service.tenants import id_of, key_of
 from engram_service.tokens import Caller
-from engram_service.wire.base import Begin, End, Event, HalfClose, Message, Wire
+from engram_service.wire.base import Begin, End, Event, HalfClose, Message, Step, Wire
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,14 @@ class _Open:
     tasks: dict[asyncio.Task[None], _Slow] = field(default_factory=dict)
 
 
+class Calls(Protocol):
+    """Who answers unary steps that come on this wire (step_calls.py)."""
+
+    def begin(self, step: Step) -> None: ...
+
+    def end(self, call: int) -> bool: ...
+
+
 class StreamHandler:
     """All streams."""
 
@@ -75,6 +84,7 @@ class StreamHandler:
         self._condition = condition
         self._supervisor = supervisor
         self._opens: dict[Stream, _Open] = {}
+        self.calls: Calls | None = None
 
     def event(self, event: Event) -> None:
         """What has come on a stream beside steps. Never raises."""
@@ -88,7 +98,9 @@ class StreamHandler:
                 case HalfClose(number):
                     if (stream := self._streams.get(number)) is not None:
                         self._supervisor.once("stream's end", self._finish(stream))
-                case End(number):
+                case Step() if self.calls is not None:
+                    self.calls.begin(event)
+                case End(number) if self.calls is None or not self.calls.end(number):
                     if (stream := self._streams.get(number)) is not None:
                         self._end(stream)
         except Exception as error:

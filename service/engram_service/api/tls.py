@@ -76,14 +76,15 @@ class Certificate:
             log.error("tls_cert, tls_key: the former ones stay in force: %s", told[1])
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
-        pair = (read_file(self._key, _FILE_BYTES_MAX), read_file(self._cert, _FILE_BYTES_MAX))
+        key, certificate = read_file(self._key, _FILE_BYTES_MAX), read_file(self._cert, _FILE_BYTES_MAX)
         roots = None if self._client_ca is None else read_file(self._client_ca, _FILE_BYTES_MAX)
         # OpenSSL says whether key and certificate belong together; gRPC would find out at the first handshake.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self._cert, self._key)
         if self._client_ca is not None:
             context.load_verify_locations(self._client_ca)
-        return grpc.ssl_server_certificate_configuration([pair], roots)
+        self.pems = (certificate, key, roots)  # what is in force
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], roots)
 
     def _look(self) -> Stamp:
         return tuple(_stamp(path) for path in (self._cert, self._key, self._client_ca) if path is not None)

@@ -5,9 +5,9 @@ The step loop calls it, from one thread. `native.py` is the extension's, `grpcio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from google.protobuf.message import Message as Proto
@@ -83,7 +83,26 @@ class End:
     stream: int
 
 
-Event: TypeAlias = Begin | Message | HalfClose | End
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A unary Step, whole."""
+
+    call: int
+    caller: Caller
+    peer: str
+    data: bytes
+    timeout_ms: int | None
+
+
+Event: TypeAlias = Begin | Message | HalfClose | End | Step
+
+
+def trace_of(metadata: Iterable[tuple[str, Any]]) -> str:
+    """The trace id of a W3C traceparent header; empty if there is none."""
+    for key, value in metadata:
+        if key == "traceparent" and isinstance(value, str) and len(value.split("-")) == 4:
+            return value.split("-")[1]
+    return ""
 
 
 class Wire(Protocol):

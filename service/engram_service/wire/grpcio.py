@@ -33,6 +33,7 @@ from engram_service.wire.base import (
     Event,
     HalfClose,
     Message,
+    trace_of,
 )
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, stream_pb2.StreamResponse]"
@@ -118,7 +119,7 @@ class GrpcioWire:
             await abort(context, refusal)
         call = self._begun()
         heard = [False]
-        self._note(Begin(call.id, caller, str(context.peer()), trace_of(context)))
+        self._note(Begin(call.id, caller, str(context.peer()), trace_of(context.invocation_metadata() or ())))
         try:
             # At once, and not with the first answer: the client then knows that it was let in.
             await context.send_initial_metadata(self._greeting)
@@ -223,6 +224,9 @@ class GrpcioWire:
         if (call := self._calls.get(stream)) is not None:
             call.put(response, rows)
 
+    async def stop(self, grace_s: float) -> None:
+        """The server that calls `handle` stops by itself."""
+
     def finish(self, stream: int, refusal: ServiceError | None = None) -> None:
         if (call := self._calls.get(stream)) is not None:
             call.end(refusal)
@@ -280,11 +284,3 @@ def _columns(frames: list[tuple[int, stream_pb2.StepsFrame]]) -> Arrived:
         ),
         inputs=np.frombuffer(b"".join([frame.inputs for _, frame in frames]), np.uint8),
     )
-
-
-def trace_of(context: Any) -> str:
-    """The trace id of a W3C traceparent header; empty if there is none."""
-    for key, value in context.invocation_metadata() or ():
-        if key == "traceparent" and isinstance(value, str) and len(value.split("-")) == 4:
-            return value.split("-")[1]
-    return ""
