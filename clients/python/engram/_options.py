@@ -5,13 +5,14 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from engram._errors import InvalidInputError
 
 if TYPE_CHECKING:
     import grpc
 
+UNSET: Final = -1.0  # a timeout that was not given: the client's default
 
 _SECONDS_MAX = 100 * 365 * 86_400  # a hundred years: the longest time to live that a server takes
 _WHOLE_MAX = (1 << 31) - 1

@@ -5,25 +5,43 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engram._calls import FEEDBACK, QUIET, Call
+from engram._core import Core
 from engram._errors import EngramError, FailedPreconditionError, Fate, InvalidInputError, SessionClosedError
+from engram._manage import Sessions
 from engram._memories import refused
+from engram._options import UNSET
 from engram._patterns import Patterns, Recreation, Stored
 from engram._source import inputs_of
 from engram._tensors import Codec, Input
 from engram._types import ModelInfo, Settled
 
-if TYPE_CHECKING:
-    from engram._client import AsyncClient
-
 _T = TypeVar("_T")
 
-UNSET: Final = -1.0  # a timeout that was not given: the client's default
+
+class Owner(Protocol):
+    """What a session needs of the client that opened it."""
+
+    sessions: Sessions
+
+    @property
+    def _core(self) -> Core: ...
+
+    def _timeout(self, timeout: float | None) -> float | None:
+        """As it was given -> as it is. Raises EngramError where this client cannot be used."""
+
+    async def _open(
+        self, model: str, ids: Sequence[str], version: str, durability: int, timeout: float | None
+    ) -> list[Session]:
+        """Opens sessions of these ids."""
+
+    async def _let_go(self, sessions: Sequence[Session], detach: bool, timeout: float | None) -> None:
+        """Ends sessions, or lets go of them."""
 
 
 class Session:
@@ -45,7 +63,7 @@ class Session:
     Every method takes `timeout` in seconds (None: no limit; not given: the client's) and raises EngramError.
     """
 
-    def __init__(self, client: AsyncClient, slot: int, session_id: str) -> None:
+    def __init__(self, client: Owner, slot: int, session_id: str) -> None:
         self._client = client
         self._slot = slot
         self._uid = client._core.table.base + slot
