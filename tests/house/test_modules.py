@@ -10,8 +10,21 @@ import pytest
 from house.test_house import PACKAGES, ROOT, _modules
 
 LINES_MAX = 400
-CIRCLES_LEFT: dict[str, list[set[str]]] = {}
-LONG_LEFT: dict[str, int] = {}
+# What is left of an earlier time, and may only shrink.
+CIRCLES_LEFT = {
+    "engram_service": [{f"engram_service.{name}" for name in ("core", "sessions.repeats", "sessions.residency")}],
+}
+LONG_LEFT = {
+    "clients/python/engram/_blocking.py": 516,
+    "clients/python/engram/_client.py": 595,
+    "clients/python/engram/_core.py": 567,
+    "models/engram_models/bundle.py": 408,
+    "native/src/wire/mod.rs": 432,
+    "native/src/wire/server.rs": 461,
+    "service/engram_service/core.py": 826,
+    "service/engram_service/sessions/opening.py": 436,
+    "service/engram_service/store/store.py": 653,
+}
 
 
 def _graph(package: str) -> dict[str, set[str]]:
@@ -68,13 +81,9 @@ def test_modules_import_one_another_in_no_circle(package: str) -> None:
 
 
 def test_modules_are_short() -> None:
-    """What is longer today may only shrink."""
-    lines = {
-        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
-        for name in PACKAGES
-        for path, _ in _modules(name)
-    }
+    paths = [path for package in PACKAGES for path, _ in _modules(package)]
+    paths += [path for path in (ROOT / "native").rglob("*.rs") if "target" not in path.parts]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
     assert {path: count for path, count in lines.items() if count > LONG_LEFT.get(path, LINES_MAX)} == {}
-    assert {path for path in LONG_LEFT if lines.get(path, 0) <= LINES_MAX} == set(), (
-        "short by now: take them off the list"
-    )
+    done = {path for path, longest in LONG_LEFT.items() if lines.get(path, 0) < longest}
+    assert done == set(), "shorter by now: lower the number, or take the file off the list"

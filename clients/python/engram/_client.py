@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engram._calls import Call
 from engram._constants import Constants, Encoded, encoded
-from engram._core import Core, ModelLink
+from engram._core import Core
 from engram._errors import (
     RETRYABLE,
     AbortedError,
@@ -38,6 +38,7 @@ from engram._manage import Models, Sessions
 from engram._options import UNSET, ClientOptions, checked_seconds
 from engram._poller import check, mark, refuse_patched_threads
 from engram._session import Session
+from engram._state import ModelLink
 from engram._table import VOID_HANDLE
 from engram._tensors import Input, codec_of
 from engram._types import ModelInfo, ServerInfo
