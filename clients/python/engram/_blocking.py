@@ -283,9 +283,9 @@ class BlockingSession:
         """See Session.run."""
         return self._loop.wait(self._session.run(X, timeout=timeout))
 
-    def absorb(self, X: Input, *, timeout: float | None = UNSET) -> None:
-        """See Session.absorb."""
-        self._loop.wait(self._session.absorb(X, timeout=timeout))
+    def prefill(self, X: Input, *, timeout: float | None = UNSET) -> None:
+        """See Session.prefill."""
+        self._loop.wait(self._session.prefill(X, timeout=timeout))
 
     def generate(self, k: int, *, timeout: float | None = UNSET) -> Any:
         """See Session.generate."""

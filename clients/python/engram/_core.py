@@ -324,7 +324,7 @@ class Core(ClientState):
         if next_one.all():
             self._accept(slots, seqs, values)
             return True
-        # Quiet rows and others come in frames of their own, and may overtake one another.
+        # Prefills and other rows come in frames of their own, and may overtake one another.
         early = ~next_one
         self._early_parts.append((slots[early], seqs[early], None if values is None else values[early]))
         np.maximum.at(self.table.seen, slots[early], seqs[early])

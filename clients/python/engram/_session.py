@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engram._calls import FEEDBACK, QUIET, Call
+from engram._calls import FEEDBACK, PREFILL, Call
 from engram._core import Core
 from engram._errors import EngramError, FailedPreconditionError, Fate, InvalidInputError, SessionClosedError
 from engram._manage import Sessions
@@ -48,7 +48,7 @@ class Session:
     """One sequence on one model version; made by `AsyncClient.open`.
 
     Steps of one session are applied in the order in which they were called. A step that fails for good (a NaN, say) is as
-    if it had not been made: steps called after it are applied all the same. A call of many rows (`run`, `absorb`) stops at
+    if it had not been made: steps called after it are applied all the same. A call of many rows (`run`, `prefill`) stops at
     its first failing row; `error.metadata["row"]` says which.
 
     A step that timed out, was cancelled or failed with the connection is taken back if it had not left, or if the server is sure
@@ -125,13 +125,13 @@ class Session:
             return refused(error)
         return self._submit(len(inputs), inputs, 0, timeout)
 
-    def absorb(self, X: Input, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, None]:
-        """Takes inputs [T, *input shape] in without giving outputs."""
+    def prefill(self, X: Input, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, None]:
+        """Takes inputs [T, *input shape] in, and gives no outputs."""
         try:
             inputs = self._codec.many(X)
         except EngramError as error:
             return refused(error)
-        return self._submit(len(inputs), inputs, QUIET, timeout)
+        return self._submit(len(inputs), inputs, PREFILL, timeout)
 
     async def generate(self, k: int, *, timeout: float | None = UNSET) -> Any:
         """k further outputs [k, *output shape], each the next one's input; the first input is the last output."""
@@ -302,10 +302,10 @@ class Session:
         await self._client._let_go([self], detach=True, timeout=timeout)
 
     async def _submit(self, rows: int, inputs: NDArray[Any] | None, flags: int, timeout: float | None) -> Any:
-        """The rows' outputs; None if they are quiet."""
+        """The rows' outputs; None of a prefill."""
         slot = self._live()
         core = self._client._core
-        codec = None if flags & QUIET else core.models[core.table.model[slot]].output
+        codec = None if flags & PREFILL else core.models[core.table.model[slot]].output
         if not rows:
             return None if codec is None else codec.given(codec.empty(0))
         call = Call(rows, inputs, codec, flags, False, core.loop)
