@@ -1,0 +1,210 @@
+//! Inputs that get deep: mostly valid ones, made at random.
+
+use crate::random::Random;
+use flate2::{Compression, write::GzEncoder};
+use std::io::Write;
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const STREAM: &str = "/engram.v1.EngramService/Stream";
+
+/// A StreamRequest with a frame of steps, whose columns fit together most of the time.
+pub fn steps(random: &mut Random) -> Vec<u8> {
+    let rows = 1 + random.below(4);
+    let width = random.below(9);
+    let mut frame = vec![];
+    for (tag, bytes) in [(1, 4), (2, 8), (3, width), (4, 1), (5, 4), (6, 8)] {
+        let wanted = match tag {
+            1 | 2 => true,
+            5 => random.one_in(20),
+            _ => !random.one_in(3),
+        };
+        if wanted {
+            let length = if random.one_in(20) {
+                random.below(40)
+            } else {
+                rows * bytes
+            };
+            field(&mut frame, tag, &random.bytes(length));
+        }
+    }
+    if random.one_in(2) {
+        frame.push(7 << 3);
+        let timeout = random.next() >> random.below(64);
+        varint(&mut frame, timeout);
+    }
+    let mut message = vec![];
+    let tag = if random.one_in(20) {
+        random.below(32) as u8
+    } else {
+        3
+    };
+    field(&mut message, tag, &frame);
+    message
+}
+
+/// Two bytes that say how, and the messages of a call.
+pub fn messages(random: &mut Random) -> Vec<u8> {
+    let gzip = random.one_in(2);
+    let mut data = vec![u8::from(gzip), random.next() as u8];
+    for _ in 0..random.below(4) {
+        let message = if random.one_in(2) {
+            steps(random)
+        } else {
+            let length = 1 << random.below(15);
+            vec![random.next() as u8; length]
+        };
+        data.extend(prefixed(&message, gzip && !random.one_in(4)));
+    }
+    data
+}
+
+/// A byte that says how, and what a peer sends on a connection.
+pub fn connection(random: &mut Random) -> Vec<u8> {
+    let mut data = vec![random.next() as u8];
+    data.extend(PREFACE);
+    put_frame(&mut data, 4, 0, 0, &[]);
+    let mut last = 1;
+    for _ in 0..random.below(24) {
+        let stream = if random.one_in(3) {
+            1 + 2 * random.below(4) as u32
+        } else {
+            last
+        };
+        match random.below(16) {
+            0..=3 => {
+                let flags = 4 | u8::from(random.one_in(6));
+                put_frame(&mut data, 1, flags, last, &head(random));
+                if random.one_in(8) {
+                    put_frame(&mut data, 9, 4, last, &head(random));
+                }
+                if random.one_in(2) {
+                    last += 2;
+                }
+            }
+            4..=9 => {
+                let gzip = random.one_in(8);
+                let mut body = prefixed(&steps(random), gzip);
+                if random.one_in(8) {
+                    body.truncate(random.below(body.len()));
+                }
+                let flags = u8::from(random.one_in(4));
+                put_frame(&mut data, 0, flags, stream, &body);
+            }
+            10 => put_frame(&mut data, 3, 0, stream, &random.bytes(4)),
+            11 => {
+                let more = (random.next() as u32 >> random.below(32)) & 0x7fff_ffff;
+                put_frame(
+                    &mut data,
+                    8,
+                    0,
+                    *random.of(&[0, stream]),
+                    &more.to_be_bytes(),
+                );
+            }
+            12 => put_frame(
+                &mut data,
+                6,
+                u8::from(random.one_in(2)),
+                0,
+                &random.bytes(8),
+            ),
+            13 => {
+                let mut settings = vec![0, 1 + random.below(7) as u8];
+                settings.extend((random.next() as u32 >> random.below(32)).to_be_bytes());
+                put_frame(&mut data, 4, 0, 0, &settings);
+            }
+            14 => put_frame(&mut data, 7, 0, 0, &[0; 8]),
+            _ => {
+                let (kind, flags, length) = (
+                    random.next() as u8,
+                    random.next() as u8,
+                    random.below(32),
+                );
+                put_frame(&mut data, kind, flags, stream, &random.bytes(length));
+            }
+        }
+    }
+    data
+}
+
+/// The head of a call, as HPACK without its table.
+fn head(random: &mut Random) -> Vec<u8> {
+    let mut block = vec![0x83, 0x86]; // POST, http
+    let path = *random.of(&[STREAM, STREAM, STREAM, "/engram.v1.EngramService/Step", ""]);
+    header(&mut block, ":path", path);
+    header(&mut block, "content-type", "application/grpc");
+    let some = [
+        ("grpc-timeout", "1m"),
+        ("grpc-timeout", "0S"),
+        ("grpc-timeout", "99999999H"),
+        ("grpc-timeout", "x"),
+        ("grpc-encoding", "gzip"),
+        ("grpc-encoding", "br"),
+        ("authorization", "Bearer x"),
+        ("te", "trailers"),
+        ("k-bin", "AAEC"),
+        ("content-type", "text/html"),
+        ("content-length", "3"),
+        (":authority", "x"),
+    ];
+    for _ in 0..random.below(4) {
+        let (name, value) = *random.of(&some);
+        header(&mut block, name, value);
+    }
+    if random.one_in(40) {
+        header(&mut block, "x", &"y".repeat(random.below(8000)));
+    }
+    block
+}
+
+fn header(block: &mut Vec<u8>, name: &str, value: &str) {
+    block.push(0); // literal, not indexed, the name is new
+    for text in [name, value] {
+        hpack_length(block, text.len());
+        block.extend(text.as_bytes());
+    }
+}
+
+fn hpack_length(block: &mut Vec<u8>, length: usize) {
+    if length < 127 {
+        block.push(length as u8);
+    } else {
+        block.push(127);
+        varint(block, (length - 127) as u64);
+    }
+}
+
+fn put_frame(data: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+    data.extend(&(payload.len() as u32).to_be_bytes()[1..]);
+    data.extend([kind, flags]);
+    data.extend(stream.to_be_bytes());
+    data.extend(payload);
+}
+
+fn prefixed(message: &[u8], gzip: bool) -> Vec<u8> {
+    let body = if gzip {
+        let mut writer = GzEncoder::new(vec![], Compression::fast());
+        writer.write_all(message).expect("memory takes it");
+        writer.finish().expect("memory takes it")
+    } else {
+        message.to_vec()
+    };
+    let mut data = vec![u8::from(gzip)];
+    data.extend((body.len() as u32).to_be_bytes());
+    data.extend(body);
+    data
+}
+
+fn field(data: &mut Vec<u8>, tag: u8, value: &[u8]) {
+    varint(data, u64::from(tag) << 3 | 2);
+    varint(data, value.len() as u64);
+    data.extend(value);
+}
+
+fn varint(data: &mut Vec<u8>, mut value: u64) {
+    while value >= 128 {
+        data.push(value as u8 | 128);
+        value >>= 7;
+    }
+    data.push(value as u8);
+}
