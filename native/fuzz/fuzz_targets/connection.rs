@@ -6,4 +6,6 @@ thread_local! {
     static PEERS: Peers = Peers::default();
 }
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| PEERS.with(|peers| peers.connection(data)));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    PEERS.with(|peers| peers.connection(data));
+});

@@ -5,21 +5,30 @@ use flate2::{Compression, write::GzEncoder};
 use std::io::Write;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const WINDOW_UPDATE: u8 = 8;
+const CONTINUATION: u8 = 9;
+const END_HEADERS: u8 = 4; // a flag
 const STREAM: &str = "/engram.v1.EngramService/Stream";
 
 /// A StreamRequest with a frame of steps, whose columns fit together most of the time.
 pub fn steps(random: &mut Random) -> Vec<u8> {
     let rows = 1 + random.below(4);
-    let width = random.below(9);
+    let width = 1 + random.below(8);
     let mut frame = vec![];
     for (tag, bytes) in [(1, 4), (2, 8), (3, width), (4, 1), (5, 4), (6, 8)] {
         let wanted = match tag {
-            1 | 2 => true,
+            1..=3 => !random.one_in(40),
             5 => random.one_in(20),
             _ => !random.one_in(3),
         };
         if wanted {
-            let length = if random.one_in(20) {
+            let length = if random.one_in(40) {
                 random.below(40)
             } else {
                 rows * bytes
@@ -58,70 +67,63 @@ pub fn messages(random: &mut Random) -> Vec<u8> {
     data
 }
 
-/// A byte that says how, and what a peer sends on a connection.
+/// A byte that says how, and what a peer sends on a connection. What ends a connection at once is seldom among it.
 pub fn connection(random: &mut Random) -> Vec<u8> {
     let mut data = vec![random.next() as u8];
     data.extend(PREFACE);
-    put_frame(&mut data, 4, 0, 0, &[]);
-    let mut last = 1;
-    for _ in 0..random.below(24) {
-        let stream = if random.one_in(3) {
-            1 + 2 * random.below(4) as u32
+    put_frame(&mut data, SETTINGS, 0, 0, &[]);
+    let mut opened = vec![];
+    for _ in 0..1 + random.below(24) {
+        let stream = if opened.is_empty() || random.one_in(60) {
+            1 + 2 * random.below(8) as u32
         } else {
-            last
+            *random.of(&opened)
         };
-        match random.below(16) {
-            0..=3 => {
-                let flags = 4 | u8::from(random.one_in(6));
-                put_frame(&mut data, 1, flags, last, &head(random));
+        match random.below(if opened.is_empty() { 2 } else { 16 }) {
+            0 | 1 => {
+                let next = 2 * opened.len() as u32 + 1;
+                let end = u8::from(random.one_in(8));
+                let block = head(random);
                 if random.one_in(8) {
-                    put_frame(&mut data, 9, 4, last, &head(random));
+                    let (first, rest) = block.split_at(random.below(block.len()));
+                    put_frame(&mut data, HEADERS, end, next, first);
+                    put_frame(&mut data, CONTINUATION, END_HEADERS, next, rest);
+                } else {
+                    put_frame(&mut data, HEADERS, END_HEADERS | end, next, &block);
                 }
-                if random.one_in(2) {
-                    last += 2;
-                }
+                opened.push(next);
             }
-            4..=9 => {
+            2..=9 => {
                 let gzip = random.one_in(8);
                 let mut body = prefixed(&steps(random), gzip);
                 if random.one_in(8) {
                     body.truncate(random.below(body.len()));
                 }
-                let flags = u8::from(random.one_in(4));
-                put_frame(&mut data, 0, flags, stream, &body);
+                put_frame(&mut data, DATA, u8::from(random.one_in(8)), stream, &body);
             }
-            10 => put_frame(&mut data, 3, 0, stream, &random.bytes(4)),
+            10 => put_frame(&mut data, RST_STREAM, 0, stream, &random.bytes(4)),
             11 => {
-                let more = (random.next() as u32 >> random.below(32)) & 0x7fff_ffff;
-                put_frame(
-                    &mut data,
-                    8,
-                    0,
-                    *random.of(&[0, stream]),
-                    &more.to_be_bytes(),
-                );
+                let more = 1 + ((random.next() as u32) >> (2 + random.below(30)));
+                let of = *random.of(&[0, stream]);
+                put_frame(&mut data, WINDOW_UPDATE, 0, of, &more.to_be_bytes());
             }
-            12 => put_frame(
-                &mut data,
-                6,
-                u8::from(random.one_in(2)),
-                0,
-                &random.bytes(8),
-            ),
+            12 => {
+                let answer = u8::from(random.one_in(2));
+                put_frame(&mut data, PING, answer, 0, &random.bytes(8));
+            }
             13 => {
-                let mut settings = vec![0, 1 + random.below(7) as u8];
-                settings.extend((random.next() as u32 >> random.below(32)).to_be_bytes());
-                put_frame(&mut data, 4, 0, 0, &settings);
+                let (kind, value) =
+                    *random.of(&[(1, 0), (3, 1), (4, 0), (4, 9), (5, 16_384), (6, 10), (9, 9)]);
+                let setting = [&[0, kind][..], &u32::to_be_bytes(value)].concat();
+                put_frame(&mut data, SETTINGS, 0, 0, &setting);
             }
-            14 => put_frame(&mut data, 7, 0, 0, &[0; 8]),
-            _ => {
-                let (kind, flags, length) = (
-                    random.next() as u8,
-                    random.next() as u8,
-                    random.below(32),
-                );
+            14 if random.one_in(8) => put_frame(&mut data, GOAWAY, 0, 0, &[0; 8]),
+            15 if random.one_in(8) => {
+                let (kind, flags) = (random.next() as u8, random.next() as u8);
+                let length = random.below(32);
                 put_frame(&mut data, kind, flags, stream, &random.bytes(length));
             }
+            _ => {}
         }
     }
     data
@@ -132,7 +134,7 @@ fn head(random: &mut Random) -> Vec<u8> {
     let mut block = vec![0x83, 0x86]; // POST, http
     let path = *random.of(&[STREAM, STREAM, STREAM, "/engram.v1.EngramService/Step", ""]);
     header(&mut block, ":path", path);
-    header(&mut block, "content-type", "application/grpc");
+    header(&mut block, "content-type", "application/grpc+proto");
     let some = [
         ("grpc-timeout", "1m"),
         ("grpc-timeout", "0S"),
@@ -147,7 +149,7 @@ fn head(random: &mut Random) -> Vec<u8> {
         ("content-length", "3"),
         (":authority", "x"),
     ];
-    for _ in 0..random.below(4) {
+    for _ in 0..random.below(4) / 2 {
         let (name, value) = *random.of(&some);
         header(&mut block, name, value);
     }

@@ -25,7 +25,7 @@ const CORPUS: usize = 200; // inputs of a target
 struct Target {
     name: &'static str,
     make: fn(&mut Random) -> Vec<u8>,
-    run: Box<dyn Fn(&[u8])>,
+    run: Box<dyn Fn(&[u8]) -> usize>, // how much of the input was taken
 }
 
 /// What is being run, and since when: for who finds that it failed.
@@ -60,7 +60,10 @@ fn main() {
             continue;
         }
         match (&options.replay, &options.corpus) {
-            (Some(file), _) => (target.run)(&fs::read(file).expect("the input can be read")),
+            (Some(file), _) => {
+                let data = fs::read(file).expect("the input can be read");
+                println!("{}: {} came of it", target.name, (target.run)(&data));
+            }
             (_, Some(directory)) => write_corpus(&target, &directory.join(target.name)),
             _ => fuzz(&target, options.seconds, options.seed),
         }
@@ -89,20 +92,21 @@ fn targets() -> [Target; 3] {
 }
 
 fn fuzz(target: &Target, seconds: f64, seed: u64) {
-    let (start, mut random, mut count) = (Instant::now(), Random(seed), 0u64);
+    let (start, mut random) = (Instant::now(), Random(seed));
+    let (mut count, mut deep) = (0u64, 0u64);
     while start.elapsed().as_secs_f64() < seconds {
         let mut data = (target.make)(&mut random);
         if !random.one_in(4) {
             random.change(&mut data);
         }
         *RUNNING.lock().unwrap() = Some((target.name, data.clone(), Instant::now()));
-        (target.run)(&data);
+        deep += u64::from((target.run)(&data) > 0);
         count += 1;
     }
     *RUNNING.lock().unwrap() = None;
     let took = start.elapsed().as_secs_f64();
     println!(
-        "{}: {count} inputs in {took:.0} s, no finding",
+        "{}: {count} inputs in {took:.0} s, {deep} of them with something that was taken; no finding",
         target.name
     );
 }
@@ -176,4 +180,25 @@ fn options() -> Result<Options, lexopt::Error> {
         }
     }
     Ok(options)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Else the targets would be run on what is refused at once.
+    #[test]
+    fn most_inputs_get_deep_and_changed_ones_find_nothing() {
+        for target in targets() {
+            let mut random = Random(1);
+            let mut deep = 0;
+            for _ in 0..300 {
+                let mut data = (target.make)(&mut random);
+                deep += usize::from((target.run)(&data) > 0);
+                random.change(&mut data);
+                (target.run)(&data);
+            }
+            assert!(deep > 150, "{}: {deep} of 300", target.name);
+        }
+    }
 }

@@ -1,7 +1,18 @@
 //! Random numbers that a seed repeats (splitmix64), and random changes to bytes.
 
 /// Numbers that change what they are written over: the ends of ranges, and lengths that lie.
-const EDGES: [u32; 10] = [0, 1, 4, 5, 0x7f, 0x80, 0xff, 0x4000, 0x7fff_ffff, 0xffff_ffff];
+const EDGES: [u32; 10] = [
+    0,
+    1,
+    4,
+    5,
+    0x7f,
+    0x80,
+    0xff,
+    0x4000,
+    0x7fff_ffff,
+    0xffff_ffff,
+];
 
 pub struct Random(pub u64);
 

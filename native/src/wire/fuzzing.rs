@@ -21,11 +21,11 @@ const MESSAGE_NBYTES: usize = 4096;
 const SOCKET_NBYTES: usize = 1 << 16;
 const END: Duration = Duration::from_secs(20); // of what is to end at once; the machine may be busy
 
-/// A StreamRequest: what is read as steps fills columns that fit together.
-pub fn steps(data: &[u8]) {
+/// A StreamRequest: what is read as steps fills columns that fit together. How many rows there were.
+pub fn steps(data: &[u8]) -> usize {
     static INBOX: LazyLock<Inbox> = LazyLock::new(|| Inbox::new(1 << 30).expect("a pipe"));
     let Some(found) = frames::steps(data) else {
-        return;
+        return 0;
     };
     let mut columns = Columns::default();
     INBOX.push_steps(1, &found);
@@ -34,6 +34,7 @@ pub fn steps(data: &[u8]) {
     fit(&columns);
     assert_eq!(columns.len(), found.rows());
     assert_eq!(columns.inputs, found.inputs);
+    found.rows()
 }
 
 fn fit(columns: &Columns) {
@@ -49,14 +50,16 @@ fn fit(columns: &Columns) {
 }
 
 /// The bytes of a call, the first two apart: they give the same messages, or the same refusal, however they are split, and none is
-/// larger than allowed.
-pub fn messages(data: &[u8]) {
+/// larger than allowed. How many there were.
+pub fn messages(data: &[u8]) -> usize {
     let Some(([how, piece], data)) = data.split_first_chunk() else {
-        return;
+        return 0;
     };
     let gzip = how & 1 == 1;
     let piece = usize::from(*piece) + 1;
-    assert_eq!(fed(data, gzip, data.len().max(1)), fed(data, gzip, piece));
+    let whole = fed(data, gzip, data.len().max(1));
+    assert_eq!(whole, fed(data, gzip, piece));
+    whole.0.len()
 }
 
 fn fed(data: &[u8], gzip: bool, piece: usize) -> (Vec<Vec<u8>>, Result<bool, Unreadable>) {
@@ -104,10 +107,10 @@ impl Default for Peers {
 
 impl Peers {
     /// One connection, whose first byte says in what pieces the others are sent. When the peer has gone, nothing of it is left, and
-    /// of each call that began the end was told, once.
-    pub fn connection(&self, data: &[u8]) {
+    /// of each call that began the end was told, once. How many rows and messages came.
+    pub fn connection(&self, data: &[u8]) -> usize {
         let Some((how, data)) = data.split_first() else {
-            return;
+            return 0;
         };
         self.runtime.block_on(async {
             let (near, far) = duplex(SOCKET_NBYTES);
@@ -151,7 +154,8 @@ impl Peers {
                 1,
                 "the place of a connection is not free again"
             );
-        });
+            calls.came
+        })
     }
 }
 
@@ -161,6 +165,7 @@ struct Calls {
     begun: HashSet<u32>,
     ended: HashSet<u32>,
     columns: Columns,
+    came: usize,
 }
 
 impl Calls {
@@ -171,6 +176,7 @@ impl Calls {
             self.note(server, noted);
         }
         fit(&self.columns);
+        self.came += self.columns.len();
         for (id, handle) in self.columns.calls.iter().zip(&self.columns.handles) {
             assert!(self.begun.contains(id), "a row of a call that never began");
             if let Some(call) = server.call(*id) {
@@ -194,7 +200,10 @@ impl Calls {
             return;
         };
         match noted.what {
-            Happening::Message(message) => call.send(prefixed(&message), 0),
+            Happening::Message(message) => {
+                self.came += 1;
+                call.send(prefixed(&message), 0);
+            }
             Happening::HalfClose => call.finish(Status::new(0, "")),
             _ => {}
         }
