@@ -72,7 +72,7 @@ pub fn connection(random: &mut Random) -> Vec<u8> {
     let mut data = vec![random.next() as u8];
     data.extend(PREFACE);
     put_frame(&mut data, SETTINGS, 0, 0, &[]);
-    let mut opened = vec![];
+    let (mut next, mut opened) = (1, vec![]);
     for _ in 0..1 + random.below(24) {
         let stream = if opened.is_empty() || random.one_in(60) {
             1 + 2 * random.below(8) as u32
@@ -81,7 +81,6 @@ pub fn connection(random: &mut Random) -> Vec<u8> {
         };
         match random.below(if opened.is_empty() { 2 } else { 16 }) {
             0 | 1 => {
-                let next = 2 * opened.len() as u32 + 1;
                 let end = u8::from(random.one_in(8));
                 let block = head(random);
                 if random.one_in(8) {
@@ -91,7 +90,10 @@ pub fn connection(random: &mut Random) -> Vec<u8> {
                 } else {
                     put_frame(&mut data, HEADERS, END_HEADERS | end, next, &block);
                 }
-                opened.push(next);
+                if end == 0 {
+                    opened.push(next);
+                }
+                next += 2;
             }
             2..=9 => {
                 let gzip = random.one_in(8);
@@ -99,9 +101,16 @@ pub fn connection(random: &mut Random) -> Vec<u8> {
                 if random.one_in(8) {
                     body.truncate(random.below(body.len()));
                 }
-                put_frame(&mut data, DATA, u8::from(random.one_in(8)), stream, &body);
+                let end = random.one_in(8);
+                put_frame(&mut data, DATA, u8::from(end), stream, &body);
+                if end {
+                    opened.retain(|other| *other != stream);
+                }
             }
-            10 => put_frame(&mut data, RST_STREAM, 0, stream, &random.bytes(4)),
+            10 if random.one_in(4) => {
+                put_frame(&mut data, RST_STREAM, 0, stream, &random.bytes(4));
+                opened.retain(|other| *other != stream);
+            }
             11 => {
                 let more = 1 + ((random.next() as u32) >> (2 + random.below(30)));
                 let of = *random.of(&[0, stream]);
@@ -132,7 +141,11 @@ pub fn connection(random: &mut Random) -> Vec<u8> {
 /// The head of a call, as HPACK without its table.
 fn head(random: &mut Random) -> Vec<u8> {
     let mut block = vec![0x83, 0x86]; // POST, http
-    let path = *random.of(&[STREAM, STREAM, STREAM, "/engram.v1.EngramService/Step", ""]);
+    let path = match random.below(12) {
+        0 => "",
+        1 | 2 => "/engram.v1.EngramService/Step",
+        _ => STREAM,
+    };
     header(&mut block, ":path", path);
     header(&mut block, "content-type", "application/grpc+proto");
     let some = [
