@@ -20,7 +20,7 @@ LONG_LEFT = {
     "clients/python/engram/_core.py": 567,
     "models/engram_models/bundle.py": 408,
     "native/src/wire/mod.rs": 434,
-    "native/src/wire/server.rs": 461,
+    "native/src/wire/server.rs": 465,
     "service/engram_service/core.py": 826,
     "service/engram_service/sessions/opening.py": 436,
     "service/engram_service/store/store.py": 653,

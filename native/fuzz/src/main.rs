@@ -198,7 +198,7 @@ mod tests {
                 random.change(&mut data);
                 (target.run)(&data);
             }
-            assert!(deep > 150, "{}: {deep} of 300", target.name);
+            assert!(deep > 100, "{}: {deep} of 300", target.name);
         }
     }
 }
