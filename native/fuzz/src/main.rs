@@ -22,10 +22,13 @@ use std::{fs, panic, thread};
 const SLOW: Duration = Duration::from_secs(30); // for one input; the machine may be busy
 const CORPUS: usize = 200; // inputs of a target
 
+/// How much of the input was taken.
+type Run = Box<dyn Fn(&[u8]) -> usize>;
+
 struct Target {
     name: &'static str,
     make: fn(&mut Random) -> Vec<u8>,
-    run: Box<dyn Fn(&[u8]) -> usize>, // how much of the input was taken
+    run: Run,
 }
 
 /// What is being run, and since when: for who finds that it failed.

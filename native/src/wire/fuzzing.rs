@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use http::HeaderMap;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tokio::io::{AsyncWriteExt, copy, duplex, sink, split};
@@ -15,6 +15,7 @@ use super::call::Status;
 use super::frames::{self, prefixed};
 use super::inbox::{Columns, Happening, Inbox, Noted};
 use super::messages::{Messages, Unreadable};
+use super::refusals::Refusals;
 use super::server::{self, Limits, Server};
 
 const MESSAGE_NBYTES: usize = 4096;
@@ -97,10 +98,13 @@ impl Default for Peers {
             keepalive_s: 60.0,
             resets: 20,
         };
+        let refusals = Refusals::new(HashMap::new()).expect("it names none");
         let runtime = Builder::new_current_thread().enable_all().build();
         Peers {
             runtime: runtime.expect("a runtime"),
-            server: Arc::new(Server::new(limits, HeaderMap::new()).expect("a pipe")),
+            server: Arc::new(
+                Server::new(limits, HeaderMap::new(), refusals, None).expect("a pipe"),
+            ),
         }
     }
 }
@@ -118,7 +122,7 @@ impl Peers {
             let place = places.clone().try_acquire_owned().expect("it is free");
             let served = tokio::spawn(server::connection(
                 self.server.clone(),
-                Box::new(far),
+                (Box::new(far), "unix:".into()),
                 place,
             ));
             let (mut read, mut write) = split(near);
@@ -191,7 +195,9 @@ impl Calls {
     fn note(&mut self, server: &Server, noted: Noted) {
         let id = noted.call;
         match noted.what {
-            Happening::Begin { .. } => assert!(self.begun.insert(id), "a call begins twice"),
+            Happening::Begin(_) | Happening::Step(..) => {
+                assert!(self.begun.insert(id), "a call begins twice")
+            }
             Happening::End => assert!(self.ended.insert(id), "a call ends twice"),
             _ => assert!(!self.ended.contains(&id), "a call goes on after its end"),
         }
@@ -203,6 +209,11 @@ impl Calls {
             Happening::Message(message) => {
                 self.came += 1;
                 call.send(prefixed(&message), 0);
+            }
+            Happening::Step(_, message) => {
+                self.came += 1;
+                call.send(prefixed(&message), 0);
+                call.finish(Status::new(0, ""));
             }
             Happening::HalfClose => call.finish(Status::new(0, "")),
             _ => {}
