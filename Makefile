@@ -28,7 +28,7 @@ help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
 	@echo "make demo      stream real digits through a server that is killed half way; installs the server alone, in $(DEMO)"
 	@echo "make test      the quick suite, some eight minutes on two cores"
-	@echo "make check     ruff, format, mypy --strict, proto lint, generated code, rustfmt and clippy where cargo is"
+	@echo "make check     ruff, format, mypy --strict, proto lint, generated code, rustfmt, clippy and cargo-deny where they are"
 	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
 	@echo "make proto     regenerate engram.v1 from proto/"
 	@echo "make docs      the table of settings, the references of errors and protocol, and the dashboard"
@@ -99,6 +99,8 @@ proto-check: $(STAMP)
 
 native-check:
 	@$(CARGO) cd native && cargo fmt --all --check && cargo clippy --locked --workspace --all-targets -- --deny warnings
+	@$(CARGO) command -v cargo-deny >/dev/null || { echo "make $@: known vulnerabilities of crates are not looked for, for there is no cargo-deny"; exit 0; }; \
+		cd native && cargo deny --locked check
 
 check: lint types proto-lint proto-check native-check
 
@@ -192,6 +194,8 @@ fuzz: $(STAMP)
 		$(BIN)/python $(PIP_INSTALL) '.[dev,fuzz]' || \
 		echo "make fuzz: atheris cannot be had here; valid inputs are mutated without its guidance"
 	$(BIN)/python tools/fuzz.py --seconds $(SECONDS_A_TARGET)
+	@$(CARGO) cd native && cargo build --release --locked --quiet -p engram-fuzz && \
+		target/release/engram-fuzz --seconds $(SECONDS_A_TARGET)
 
 gpu: $(STAMP)
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'

@@ -95,7 +95,7 @@ def errors_page(file: FileDescriptorProto) -> str:
         "is applied once.", "",
         "| reason | code | exception | SDK | what it says |", "|---|---|---|---|---|",
         *_reasons(file), "",
-        "Reasons of the SDK's own: `CONNECTION_LOST` (Unavailable; no server was reached in time), `CLIENT_CLOSED`,",
+        "Reasons of the SDK's own: `CONNECTION_LOST` (UnavailableError; no server was reached in time), `CLIENT_CLOSED`,",
         "`CLOSE_INCOMPLETE` (the client was closed, and not all was done before), `STATE_REWOUND`",
         "(DataLossError: the session stands before a step that was answered, so the store has lost it),",
         "`TOKEN_IN_PLAIN_TEXT` (a token is not",

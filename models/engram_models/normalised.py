@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engram_models.cell import Cell, State, torch_dtype
+from engram_models.plain_kinds import PLAIN_KINDS
 
 
 def _root(x: Tensor) -> Tensor:
@@ -69,11 +70,9 @@ class Normalised(Cell):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Cell:
         """`kind` and `config` are the inner cell's; the other keys are the constructor's."""
-        from engram_models.registry import cell_type  # which knows this kind too
-
         rest = dict(config)
-        kind, inner = cell_type(str(rest.pop("kind", None))), rest.pop("config", {})
-        if kind is None or kind is cls:
+        kind, inner = PLAIN_KINDS.get(str(rest.pop("kind", None))), rest.pop("config", {})
+        if kind is None:
             raise ValueError(f"kind {config.get('kind')!r} is not one that can be normalised")
         if not isinstance(inner, dict):
             raise TypeError("config must be a table")

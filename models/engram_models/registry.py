@@ -1,21 +1,16 @@
-"""The kinds of models that can be served. A new kind of ours is a module with a Cell and a line here; others are registered."""
+"""The kinds of models that can be served. A new kind of ours is a module with a Cell and a line in plain_kinds.py, or
+here, if it wraps another cell; kinds of others are registered."""
 
 from __future__ import annotations
 
 import re
 
-from engram_models.bidirectional import KINDS as BIDIRECTIONAL
-from engram_models.boltzmann import KINDS as BOLTZMANN
 from engram_models.cell import Cell
-from engram_models.hopfield import KINDS as HOPFIELD
 from engram_models.normalised import KINDS as NORMALISED
-from engram_models.ntm import KINDS as NTM
-from engram_models.recurrent import KINDS as RECURRENT
+from engram_models.plain_kinds import PLAIN_KINDS
 
-_KINDS: dict[str, type[Cell]] = {
-    kind.kind: kind for kind in (*RECURRENT, *BIDIRECTIONAL, *NORMALISED, *NTM, *BOLTZMANN, *HOPFIELD)
-}
-_OURS = frozenset({*_KINDS, "onnx"})  # the last is what imported graphs are
+_WRAPPING = {kind.kind: kind for kind in NORMALISED}  # these look for the cell within among the plain ones
+_OURS = frozenset({*PLAIN_KINDS, *_WRAPPING, "onnx"})  # the last is what imported graphs are
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 
@@ -30,15 +25,15 @@ def register(cell: type[Cell]) -> None:
         raise ValueError(f"{cell.__name__}.kind is {kind!r}, which is a kind of Engram's own: choose another")
     if cell.forward is Cell.forward:
         raise ValueError(f"{cell.__name__} has no forward of its own")
-    other = _KINDS.get(kind)
+    other = PLAIN_KINDS.get(kind)
     if other is not None and (other.__module__, other.__qualname__) != (cell.__module__, cell.__qualname__):
         raise ValueError(f"{cell.__name__}.kind is {kind!r}, which {other.__module__}:{other.__qualname__} is already")
-    _KINDS[kind] = cell
+    PLAIN_KINDS[kind] = cell
 
 
 def cell_type(kind: str) -> type[Cell] | None:
-    return _KINDS.get(kind)
+    return _WRAPPING.get(kind) or PLAIN_KINDS.get(kind)
 
 
 def kinds() -> list[str]:
-    return sorted(_KINDS)
+    return sorted({*PLAIN_KINDS, *_WRAPPING})

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chaos.histories import ANSWER, ASKED, CLOSED, CLOSING, FINAL, MODEL, OPENED, QUIET, SETTLED, digest, inputs
+from chaos.histories import ANSWER, ASKED, CLOSED, CLOSING, FINAL, MODEL, OPENED, PREFILLED, SETTLED, digest, inputs
 from engram_models.bundle import Bundle, Repository, load_bundle, shipped_models_dir, version_key
 from engram_models.check import Step
 from engram_models.examination import checked_step, examine
@@ -150,7 +150,7 @@ def check(lives: Sequence[NDArray[Any]], reference: Reference) -> Report:
         if row["output"].tobytes() != digests[int(row["session"]), int(row["seq"])].tobytes():
             report.differing += 1
             report.problems.append(f"session {row['session']}: its state at step {row['seq']} is not the reference's")
-    report.acknowledged = len(answers) + int((history["kind"] == QUIET).sum())
+    report.acknowledged = len(answers) + int((history["kind"] == PREFILLED).sum())
     return report
 
 
@@ -211,7 +211,7 @@ def _check_seqs(name: str, mine: NDArray[Any], report: Report) -> None:
         # A client that lives has the steps that are not durable yet, and replays them.
         known.stands(name, stands, known.durable if opened and mine["interval"][start] else known.acknowledged, report)
         life = mine[start + 1 : stop]
-        steps = life[(life["kind"] == ANSWER) | (life["kind"] == QUIET)]
+        steps = life[(life["kind"] == ANSWER) | (life["kind"] == PREFILLED)]
         _check_life(name, stands, steps["seq"].astype(np.int64), report)
         for final in life[life["kind"] == FINAL]["seq"].tolist():
             last = int(steps["seq"].max(initial=stands))

@@ -32,7 +32,7 @@ from chaos.histories import (
     FINAL,
     MODEL,
     OPENED,
-    QUIET,
+    PREFILLED,
     SETTLED,
     Writer,
     inputs,
@@ -146,7 +146,7 @@ class Driver:
         elif choice < 0.80:
             await self._run(group)
         elif choice < 0.90:
-            await self._absorb(group)
+            await self._prefill(group)
         elif choice < 0.96:
             await self._one(group)
         elif choice > 0.99:
@@ -219,15 +219,15 @@ class Driver:
 
         await asyncio.gather(*(one(i, session) for i, session in enumerate(group.sessions)))
 
-    async def _absorb(self, group: Group) -> None:
+    async def _prefill(self, group: Group) -> None:
         length = self._random.randrange(2, 20)
         group.asked[:] = group.seqs + length
 
         async def one(i: int, session: engram.Session) -> None:
             number, steps = group.numbers[i], np.arange(group.seqs[i] + 1, group.asked[i] + 1)
-            await session.absorb(inputs(number, steps))
+            await session.prefill(inputs(number, steps))
             group.seqs[i] += length
-            self._write(QUIET, number, steps, durable=session.durable_seq)
+            self._write(PREFILLED, number, steps, durable=session.durable_seq)
 
         await asyncio.gather(*(one(i, session) for i, session in enumerate(group.sessions)))
 

@@ -21,7 +21,7 @@ INPUTS, OUTPUTS = 8, 10
 
 OPENED = 1  # the session was opened (again) and stands at seq
 ANSWER = 2  # step seq was acknowledged with this output
-QUIET = 3  # step seq was acknowledged without an output (absorb)
+PREFILLED = 3  # step seq was acknowledged without an output (prefill)
 FINAL = 4  # at the end the session stands at seq, and this is the digest of its state in Redis
 ASKED = 5  # steps up to seq are asked for, and their caller may not be there for the answer: their fate is open
 SETTLED = 6  # the same client has learned what became of them: the session stands at seq

@@ -18,7 +18,7 @@ from chaos.histories import (
     FINAL,
     OPENED,
     OUTPUTS,
-    QUIET,
+    PREFILLED,
     ROW,
     SETTLED,
     Writer,
@@ -53,10 +53,16 @@ def numbers(report: Report) -> tuple[int, int, int, int]:
 
 
 def test_what_is_in_order(reference: Reference, outputs: NDArray[np.float32]) -> None:
-    """Two lives; between them steps that were applied and never acknowledged; absorbed ones; a copy."""
+    """Two lives; between them steps that were applied and never acknowledged; prefilled ones; a copy."""
     final = reference.run(np.array([SESSION]), np.array([STEPS]), {SESSION: [STEPS]})[1][SESSION, STEPS]
     copy = [opened(4, branch=9), answers(outputs, 5, 8, branch=9)]
-    first = [opened(0), answers(outputs, 1, 5), rows(QUIET, SESSION, np.arange(6, 9)), answers(outputs, 9, 12), *copy]
+    first = [
+        opened(0),
+        answers(outputs, 1, 5),
+        rows(PREFILLED, SESSION, np.arange(6, 9)),
+        answers(outputs, 9, 12),
+        *copy,
+    ]
     second = [opened(14), answers(outputs, 15, STEPS), rows(FINAL, SESSION, STEPS, output=final)]
     report = check([np.concatenate(first), np.concatenate(second)], reference)
     assert report.clean, report

@@ -199,11 +199,11 @@ class Sessions(RuleBasedStateMachine):
         assert self.held(name, server).run(X).tobytes() == self.advance(one, X).tobytes()
 
     @rule(number=SEEDS, server=SERVERS, seed=SEEDS, rows=st.integers(1, 40))
-    def absorb(self, number: int, server: int, seed: int, rows: int) -> None:
+    def prefill(self, number: int, server: int, seed: int, rows: int) -> None:
         name, one = self.pick(number)
         X = self.inputs(one, seed, rows)
         session = self.held(name, server)
-        session.absorb(X)
+        session.prefill(X)
         self.advance(one, X)
         assert session.seq == one.seq
 

@@ -33,7 +33,8 @@ from engram_models.training.boltzmann import (
     log_partition,
     persistent_divergence,
 )
-from engram_models.training.experiment import Experiment, TrainingError
+from engram_models.training.errors import TrainingError
+from engram_models.training.experiment import Experiment
 from engram_models.training.procedures import procedure
 from engram_models.training.rbm_exact import bars_and_stripes, log_partition_of_pairs
 from engram_models.training.recipe import load_recipe, parsed

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engram_models import GRU, LSTM, NTM, Bidirectional, Cell, GRUResetAfter, PeepholeLSTM, VanillaRNN
 from engram_models.training.bptt import LOSSES, Batch, backpropagate, truncated
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 from engram_models.training.initialise import initialise
 from engram_models.training.recipe import Recipe
 from engram_models.training.sequence import SequenceOptions as Options

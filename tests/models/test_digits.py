@@ -11,7 +11,7 @@ import torch
 
 from engram_models import heldout_digits, load_bundle, load_cell, shipped_models_dir
 from engram_models.digits import save_heldout_digits, split_digits
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 from engram_models.training.recipe import load_recipe
 from engram_models.training.tasks.digits import DigitRows
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engram_models import GRU, LSTM, NTM, Bidirectional, Cell, GRUResetAfter, PeepholeLSTM, VanillaRNN
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 from engram_models.training.gradients import bound, jacobian_norms, scale_recurrent, step_jacobians
 from engram_models.training.recipe import load_recipe
 from engram_models.training.run import run

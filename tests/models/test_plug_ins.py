@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from engram_models import LSTM, Cell, State, TensorSpec, registry
 from engram_models.cell_checks import CHECKS, check_all
 from engram_models.commands import models
+from engram_models.plain_kinds import PLAIN_KINDS
 from engram_models.plug_ins import PlugInError, find_cell, register_cells
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "my-cell"
@@ -68,10 +69,12 @@ class Leaky(Cell):
 
 
 @pytest.fixture(autouse=True)
-def _kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _kinds() -> Iterator[None]:
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
+    before = dict(PLAIN_KINDS)
     yield
+    PLAIN_KINDS.clear()
+    PLAIN_KINDS.update(before)
     sys.modules.pop("my_cell", None)
 
 

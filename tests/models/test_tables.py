@@ -27,7 +27,7 @@ from engram_models import (
     write_bundle,
 )
 from engram_models.training import autoregression
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 from engram_models.training.recipe import load_recipe
 from engram_models.training.run import run
 from engram_models.training.sequence import SequenceOptions as Options

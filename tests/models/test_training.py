@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from engram_models import LSTM, BundleError, load_bundle, write_bundle
 from engram_models.commands import train
 from engram_models.training.checkpoint import load_checkpoint, save_checkpoint
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 from engram_models.training.procedures import procedure
 from engram_models.training.recipe import load_recipe, parsed
 from engram_models.training.run import run

@@ -211,18 +211,18 @@ class FakePeer:
             record, seq = self.records[names[handle]], int(seqs[i])
             record.acked = max(record.acked, min(int(acked[i]), record.seq))
             for offset in range(int(repeats[i]) + 1):
-                step, quiet, fed = seq + offset, flags[i] & 1, offset > 0 or flags[i] & 2
+                step, prefill, fed = seq + offset, flags[i] & 1, offset > 0 or flags[i] & 2
                 if i in bad and step > record.seq:
                     refused.append((handle, step, bad[i]))
                 elif step > record.seq + 1:
                     refused.append((handle, step, error_pb2.ErrorDetail(code=9, reason="SEQ_GAP", message="gap")))
                 elif step <= record.seq:
-                    if step <= record.acked and not quiet:
+                    if step <= record.acked and not prefill:
                         refused.append(
                             (handle, step, error_pb2.ErrorDetail(code=9, reason="SEQ_ACKNOWLEDGED", message="gone"))
                         )
                     else:
-                        done.append((handle, step, None if quiet else record.outputs[step]))
+                        done.append((handle, step, None if prefill else record.outputs[step]))
                 else:
                     x = np.frombuffer(record.outputs[record.seq], "<f4") if fed and record.seq else inputs[i]
                     y = np.resize(x, self.out) + np.float32(record.seq)
@@ -230,14 +230,14 @@ class FakePeer:
                     record.seq = step
                     record.outputs[step] = y.astype("<f4").tobytes()
                     record.outputs.pop(step - 4 * self.window, None)
-                    done.append((handle, step, None if quiet else record.outputs[step]))
+                    done.append((handle, step, None if prefill else record.outputs[step]))
         answers = []
         if refused:
             answers.append(_errors(refused))
-        quiet_rows = [row for row in done if row[2] is None]
+        prefills = [row for row in done if row[2] is None]
         loud = [row for row in done if row[2] is not None]
-        if quiet_rows:
-            answers.append(_outputs(quiet_rows))
+        if prefills:
+            answers.append(_outputs(prefills))
         if loud and self.faults.reverse_frames:
             half = len(loud) // 2
             answers += [_outputs(piece) for piece in (loud[half:], loud[:half]) if piece]

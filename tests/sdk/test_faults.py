@@ -91,10 +91,12 @@ def test_replies_in_another_order_than_the_rows() -> None:
     play(body)
 
 
-def test_quiet_rows_overtaking_others() -> None:
+def test_prefills_overtaking_other_rows() -> None:
     async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
         session = await client.open("count", "a")
-        y, _, z = await asyncio.gather(session.step(row(0)), session.absorb(np.zeros((5, WIDTH))), session.step(row(0)))
+        y, _, z = await asyncio.gather(
+            session.step(row(0)), session.prefill(np.zeros((5, WIDTH))), session.step(row(0))
+        )
         assert (y[0], z[0], session.seq) == (0, 6, 7)
 
     play(body)

@@ -93,7 +93,7 @@ def test_arrays_are_copied_when_the_call_is_made(server: Any) -> None:
         async with engram.AsyncClient(server.address) as client:
             reference = await client.open("digits-reader")
             right = [await reference.step(ROWS[0]), *(await reference.run(ROWS[1:4]))]
-            await reference.absorb(ROWS[4:6])
+            await reference.prefill(ROWS[4:6])
             right.append((await client.step_many([reference], ROWS[6:7]))[0])
             session = await client.open("digits-reader")
             buffer = np.empty((3, 8), np.float32)
@@ -107,7 +107,7 @@ def test_arrays_are_copied_when_the_call_is_made(server: Any) -> None:
             buffer[0] = ROWS[0]
             calls.append(asyncio.ensure_future(session.step(buffer[0])))
             call(session.run, ROWS[1:4])
-            call(session.absorb, ROWS[4:6])
+            call(session.prefill, ROWS[4:6])
             call(client.step_many, ROWS[6:7], [session])
             first, ran, _, many = await asyncio.gather(*calls)
             assert np.array_equal(np.stack([first, *ran, many[0]]), np.stack(right))
@@ -165,7 +165,7 @@ def test_masked_inputs_are_refused_by_name(server: Any) -> None:
             lambda: session.step(list(MASKED)),
             lambda: session.run(np.ma.stack([MASKED, MASKED])),
             lambda: session.run([MASKED, MASKED]),
-            lambda: session.absorb(np.ma.stack([MASKED])),
+            lambda: session.prefill(np.ma.stack([MASKED])),
             lambda: client.step_many([session], [MASKED]),
             lambda: list(session.stream(np.ma.stack([MASKED]))),
         ):

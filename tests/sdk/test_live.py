@@ -38,7 +38,7 @@ def test_every_way_to_step_gives_the_same_bits(shared_server) -> None:
             assert stepped.dtype == np.float32
             assert stepped.shape == (100, 10)
             assert (stepped == run).all()
-            await c.absorb(X[:-1])
+            await c.prefill(X[:-1])
             assert (await c.step(X[-1]) == run[-1]).all()
             streamed = [y async for y in d.stream(iter(X))]
             assert (np.array(streamed) == run).all()

@@ -248,7 +248,7 @@ def test_dicts_in_every_call() -> None:
         many = {"obs": np.arange(6.0).reshape(2, 3), "gap": [False, True]}
         for Y in (await session.run(many), await client.step_many([session, other], many)):
             assert Y["act"].tolist() == [[0, 1, 2], [3, 4, 5]] and Y["held"].tolist() == [False, True]
-        assert await session.absorb(many) is None
+        assert await session.prefill(many) is None
         rows = [{"obs": [n, n, n], "gap": n % 2 == 1} for n in range(5)]
         assert [y["act"].tolist()[0] async for y in session.stream(iter(rows))] == [0, 1, 2, 3, 4]
         assert [y["act"].tolist() async for y in session.stream(many)] == [[0, 1, 2], [3, 4, 5]]
@@ -405,7 +405,7 @@ def test_steps_by_name(server: Any) -> None:
         assert np.array_equal(y["act"], total[0] + 8000) and y["seen"] == 1
         Y = session.run({name: values[1:30] for name, values in X.items()})
         assert np.array_equal(Y["act"], total[1:30] + 8000) and Y["seen"].tolist() == list(range(2, 31))
-        session.absorb({name: values[30:35] for name, values in X.items()})
+        session.prefill({name: values[30:35] for name, values in X.items()})
         rest = list(session.stream({name: values[35:] for name, values in X.items()}))
         assert np.array_equal(np.stack([y["act"] for y in rest]), total[35:] + 8000)
         assert session.state()["sr"] == 8000 and session.state()["count"] == 40

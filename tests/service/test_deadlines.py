@@ -35,9 +35,9 @@ def halted(server_with: Callable[..., ServerProcess], redis_process: Any, connec
         yield raw
 
 
-def _unary(raw: Any, seq: int, timeout: float, quiet: bool = False) -> Any:
+def _unary(raw: Any, seq: int, timeout: float, prefill: bool = False) -> Any:
     request = session_pb2.StepRequest(
-        session_id="unary", model="digits-reader", inputs=[float(seq)] * 8, seq=seq, quiet=quiet
+        session_id="unary", model="digits-reader", inputs=[float(seq)] * 8, seq=seq, prefill=prefill
     )
     return raw.unary("Step", request, session_pb2.StepResponse, timeout)
 
@@ -58,7 +58,7 @@ def test_a_call_for_the_same_step_has_the_time_that_it_gave(halted: Any, committ
             halted.redis.pause()
         hasty = pool.submit(_unary, halted, 2, SHORT_S)
         time.sleep(SHORT_S / 2)
-        patient = [pool.submit(_unary, halted, 2, LONG_S, quiet) for quiet in (False, True)]
+        patient = [pool.submit(_unary, halted, 2, LONG_S, prefill) for prefill in (False, True)]
         assert _code(hasty) is grpc.StatusCode.DEADLINE_EXCEEDED
         time.sleep(SHORT_S)
         assert not any(call.done() for call in patient)

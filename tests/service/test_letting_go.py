@@ -238,17 +238,17 @@ def test_of_two_that_ask_for_one_step_the_loud_one_gets_its_output(server: Serve
     raw = connect(server, TOKEN)
     inputs = np.full(8, 0.5, np.float32).tobytes()
 
-    def step(seq: int, quiet: bool) -> Any:
+    def step(seq: int, prefill: bool) -> Any:
         request = session_pb2.StepRequest(
-            session_id="twins", model="digits-reader", raw_inputs=inputs, seq=seq, quiet=quiet, raw=True
+            session_id="twins", model="digits-reader", raw_inputs=inputs, seq=seq, prefill=prefill, raw=True
         )
         return raw.unary("Step", request, session_pb2.StepResponse)
 
     step(1, True)
     with ThreadPoolExecutor(2) as pool:
         for seq in range(2, 12):
-            quiet, loud = pool.submit(step, seq, True), pool.submit(step, seq, False)
-            assert quiet.result().seq == seq and np.frombuffer(loud.result().raw_outputs, np.float32).any()
+            prefill, loud = pool.submit(step, seq, True), pool.submit(step, seq, False)
+            assert prefill.result().seq == seq and np.frombuffer(loud.result().raw_outputs, np.float32).any()
 
 
 def test_limits_hold_for_opens_side_by_side(server: ServerProcess, connect: Connect) -> None:

@@ -25,10 +25,10 @@ from numpy.typing import ArrayLike, NDArray
 from engram._client import AsyncClient
 from engram._constants import Constants
 from engram._errors import ClientClosedError, CloseIncompleteError
-from engram._options import ClientOptions
+from engram._options import UNSET, ClientOptions
 from engram._patterns import Patterns, Recreation, Stored
 from engram._poller import check, mark
-from engram._session import UNSET, Session
+from engram._session import Session
 from engram._tensors import Input
 from engram._types import ModelInfo, ServerInfo, SessionInfo, Settled
 
@@ -283,9 +283,9 @@ class BlockingSession:
         """See Session.run."""
         return self._loop.wait(self._session.run(X, timeout=timeout))
 
-    def absorb(self, X: Input, *, timeout: float | None = UNSET) -> None:
-        """See Session.absorb."""
-        self._loop.wait(self._session.absorb(X, timeout=timeout))
+    def prefill(self, X: Input, *, timeout: float | None = UNSET) -> None:
+        """See Session.prefill."""
+        self._loop.wait(self._session.prefill(X, timeout=timeout))
 
     def generate(self, k: int, *, timeout: float | None = UNSET) -> Any:
         """See Session.generate."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engram._errors import EngramError, Fate
 from engram._tensors import Codec
 
-QUIET = 1
+PREFILL = 1
 FEEDBACK = 2
 
 
@@ -46,8 +46,8 @@ class Call:
 
     Attributes:
         inputs: uint8 [rows, input bytes]; None for rows that run on their own output.
-        codec: of the outputs; None for quiet rows.
-        flags: QUIET and FEEDBACK, of every row.
+        codec: of the outputs; None for prefills.
+        flags: PREFILL and FEEDBACK, of every row.
         wide: rows are of different sessions, and one that fails leaves the others alone.
         slots: the sessions, of a wide call one for each row.
         gone: called when whoever waits is cancelled, with the call and its row (None: all).

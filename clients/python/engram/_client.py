@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import Message
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engram._calls import Call
 from engram._constants import Constants, Encoded, encoded
-from engram._core import Core, ModelLink
+from engram._core import Core
 from engram._errors import (
     RETRYABLE,
     AbortedError,
@@ -35,12 +35,14 @@ from engram._errors import (
 from engram._frames import close_frame
 from engram._link import Link, StreamLostError
 from engram._manage import Models, Sessions
-from engram._options import ClientOptions, checked_seconds
+from engram._options import UNSET, ClientOptions, checked_seconds
 from engram._poller import check, mark, refuse_patched_threads
-from engram._session import UNSET, Session
+from engram._session import Session
+from engram._state import ModelLink
 from engram._table import VOID_HANDLE
 from engram._tensors import Input, codec_of
 from engram._types import ModelInfo, ServerInfo
+from engram._unary import Response
 from engram.v1 import model_pb2, session_pb2, stream_pb2
 
 _OPEN_ROWS = 1024  # sessions in one OpenFrame
@@ -53,8 +55,6 @@ _DURABILITIES = {
     "interval": stream_pb2.DURABILITY_INTERVAL,
 }
 _UID = attrgetter("_uid")
-
-_Response = TypeVar("_Response", bound=Message)
 
 
 class AsyncClient:
@@ -93,8 +93,8 @@ class AsyncClient:
             raise InvalidInputError("AsyncClient needs at least one address", reason="INVALID_ARGUMENT")
         self.options.check(self.addresses)
         refuse_patched_threads()
-        self.sessions = Sessions(self)
-        self.models = Models(self)
+        self.sessions = Sessions(self._unary)
+        self.models = Models(self._unary)
         self._client_id = secrets.randbits(63) | 1
         self._link: Link | None = None
         self._closed = False
@@ -316,8 +316,8 @@ class AsyncClient:
         return _DURABILITIES[name]
 
     async def _unary(
-        self, method: str, request: Message, response_type: type[_Response], timeout: float | None
-    ) -> _Response:
+        self, method: str, request: Message, response_type: type[Response], timeout: float | None
+    ) -> Response:
         return await self._linked().unary(method, request, response_type, self._timeout(timeout))
 
     def _explain(self, sessions: Sequence[Session]) -> None:

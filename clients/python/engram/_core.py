@@ -6,8 +6,8 @@
     lost, attached, dropped    what _link.py tells of the stream
 
 Everything runs on one event loop. The parts: _table.py (sessions as columns), _outbox.py (what is to be sent), _log.py
-(what was sent and is not settled), _calls.py (who waits), _recovery.py (refused rows, resends, replays), _fates.py (sent
-steps whose callers were told of a failure).
+(what was sent and is not settled), _calls.py (who waits), _state.py (all of these together), _recovery.py (refused rows, resends,
+replays), _fates.py (sent steps whose callers were told of a failure).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,15 +22,13 @@ from numpy.typing import NDArray
 
 from engram._calls import Answer, Call, Gather
 from engram._errors import DataLossError, DeadlineExceededError, EngramError, Fate, make_error, of_detail
-from engram._fates import Doubts, OpenStep, row_bytes
+from engram._fates import OpenStep, row_bytes
 from engram._frames import acknowledge_frame, steps_frames
-from engram._log import Part, SentLog
+from engram._log import Part
 from engram._options import ClientOptions
-from engram._outbox import Outbox
 from engram._recovery import Recovery
-from engram._table import HANDLE_PLACE, VOID_HANDLE, SessionTable, Span
-from engram._tensors import Codec
-from engram._types import ModelInfo
+from engram._state import ClientState
+from engram._table import HANDLE_PLACE, VOID_HANDLE
 from engram.v1 import stream_pb2
 
 _BY_EVENT = {
@@ -47,23 +44,11 @@ _BY_EVENT = {
 _PRECISE_S = 1.0  # shorter timeouts of single steps get a timer each
 
 
-@dataclass(frozen=True, slots=True)
-class ModelLink:
-    """A model version as this client's sessions use it; sessions of one link attach together."""
-
-    info: ModelInfo
-    durability: int
-    ttl_ms: int
-    input: Codec
-    output: Codec
-    rows_max: int
-
-
 class FrameError(Exception):
     """The server sent what cannot be, or refused a whole frame: the stream is given up and taken up again."""
 
 
-class Core:
+class Core(ClientState):
     """See the module. `wake` is called when there may be something to send; `draining` when the server goes away,
     `attach` when it shall be asked whose these sessions are."""
 
@@ -71,18 +56,8 @@ class Core:
         self, options: ClientOptions, base: int, loop: asyncio.AbstractEventLoop, wake: Callable[[], None],
         draining: Callable[[], None], attach: Callable[[NDArray[np.int64]], None],
     ) -> None:  # fmt: skip
-        self.options = options
-        self.loop = loop
-        self.table = SessionTable(base)
-        self.models: list[ModelLink] = []
-        self.log = SentLog(self.table, options.buffer_bytes_max)
-        self.calls: dict[int, Call] = {}  # with rows sent and unanswered
-        self.doubts = Doubts(self.table)
-        self.outbox = Outbox(self.table, self.log, self.calls, self.doubts, options.frame_rows_max)
+        super().__init__(options, base, loop, wake)
         self.recovery = Recovery(self)
-        self.live: set[Call] = set()  # whom somebody waits for
-        self.due: list[Part] = []
-        self._wake = wake
         self._draining = draining
         self._attach = attach
         self._by_place = np.full(64, -1, np.int64)  # see _slots
@@ -104,7 +79,7 @@ class Core:
         if timeout_s is not None and timeout_s < _PRECISE_S:
             timer = self.loop.call_later(timeout_s, self._expire_one, future)
             future.add_done_callback(lambda _: timer.cancel())
-        self._wake()
+        self.wake()
         return future
 
     def submit(
@@ -121,7 +96,7 @@ class Core:
             self.outbox.put_wide(call, slots)
         if timeout_s is not None:
             self._arm(call, timeout_s, while_stuck)
-        self._wake()
+        self.wake()
         return call.future
 
     def _arm(self, call: Call, timeout_s: float, while_stuck: bool) -> None:
@@ -194,7 +169,6 @@ class Core:
         self._unwanted(call, rows)
 
     def fail_row(self, slot: int, seq: int, error: EngramError) -> None:
-        """Fails the call of a step that was sent, and about which the server cannot say whether it was applied."""
         call, at = self.call_of(slot, seq)
         if call is not None and call.wanted(at):
             rows = [at] if call.wide else call.unfinished()
@@ -203,23 +177,6 @@ class Core:
                 call.refuse(at, error.of_step(fates[at]))
             else:
                 call.fail(error, fates)
-
-    def call_of(self, slot: int, seq: int) -> tuple[Call | None, int]:
-        """Whose row a step is that is not answered, and which of his."""
-        for first, last, owner, at in self.spans(slot):
-            if first <= seq <= last:
-                return self.calls[owner], at + seq - first
-        return None, 0
-
-    def spans(self, slot: int) -> list[Span]:
-        """A session's steps that are sent and not answered."""
-        table = self.table
-        if not table.head_call[slot]:
-            return []
-        answered, first, at = int(table.answered[slot]), int(table.head_first[slot]), int(table.head_at[slot])
-        done = max(0, answered + 1 - first)
-        head = (first + done, int(table.head_last[slot]), int(table.head_call[slot]), at + done)
-        return [head, *table.spans.get(slot, ())]
 
     def _fates(self, call: Call, rows: list[int]) -> dict[int, Fate]:
         """What is known of unfinished rows, by row; from now on the sessions of those that are open are in doubt."""
@@ -263,21 +220,11 @@ class Core:
         self.let_on()
         return steps
 
-    def let_on(self) -> None:
-        """Sessions that are in doubt no longer, or may be decided, go on."""
-        if self.doubts.settled:
-            settled, self.doubts.settled = self.doubts.settled, []
-            self.outbox.wake(settled)
-            self._wake()
-
     # Frames out
 
     @property
     def pending(self) -> bool:
         return self.outbox.pending or bool(self.due)
-
-    def wake(self) -> None:
-        self._wake()
 
     def collect(self) -> None:
         """Decides what goes now."""
@@ -359,7 +306,7 @@ class Core:
             pass
         self.log.trim()
         if self.outbox.pending:
-            self._wake()
+            self.wake()
 
     def _sort_out(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> bool:
         """Takes the rows that come next in their sessions, keeps those that came early, drops those that came twice."""
@@ -377,7 +324,7 @@ class Core:
         if next_one.all():
             self._accept(slots, seqs, values)
             return True
-        # Quiet rows and others come in frames of their own, and may overtake one another.
+        # Prefills and other rows come in frames of their own, and may overtake one another.
         early = ~next_one
         self._early_parts.append((slots[early], seqs[early], None if values is None else values[early]))
         np.maximum.at(self.table.seen, slots[early], seqs[early])
@@ -406,7 +353,7 @@ class Core:
         parked = slots[table.parked[slots]]
         if len(parked):
             self.outbox.wake(parked.tolist())
-            self._wake()
+            self.wake()
         if self.recovery.active:
             held = slots[table.held[slots]]
             if len(held):
@@ -485,28 +432,6 @@ class Core:
             self.doubts.answered(slots[index], seqs[index], None if values is None else values[index])
         self.let_on()
 
-    def closed_rows(self, call: Call) -> None:
-        """After rows of a call were answered or refused."""
-        if call.open <= 0:
-            self.calls.pop(call.id, None)
-            if isinstance(call, Gather) and not call.waiting():
-                self.live.discard(call)
-
-    def next_span(self, slot: int) -> None:
-        """The head of a session is done: the next span becomes the head."""
-        table = self.table
-        spans = table.spans[slot]
-        first, last, call, at = spans.popleft()
-        table.head_first[slot], table.head_last[slot], table.head_call[slot], table.head_at[slot] = (
-            first,
-            last,
-            call,
-            at,
-        )
-        if not spans:
-            del table.spans[slot]
-            table.more[slot] = False
-
     def _on_errors(self, frame: stream_pb2.ErrorsFrame) -> None:
         errors = [of_detail(detail) for detail in frame.errors]
         if not frame.handles:
@@ -524,7 +449,7 @@ class Core:
         self._raise_durable(slots, np.frombuffer(frame.durable_seqs, "<i8"))
         self.log.trim()
         if self.outbox.pending:
-            self._wake()
+            self.wake()
 
     def _raise_durable(self, slots: NDArray[np.int64], seqs: NDArray[np.int64]) -> None:
         known = slots >= 0
@@ -582,7 +507,6 @@ class Core:
         self.recovery.resend(good)
 
     def diverged(self, slot: int, seq: int) -> None:
-        """The session is not where it must be: nothing that this client has can put it right."""
         answered = int(self.table.answered[slot])
         message = (
             f"the session stands at step {seq} and this client had answers up to {answered}: the store has lost steps, or"
@@ -603,8 +527,6 @@ class Core:
         self.recovery.reset()
 
     def dispute(self, slots: NDArray[np.int64]) -> None:
-        """These sessions were taken over: by another client, or by an attach of our own on an earlier stream, which came late.
-        An attach tells, for it never takes a session from another client."""
         table = self.table
         slots = np.unique(slots[~table.lost[slots] & (table.handle[slots] != VOID_HANDLE)])
         if not len(slots):
@@ -616,7 +538,6 @@ class Core:
         self._attach(slots)
 
     def lose(self, slot: int, error: EngramError) -> None:
-        """A session is no longer ours: its calls fail, the others are not touched."""
         table = self.table
         if table.lost[slot] or slot not in table.ids:
             return

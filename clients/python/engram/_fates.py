@@ -28,7 +28,7 @@ from engram._table import SessionTable
 
 @dataclass(slots=True)
 class OpenStep:
-    """One step, with what a repeat of it is known by. `output` is None for a quiet step too."""
+    """One step, with what a repeat of it is known by. `output` is None for a prefill too."""
 
     fate: Fate
     seq: int

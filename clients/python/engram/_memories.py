@@ -11,18 +11,16 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engram._errors import RETRYABLE, EngramError, InvalidInputError
 from engram._patterns import CUE, Bits, Patterns, Recall, Recreation, Stored, bits_of, check_labels, recalls_of
+from engram._unary import Unary
 from engram._values import array_of, hidden_of, narrowed
 from engram.v1 import memory_pb2 as pb
-
-if TYPE_CHECKING:
-    from engram._client import AsyncClient
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +37,17 @@ async def refused(error: EngramError) -> Any:
 
 
 def store(
-    client: AsyncClient, session_id: str, patterns: ArrayLike, labels: Sequence[str] | str | None, timeout: float | None
+    unary: Unary, session_id: str, patterns: ArrayLike, labels: Sequence[str] | str | None, timeout: float | None
 ) -> Coroutine[Any, Any, Stored]:
     """See Session.store."""
     try:
         packed = bits_of(patterns)
-        return _store(client, session_id, packed, check_labels(labels, len(packed.bits)), timeout)
+        return _store(unary, session_id, packed, check_labels(labels, len(packed.bits)), timeout)
     except EngramError as error:
         return refused(error)
 
 
-async def _store(client: AsyncClient, session_id: str, packed: Bits, names: list[str], timeout: float | None) -> Stored:
+async def _store(unary: Unary, session_id: str, packed: Bits, names: list[str], timeout: float | None) -> Stored:
     rows = max(1, _PART_BYTES // (packed.bits.shape[1] + (max(map(len, names)) if names else 0)))
     stored: list[str] = []
     response = pb.StorePatternsResponse()
@@ -60,10 +58,10 @@ async def _store(client: AsyncClient, session_id: str, packed: Bits, names: list
             patterns=packed.bits[part].tobytes(), labels=names[part],
         )  # fmt: skip
         try:
-            response = await client._unary("StorePatterns", request, pb.StorePatternsResponse, timeout)
+            response = await unary("StorePatterns", request, pb.StorePatternsResponse, timeout)
         except EngramError as error:
             if stored and error.code not in RETRYABLE:
-                await forget(client, session_id, stored, False, timeout)
+                await forget(unary, session_id, stored, False, timeout)
             raise
         first = response.first_number
         stored += names[part] or [f"p{number}" for number in range(first, first + response.stored)]
@@ -73,7 +71,7 @@ async def _store(client: AsyncClient, session_id: str, packed: Bits, names: list
 
 
 async def forget(
-    client: AsyncClient, session_id: str, labels: Sequence[str] | str | None, everything: bool, timeout: float | None
+    unary: Unary, session_id: str, labels: Sequence[str] | str | None, everything: bool, timeout: float | None
 ) -> int:
     """See Session.forget."""
     names = [labels] if isinstance(labels, str) else list(labels or [])
@@ -85,24 +83,24 @@ async def forget(
             session_id=session_id, operation_id=secrets.token_bytes(16), labels=names[start : start + _FORGET_LABELS],
             all=everything,
         )  # fmt: skip
-        response = await client._unary("ForgetPatterns", request, pb.ForgetPatternsResponse, timeout)
+        response = await unary("ForgetPatterns", request, pb.ForgetPatternsResponse, timeout)
         forgotten += response.forgotten
     return forgotten
 
 
 def recall(
-    client: AsyncClient, session_id: str, cue: ArrayLike, mask: ArrayLike | None, synchronous: bool, seed: int,
+    unary: Unary, session_id: str, cue: ArrayLike, mask: ArrayLike | None, synchronous: bool, seed: int,
     sweeps_max: int, timeout: float | None,
 ) -> Coroutine[Any, Any, Any]:  # fmt: skip
     """See Session.recall."""
     try:
-        return _recall(client, session_id, bits_of(cue, mask, CUE), synchronous, seed, sweeps_max, timeout)
+        return _recall(unary, session_id, bits_of(cue, mask, CUE), synchronous, seed, sweeps_max, timeout)
     except EngramError as error:
         return refused(error)
 
 
 async def _recall(
-    client: AsyncClient, session_id: str, cues: Bits, synchronous: bool, seed: int, sweeps_max: int,
+    unary: Unary, session_id: str, cues: Bits, synchronous: bool, seed: int, sweeps_max: int,
     timeout: float | None,
 ) -> Any:  # fmt: skip
     if not 0 <= seed < 1 << 64 or not 1 <= sweeps_max < 1 << 32:
@@ -116,7 +114,7 @@ async def _recall(
             unknown=b"" if cues.unknown is None else cues.unknown[part].tobytes(), sweeps_max=sweeps_max,
         )  # fmt: skip
         async with room:
-            return recalls_of(await client._unary("Recall", request, pb.RecallResponse, timeout), cues)
+            return recalls_of(await unary("Recall", request, pb.RecallResponse, timeout), cues)
 
     parts = [slice(start, start + rows) for start in range(0, len(cues.bits), rows)]
     tasks = [asyncio.ensure_future(one(part)) for part in parts]
@@ -128,14 +126,14 @@ async def _recall(
     return found[0] if cues.single else found
 
 
-async def patterns(client: AsyncClient, session_id: str, values: bool, timeout: float | None) -> Patterns:
+async def patterns(unary: Unary, session_id: str, values: bool, timeout: float | None) -> Patterns:
     """See Session.patterns."""
     labels: list[str] = []
     pieces: list[NDArray[np.int8]] = []
     token = ""
     while True:
         request = pb.ListPatternsRequest(session_id=session_id, page_size=_PAGE, page_token=token, with_patterns=values)
-        page = await client._unary("ListPatterns", request, pb.ListPatternsResponse, timeout)
+        page = await unary("ListPatterns", request, pb.ListPatternsResponse, timeout)
         labels += page.labels
         if values:
             bits = np.frombuffer(page.patterns, np.uint8).reshape(len(page.labels), -(-page.size // 8))
@@ -147,18 +145,18 @@ async def patterns(client: AsyncClient, session_id: str, values: bool, timeout: 
 
 
 def address(
-    client: AsyncClient, session_id: str, key: ArrayLike, strength: ArrayLike, timeout: float | None
+    unary: Unary, session_id: str, key: ArrayLike, strength: ArrayLike, timeout: float | None
 ) -> Coroutine[Any, Any, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """See Session.address."""
     try:
         keys, strengths = _floats(key, "key"), _floats(strength, "strength")
     except EngramError as error:
         return refused(error)
-    return _address(client, session_id, keys, strengths, timeout)
+    return _address(unary, session_id, keys, strengths, timeout)
 
 
 async def _address(
-    client: AsyncClient, session_id: str, keys: NDArray[np.float32], strengths: NDArray[np.float32],
+    unary: Unary, session_id: str, keys: NDArray[np.float32], strengths: NDArray[np.float32],
     timeout: float | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
     rows = np.atleast_2d(keys)
@@ -166,14 +164,14 @@ async def _address(
     request = pb.AddressMemoryRequest(
         session_id=session_id, keys=rows.astype("<f4").tobytes(), strengths=each.astype("<f4").tobytes()
     )
-    response = await client._unary("AddressMemory", request, pb.AddressMemoryResponse, timeout)
+    response = await unary("AddressMemory", request, pb.AddressMemoryResponse, timeout)
     weightings = np.frombuffer(response.weightings, "<f4").reshape(-1, response.slots)
     reads = np.frombuffer(response.reads, "<f4").reshape(-1, response.width)
     return (weightings[0], reads[0]) if keys.ndim == 1 else (weightings, reads)
 
 
 def recreate(
-    client: AsyncClient, of: dict[str, str], x: ArrayLike, mask: ArrayLike | None, sweeps: int, timeout: float | None
+    unary: Unary, of: dict[str, str], x: ArrayLike, mask: ArrayLike | None, sweeps: int, timeout: float | None
 ) -> Coroutine[Any, Any, Recreation]:
     """See Session.recreate. `of`: the request's session_id, or model and version."""
     try:
@@ -184,17 +182,17 @@ def recreate(
         unknown = _unknown(mask, hidden, inputs)
     except EngramError as error:
         return refused(error)
-    return _recreate(client, of, inputs, unknown, sweeps, timeout)
+    return _recreate(unary, of, inputs, unknown, sweeps, timeout)
 
 
 async def _recreate(
-    client: AsyncClient, of: dict[str, str], inputs: NDArray[np.float32], unknown: bytes, sweeps: int,
+    unary: Unary, of: dict[str, str], inputs: NDArray[np.float32], unknown: bytes, sweeps: int,
     timeout: float | None,
 ) -> Recreation:  # fmt: skip
     if not 1 <= sweeps < 1 << 32:
         raise InvalidInputError(f"sweeps is a whole number from 1; got {sweeps}", reason="INVALID_ARGUMENT")
     request = pb.RecreateRequest(inputs=inputs.astype("<f4").tobytes(), unknown=unknown, sweeps=sweeps, **of)
-    response = await client._unary("Recreate", request, pb.RecreateResponse, timeout)
+    response = await unary("Recreate", request, pb.RecreateResponse, timeout)
     values = np.frombuffer(response.recreations, "<f4").reshape(inputs.shape)
     energies = np.frombuffer(response.energies, "<f4").reshape(*inputs.shape[:-1], sweeps + 1)
     return Recreation(values, energies)

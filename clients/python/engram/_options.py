@@ -5,13 +5,14 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from engram._errors import InvalidInputError
 
 if TYPE_CHECKING:
     import grpc
 
+UNSET: Final = -1.0  # a timeout that was not given: the client's default
 
 _SECONDS_MAX = 100 * 365 * 86_400  # a hundred years: the longest time to live that a server takes
 _WHOLE_MAX = (1 << 31) - 1
@@ -35,14 +36,14 @@ class ClientOptions:
     """Options of a client; all have defaults that suit most."""
 
     timeout_s: float | None = 60.0
-    """For every call that names no timeout of its own; None: wait as long as it takes. For `run`, `absorb` and `generate` it
+    """For every call that names no timeout of its own; None: wait as long as it takes. For `run`, `prefill` and `generate` it
     is the time in which not one of their steps is answered; a timeout that is given is for the whole call."""
 
     connect_timeout_s: float = 10.0
     """How long the first connection may take, over all addresses."""
 
     reconnect_timeout_s: float = 60.0
-    """How long calls wait for a lost connection to come back before they fail with Unavailable."""
+    """How long calls wait for a lost connection to come back before they fail with UnavailableError."""
 
     backoff_initial_s: float = 0.05
     """The wait before the second attempt to connect; doubles, with jitter, up to backoff_max_s."""

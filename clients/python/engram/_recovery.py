@@ -22,19 +22,16 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engram._calls import Call
 from engram._errors import RETRYABLE, AbortedError, DataLossError, EngramError, Fate, TakenOverError
 from engram._log import Moves
 from engram._replay import Replay
+from engram._state import ClientState
 from engram._table import Span
-
-if TYPE_CHECKING:
-    from engram._calls import Call
-    from engram._core import Core
 
 _RETRY_S = 0.05
 _RETRY_MAX_S = 2.0
@@ -54,7 +51,7 @@ class Hold:
 class Recovery:
     """Holds by slot, and the ends of waves by slot."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: ClientState) -> None:
         self._core = core
         self._holds: dict[int, Hold] = {}
         self._waves: dict[int, int] = {}

@@ -5,32 +5,50 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engram._calls import FEEDBACK, QUIET, Call
+from engram._calls import FEEDBACK, PREFILL, Call
+from engram._core import Core
 from engram._errors import EngramError, FailedPreconditionError, Fate, InvalidInputError, SessionClosedError
+from engram._manage import Sessions
 from engram._memories import refused
+from engram._options import UNSET
 from engram._patterns import Patterns, Recreation, Stored
 from engram._source import inputs_of
 from engram._tensors import Codec, Input
 from engram._types import ModelInfo, Settled
 
-if TYPE_CHECKING:
-    from engram._client import AsyncClient
-
 _T = TypeVar("_T")
 
-UNSET: Final = -1.0  # a timeout that was not given: the client's default
+
+class Owner(Protocol):
+    """What a session needs of the client that opened it."""
+
+    sessions: Sessions
+
+    @property
+    def _core(self) -> Core: ...
+
+    def _timeout(self, timeout: float | None) -> float | None:
+        """As it was given -> as it is. Raises EngramError where this client cannot be used."""
+
+    async def _open(
+        self, model: str, ids: Sequence[str], version: str, durability: int, timeout: float | None
+    ) -> list[Session]:
+        """Opens sessions of these ids."""
+
+    async def _let_go(self, sessions: Sequence[Session], detach: bool, timeout: float | None) -> None:
+        """Ends sessions, or lets go of them."""
 
 
 class Session:
     """One sequence on one model version; made by `AsyncClient.open`.
 
     Steps of one session are applied in the order in which they were called. A step that fails for good (a NaN, say) is as
-    if it had not been made: steps called after it are applied all the same. A call of many rows (`run`, `absorb`) stops at
+    if it had not been made: steps called after it are applied all the same. A call of many rows (`run`, `prefill`) stops at
     its first failing row; `error.metadata["row"]` says which.
 
     A step that timed out, was cancelled or failed with the connection is taken back if it had not left, or if the server is sure
@@ -45,7 +63,7 @@ class Session:
     Every method takes `timeout` in seconds (None: no limit; not given: the client's) and raises EngramError.
     """
 
-    def __init__(self, client: AsyncClient, slot: int, session_id: str) -> None:
+    def __init__(self, client: Owner, slot: int, session_id: str) -> None:
         self._client = client
         self._slot = slot
         self._uid = client._core.table.base + slot
@@ -107,13 +125,13 @@ class Session:
             return refused(error)
         return self._submit(len(inputs), inputs, 0, timeout)
 
-    def absorb(self, X: Input, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, None]:
-        """Takes inputs [T, *input shape] in without giving outputs."""
+    def prefill(self, X: Input, *, timeout: float | None = UNSET) -> Coroutine[Any, Any, None]:
+        """Takes inputs [T, *input shape] in, and gives no outputs."""
         try:
             inputs = self._codec.many(X)
         except EngramError as error:
             return refused(error)
-        return self._submit(len(inputs), inputs, QUIET, timeout)
+        return self._submit(len(inputs), inputs, PREFILL, timeout)
 
     async def generate(self, k: int, *, timeout: float | None = UNSET) -> Any:
         """k further outputs [k, *output shape], each the next one's input; the first input is the last output."""
@@ -284,10 +302,10 @@ class Session:
         await self._client._let_go([self], detach=True, timeout=timeout)
 
     async def _submit(self, rows: int, inputs: NDArray[Any] | None, flags: int, timeout: float | None) -> Any:
-        """The rows' outputs; None if they are quiet."""
+        """The rows' outputs; None of a prefill."""
         slot = self._live()
         core = self._client._core
-        codec = None if flags & QUIET else core.models[core.table.model[slot]].output
+        codec = None if flags & PREFILL else core.models[core.table.model[slot]].output
         if not rows:
             return None if codec is None else codec.given(codec.empty(0))
         call = Call(rows, inputs, codec, flags, False, core.loop)

@@ -124,7 +124,7 @@ class Settled:
     """How many of the open steps were applied; the others were not, and never will be."""
 
     outputs: Any
-    """Theirs, [applied, *output shape], in order; zeros for inputs that were absorbed. A dict where the model has several."""
+    """Theirs, [applied, *output shape], in order; zeros for inputs that were prefilled. A dict where the model has several."""
 
 
 @dataclass(frozen=True, slots=True)

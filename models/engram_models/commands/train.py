@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             "engram train: torch is not installed, and training needs it: pip install 'engram[train]'", file=sys.stderr
         )
         return 1
-    from engram_models.training.experiment import TrainingError
+    from engram_models.training.errors import TrainingError
 
     if not args.list and not args.recipe:
         print("engram train: name a RECIPE, or ask for --list", file=sys.stderr)
@@ -62,7 +62,7 @@ def _list(as_json: bool) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from engram_models.training.experiment import TrainingError
+    from engram_models.training.errors import TrainingError
     from engram_models.training.recipe import SEED_MAX, load_recipe
     from engram_models.training.run import run as train
 

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from engram_models.files import require_regular
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 from engram_models.training.output import write_whole
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 
 ROWS_MAX = 10_000_000
 _SEPARATORS = ",\t;"

@@ -20,7 +20,8 @@ from engram_models.boltzmann import DBN
 from engram_models.digits import split_digits
 from engram_models.training.boltzmann import Learning, Pretraining
 from engram_models.training.checkpoint import under
-from engram_models.training.experiment import Outcome, TrainingError
+from engram_models.training.errors import TrainingError
+from engram_models.training.experiment import Outcome
 from engram_models.training.fine_tuning import FineTuning, Tuning
 from engram_models.training.pictures import figure
 from engram_models.training.recipe import Recipe

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from engram_models.training.recipe import Recipe
 
 
-class TrainingError(Exception):
-    """Training cannot begin or go on: the recipe, the data, a checkpoint or the disk; the message says which and what to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What an experiment found. `metrics` and `curves` go into the result file; numbers must be finite or None."""

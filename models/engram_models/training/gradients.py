@@ -18,7 +18,8 @@ from torch import Tensor
 from engram_models.cell import Cell, State
 from engram_models.ntm import NTM
 from engram_models.recurrent import GRU, LSTM, GRUResetAfter, PeepholeLSTM, RNNLayer, VanillaRNN, sigma_
-from engram_models.training.experiment import Outcome, TrainingError
+from engram_models.training.errors import TrainingError
+from engram_models.training.experiment import Outcome
 from engram_models.training.initialise import initialise
 from engram_models.training.recipe import Recipe
 from engram_models.training.tasks import generator

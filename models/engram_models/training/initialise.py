@@ -8,7 +8,7 @@ from torch import nn
 from engram_models.cell import Cell
 from engram_models.ntm import NTM
 from engram_models.recurrent import Layer, LSTMLayer
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 
 _FORGET = 1  # the forget gate's place among i, f, g, o
 _WAYS = ("default", "identity", "orthogonal", "walk", "seek")

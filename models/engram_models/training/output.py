@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from engram_models.training.experiment import Experiment, TrainingError
+from engram_models.training.errors import TrainingError
+from engram_models.training.experiment import Experiment
 
 _PROCEDURES = {
     "sequence": "engram_models.training.sequence:SequenceTraining",

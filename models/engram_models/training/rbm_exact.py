@@ -23,7 +23,8 @@ from engram_models.training.boltzmann import (
     log_likelihood,
     log_partition,
 )
-from engram_models.training.experiment import Outcome, TrainingError
+from engram_models.training.errors import TrainingError
+from engram_models.training.experiment import Outcome
 from engram_models.training.pictures import figure
 from engram_models.training.recipe import Recipe
 

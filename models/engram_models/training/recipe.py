@@ -22,7 +22,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from engram_models.files import read_toml
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 
 _TABLES = ("options", "model", "task", "quick", "pass", "bundle")
 _KEYS = ("name", "claim", "procedure", "seeds", *_TABLES)

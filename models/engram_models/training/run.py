@@ -25,7 +25,8 @@ from engram_models.cell_bundles import write_bundle
 from engram_models.files import read_file
 from engram_models.json_text import json_text
 from engram_models.training.checkpoint import load_checkpoint, save_checkpoint
-from engram_models.training.experiment import Experiment, Outcome, TrainingError
+from engram_models.training.errors import TrainingError
+from engram_models.training.experiment import Experiment, Outcome
 from engram_models.training.output import write_whole
 from engram_models.training.procedures import procedure
 from engram_models.training.progress import Progress

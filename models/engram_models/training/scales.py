@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engram_models.cell import Cell
 from engram_models.normalised import TRANSFORMS, Normalised
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True, eq=False)

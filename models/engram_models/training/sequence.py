@@ -14,7 +14,8 @@ from engram_models.cell import Cell
 from engram_models.registry import cell_type, kinds
 from engram_models.training.bptt import LOSSES, truncated
 from engram_models.training.checkpoint import optimizer_tensors, restore_optimizer, under
-from engram_models.training.experiment import Outcome, TrainingError
+from engram_models.training.errors import TrainingError
+from engram_models.training.experiment import Outcome
 from engram_models.training.initialise import INPUT_STD, initialise
 from engram_models.training.recipe import Recipe
 from engram_models.training.tasks import Task, Wrapping, task

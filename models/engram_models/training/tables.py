@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_models.training.csv_rows import Row, read_rows
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 from engram_models.training.times import fault
 
 Array = NDArray[np.float64]

@@ -2,6 +2,8 @@
 
 mod call;
 mod frames;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod inbox;
 mod messages;
 mod refusals;

@@ -288,7 +288,7 @@ pub async fn listen(server: Arc<Server>, listener: Listener) {
     }
 }
 
-trait Socket: AsyncRead + AsyncWrite + Unpin + Send {}
+pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Socket for T {}
 
 async fn accept(listener: &Listener) -> io::Result<(Box<dyn Socket>, String)> {
@@ -311,7 +311,7 @@ fn spelled(address: SocketAddr) -> String {
     }
 }
 
-async fn connection(
+pub async fn connection(
     server: Arc<Server>,
     (socket, address): (Box<dyn Socket>, String),
     _place: OwnedSemaphorePermit,

@@ -106,7 +106,7 @@ class UnaryHandlers:
             inputs,
             rows,
             request.seq,
-            request.quiet,
+            request.prefill,
             request.generate,
             call.left_s,
             request.constants,
@@ -114,7 +114,7 @@ class UnaryHandlers:
         seq, outputs = await self._unary.step(asked)
         gives = rows_of(served.bundle.schema.outputs)
         response = session_pb2.StepResponse(seq=seq)
-        if not request.quiet:
+        if not request.prefill:
             response.shape.extend(gives.shape(len(outputs)))
             if request.raw:
                 response.raw_outputs = outputs.tobytes()

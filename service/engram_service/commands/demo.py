@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"engram demo: {wrong}", file=sys.stderr)
         return 2
     from engram import EngramError
-    from engram_models.training.experiment import TrainingError
+    from engram_models.training.errors import TrainingError
     from engram_service.local import LocalServerError
 
     try:

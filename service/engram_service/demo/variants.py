@@ -120,11 +120,11 @@ async def _one_to_many(screen: Screen, client: engram.AsyncClient, series: Sunsp
 
 async def _many_to_one(screen: Screen, client: engram.AsyncClient) -> int:
     """Digits: seven rows whose outputs nobody wants, then the last, whose output says what it was. How many are right."""
-    screen.say("\nmany to one: a digit's rows go in, and one answer comes out (absorb, step)")
+    screen.say("\nmany to one: a digit's rows go in, and one answer comes out (prefill, step)")
     digits = heldout_digits()
     images, labels, rows = digits.images[:_DIGITS], digits.labels[:_DIGITS], digits.rows[:_DIGITS]
     sessions = await client.open_many(DIGITS, [f"demo-digit-{number}" for number in range(_DIGITS)])
-    await asyncio.gather(*(one.absorb(x[:-1]) for one, x in zip(sessions, rows, strict=True)))
+    await asyncio.gather(*(one.prefill(x[:-1]) for one, x in zip(sessions, rows, strict=True)))
     answers = np.array(await client.step_many(sessions, rows[:, -1])).argmax(1)
     panels = [
         (f"a {answer}", framed(pixels(2 * image.astype(int) - _HALF_BRIGHT)))
@@ -138,11 +138,11 @@ async def _many_to_one(screen: Screen, client: engram.AsyncClient) -> int:
 async def _after_waiting(screen: Screen, client: engram.AsyncClient, series: Sunspots) -> Floats:
     """The history to a year, then the years after it at once. Forecasts [k]: the last input's output is the first of them."""
     screen.say(
-        f"\nmany to many after waiting: the years to {_WAIT_UNTIL} go in, then those after them are forecast (absorb, generate)"
+        f"\nmany to many after waiting: the years to {_WAIT_UNTIL} go in, then those after them are forecast (prefill, generate)"
     )
     waited = series.place(_WAIT_UNTIL) + 1
     session = await client.open(SUNSPOTS, "demo-history")
-    await session.absorb(series.numbers[: waited - 1])
+    await session.prefill(series.numbers[: waited - 1])
     first = await session.step(series.numbers[waited - 1])
     outputs = np.concatenate([[first], await session.generate(len(series.years) - waited - 1)])[:, 0]
     _compare(screen, series, _WAIT_UNTIL - 2 * _CYCLE, _WAIT_UNTIL + 1, outputs)
@@ -154,7 +154,7 @@ async def _online(screen: Screen, client: engram.AsyncClient, series: Sunspots, 
     screen.say("\nmany to many online: each year goes in as it ends, and the next one's forecast comes out (stream)")
     first = series.place(_ONLINE_FROM)
     session = await client.open(SUNSPOTS, "demo-online")
-    await session.absorb(series.numbers[: first - 1])
+    await session.prefill(series.numbers[: first - 1])
     outputs: list[float] = []
     async for y in session.stream(series.numbers[first - 1 : -1], ahead=1):
         outputs.append(float(y[0]))

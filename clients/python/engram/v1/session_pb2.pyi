@@ -47,14 +47,14 @@ class Session(_message.Message):
     def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., seq: _Optional[int] = ..., acknowledged_seq: _Optional[int] = ..., epoch: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., commit_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., residency: _Optional[_Union[Session.Residency, str]] = ...) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("session_id", "model", "version", "inputs", "raw_inputs", "seq", "quiet", "generate", "raw", "constants")
+    __slots__ = ("session_id", "model", "version", "inputs", "raw_inputs", "seq", "prefill", "generate", "raw", "constants")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     RAW_INPUTS_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
-    QUIET_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     RAW_FIELD_NUMBER: _ClassVar[int]
     CONSTANTS_FIELD_NUMBER: _ClassVar[int]
@@ -64,11 +64,11 @@ class StepRequest(_message.Message):
     inputs: _containers.RepeatedScalarFieldContainer[float]
     raw_inputs: bytes
     seq: int
-    quiet: bool
+    prefill: bool
     generate: int
     raw: bool
     constants: _containers.RepeatedCompositeFieldContainer[_model_pb2.Constant]
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., inputs: _Optional[_Iterable[float]] = ..., raw_inputs: _Optional[bytes] = ..., seq: _Optional[int] = ..., quiet: _Optional[bool] = ..., generate: _Optional[int] = ..., raw: _Optional[bool] = ..., constants: _Optional[_Iterable[_Union[_model_pb2.Constant, _Mapping]]] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., inputs: _Optional[_Iterable[float]] = ..., raw_inputs: _Optional[bytes] = ..., seq: _Optional[int] = ..., prefill: _Optional[bool] = ..., generate: _Optional[int] = ..., raw: _Optional[bool] = ..., constants: _Optional[_Iterable[_Union[_model_pb2.Constant, _Mapping]]] = ...) -> None: ...
 
 class StepResponse(_message.Message):
     __slots__ = ("seq", "outputs", "raw_outputs", "shape")

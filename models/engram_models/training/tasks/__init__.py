@@ -11,7 +11,7 @@ import torch
 
 from engram_models.cell import Cell
 from engram_models.training.bptt import Batch
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 from engram_models.training.recipe import parsed
 from engram_models.training.tables import located
 

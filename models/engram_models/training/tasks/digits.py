@@ -13,7 +13,7 @@ from torch import Tensor
 from engram_models.cell import Cell
 from engram_models.digits import split_digits
 from engram_models.training.bptt import Batch
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 from engram_models.training.tasks import generator
 
 if TYPE_CHECKING:

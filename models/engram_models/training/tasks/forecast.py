@@ -16,7 +16,7 @@ from engram_models.cell import Cell
 from engram_models.normalised import TRANSFORMS
 from engram_models.training import autoregression
 from engram_models.training.bptt import Batch
-from engram_models.training.experiment import TrainingError
+from engram_models.training.errors import TrainingError
 from engram_models.training.scales import Scales, check_share, padded, part
 from engram_models.training.tables import Columns, Table, read_csv, read_npz
 from engram_models.training.tasks import generator
