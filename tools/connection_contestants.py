@@ -138,6 +138,7 @@ def prototype(scratch: Path, built: Path, durable: bool) -> Iterator[Target]:
                 yield Target(f"127.0.0.1:{number}", (process.pid, *pids), "w", built / "ref.bin")
             finally:
                 process.terminate()
+                process.communicate()  # it says its own figures at the end
     finally:
         if store:
             store.stop()
