@@ -14,6 +14,7 @@ import json
 import os
 import re
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -92,6 +93,7 @@ class Contestant:
 
 def main() -> int:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, most), most))
     command = ["cargo", "build", "--release", "--locked", "--quiet", "-p", "engram-load"]
@@ -246,6 +248,7 @@ def drive(row: Row, one: Contestant, target: Target, own: Path, args: argparse.N
         "--connections", row.connections, "--seconds", args.seconds, "--warm-up", args.warm_up, *row.flags, *one.flags,
         *(("--tls-ca", target.tls_ca) if target.tls_ca else ()),
     ]  # fmt: skip
+    say(f"{row.name}, {one.name}")
     before = target.memory()
     with tempfile.TemporaryFile("w+") as errors:
         load = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=errors, text=True)

@@ -50,7 +50,11 @@ class LocalServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> LocalServer:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # a signal, say, while it is waited for
+            self.stop()
+            raise
         return self
 
     def __exit__(
@@ -113,12 +117,19 @@ class LocalServer:
 
     def _answers(self) -> bool:
         try:
-            with grpc.insecure_channel(self.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            with self._channel() as channel:
                 grpc.channel_ready_future(channel).result(timeout=0.5)
             get(self.http, "/healthz", 1.0)
             return True
         except (grpc.FutureTimeoutError, OSError):
             return False
+
+    def _channel(self) -> grpc.Channel:
+        options = [("grpc.enable_http_proxy", 0)]
+        if "--tls-cert" not in self._flags:
+            return grpc.insecure_channel(self.address, options)
+        trusted = Path(self._flags[self._flags.index("--tls-cert") + 1]).read_bytes()  # it signs itself
+        return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(trusted), options)
 
     def _end_redis(self) -> None:
         """Ends the Redis that a killed server left behind, if one is there. Only processes that run in our directory."""
