@@ -267,7 +267,7 @@ def drive(row: Row, one: Contestant, target: Target, own: Path, args: argparse.N
     found: dict[str, Any] = json.loads(said)
     found["server_cores"], found["redis_cores"] = ((now - then) / took for now, then in zip(used, cpu, strict=True))
     if row.name == IDLE:
-        found["kb_each"] = held / 1000 / row.connections
+        found["kb_each"] = held / 1000 / max(1, row.connections - found["failures"])
     right = found["outputs_equal"] or not one.checked or row.name == IDLE
     return {**found, "sound": not found["failures"] and right}
 

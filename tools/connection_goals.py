@@ -15,7 +15,7 @@ FALLBACK = {"python step": "older step", "python interval": "older interval"}
 
 @dataclass(frozen=True)
 class Goal:
-    """value None: one of its figures was not measured."""
+    """value None: one of its figures was not measured, or is of a run that was not sound."""
 
     what: str
     row: str
@@ -26,7 +26,7 @@ class Goal:
     @property
     def met(self) -> str:
         if self.value is None:
-            return "not measured"
+            return "not measured, or not sound"
         good = self.value >= self.bound if self.least else self.value <= self.bound
         if good:
             return "yes"
@@ -41,8 +41,9 @@ class Goal:
 
 def goals(rows: Rows) -> Iterator[Goal]:
     def ratio(row: str, one: str, other: str, figure: str = "steps_per_s", beside: str = "") -> float | None:
-        found = [rows.get((place, peer), {}).get(figure) for place, peer in ((row, one), (beside or row, other))]
-        return found[0] / found[1] if found[0] is not None and found[1] else None
+        both = [rows.get((place, peer), {}) for place, peer in ((row, one), (beside or row, other))]
+        found = [figures.get(figure) for figures in both if figures.get("sound")]
+        return found[0] / found[1] if len(found) == 2 and found[0] is not None and found[1] else None
 
     for client in ("", "C++ "):
         for row in CLOSED:
