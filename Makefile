@@ -34,7 +34,8 @@ help:
 	@echo "make docs      the table of settings, the references of errors and protocol, and the dashboard"
 	@echo "make bench     measure, and write docs/benchmarks/;  make bench-recall  memories and the NTM"
 	@echo "make bench-arena  more active sessions than slots;  make bench-stored  a million stored sessions (ten minutes)"
-	@echo "make bench-connections  independent connections, one session each, up to 4,096; needs cargo"
+	@echo "make bench-connections  independent connections, one session each, up to 4,096; needs cargo; beside it, where given:"
+	@echo "               AGAINST=DIR, PROTOTYPE=DIR (built), MOSEC=DIR (a venv, made if it is not there), CPP_CLIENT=PATH"
 	@echo "make dist      wheel and sdist;  make release-check  installs both as users do: two servers restarted in turn under load"
 	@echo "make simulate        a load on servers and shards, with failures, calibrated by make bench: docs/scaling.md"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
@@ -142,7 +143,8 @@ bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py
 
 bench-connections: $(STAMP) $(NATIVE_STAMP)
-	$(BIN)/python tools/benchmark_connections.py
+	$(BIN)/python tools/benchmark_connections.py $(if $(AGAINST),--against $(AGAINST)) $(if $(PROTOTYPE),--prototype $(PROTOTYPE)) \
+		$(if $(MOSEC),--mosec $(MOSEC)) $(if $(CPP_CLIENT),--cpp-client $(CPP_CLIENT))
 
 bench-recall: $(STAMP)
 	$(BIN)/python tools/benchmark_recall.py

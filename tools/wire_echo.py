@@ -1,4 +1,5 @@
-"""The native wire with nothing behind it: each step is answered at once, without a model or a store. A ceiling for benchmarks.
+"""The native wire with nothing behind it: each step, of a stream or unary, is answered at once, without a model or a store. A
+ceiling for benchmarks.
 
 Prints its address, and serves until its standard input ends.
 """
@@ -13,9 +14,10 @@ import sys
 import engram_native
 import numpy as np
 
-from engram.v1 import model_pb2, stream_pb2
+from engram.v1 import model_pb2, session_pb2, stream_pb2
 
 WINDOW, ROWS_MAX = 64, 8192  # as a server says them
+UNARY = "/engram.v1.EngramService/Step"
 
 
 def main() -> int:
@@ -26,6 +28,8 @@ def main() -> int:
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     print(f"127.0.0.1:{listener.getsockname()[1]}", flush=True)
     wire.listen(listener.detach())
+    unary = session_pb2.StepResponse(raw_outputs=bytes(4 * args.outputs)).SerializeToString()
+    steps: set[int] = set()  # unary calls under way
     with selectors.DefaultSelector() as selector:
         selector.register(wire.descriptor, selectors.EVENT_READ)
         selector.register(sys.stdin, selectors.EVENT_READ)
@@ -38,10 +42,16 @@ def main() -> int:
             if rows:
                 answer(wire, rows, 4 * args.outputs)
             for event in events:
-                if event.kind == "message":
+                if event.kind == "begin" and event.path == UNARY:
+                    steps.add(event.call)
+                elif event.kind == "message" and event.call in steps:
+                    wire.send(event.call, unary)
+                elif event.kind == "message":
                     opened(wire, event)
                 elif event.kind == "half_close":
                     wire.finish(event.call)
+                elif event.kind == "end":
+                    steps.discard(event.call)
 
 
 def answer(wire: engram_native.Wire, rows: int, nbytes: int) -> None:

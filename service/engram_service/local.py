@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -29,11 +30,18 @@ class LocalServerError(Exception):
 class LocalServer:
     """`engram serve` in a child process; a context manager that stops it, and the private Redis with it.
 
-    address and http stay the same when it is killed and started again, so that clients find it.
+    address and http stay the same when it is killed and started again, so that clients find it. `variables`: of its environment.
     """
 
-    def __init__(self, directory: Path, models: Path | None = None, flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        models: Path | None = None,
+        flags: tuple[str, ...] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = directory
+        self._variables = dict(variables or {})
         self.address, self.http = (f"127.0.0.1:{free_port()}" for _ in range(2))
         self._flags = ["--listen", self.address, "--http", self.http, "--data-dir", str(directory / "data"), *flags]
         if models is not None:
@@ -42,7 +50,11 @@ class LocalServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> LocalServer:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # a signal, say, while it is waited for
+            self.stop()
+            raise
         return self
 
     def __exit__(
@@ -64,7 +76,8 @@ class LocalServer:
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "engram", "serve", *self._flags],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment | self._variables,
+                start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + _START_S
         while not self._answers():
@@ -104,12 +117,19 @@ class LocalServer:
 
     def _answers(self) -> bool:
         try:
-            with grpc.insecure_channel(self.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            with self._channel() as channel:
                 grpc.channel_ready_future(channel).result(timeout=0.5)
             get(self.http, "/healthz", 1.0)
             return True
         except (grpc.FutureTimeoutError, OSError):
             return False
+
+    def _channel(self) -> grpc.Channel:
+        options = [("grpc.enable_http_proxy", 0)]
+        if "--tls-cert" not in self._flags:
+            return grpc.insecure_channel(self.address, options)
+        trusted = Path(self._flags[self._flags.index("--tls-cert") + 1]).read_bytes()  # it signs itself
+        return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(trusted), options)
 
     def _end_redis(self) -> None:
         """Ends the Redis that a killed server left behind, if one is there. Only processes that run in our directory."""

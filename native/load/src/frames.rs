@@ -1,4 +1,4 @@
-//! The frames of Engram's stream that a closed loop of steps needs; proto/engram/v1/stream.proto says what the fields are.
+//! The messages that a loop of steps needs; proto/engram/v1/stream.proto and session.proto say what the fields are.
 
 fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 128 {
@@ -31,6 +31,22 @@ pub fn open(model: &str, names: &[String], client_id: u64, interval: bool) -> Ve
     let mut message = vec![];
     put_bytes(&mut message, 1, &frame);
     message
+}
+
+/// A unary step.
+pub fn step_request(name: &str, model: &str, seq: u64, input: &[u8]) -> Vec<u8> {
+    let mut message = vec![];
+    put_bytes(&mut message, 1, name.as_bytes());
+    put_bytes(&mut message, 2, model.as_bytes());
+    put_bytes(&mut message, 5, input);
+    put_number(&mut message, 6, seq);
+    put_number(&mut message, 9, 1);
+    message
+}
+
+/// The output of a unary step.
+pub fn step_output(message: &[u8]) -> Vec<u8> {
+    column(message, 3).to_vec()
 }
 
 /// Columns of a frame of steps.
@@ -67,18 +83,15 @@ impl Steps {
     }
 }
 
-/// What a server says.
+/// What a server says on a stream.
 pub enum Said {
-    Opened {
-        handles: Vec<u32>,
-        refused: bool,
-    },
+    Opened(Vec<u32>),
     Outputs {
         handles: Vec<u32>,
         seqs: Vec<u64>,
         outputs: Vec<u8>,
     },
-    Refused,
+    Refused(String),
     Else,
 }
 
@@ -86,15 +99,6 @@ pub fn said(message: &[u8]) -> Said {
     let mut rest = message;
     let Some((field, frame)) = next(&mut rest) else {
         return Said::Else;
-    };
-    let columns = |wanted: u64| {
-        let (mut rest, mut found) = (frame, &[][..]);
-        while let Some((field, bytes)) = next(&mut rest) {
-            if field == wanted {
-                found = bytes;
-            }
-        }
-        found
     };
     let numbers = |bytes: &[u8]| {
         bytes
@@ -105,23 +109,46 @@ pub fn said(message: &[u8]) -> Said {
             .collect()
     };
     match field {
-        1 => Said::Opened {
-            handles: numbers(columns(2)),
-            refused: !columns(10).is_empty(),
+        1 => match column(frame, 10) {
+            [] => Said::Opened(numbers(column(frame, 2))),
+            error => Said::Refused(format!(
+                "the server refused to open a session: {}",
+                detail(column(error, 2))
+            )),
         },
         2 => Said::Outputs {
-            handles: numbers(columns(1)),
-            seqs: columns(2)
+            handles: numbers(column(frame, 1)),
+            seqs: column(frame, 2)
                 .as_chunks()
                 .0
                 .iter()
                 .map(|eight| u64::from_le_bytes(*eight))
                 .collect(),
-            outputs: columns(3).to_vec(),
+            outputs: column(frame, 3).to_vec(),
         },
-        3 => Said::Refused,
+        3 => Said::Refused(format!(
+            "the server refused a step: {}",
+            detail(column(frame, 4))
+        )),
         _ => Said::Else,
     }
+}
+
+/// Reason and message of an ErrorDetail.
+fn detail(error: &[u8]) -> String {
+    let text = |field| String::from_utf8_lossy(column(error, field)).into_owned();
+    format!("{} {}", text(2), text(3))
+}
+
+/// The last field of that number.
+fn column(frame: &[u8], wanted: u64) -> &[u8] {
+    let (mut rest, mut found) = (frame, &[][..]);
+    while let Some((field, bytes)) = next(&mut rest) {
+        if field == wanted {
+            found = bytes;
+        }
+    }
+    found
 }
 
 /// The next field: its number, and its bytes, if it has some.
