@@ -32,6 +32,11 @@ _INBOX_NBYTES = 256 << 20
 _HANDSHAKE_S, _IDLE_S, _KEEPALIVE_S = 10.0, 120.0, 20.0
 _BACKLOG = 1024
 _CERTIFICATE_S = 1.0
+if engram_native.__version__ != __version__:
+    raise ImportError(
+        f"engram-native is {engram_native.__version__} and engram {__version__}: install engram[native]=={__version__}"
+    )
+
 _NONE = np.empty(0, np.uint8)
 _NO_SEQS = np.empty(0, np.uint64)
 
@@ -208,8 +213,6 @@ def _listeners(host: str, port: int) -> list[socket.socket]:
         for family, _, _, _, address in dict.fromkeys(
             socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         ):
-            if family not in (socket.AF_INET, socket.AF_INET6):
-                continue
             bound = (address[0], port or (found[0].getsockname()[1] if found else 0))
             dual = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
             found.append(socket.create_server(bound, family=family, backlog=_BACKLOG, dualstack_ipv6=dual))
@@ -219,6 +222,4 @@ def _listeners(host: str, port: int) -> list[socket.socket]:
         for one in found:
             one.close()
         raise
-    if not found:
-        raise OSError(f"{host!r} has no address")
     return found
