@@ -6,9 +6,11 @@ mod frames;
 pub mod fuzzing;
 mod inbox;
 mod messages;
+mod preface;
 mod refusals;
 mod relay;
 mod server;
+mod strangers;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use parking_lot::Mutex;

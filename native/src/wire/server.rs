@@ -24,8 +24,10 @@ use tokio_rustls::rustls::ProtocolVersion;
 use super::call::{Call, Reading, Status};
 use super::inbox::{Begun, Happening, Inbox};
 use super::messages::Messages;
+use super::preface::{self, Prefaced};
 use super::refusals::{Refusal, Refusals};
 use super::relay::{HEALTH, Relay, Relayed};
+use super::strangers;
 
 const STREAM_PATH: &str = "/engram.v1.EngramService/Stream";
 const STEP_PATH: &str = "/engram.v1.EngramService/Step";
@@ -391,7 +393,7 @@ impl AsyncWrite for Counted {
     }
 }
 
-type Http = Connection<Counted, Bytes>;
+type Http = Connection<Prefaced<Counted>, Bytes>;
 
 async fn handshake(
     server: &Arc<Server>,
@@ -413,6 +415,11 @@ async fn handshake(
         }
         None => (socket, None),
     };
+    let counted = Counted {
+        socket,
+        server: server.clone(),
+    };
+    let socket = preface::begun(counted).await.ok()?;
     let connection = Builder::new()
         .initial_window_size(WINDOW_BEFORE)
         .initial_connection_window_size(WINDOW_BEFORE)
@@ -421,10 +428,7 @@ async fn handshake(
         .max_header_list_size(server.limits.header_nbytes)
         .max_pending_accept_reset_streams(server.limits.resets)
         .max_local_error_reset_streams(Some(server.limits.resets))
-        .handshake(Counted {
-            socket,
-            server: server.clone(),
-        })
+        .handshake(socket)
         .await
         .ok()?;
     Some((connection, tls))
@@ -489,6 +493,12 @@ fn begin(
     peer: &Arc<Peer>,
     under_way: &Arc<AtomicUsize>,
 ) -> bool {
+    if !strangers::is_grpc(&request) {
+        server.counters.bad_head.fetch_add(1, Relaxed);
+        let time = Duration::from_secs_f64(server.limits.handshake_s);
+        tokio::spawn(strangers::answer(request.into_body(), respond, time));
+        return false;
+    }
     let identities = server.identities.read(); // until the call is among those that a new table ends
     // With its query, if there is one, which names no method.
     let path = request
@@ -496,7 +506,7 @@ fn begin(
         .path_and_query()
         .map_or("", |path| path.as_str());
     let kind = server.kind(path);
-    let begun = read_head(server, &identities, kind, &request).and_then(|read| {
+    let begun = read_head(server, &identities, kind, request.headers()).and_then(|read| {
         let place = server.place(kind)?;
         Ok((read, place))
     });
@@ -623,23 +633,12 @@ fn read_head(
     server: &Server,
     identities: &Identities,
     kind: Kind,
-    request: &Request<h2::RecvStream>,
+    headers: &HeaderMap,
 ) -> Result<Head, Status> {
-    let headers = request.headers();
     let bad_head = |code, words| {
         server.counters.bad_head.fetch_add(1, Relaxed);
         Status::new(code, words)
     };
-    let content = headers
-        .get("content-type")
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or("");
-    if request.method() != http::Method::POST || !content.starts_with("application/grpc") {
-        return Err(bad_head(
-            12,
-            "this port speaks gRPC: POST with content-type application/grpc",
-        ));
-    }
     let identity = match server.identity(identities, headers) {
         Err(_) if kind == Kind::Health => None,
         Err(refusal) => return Err(server.refused(refusal)),
