@@ -7,13 +7,18 @@ gRPC's Python client, test_go.py with grpc-go's interop client, test_java.py wit
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from interop.process import InteropServer
 from interop.programs import ProgramsMissingError
 from interop.programs import programs as built_programs
+
+from engram_models import shipped_models_dir
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +36,23 @@ def programs() -> Path:
         return built_programs()
     except ProgramsMissingError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=["python", "native"])
+def engram_server(
+    request: pytest.FixtureRequest, server_type: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """`engram serve` on each of its wires, for all tests of a module. A server that has one alone is asked for none."""
+    said = subprocess.run(
+        [sys.executable, "-m", "engram", "serve", "--help"], check=True, capture_output=True, text=True
+    )
+    flags = ["--wire", request.param] if "--wire" in said.stdout else []
+    if request.param == "native":
+        if not flags:
+            pytest.skip("engram serve has no --wire yet; from then on this runs by itself")
+        pytest.importorskip("engram_native", reason="the extension is not built: make install builds it where cargo is")
+    directory = tmp_path_factory.mktemp("interop")
+    (directory / "models").mkdir()
+    (directory / "models" / "digits-reader").symlink_to(shipped_models_dir() / "digits-reader")
+    with server_type(directory, "--models", str(directory / "models"), *flags) as server:
+        yield server

@@ -12,9 +12,9 @@ import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health
-from grpc_reflection.v1alpha import reflection
 
 from engram.v1 import service_pb2
+from engram_service.api import reflection
 from engram_service.api.access import Access
 from engram_service.api.call import Call
 from engram_service.api.confine import confine, ids_of
@@ -95,8 +95,7 @@ class Server:
         self._holdback = access.holdback
         probes = Probes(HealthService(ready, SERVICE.full_name), self._holdback)
         self._server.add_generic_rpc_handlers((probes.handlers(),))
-        names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        reflection.enable((SERVICE.full_name, health.SERVICE_NAME), self._server)
 
     async def start(self) -> int:
         """Serves; the bound port. Raises OSError where the address cannot be had."""
