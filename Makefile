@@ -22,7 +22,7 @@ CODE := clients/python service models tests tools
 # Where the environment forbids bytecode, each of the processes that a target starts would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install docs proto lint format check proto-lint proto-check native-check types test native-test test-cluster test-all learn learn-quick demo bench bench-connections bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check native-check types programs test native-test test-cluster test-all learn learn-quick demo bench bench-connections bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -108,9 +108,13 @@ check: lint types proto-lint proto-check native-check
 $(BIN)/helm: tools/kubernetes_tools.py | $(STAMP)
 	$(BIN)/python tools/kubernetes_tools.py
 
+# Go clients and checkers for tests/interop, kept in ~/.cache/engram-tests; without Go, their tests say that they are left out.
+programs: $(STAMP)
+	@$(BIN)/python tests/interop/programs.py
+
 # One thread a worker: more of them than cores keep each other waiting at every small matrix. Where a test asks for several, they
 # sleep while they wait: by default they spin, on cores that the other workers want.
-test: $(STAMP) $(NATIVE_STAMP) $(BIN)/helm native-test
+test: $(STAMP) $(NATIVE_STAMP) $(BIN)/helm native-test programs
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 native-test:

@@ -1,7 +1,7 @@
 """Clients of others against what serves here.
 
 The bare native wire answers gRPC's own interop cases (server.py is grpc.testing.TestService on it): test_grpcio.py drives them with
-gRPC's Python client, test_go.py with grpc-go's interop client, test_java.py with grpc-java; test_h2spec.py has the rules of HTTP/2.
+gRPC's Python client, test_go.py with grpc-go's interop client; test_h2spec.py has the rules of HTTP/2.
 `engram serve` answers what of the cases fits engram.v1 (test_engram.py), and grpcurl and ghz (test_tools.py), on each of its wires.
 """
 
@@ -56,3 +56,9 @@ def engram_server(
     (directory / "models" / "digits-reader").symlink_to(shipped_models_dir() / "digits-reader")
     with server_type(directory, "--models", str(directory / "models"), *flags) as server:
         yield server
+
+
+@pytest.fixture
+def wire(engram_server: Any, request: pytest.FixtureRequest) -> str:
+    """Which of its wires the server was asked for."""
+    return str(request.node.callspec.params["engram_server"])

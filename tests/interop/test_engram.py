@@ -31,12 +31,6 @@ def stub(channel: grpc.Channel) -> Any:
 
 
 @pytest.fixture
-def wire(engram_server: Any, request: pytest.FixtureRequest) -> str:
-    """Which of its wires the server was asked for."""
-    return str(request.node.callspec.params["engram_server"])
-
-
-@pytest.fixture
 def model(stub: Any) -> Any:
     return stub.GetModel(session_pb2.GetModelRequest(model=MODEL), timeout=WAIT_S).model
 

@@ -21,17 +21,26 @@ CASES = 146
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 
-@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
-def test_http2_is_spoken_by_its_rules(programs: Path, certificates: Any, tmp_path: Path, encrypted: bool) -> None:
-    flags = ["--tls", *map(str, certificates.issue("server"))] if encrypted else []
-    with InteropServer(*flags) as server:
-        report = tmp_path / "report.xml"
-        command = [programs / "h2spec", "--strict", "--port", str(server.port), "--junit-report", report]
-        command += ["--path", "/engram.v1.EngramService/Stream", "--timeout", "5"]
-        command += ["--tls", "--insecure"] if encrypted else []
-        said = subprocess.run(command, check=False, capture_output=True, text=True, timeout=110).stdout
-        server.until(lambda counters: counters["connections"] == 0)
+def check(programs: Path, port: int, report: Path, *flags: str) -> None:
+    """Runs every case; those of EXCEPTIONS, and no others, end otherwise."""
+    command = [programs / "h2spec", "--strict", "--port", str(port), "--junit-report", report, "--timeout", "5", *flags]
+    command += ["--path", "/engram.v1.EngramService/Stream"]
+    said = subprocess.run(command, check=False, capture_output=True, text=True, timeout=110).stdout
     cases = list(ElementTree.parse(report).iter("testcase"))
     other = {(case.attrib["package"], case.attrib["classname"]) for case in cases if len(case)}
     assert other == set(EXCEPTIONS), said[said.find("Failures") :]
     assert len(cases) == CASES
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+def test_the_wire_keeps_the_rules(programs: Path, certificates: Any, tmp_path: Path, encrypted: bool) -> None:
+    flags = ["--tls", *map(str, certificates.issue("server"))] if encrypted else []
+    with InteropServer(*flags) as server:
+        check(programs, server.port, tmp_path / "report.xml", *(["--tls", "--insecure"] if encrypted else []))
+        server.until(lambda counters: counters["connections"] == 0)
+
+
+def test_a_server_on_the_wire_keeps_the_rules(programs: Path, engram_server: Any, wire: str, tmp_path: Path) -> None:
+    if wire != "native":
+        pytest.skip("gRPC's own server, which the python wire is, does otherwise in more than half of the cases")
+    check(programs, engram_server.port, tmp_path / "report.xml")
