@@ -97,6 +97,8 @@ impl Default for Peers {
             idle_s: 60.0,
             keepalive_s: 60.0,
             resets: 20,
+            frame_rows: 16,
+            frame_nbytes: MESSAGE_NBYTES,
         };
         let refusals = Refusals::new(HashMap::new()).expect("it names none");
         let runtime = Builder::new_current_thread().enable_all().build();
