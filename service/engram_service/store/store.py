@@ -23,9 +23,10 @@ from engram_service.errors import DataLossError
 from engram_service.health import Health
 from engram_service.metrics import Metrics
 from engram_service.store import safety, scripts
-from engram_service.store.committer import Committers, Line
+from engram_service.store.committer import Committers
 from engram_service.store.generations import KEPT_MS, Generations
 from engram_service.store.keys import META_PREFIX, memory_key, meta_key, record_key, session_tag
+from engram_service.store.lines import Line, line_of
 from engram_service.store.memories import MemoryLogs, revision_of
 from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
 from engram_service.store.record import HEADER, MAGIC, SEQ_MAX, TIME_MS_MAX, read_headers
@@ -161,7 +162,7 @@ class Store:
 
     def line(self) -> Line:
         """A way to commit from the event loop."""
-        return self._committers.line()
+        return line_of(self._committers)
 
     def load(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8]) -> list[bytes | None]:
         """Records under these claims; None where there is none."""

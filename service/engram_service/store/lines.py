@@ -1,0 +1,265 @@
+"""The event loop's ways to Redis, each for one commit at a time. None waits for longer than it is asked to.
+
+What is not plainly written is the committers' to find out about, and so is everything while Redis is in trouble.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_service.store.committer import Committers
+from engram_service.store.generations import Mark
+from engram_service.store.keys import META_PREFIX
+from engram_service.store.links import INLINE_TIMEOUT_S, Link, Links
+from engram_service.store.nodes import Node
+from engram_service.store.pending import Pending, Sent
+from engram_service.store.record import RecordBlock
+from engram_service.store.types import CommitJob
+
+try:
+    import engram_native
+except ImportError:  # there is no wheel for this platform, and nobody has built it
+    _HERE = False
+else:
+    _HERE = True
+
+
+_WIDTHS_MAX = 8  # widths of records whose memory is kept
+
+
+class Line(Protocol):
+    """One way to Redis."""
+
+    def send(self, job: CommitJob) -> None:
+        """Never fails; what cannot be sent is the committers' to send again."""
+
+    def ready(self, timeout_s: float) -> bool:
+        """Whether `finish` need not wait, now or within a time."""
+
+    def waits_on(self) -> int:
+        """The descriptor that becomes readable with the next reply; to be asked while it is not ready."""
+
+    def finish(self) -> None:
+        """Takes the replies and tells the job."""
+
+    def give_up(self) -> None:
+        """The replies do not come: the connections that wait are dropped, and the committers go on."""
+
+
+def line_of(committers: Committers) -> Line:
+    """The extension's, where it is and the connection is in clear: TLS is Python's."""
+    if not _HERE or committers.settings.url.startswith("rediss"):
+        return PythonLine(committers)
+    return NativeLine(committers)
+
+
+def _readable(descriptor: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+class PythonLine:
+    """Sockets of redis-py, and NumPy. A Redis that answers late as it is asked to (WAIT) is left to the committers."""
+
+    def __init__(self, committers: Committers) -> None:
+        self._committers = committers
+        self._links = Links(committers.settings, INLINE_TIMEOUT_S)
+        self._sent: Sent | None = None
+        self._left: list[int] = []  # descriptors of connections whose replies have not begun to come
+
+    def send(self, job: CommitJob) -> None:
+        self._sent = sent = self._committers.send(self._links, job)
+        nodes = [] if sent is None else [node for node in sent.parts if node.name not in sent.failures]
+        self._left = [number for node in nodes if (number := self._links.to(node).waits_on()) is not None]
+
+    def ready(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while self._left:
+            if not _readable(self._left[-1], max(0.0, deadline - time.monotonic())):
+                return False
+            self._left.pop()
+        return True
+
+    def waits_on(self) -> int:
+        return self._left[-1]
+
+    def finish(self) -> None:
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            self._committers.receive(self._links, sent)
+
+    def give_up(self) -> None:
+        if self._sent is not None:
+            for node in self._sent.parts:
+                if self._links.to(node).waits_on() in self._left:
+                    self._links.to(node).abandon(self._sent.pending.doubtful[node.name])
+        self.finish()
+
+
+class _Way:
+    """A native link to one node, and the connection that it writes to, which redis-py has made."""
+
+    def __init__(self, node: Node, link: Link) -> None:
+        self.node = node
+        self.link = link
+        self.native: Any = None
+        self.blocks: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []
+        self.mark: Mark | None = None
+        self.done = False
+
+    def send(self, job: CommitJob, key: bytes, wait: bytes, doubtful: list[int]) -> None:
+        """Raises RedisError or OSError."""
+        connection = self.link.opened(doubtful)
+        if self.native is None:
+            self.native = engram_native.CommitLink(os.dup(connection._sock.fileno()))
+        last = len(self.blocks) - 1
+        for n, (rows, values) in enumerate(self.blocks):
+            whole = len(rows) == len(job.tags)
+            columns = (
+                (job.tags, job.tokens, job.ttl_ms) if whole else (job.tags[rows], job.tokens[rows], job.ttl_ms[rows])
+            )
+            more = n < last
+            self.native.send(columns[0], columns[1], values, columns[2], META_PREFIX,
+                             b"" if more else key, b"" if more else wait, more)  # fmt: skip
+
+    def drop(self, doubtful: list[int]) -> None:
+        """Nobody knows what of it arrived."""
+        if self.native is not None:
+            self.native.close()
+            self.native = None
+        self.link.abandon(doubtful)
+
+
+class NativeLine:
+    """The extension packs commands, sends them and counts replies, without the interpreter's lock."""
+
+    def __init__(self, committers: Committers) -> None:
+        self._committers = committers
+        self._settings = committers.settings
+        self._links = Links(committers.settings, INLINE_TIMEOUT_S)
+        self._ways: dict[str, _Way] = {}
+        self._pending: Pending | None = None
+        self._used: list[_Way] = []
+        self._failed = False
+        wait = committers.settings.wait
+        self._wait = b"" if wait is None else _command(*wait)
+        self._scratch: dict[int, NDArray[np.uint8]] = {}  # by width: records of the commit that is under way
+
+    def send(self, job: CommitJob) -> None:
+        pending = Pending(job)
+        self._used, self._failed, self._pending = [], False, pending
+        if self._committers.troubled:
+            self._failed = True
+            return
+        pending.begin()
+        pending.unknown[:] = True
+        with self._committers.noting() as failure:
+            for rows, block in job.blocks:
+                values = self._packed(block, len(job.blocks) == 1)
+                for node, at in self._committers.nodes.of_tags(job.tags if len(job.blocks) == 1 else job.tags[rows]):
+                    way = self._way(node)
+                    way.blocks.append((rows, values) if len(at) == len(rows) else (rows[at], values[at]))
+            for way in self._used:
+                way.mark = self._committers.mark(way.node)
+                with self._committers.noting() as own:
+                    way.send(job, way.mark.key, self._wait, pending.doubtful[way.node.name])
+                if own:
+                    self._fail(way)
+        self._failed |= bool(failure)
+
+    def ready(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s if timeout_s else 0.0
+        for way in self._used:
+            if not way.done:
+                with self._committers.noting() as failure:
+                    way.done = way.native.progress(max(0.0, deadline - time.monotonic()) if timeout_s else 0.0)
+                if failure:
+                    self._fail(way)
+                if not way.done:
+                    return False
+        return True
+
+    def waits_on(self) -> int:
+        return next(int(way.native.descriptor) for way in self._used if not way.done)
+
+    def finish(self) -> None:
+        pending, self._pending = self._pending, None
+        settled = not self._failed
+        if pending is None:
+            return
+        for way in self._used:
+            if way.native is not None and way.done and way.blocks:
+                with self._committers.noting() as failure:
+                    settled &= self._take(way, pending)
+                if failure:
+                    self._fail(way)
+                    settled = False
+            way.blocks, way.done = [], False
+        if not settled or self._failed:
+            self._committers.go_on(pending)
+
+    def give_up(self) -> None:
+        for way in self._used:
+            if not way.done:
+                self._fail(way)
+        self.finish()
+
+    def _take(self, way: _Way, pending: Pending) -> bool:
+        """The replies of a node; whether all that was sent there is settled."""
+        kinds, errors, counter, waited = way.native.verdicts()
+        if (
+            counter is not None and way.mark is not None
+        ):  # first, for who looks why a record is not there asks about losses
+            self._committers.counted(way.mark, counter)
+        if self._wait and not self._settings.waited(waited[0] if self._settings.ack == "replicated" else waited):
+            return False  # as safe as was asked for it is not yet: it is written again
+        rows = way.blocks[0][0] if len(way.blocks) == 1 else np.concatenate([rows for rows, _ in way.blocks])
+        if kinds is None:
+            return pending.written(rows, None)
+        texts = dict(errors)
+        replies = [
+            b"+OK" if kind == 43 else b"-" + texts.get(n, b"") if kind == 45 else b"$-1" for n, kind in enumerate(kinds)
+        ]
+        return pending.written(rows, replies)
+
+    def _way(self, node: Node) -> _Way:
+        way = self._ways.get(node.name)
+        if way is None:
+            way = self._ways[node.name] = _Way(node, self._links.to(node))
+        if way not in self._used:
+            self._used.append(way)
+        return way
+
+    def _fail(self, way: _Way) -> None:
+        if self._pending is not None:
+            way.drop(self._pending.doubtful[way.node.name])
+        way.done, way.blocks, self._failed = True, [], True
+
+    def _packed(self, block: RecordBlock, alone: bool) -> NDArray[np.uint8]:
+        """Records, in memory that is used again where no other block of the commit can be of this width: they stay until it is done."""
+        if not alone:
+            return block.packed()
+        layout, rows = block.layout, len(block.seq)
+        width = layout.record_nbytes(block.outputs.shape[1])
+        out = self._scratch.get(width)
+        if out is None or len(out) < rows:
+            if len(self._scratch) >= _WIDTHS_MAX:
+                self._scratch.clear()
+            out = self._scratch[width] = np.empty((max(rows, 0 if out is None else 2 * len(out)), width), np.uint8)
+        engram_native.pack_records(
+            out[:rows], layout.fingerprint, layout.runtime, block.seq, block.acked, block.epoch, block.counts,
+            list(block.states), block.outputs, block.now_ms,
+        )  # fmt: skip
+        return out[:rows]
+
+
+def _command(*words: str | int) -> bytes:
+    parts = [str(word).encode() for word in words]
+    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
