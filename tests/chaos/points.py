@@ -103,11 +103,14 @@ def install(control: pathlib.Path) -> None:
     from engram_service.api import unary
     from engram_service.sessions.residency import Residency
     from engram_service.store import Store
-    from engram_service.store.committer import Link
+    from engram_service.store.lines import NativeLine, PythonLine
+    from engram_service.store.links import Link
 
     points = Points(control)
-    points.before(Store, "begin", "before-commit")
+    for line in (NativeLine, PythonLine):
+        points.before(line, "send", "before-commit")
     points.after(Link, "receive", "after-commit")
+    points.after(NativeLine, "ready", "after-commit")
     points.before(Store, "claim", "before-claim")
     points.after(Store, "claim", "after-claim")
     points.before(Residency, "flush_all", "drain")

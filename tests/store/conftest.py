@@ -17,6 +17,7 @@ from engram_service.store import (
     ClaimRequest,
     ClaimResult,
     CommitJob,
+    Line,
     MetaFields,
     RecordBlock,
     RecordLayout,
@@ -25,9 +26,13 @@ from engram_service.store import (
     Verdict,
     session_tag,
 )
+from engram_service.store.lines import NativeLine, PythonLine
 
 WAIT_S = 15.0
 LAYOUT = RecordLayout("0123456789abcdef" * 2, 40, 12)
+
+
+_LINE_S = 0.3  # until a line is given up
 
 
 class Commit:
@@ -63,6 +68,7 @@ class Holder:
         self.losses = 0
         self.epoch = 1
         self.created_ms = 5
+        self._lines: dict[str, Line] = {}
 
     def requests(
         self, model: str = "m", version: str = "", client_id: int = 1, attach: bool = False, replaces: str | None = None
@@ -121,9 +127,19 @@ class Holder:
     def commit(self, seq: int) -> list[Verdict | None]:
         return self.submit(seq).wait()
 
-    def commit_inline(self, seq: int) -> Commit:
+    def commit_by(self, way: str, seq: int) -> Commit:
+        """By the committers, or by a line as the event loop has them: "python" or "native"."""
+        if way == "committer":
+            return self.submit(seq)
         commit = Commit(len(self.ids))
-        self.store.finish(self.store.begin(self.job(seq, commit)))
+        if way not in self._lines:
+            self._lines[way] = (NativeLine if way == "native" else PythonLine)(self.store._committers)
+        line = self._lines[way]
+        line.send(self.job(seq, commit))
+        if line.ready(_LINE_S):
+            line.finish()
+        else:
+            line.give_up()
         return commit
 
     def stored(self) -> list[int]:

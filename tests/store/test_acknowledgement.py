@@ -9,12 +9,18 @@ import pathlib
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 from redises import redis_program, speaks_tls
 
 from engram_service.store import Store, StoreError, StoreUnavailableError, Verdict
+
+_NO_EXTENSION = pytest.mark.skipif(
+    find_spec("engram_native") is None, reason="engram_native is not here: make install builds it"
+)
+WAYS = ["committer", "python", pytest.param("native", marks=_NO_EXTENSION)]
 
 MakeHolder = Callable[..., Any]
 OpenStore = Callable[..., Store]
@@ -43,13 +49,13 @@ def records(process: Any) -> set[bytes]:
     return {process.client.get(key) or b"" for key in process.client.scan_iter("engram:{*}:*")}
 
 
-@pytest.mark.parametrize("inline", [False, True], ids=["committer", "inline"])
+@pytest.mark.parametrize("way", WAYS)
 def test_replicated_commits_are_on_the_replica_when_they_are_told(
-    open_store: OpenStore, primary: Any, replica: Any, holder: MakeHolder, inline: bool
+    open_store: OpenStore, primary: Any, replica: Any, holder: MakeHolder, way: str
 ) -> None:
     owner = holder(open_store(primary.url, ack="replicated", ack_timeout_ms=2000), "a", "b").claim()
     for seq in range(1, 20):
-        commit = owner.commit_inline(seq) if inline else owner.submit(seq)
+        commit = owner.commit_by(way, seq)
         assert commit.wait() == [OK, OK]
         assert records(replica) == records(primary) and len(records(primary)) == 2
 
@@ -141,7 +147,7 @@ def test_tls(
     owner = holder(store, *(f"s{n}" for n in range(300))).claim()
     for seq in range(1, 6):
         assert owner.commit(seq) == [OK] * 300
-        assert owner.commit_inline(seq + 1).wait() == [OK] * 300
+        assert owner.commit_by("native", seq + 1).wait() == [OK] * 300
     assert owner.stored() == [6] * 300
     holder(store, "s7").claim()
     assert [verdict is OK for verdict in owner.commit(7)] == [n != 7 for n in range(300)]

@@ -54,9 +54,10 @@ def test_slots_are_those_of_redis() -> None:
 def test_sessions_on_all_nodes(cluster: Cluster, open_store: OpenStore, holder: MakeHolder) -> None:
     store, other = open_store(cluster.url), open_store(cluster.url)
     owner = holder(store, *NAMES).claim()
-    assert owner.commit(1) == [OK] * 120 and owner.commit_inline(2).wait() == [OK] * 120
+    assert owner.commit(1) == [OK] * 120 and owner.commit_by("native", 2).wait() == [OK] * 120
+    assert owner.commit_by("python", 3).wait() == [OK] * 120
     assert all(process.client.dbsize() > 40 for process in cluster.processes), "they are spread"
-    assert owner.stored() == [2] * 120 and owner.loaded().seq.tolist() == [2] * 120
+    assert owner.stored() == [3] * 120 and owner.loaded().seq.tolist() == [3] * 120
     taker = holder(other, *NAMES[::2]).claim()
     assert [claim.epoch for claim in taker.claims] == [2] * 60
     assert owner.commit(3) == [FENCED, OK] * 60 and taker.commit(3) == [OK] * 60

@@ -10,6 +10,8 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,17 +22,22 @@ from engram_service.store import ClaimStatus, Store, StoreError, StoreUnavailabl
 from engram_service.store.packing import read_replies
 from engram_service.store.private import PrivateRedis, PrivateSettings
 
+_NO_EXTENSION = pytest.mark.skipif(
+    find_spec("engram_native") is None, reason="engram_native is not here: make install builds it"
+)
+WAYS = ["committer", "python", pytest.param("native", marks=_NO_EXTENSION)]
+
 MakeHolder = Callable[..., Any]
 OpenStore = Callable[..., Store]
 OK, FENCED = Verdict.OK, Verdict.FENCED
 
 
-@pytest.mark.parametrize("inline", [False, True], ids=["committer", "inline"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_commit_whose_answer_is_lost_is_settled_once(
-    open_store: OpenStore, wire: Any, holder: MakeHolder, inline: bool
+    open_store: OpenStore, wire: Any, holder: MakeHolder, way: str
 ) -> None:
     owner = holder(open_store(wire.url), "a", "b").claim()
-    commit = owner.commit_inline if inline else owner.submit
+    commit = partial(owner.commit_by, way)
     assert commit(1).wait() == [OK, OK]
     wire.lose_answer_to(b"\r\nXX\r\n")
     assert commit(2).wait() == [OK, OK]
@@ -51,19 +58,18 @@ def test_a_commit_that_was_written_but_never_answered_and_then_fenced(
     assert records.seq.tolist() == [1] and taker.commit(2) == [OK]
 
 
-@pytest.mark.parametrize("inline", [False, True], ids=["committer", "inline"])
+@pytest.mark.parametrize("way", WAYS)
 def test_what_a_lost_connection_still_holds_never_comes_after_later_commits(
-    open_store: OpenStore, wire: Any, holder: MakeHolder, inline: bool, monkeypatch: pytest.MonkeyPatch
+    open_store: OpenStore, wire: Any, holder: MakeHolder, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Commit 1 is stuck on the way, is given up and sent again on another connection, and 2 follows; then the first arrives."""
     from engram_service.store import committer
 
-    monkeypatch.setattr(committer, "_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(committer, "_INLINE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(committer, "TIMEOUT_S", 0.5)
     owner = holder(open_store(wire.url), "a")
     owner.claim()
     wire.hold(b"\r\nXX\r\n")
-    first = owner.commit_inline(1) if inline else owner.submit(1)
+    first = owner.commit_by(way, 1)
     assert wire.held.wait(5) and first.wait() == [OK]
     assert owner.commit(2) == [OK]
     wire.release()
@@ -238,12 +244,12 @@ def test_redis_may_be_away_for_any_number_of_attempts(
     store: Store, redis_process: Any, holder: MakeHolder, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
     """redis-py's pools make a hundred connections and no more, unless they are given back."""
-    from engram_service.store import committer
+    from engram_service.store import links, pending
 
     attempts: list[object] = []
-    ready = committer.Link._ready
-    monkeypatch.setattr(committer.Link, "_ready", lambda link: (attempts.append(link), ready(link))[1])
-    monkeypatch.setattr(committer, "_BACKOFF_S", (0.001,))
+    ready = links.Link._ready
+    monkeypatch.setattr(links.Link, "_ready", lambda link: (attempts.append(link), ready(link))[1])
+    monkeypatch.setattr(pending, "_BACKOFF_S", (0.001,))
     redis_process.client.config_set("appendfsync", "always")  # else Redis may put off to write what it has answered
     owner = holder(store, "a").claim()
     redis_process.kill()
@@ -253,15 +259,15 @@ def test_redis_may_be_away_for_any_number_of_attempts(
     assert stuck.wait() == [OK]
 
 
-@pytest.mark.parametrize("inline", [False, True], ids=["committer", "inline"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_paused_redis_is_waited_for(
-    store: Store, redis_process: Any, holder: MakeHolder, troubles: Any, eventually: Any, inline: bool
+    store: Store, redis_process: Any, holder: MakeHolder, troubles: Any, eventually: Any, way: str
 ) -> None:
     told = troubles(store)
     owner = holder(store, "a").claim()
     owner.commit(1)
     redis_process.pause()
-    stuck = owner.commit_inline(2) if inline else owner.submit(2)
+    stuck = owner.commit_by(way, 2)
     eventually(lambda: told.told)
     assert not stuck.settled and told.told[0]
     redis_process.go_on()
