@@ -38,9 +38,31 @@ class Waiting:
         self._columns = _empty(64, input_nbytes)
         self._here = np.zeros(64, np.bool_)
         self._high = 0
+        self._whole: Steps | None = None  # all that waits, as it came: mostly the next batch takes it so
         self.count = 0
 
     def add(self, steps: Steps) -> None:
+        if not self.count:
+            self._whole, self.count = steps, len(steps)
+            return
+        self._spill()
+        self._append(steps)
+
+    @property
+    def whole(self) -> Steps | None:
+        """All rows, where they came at once."""
+        return self._whole
+
+    def take_whole(self) -> None:
+        """Takes them out."""
+        self._whole, self.count = None, 0
+
+    def _spill(self) -> None:
+        if self._whole is not None:
+            whole, self._whole, self.count, self._high = self._whole, None, 0, 0
+            self._append(whole)
+
+    def _append(self, steps: Steps) -> None:
         count = len(steps)
         if self._high + count > len(self._here):
             self._make_room(count)
@@ -53,6 +75,7 @@ class Waiting:
 
     def places(self) -> NDArray[np.intp]:
         """Where the rows are, in their order; `take` and the columns understand it."""
+        self._spill()
         return np.flatnonzero(self._here[: self._high])
 
     @property

@@ -69,6 +69,11 @@ class Scheduler:
     def next(self, model: int, busy: NDArray[np.bool_], rows_max: int, now: float) -> Batch | None:
         """The next batch of a model, or None where nothing is ready. Marks the sessions it takes in `busy`."""
         waiting = self._waiting[model]
+        if (whole := waiting.whole) is not None and self._fits(whole, busy, rows_max, now):
+            waiting.take_whole()
+            busy[whole.rows] = True
+            self._few_at[model] = now
+            return Batch(whole, [None], None)
         places = waiting.places()
         columns, rows = waiting.columns, waiting.columns.rows[places]
         ready = ~busy[rows]
@@ -90,6 +95,15 @@ class Scheduler:
             places, rows = places[chosen], rows[chosen]
         busy[rows] = True
         return batch_of(waiting.take(places), repeated)
+
+    def _fits(self, whole: Steps, busy: NDArray[np.bool_], rows_max: int, now: float) -> bool:
+        """Whether all of these may go at once, without a look at whose they are."""
+        if len(whole) == 1:
+            return not busy.item(whole.rows.item(0)) and whole.deadlines.item(0) >= now
+        few = len(whole) <= min(rows_max, _MANY)
+        return (
+            few and not busy[whole.rows].any() and _unique(whole.rows, len(busy)) and bool(whole.deadlines.min() >= now)
+        )
 
     def models(self) -> list[int]:
         """Those for which rows wait, beginning with whose turn it is."""

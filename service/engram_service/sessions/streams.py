@@ -21,6 +21,7 @@ from engram_service.wire.base import NUMBER_BITS, Wire
 
 LOCAL = 0
 _NUMBER = np.uint32((1 << NUMBER_BITS) - 1)
+_NUMBER_INT = int(_NUMBER)
 _NOBODY = np.uint32(0xFFFFFFFF)
 
 
@@ -35,7 +36,7 @@ class Stream:
         self.trace = trace  # the trace id that the client sent (W3C trace context); for log lines
         self.ended = False
         self.opening = 0  # handles that opens under way may take
-        self.handles = Handles(streams.handles, stream_id & int(_NUMBER))
+        self.handles = Handles(streams.handles, stream_id & _NUMBER_INT)
         self._streams = streams
         self._questions = itertools.count(1)
         self._asked: dict[int, asyncio.Future[None]] = {}  # by the number of a ConfirmFrame
@@ -105,7 +106,7 @@ class Streams:
             raise ResourceExhaustedError(
                 "TOO_MANY_STREAMS", f"this server has {limit} streams, its limit", retry_after_ms=1000
             )
-        number = stream_id & int(_NUMBER)
+        number = stream_id & _NUMBER_INT
         if number >= len(self._ids):
             more = max(len(self._ids), number + 1 - len(self._ids))
             self._ids = np.concatenate([self._ids, np.full(more, _NOBODY, np.uint32)])
@@ -117,7 +118,7 @@ class Streams:
     def remove(self, stream: Stream) -> None:
         """It has ended, and with it what it had in flight."""
         stream.end()
-        number = stream.id & int(_NUMBER)
+        number = stream.id & _NUMBER_INT
         del self._of[stream.id]
         self.in_flight -= int(self._rows[number])
         self._ids[number], self._rows[number] = _NOBODY, 0
@@ -137,26 +138,29 @@ class Streams:
         return there
 
     def in_flight_of(self, stream_id: int) -> int:
-        return int(self._rows[stream_id & int(_NUMBER)]) if stream_id in self._of else 0
+        return int(self._rows[stream_id & _NUMBER_INT]) if stream_id in self._of else 0
 
     def arrived(self, ids: NDArray[np.uint32]) -> None:
         """A row for each, which is in flight from now on. The streams are there."""
         if len(ids) == 1:
-            self._rows[ids & _NUMBER] += 1
+            self._rows[ids.item(0) & _NUMBER_INT] += 1
         else:
             np.add.at(self._rows, ids & _NUMBER, 1)
         self.in_flight += len(ids)
 
     def answered(self, ids: NDArray[np.uint32]) -> None:
         """A row for each, which is answered, or given up. Of streams that have ended nothing is in flight."""
+        if len(ids) == 1:
+            number = ids.item(0) & _NUMBER_INT
+            if self._ids.item(number) == ids.item(0):
+                self._rows[number] -= 1
+                self.in_flight -= 1
+            return
         numbers = ids & _NUMBER
         same = self._ids[numbers] == ids
         if not same.all():
             numbers = numbers[same]
-        if len(numbers) == 1:
-            self._rows[numbers] -= 1
-        else:
-            np.subtract.at(self._rows, numbers, 1)
+        np.subtract.at(self._rows, numbers, 1)
         self.in_flight -= len(numbers)
 
 

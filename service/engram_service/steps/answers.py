@@ -47,6 +47,11 @@ class Answers:
         """Answers steps of sessions. outputs: uint8 [n, output_nbytes]; None: these wanted none."""
         self.count += len(streams)
         self._streams.answered(streams)
+        if len(streams) == 1 and streams.item(0) != LOCAL:
+            row = rows.item(0)
+            durable = self._table.durable[rows] if self._table.interval.item(row) else None
+            self._wire.answer(streams, handles, seqs, outputs, durable)
+            return
         if not streams.all():
             mine = streams == LOCAL
             if self.local is not None:

@@ -212,12 +212,11 @@ class StepLoop:
             index = index[~computed.answered[index]]
         if len(index) < len(steps):
             steps, outputs = steps[index], outputs[index]
-        quiet = (steps.flags & QUIET).astype(np.bool_)
-        if not len(steps):
-            pass
-        elif not quiet.any():
-            self._answers.outputs(steps.streams, steps.handles, steps.rows, steps.seqs, outputs)
+        if not steps.flags.any():
+            if len(steps):
+                self._answers.outputs(steps.streams, steps.handles, steps.rows, steps.seqs, outputs)
         else:
+            quiet = (steps.flags & QUIET).astype(np.bool_)
             for some, own in ((steps[quiet], None), (steps[~quiet], outputs[~quiet])):
                 if len(some):
                     self._answers.outputs(some.streams, some.handles, some.rows, some.seqs, own)
