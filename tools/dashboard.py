@@ -26,7 +26,8 @@ ROWS: dict[str, list[Panel]] = {
             "p99 {{instance}}": 'instance_stage:engram_seconds:p99_1m{stage="total"}'}),
         ("p99 by stage, the slowest server", "s", {"{{stage}}": "max by (stage) (instance_stage:engram_seconds:p99_1m)"}),
         ("Rows in a batch", "short", {
-            "mean {{model}}": "sum by (model) (rate(engram_batch_rows_sum[1m])) / sum by (model) (rate(engram_batch_rows_count[1m]))",
+            "mean {{model}}":
+                "sum by (model) (rate(engram_batch_rows_sum[1m])) / sum by (model) (rate(engram_batch_rows_count[1m]))",
             "p95 {{model}}": "histogram_quantile(0.95, sum by (model, le) (rate(engram_batch_rows_bucket[1m])))"}),
     ],
     "Sessions": [
