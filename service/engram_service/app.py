@@ -312,7 +312,7 @@ async def _store(
     tls = TlsFiles(settings.redis_tls_ca, settings.redis_tls_cert, settings.redis_tls_key)
     wanted = StoreSettings(
         url, ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections, tls,
-        settings.require_safe_redis,
+        settings.require_safe_redis, settings.wire != "python",
     )  # fmt: skip
     store = Store(wanted, supervisor, health)
     stack.callback(store.close)

@@ -112,6 +112,9 @@ def test_tls_and_a_certificate_that_is_renewed(
             assert served_name(server, ca) == "second", "what cannot be used changes nothing"
             cert.unlink()
             os.mkfifo(cert)
+            deadline = time.monotonic() + 5
+            while "a named pipe" not in server.log.read_text() and time.monotonic() < deadline:
+                time.sleep(0.05)
             assert served_name(server, ca) == "second", "nor what would never be read to its end"
             install("third")
             assert comes_to_serve(server, ca, "third")
