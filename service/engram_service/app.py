@@ -109,7 +109,7 @@ async def serve(settings: Settings) -> None:
         condition, pauses, backlog, advances = Condition(metrics), Pauses(metrics, health), Backlog(), Advances()
         shares, scheduler = Shares(tokens.limits), Scheduler(settings.batch_run_max)
         pins = Pins(table, condition.late)
-        wire = _wire(settings, access, certificate)
+        wire = _wire(settings, access, certificate, files.connections_max)
         streams = Streams(wire, settings.streams_max)
         answers = Answers(wire, streams, table, metrics)
         commits = Commits(store, table, metrics, partial(_meta, table, catalog))
@@ -185,13 +185,15 @@ async def serve(settings: Settings) -> None:
     log.info("stopped")
 
 
-def _wire(settings: Settings, access: Access, certificate: Certificate | None) -> GrpcioWire | NativeWire:
+def _wire(
+    settings: Settings, access: Access, certificate: Certificate | None, connections_max: int
+) -> GrpcioWire | NativeWire:  # fmt: skip
     """The wire that is asked for. Raises SettingError where it is not there."""
     if settings.wire != "python":
         try:
             from engram_service.wire.native import NativeWire
 
-            return NativeWire(settings, access, certificate)
+            return NativeWire(settings, access, certificate, connections_max)
         except ImportError as error:
             if settings.wire == "native":
                 raise SettingError(f"wire = native: the extension engram_native is not here ({error})") from error
@@ -310,7 +312,7 @@ async def _store(
     tls = TlsFiles(settings.redis_tls_ca, settings.redis_tls_cert, settings.redis_tls_key)
     wanted = StoreSettings(
         url, ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections, tls,
-        settings.require_safe_redis,
+        settings.require_safe_redis, settings.wire != "python",
     )  # fmt: skip
     store = Store(wanted, supervisor, health)
     stack.callback(store.close)

@@ -72,6 +72,11 @@ class Descriptors:
         self._files_max = self._limit - min(_FREE, self._limit // 8)
         self._ended, self._told_at = 0, 0.0
 
+    @property
+    def connections_max(self) -> int:
+        """More than there are files for, so that `watch` sees it, and less than would leave none for others."""
+        return self._files_max - _open_files() + min(_FREE, self._limit // 8) // 2
+
     def fitted(self, settings: Settings) -> Settings:
         """With a `streams_max` for which there are files."""
         room = self._files_max - min(_OWN, self._limit // 4)

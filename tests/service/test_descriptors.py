@@ -119,8 +119,8 @@ def test_streams_fit_the_files(narrow: ServerProcess, connect: Connect) -> None:
             requests = iter([stream_pb2.StreamRequest(open=frame)])
             calls.append(service_pb2_grpc.EngramServiceStub(channels[-1]).Stream(_held_open(requests)))
         reasons = [_reason(call) for call in calls]
-        assert reasons.count("") == limit - 2, "beside the first, and the server's own"
-        assert reasons.count("TOO_MANY_STREAMS") == 5
+        assert reasons.count("") == limit - 1, "beside the first"
+        assert reasons.count("TOO_MANY_STREAMS") == 4
         raw.step(handle, 1, np.zeros(3, np.float32))
         assert status(narrow, "readyz") == 200
     finally:

@@ -647,8 +647,13 @@ fn read_head(
     let relayed = matches!(kind, Kind::Relayed | Kind::Health); // whose messages others unpack
     let gzip = match headers.get("grpc-encoding").map(HeaderValue::as_bytes) {
         None | Some(b"identity") => false,
+        Some(_) if relayed => {
+            return Err(bad_head(
+                12,
+                "Compression is for Stream and Step: of other calls it is not understood",
+            ));
+        }
         Some(b"gzip") => true,
-        Some(_) if relayed => false,
         Some(_) => {
             return Err(bad_head(
                 12,

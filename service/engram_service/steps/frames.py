@@ -38,7 +38,7 @@ def column(data: bytes, dtype: type[Number], name: str, rows: int | None = None)
     width = np.dtype(dtype).itemsize
     if len(data) % width:
         raise InvalidArgumentError("INVALID_FRAME", f"column {name} has {len(data)} bytes, not a multiple of {width}")
-    values: NDArray[Number] = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
+    values: NDArray[Number] = np.frombuffer(data, dtype)  # little-endian, as the machines are that this runs on
     if rows is not None and len(values) != rows:
         raise InvalidArgumentError("INVALID_FRAME", f"column {name} has {len(values)} rows, handles has {rows}")
     return values

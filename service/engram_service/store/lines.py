@@ -54,7 +54,7 @@ class Line(Protocol):
 
 def line_of(committers: Committers) -> Line:
     """The extension's, where it is and the connection is in clear: TLS is Python's."""
-    if not _HERE or committers.settings.url.startswith("rediss"):
+    if not (_HERE and committers.settings.native) or committers.settings.url.startswith("rediss"):
         return PythonLine(committers)
     return NativeLine(committers)
 

@@ -48,6 +48,7 @@ class StoreSettings:
     connections: int = 2
     tls: TlsFiles = TlsFiles()
     require_safe: bool = False  # take no Redis that may lose what it is given
+    native: bool = True  # commit by the extension, where it is
 
     @property
     def wait(self) -> tuple[str | int, ...] | None:

@@ -261,7 +261,7 @@ def _usual(data: bytes, settings: Settings) -> stream_pb2.StepsFrame | None:
 def _columns(frames: list[tuple[int, stream_pb2.StepsFrame]]) -> Arrived:
     counts = np.array([len(frame.handles) // 4 for _, frame in frames])
     numbers = np.array([number for number, _ in frames], np.uint32)
-    handles = np.frombuffer(b"".join([frame.handles for _, frame in frames]), "<u4")
+    handles = np.frombuffer(b"".join([frame.handles for _, frame in frames]), np.uint32)
     flags = np.zeros(len(handles), np.uint8)
     acknowledged = np.full(len(handles), NOT_ACKNOWLEDGED)
     start = 0
@@ -269,13 +269,13 @@ def _columns(frames: list[tuple[int, stream_pb2.StepsFrame]]) -> Arrived:
         if frame.flags:
             flags[start : start + count] = np.frombuffer(frame.flags, np.uint8)
         if frame.acknowledged_seqs:
-            acknowledged[start : start + count] = np.frombuffer(frame.acknowledged_seqs, "<u8")
+            acknowledged[start : start + count] = np.frombuffer(frame.acknowledged_seqs, np.uint64)
         flags[start] |= FIRST
         start += count
     return Arrived(
         streams=np.repeat(numbers, counts),
         handles=handles,
-        seqs=np.frombuffer(b"".join([frame.seqs for _, frame in frames]), "<u8"),
+        seqs=np.frombuffer(b"".join([frame.seqs for _, frame in frames]), np.uint64),
         acknowledged=acknowledged,
         flags=flags,
         timeouts_ms=np.repeat(np.array([frame.timeout_ms for _, frame in frames], np.uint32), counts),

@@ -31,7 +31,7 @@ _HEADER_NBYTES = 16 << 10
 _INBOX_NBYTES = 256 << 20
 _HANDSHAKE_S, _IDLE_S, _KEEPALIVE_S = 10.0, 120.0, 20.0
 _BACKLOG = 1024
-_CERTIFICATE_S = 1.0
+_CERTIFICATE_S = 0.25  # between looks at the files
 if engram_native.__version__ != __version__:
     raise ImportError(
         f"engram-native is {engram_native.__version__} and engram {__version__}: install engram[native]=={__version__}"
@@ -46,7 +46,9 @@ class NativeWire:
 
     name = "native"
 
-    def __init__(self, settings: Settings, access: Access, certificate: Certificate | None) -> None:
+    def __init__(
+        self, settings: Settings, access: Access, certificate: Certificate | None, connections_max: int
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._access = access
         self._certificate = certificate
@@ -55,7 +57,7 @@ class NativeWire:
         address = settings.advertise
         head = [("engram-server", __version__), *([("engram-address", address)] if address else [])]
         self._wire = engram_native.Wire(
-            calls=settings.connection_calls_max, header_nbytes=_HEADER_NBYTES,
+            connections=connections_max, calls=settings.connection_calls_max, header_nbytes=_HEADER_NBYTES,
             message_nbytes=settings.frame_bytes_max * _MESSAGE_MARGIN, frame_nbytes=settings.frame_bytes_max,
             frame_rows=settings.frame_rows_max, rows=settings.stream_rows_max, inbox_nbytes=_INBOX_NBYTES,
             handshake_s=_HANDSHAKE_S, idle_s=_IDLE_S, keepalive_s=_KEEPALIVE_S, head=head, relay=self.relay,
@@ -75,7 +77,11 @@ class NativeWire:
     def listen(self) -> int:
         """Takes connections from now on; the bound port. Raises OSError where the address cannot be had."""
         host, port = split_address(self._settings.listen, "listen")
-        listeners = _listeners(host, port)
+        try:
+            listeners = _listeners(host, port)
+        except OSError as error:
+            why = f"listen = {self._settings.listen}: the address is in use or cannot be bound ({error.strerror or error})"
+            raise OSError(why) from error
         bound = int(listeners[0].getsockname()[1])
         for listener in listeners:
             self._wire.listen(listener.detach())
