@@ -62,7 +62,7 @@ def test_the_models_know_neither_the_server_nor_the_sdk() -> None:
 
 
 def test_the_scheduler_is_pure() -> None:
-    """Decisions stay apart from effects: the module that picks the rows of a tick imports no torch, gRPC or Redis."""
+    """Decisions stay apart from effects: the module that picks the rows of a batch imports no torch, gRPC or Redis."""
     names = set(_imports(_parsed(PACKAGES["engram_service"] / "scheduler.py")))
     assert not {name.split(".")[0] for name in names} & {"torch", "grpc", "redis", "asyncio", "threading"}
 
