@@ -18,17 +18,17 @@ ROWS: dict[str, list[Panel]] = {
     "At a glance": [
         ("Servers", "short", {"up": 'sum(up{job="engram"})', "Redis takes commits": "sum(engram_redis_up)"}),
         ("Steps a second", "ops", {"{{model}}": "sum by (model) (instance:engram_steps:rate1m)"}),
-        ("Busy engine threads", "percentunit",
-         {"{{instance}}": "instance:engram_engine_busy:rate1m / on (instance) engram_engine_threads"}),
+        ("How busy the step loop is", "percentunit", {"{{instance}}": "instance:engram_loop_busy:rate1m"}),
     ],
     "How long a step takes": [
         ("From arrival to answer", "s", {
             "p50 {{instance}}": 'instance_stage:engram_seconds:p50_1m{stage="total"}',
             "p99 {{instance}}": 'instance_stage:engram_seconds:p99_1m{stage="total"}'}),
         ("p99 by stage, the slowest server", "s", {"{{stage}}": "max by (stage) (instance_stage:engram_seconds:p99_1m)"}),
-        ("Rows in a tick", "short", {
-            "mean {{model}}": "sum by (model) (rate(engram_tick_rows_sum[1m])) / sum by (model) (rate(engram_tick_rows_count[1m]))",
-            "p95 {{model}}": "histogram_quantile(0.95, sum by (model, le) (rate(engram_tick_rows_bucket[1m])))"}),
+        ("Rows in a batch", "short", {
+            "mean {{model}}":
+                "sum by (model) (rate(engram_batch_rows_sum[1m])) / sum by (model) (rate(engram_batch_rows_count[1m]))",
+            "p95 {{model}}": "histogram_quantile(0.95, sum by (model, le) (rate(engram_batch_rows_bucket[1m])))"}),
     ],
     "Sessions": [
         ("Sessions known", "short", {"{{residency}}": "sum by (residency) (engram_sessions)"}),

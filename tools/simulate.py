@@ -1,9 +1,9 @@
 """`make simulate`: a load on N servers and M Redis shards, with failures and a rolling update, calibrated by `engram bench`;
 docs/results/scaling.json and .png, and the tables of docs/scaling.md.
 
-A server has engine threads; each takes the rows that wait, at most `batch_rows_max`, computes them and sends their records to
-the shards, and waits for these only when it has computed the next tick, as engine/engine.py does. A shard writes one record
-after another. Times of ticks, records and frames are lines through what `engram bench` measured (`Costs.measured`); before
+A server is one of the first edition, with engine threads; each takes the rows that wait, at most `batch_rows_max`, computes them
+and sends their records to the shards, and waits for these only when it has computed the next batch. A shard writes one record
+after another. Times of batches, records and frames are lines through what `engram bench` measured (`Costs.measured`); before
 anything else is said, the bench's own runs are simulated and compared with what it measured. Sessions step at their own rate,
 whatever is answered. Rows are drawn at random; one seed.
 """
@@ -54,12 +54,12 @@ RESTART_S = 10.0  # of a server in a rolling update
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds. Of a tick: a fixed part and one for each row, computed; what a row takes the thread besides, to be packed and
+    """Seconds. Of a batch: a fixed part and one for each row, computed; what a row takes the thread besides, to be packed and
     sent. Of a shard: a record, and the way there and back. Of a step at the client and on the wire: a fixed part and one for
     each row of its call.
     """
 
-    tick: tuple[float, float]
+    batch: tuple[float, float]
     send: float
     record: float
     way: float
@@ -68,11 +68,12 @@ class Costs:
 
     @classmethod
     def measured(cls, bench: dict[str, Any]) -> Costs:
-        """Lines through the bench's ticks of durability step, and that `send` with which those runs come out best that fill the
+        """Lines through the bench's batches of durability step, and that `send` with which those runs come out best that fill the
         server. Its clients, server and Redis shared a machine, so that these are more than what machines of their own would
         take."""
         runs = runs_of(bench)
-        rows = np.array([run["rows_per_tick"] for run in runs])
+        # Results of the first edition have the other name.
+        rows = np.array([run["rows_per_batch"] if "rows_per_batch" in run else run["rows_per_tick"] for run in runs])
         calls = np.array([max(1, run["sessions"] // GROUPS) for run in runs])
         stage = {
             name: np.array([run["stage_ms"][name] for run in runs]) / 1000 for name in ("compute", "commit", "total")
@@ -115,7 +116,7 @@ class Server:
     waiting: deque[tuple[float, int]] = field(default_factory=deque)  # arrived, rows
     rows: int = 0  # waiting
     idle: list[int] = field(default_factory=list)  # threads
-    written: list[float] = field(default_factory=list)  # by thread: when the records of its last tick are
+    written: list[float] = field(default_factory=list)  # by thread: when the records of its last batch are
 
 
 class Cluster:
@@ -135,7 +136,7 @@ class Cluster:
         self._free_at = np.zeros(shards)  # of each shard
         self._events: list[
             tuple[float, int, int, int]
-        ] = []  # when a thread has computed its tick: time, number, server, thread
+        ] = []  # when a thread has computed its batch: time, number, server, thread
         self._number = 0
         self.now = 0.0
         self.answers: list[tuple[float, float, int]] = []  # answered, took, rows
@@ -201,7 +202,7 @@ class Cluster:
             self._take(place, server.idle.pop(), self.now)
 
     def _take(self, place: int, thread: int, at: float) -> None:
-        """A thread takes what waits, computes it, and its records go when those of its tick before are written."""
+        """A thread takes what waits, computes it, and its records go when those of its batch before are written."""
         server, costs = self.servers[place], self._costs
         if not server.rows:
             server.idle.append(thread)
@@ -217,7 +218,7 @@ class Cluster:
                 server.waiting.appendleft((arrived, rows - part))
         count = sum(rows for _, rows in taken)
         server.rows -= count
-        computed = at + costs.tick[0] + costs.tick[1] * count
+        computed = at + costs.batch[0] + costs.batch[1] * count
         begun = max(computed, server.written[thread]) + costs.send * count
         done = begun
         for shard, rows in enumerate(
@@ -267,7 +268,7 @@ def run(cluster: Cluster, seconds: int, at: dict[float, Callable[[], None]] | No
 
 def carried(costs: Costs, servers: int, shards: int) -> float:
     """The most steps a second whose p99 stays within LATENCY_S."""
-    low, high = 0.0, servers * costs.threads * ROWS_MAX / (costs.tick[0] + costs.tick[1] * ROWS_MAX)
+    low, high = 0.0, servers * costs.threads * ROWS_MAX / (costs.batch[0] + costs.batch[1] * ROWS_MAX)
     for _ in range(7):
         load = (low + high) / 2
         found = run(Cluster(costs, servers, shards, load, 1.0), 3)[1:]
@@ -364,7 +365,7 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     return {
         "costs": _table(
             ("", "fixed", "a row"),
-            [("an engine thread: a tick computed", f"{1e3 * costs['tick'][0]:.2f} ms", f"{1e6 * costs['tick'][1]:.1f} µs"),
+            [("an engine thread: a batch computed", f"{1e3 * costs['batch'][0]:.2f} ms", f"{1e6 * costs['batch'][1]:.1f} µs"),
              ("an engine thread: its records packed and sent", "", f"{1e6 * costs['send']:.1f} µs"),
              ("a shard", f"{1e3 * costs['way']:.2f} ms", f"{1e6 * costs['record']:.1f} µs"),
              ("client and wire", f"{1e3 * costs['around'][0]:.2f} ms", f"{1e6 * costs['around'][1]:.1f} µs")],

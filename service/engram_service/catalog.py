@@ -65,7 +65,7 @@ class Served:
     runtime: Runtime
     layout: RecordLayout
     queries: Queries
-    rows_max: int  # in one tick
+    rows_max: int  # in one batch
 
     @property
     def arena(self) -> Arena:
@@ -77,7 +77,7 @@ class Served:
 
 
 class Catalog:
-    """Models by name and version. Read by the event loop; the engine reads `models` by index."""
+    """Models by name and version. Read by the event loop; the step loop reads `models` by index."""
 
     def __init__(self, settings: Settings, loader: Loader, metrics: Metrics) -> None:
         self.models: list[Served] = []

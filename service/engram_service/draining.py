@@ -30,8 +30,8 @@ class Drain:
     """Once, at the end."""
 
     def __init__(
-        self, wire: GrpcioWire | NativeWire, server: Server, stream: StreamHandler, streams: Streams, scheduler: Scheduler, advances: Advances,
-        residency: Residency, condition: Condition, supervisor: Supervisor,
+        self, wire: GrpcioWire | NativeWire, server: Server, stream: StreamHandler, streams: Streams, scheduler: Scheduler,
+        advances: Advances, residency: Residency, condition: Condition, supervisor: Supervisor,
     ) -> None:  # fmt: skip
         self._wire = wire
         self._server = server

@@ -98,11 +98,8 @@ class Settings:
     redis_maxmemory_mb: int = _setting(0, "limit of the private Redis; 0: none")
     redis_appendfsync: str = _setting("everysec", "appendfsync of the private Redis", ("always", "everysec", "no"))
 
-    workers: int = _setting(
-        0, "engine threads on a CPU, each with a tick of its own; 0: half of the cores, at least one"
-    )
-    batch_rows_max: int = _setting(1024, "most rows in one tick")
-    batch_run_max: int = _setting(16, "most consecutive steps of one session in one tick")
+    batch_rows_max: int = _setting(1024, "most rows in one batch")
+    batch_run_max: int = _setting(16, "most consecutive steps of one session in one batch")
     arena_mb: int = _setting(256, "memory of one model's arena")
     arena_slots_max: int = _setting(16_384, "most resident sessions of one model")
     resident_idle_s: float = _setting(15.0, "an idle session leaves the arena after so many seconds")
@@ -201,9 +198,6 @@ class Settings:
 
     def data_directory(self) -> Path:
         return Path(self.data_dir or _data_home())
-
-    def engine_threads(self, on_cpu: bool) -> int:
-        return (self.workers or max(1, len(os.sched_getaffinity(0)) // 2)) if on_cpu else 1
 
 
 _AT_LEAST_ONE = (

@@ -17,8 +17,8 @@ from typing import Any
 _POLL_S = 0.02
 
 NAMES = (
-    "before-commit",  # a tick is computed; Redis has not heard of it
-    "after-commit",  # Redis has the tick; nobody was answered
+    "before-commit",  # a batch is computed; Redis has not heard of it
+    "after-commit",  # Redis has the batch; nobody was answered
     "before-claim",
     "after-claim",  # Redis knows the new owner; the client does not
     "drain",  # accepted steps are answered, volatile ones not yet flushed

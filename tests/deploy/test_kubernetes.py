@@ -266,7 +266,7 @@ def test_helm_lint_finds_nothing(overlay: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["setings.workers=2", "settings.drain_timeout_s=soon", "settings.tls_key=x", "image.variant=tpu"]
+    "value", ["setings.batch_rows_max=512", "settings.drain_timeout_s=soon", "settings.tls_key=x", "image.variant=tpu"]
 )
 def test_values_that_mean_nothing_are_refused(value: str) -> None:
     done = run("helm", "template", "engram", CHART, "--set", value)

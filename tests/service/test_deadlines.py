@@ -21,15 +21,15 @@ SHORT_S, LONG_S = 0.2, 20.0
 
 @pytest.fixture
 def halted(server_with: Callable[..., ServerProcess], redis_process: Any, connect: Connect) -> Iterator[Any]:
-    """A client of a server whose only engine thread waits for Redis with a step of the session "first", handle 0."""
-    with server_with("--workers", "1", "--redis-url", redis_process.url) as server:
+    """A client of a server whose step loop waits for Redis with a step of the session "first", handle 0."""
+    with server_with("--redis-url", redis_process.url) as server:
         raw = connect(server)
         raw.open("first", "second")
         _unary(raw, 1, LONG_S)
         redis_process.pause()
         raw.steps([0], [1])
-        ticks = 'engram_ticks_total{model="digits-reader"}'
-        while server.series()[ticks] < 2:
+        batches = 'engram_batches_total{model="digits-reader"}'
+        while server.series()[batches] < 2:
             time.sleep(0.01)
         raw.redis = redis_process
         yield raw

@@ -254,7 +254,7 @@ def test_a_slow_model_is_not_probed_for_ever(rounds: float, expected: Examinatio
     assert found == expected and (found.row_s > 0.001) == (rounds > 3)
 
 
-def test_a_model_that_is_slow_by_the_row_is_served_one_by_one_in_short_ticks(tmp_path: Path) -> None:
+def test_a_model_that_is_slow_by_the_row_is_served_one_by_one_in_short_batches(tmp_path: Path) -> None:
     loader = Loader(Settings(cache_dir=str(tmp_path / "cache")), CPU)
     runtime = loader.load(write_heavy(tmp_path / "models"))
     bundle = runtime.arena.bundle

@@ -19,13 +19,13 @@ SESSIONS, WINDOW = 2048, 51  # steps that a session of digits-reader may have un
 def test_a_row_whose_time_is_up_in_the_queue_is_not_computed_and_its_seq_stands(
     server_with: Callable[..., ServerProcess], redis_process: Any, connect: Connect
 ) -> None:
-    """While Redis says nothing, the only engine thread waits with the first step, and the others wait for it."""
-    with server_with("--workers", "1", "--redis-url", redis_process.url) as server:
+    """While Redis says nothing, the step loop waits with the first step, and the others wait for it."""
+    with server_with("--redis-url", redis_process.url) as server:
         raw = connect(server)
         raw.open("first", "late", "patient")
         redis_process.pause()
         raw.steps([0], [1])
-        while "engram_ticks_total" not in str(server.series()):
+        while "engram_batches_total" not in str(server.series()):
             time.sleep(0.01)
         begun = time.monotonic()
         raw.steps([1, 1], [1, 2], timeout_ms=100)
@@ -36,7 +36,7 @@ def test_a_row_whose_time_is_up_in_the_queue_is_not_computed_and_its_seq_stands(
         answered = [raw.next("outputs") for _ in range(2)]
         assert [np.frombuffer(frame.handles, np.uint32).tolist() for frame in answered] == [[0], [2]]
         assert [raw.get(name).seq for name in ("first", "late", "patient")] == [1, 0, 1]
-        assert server.series()['engram_tick_rows_sum{model="digits-reader"}'] == 2, "the late rows were in no tick"
+        assert server.series()['engram_batch_rows_sum{model="digits-reader"}'] == 2, "the late rows were in no batch"
         assert raw.step(1, 1) == bytes(answered[0].outputs), "the session is where it was: the same step is its first"
 
 

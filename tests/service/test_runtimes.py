@@ -106,7 +106,6 @@ def test_a_model_whose_batches_are_stopped_again_and_again_does_not_hold_up_the_
     server: ServerProcess, connect: Connect
 ) -> None:
     server.faults = SHORT_PAUSES
-    server.flags += ("--workers", "1")
     with server:
         raw, other = connect(server), connect(server)
         looping, good, waiting = opened(raw, "looping"), opened(raw, "good"), opened(other, "looping", "b")
@@ -139,9 +138,9 @@ def test_a_model_whose_batches_are_stopped_again_and_again_does_not_hold_up_the_
 
 @pytest.fixture
 def stuck(tmp_path: Path, server_type: type, connect: Connect) -> Iterator[ServerProcess]:
-    """A server of which the only engine thread is in an operator that takes an hour."""
+    """A server of which the step loop is in an operator that takes an hour."""
     write_pooling(tmp_path / "models", "pooling")
-    flags = ("--workers", "1", "--drain-timeout-s", "2", "--cache-dir", str(tmp_path / "cache"))
+    flags = ("--drain-timeout-s", "2", "--cache-dir", str(tmp_path / "cache"))
     with server_type(tmp_path, "--models", str(tmp_path / "models"), *flags) as server:
         raw = connect(server)
         pooling = opened(raw, "pooling")

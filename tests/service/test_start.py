@@ -83,7 +83,7 @@ def test_metrics_and_health(server: ServerProcess, connect: Connect) -> None:
     assert 'engram_sessions{residency="device"} 1.0' in text
     assert 'engram_sessions_opened_total{how="created"} 1.0' in text
     for name in (
-        "engram_tick_rows_bucket",
+        "engram_batch_rows_bucket",
         "engram_stage_seconds_count",
         "engram_commit_bytes_total",
         "engram_redis_up 1.0",

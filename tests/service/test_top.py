@@ -74,7 +74,7 @@ def test_it_says_what_servers_do(stepping: ServerProcess) -> None:
     assert (here["address"], here["up"], here["redis_up"]) == (address, True, True)
     assert (gone["address"], gone["up"]) == (away, False) and "refused" in gone["error"]
     assert (here["sessions"], here["streams"]) == ({"known": 6, "device": 5, "stored": 1}, 1)
-    assert here["steps_per_s"] > 5 and here["rows_per_tick"] == 5
+    assert here["steps_per_s"] > 5 and here["rows_per_batch"] == 5
     assert 0 < here["busy"] < 1 and here["memory_bytes"] > 1 << 20 and here["commit_bytes_per_s"] > 0
     assert found["total"]["models"] == {MODEL: {"ok": pytest.approx(here["steps_per_s"])}}
     assert set(found["total"]["latency_ms"]) == set(STAGES)

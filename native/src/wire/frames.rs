@@ -6,7 +6,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 
 const STEPS: u64 = 3; // field of StreamRequest
 const OUTPUTS: u8 = 2; // field of StreamResponse
-const FLAGS_KNOWN: u8 = 3; // quiet, feedback
+const FLAGS_KNOWN: u8 = 3; // prefill, feedback
 
 /// The columns of a StepsFrame that is like most: at least one row, columns of one length, no repeats, no dtype.
 #[derive(Debug, Default, PartialEq)]

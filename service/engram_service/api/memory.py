@@ -1,7 +1,7 @@
 """The RPCs of memories: patterns stored, recalled and forgotten; an NTM's memory addressed; inputs recreated.
 
 Each method takes a request and its call, returns the response and raises ServiceError; server.py maps it. What is worked
-out happens in threads of its own, so that neither the event loop nor the engine waits for it.
+out happens in threads of its own, so that the step loop does not wait for it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from engram_service.steps.admission import Admission
 from engram_service.steps.refusals import taken_over
 from engram_service.tenants import tenant_of
 from engram_service.tokens import Caller
-from engram_service.wire.base import FEEDBACK, QUIET
+from engram_service.wire.base import FEEDBACK, PREFILL
 
 CLIENT_ID = 1  # of all unary callers: a session without a stream belongs to whoever steps it
 _TRIES = 3
@@ -42,7 +42,7 @@ class _Call:
     outputs: NDArray[np.uint8]
     first: int
     left: int
-    quiet: bool  # its outputs are not wanted
+    prefill: bool  # its outputs are not wanted
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def answered(self, seq: int, output: NDArray[np.uint8] | None) -> None:
@@ -71,7 +71,7 @@ class Asked:
     inputs: bytes
     rows: int
     seq: int
-    quiet: bool
+    prefill: bool
     generate: int
     timeout_s: float
     constants: Sequence[model_pb2.Constant] = ()  # of the session, if this makes it
@@ -137,7 +137,7 @@ class UnaryStream:
         served = self._catalog.models[int(table.model[row])]
         first = asked.seq or int(table.admitted[row]) + 1
         total = asked.rows + asked.generate
-        call = _Call(np.zeros((total, served.arena.output_nbytes), np.uint8), first, total, asked.quiet)
+        call = _Call(np.zeros((total, served.arena.output_nbytes), np.uint8), first, total, asked.prefill)
         keys = [(handle, first + i) for i in range(total)]
         for key in keys:
             self._calls.setdefault(key, []).append(call)
@@ -184,7 +184,7 @@ class UnaryStream:
             handles=np.full(rows, handle, np.uint32).tobytes(),
             seqs=np.arange(first, first + rows, dtype=np.uint64).tobytes(),
             inputs=inputs,
-            flags=np.full(rows, (QUIET if asked.quiet else 0) | fed, np.uint8).tobytes(),
+            flags=np.full(rows, (PREFILL if asked.prefill else 0) | fed, np.uint8).tobytes(),
             repeats=repeats.tobytes() if asked.generate else b"",
             acknowledged_seqs=np.full(rows, first - 1, np.uint64).tobytes(),
             timeout_ms=max(1, int(asked.timeout_s * 1000)),
@@ -196,7 +196,7 @@ class UnaryStream:
         """Answers.local: hands outputs to the calls that wait for them."""
         for i, key in enumerate(zip(handles.tolist(), seqs.tolist(), strict=True)):
             waiting = self._calls.pop(key, [])
-            if left := [] if outputs is not None else [call for call in waiting if not call.quiet]:
+            if left := [] if outputs is not None else [call for call in waiting if not call.prefill]:
                 self._calls[key] = left  # their own rows bring the outputs
             for call in waiting:
                 if call not in left:

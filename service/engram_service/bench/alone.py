@@ -21,7 +21,7 @@ from engram_service.runtimes.onnx_graphs import OnnxGraphs
 from engram_service.runtimes.watchdog import Watchdog
 from engram_service.settings import Settings
 
-ROWS_MAX = 1024  # of a batch, which is what a server's tick has
+ROWS_MAX = 1024  # of a batch, as a server's
 _PAIRS, _WINDOW = 5, 8
 
 

@@ -79,8 +79,8 @@ class Result:
     plain_steps_per_s: float | None
     plain_p50_ms: float | None
     plain_ratio: float | None
-    ticks_per_s: float | None
-    rows_per_tick: float | None
+    batches_per_s: float | None
+    rows_per_batch: float | None
     server_rss_mb: float | None
     redis_mb: float | None
     stage_ms: dict[str, float]
@@ -303,7 +303,7 @@ def _scrape(http: str) -> dict[str, float]:
 def _server_figures(load: _Load) -> dict[str, Any]:
     after = load.after
     delta = {name: value - load.before.get(name, 0.0) for name, value in after.items()}
-    ticks = delta.get("engram_ticks_total", 0.0)
+    batches = delta.get("engram_batches_total", 0.0)
     prefix = "engram_stage_seconds_sum:"
     stages = {
         name.removeprefix(prefix): 1000 * delta[name] / max(1.0, delta.get(name.replace("_sum:", "_count:"), 0.0))
@@ -311,8 +311,8 @@ def _server_figures(load: _Load) -> dict[str, Any]:
         if name.startswith(prefix)
     }
     return {
-        "ticks_per_s": ticks / load.seconds if ticks else None,
-        "rows_per_tick": delta.get("engram_tick_rows_sum", 0.0) / ticks if ticks else None,
+        "batches_per_s": batches / load.seconds if batches else None,
+        "rows_per_batch": delta.get("engram_batch_rows_sum", 0.0) / batches if batches else None,
         "server_rss_mb": after["process_resident_memory_bytes"] / 2**20
         if "process_resident_memory_bytes" in after
         else None,

@@ -30,8 +30,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
     ("plain steps/s", lambda one: _number(one.plain_steps_per_s, ",.0f")),
     ("plain p50 ms", lambda one: _number(one.plain_p50_ms, ".2f")),
     ("x plain", lambda one: _number(one.plain_ratio, ".1f")),
-    ("ticks/s", lambda one: _number(one.ticks_per_s, ",.0f")),
-    ("rows/tick", lambda one: _number(one.rows_per_tick, ",.1f")),
+    ("batches/s", lambda one: _number(one.batches_per_s, ",.0f")),
+    ("rows/batch", lambda one: _number(one.rows_per_batch, ",.1f")),
     ("server MB", lambda one: _number(one.server_rss_mb, ",.0f")),
     ("Redis MB", lambda one: _number(one.redis_mb, ",.1f")),
 )

@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FLAG=VALUE",
-        help="another setting of the private server, such as workers=2",
+        help="another setting of the private server, such as batch_rows_max=256",
     )
     add("--no-plain", action="store_true", help="do not measure the plain server")
     add("--json", action="store_true", help="print JSON")

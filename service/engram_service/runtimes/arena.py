@@ -1,8 +1,8 @@
 """The arena: preallocated columns that hold the state of a model's resident sessions, one row (slot) each.
 
 Beside the state it keeps each slot's last outputs (a ring of `window` rows) so that an answer that was lost can be given again,
-and what is committed can carry them. The engine's threads write; the event loop hands out slots. In host memory; what keeps states
-on a device overrides where they are (torch_cuda.py).
+and what is committed can carry them. Of the step loop's thread alone. In host memory; what keeps states on a
+device overrides where they are (torch_cuda.py).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Arena:
             if end > start:
                 pages.madvise(mmap.MADV_DONTNEED, start, end - start)
 
-    # Contents: engine thread only.
+    # Contents.
 
     def reset(self, slots: NDArray[Any]) -> None:
         """Sets slots to the schema's initial state."""

@@ -1,4 +1,4 @@
-"""The interface of a runtime: one model on one device. catalog.py makes them; the engine's threads call them."""
+"""The interface of a runtime: one model on one device. catalog.py makes them; the step loop calls them."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from engram_service.store import OUTPUTS_MAX
 log = logging.getLogger(__name__)
 
 _WINDOW_BYTES = 2048  # of outputs kept for each resident session, within the limits below
-_TICK_BYTES = 32 << 20
-_TICK_S = 0.25  # other models wait meanwhile, and what runs for long is stopped (watchdog.py)
+_BATCH_BYTES = 32 << 20
+_BATCH_S = 0.25  # other models wait meanwhile, and what runs for long is stopped (watchdog.py)
 _WINDOW_MIN, _WINDOW_MAX = 8, OUTPUTS_MAX
 _CHECK_S = 60.0  # for the recorded check, which an examination has done before, with time to spare
 
@@ -75,12 +75,12 @@ class Loader:
             self.watchdog.end(run)
 
     def rows_max(self, bundle: Bundle, row_s: float = 0.0) -> int:
-        """Rows in one tick: so many that its states, which are there several times on their way to the store, are not much, and
+        """Rows in one batch: so many that its states, which are there several times on their way to the store, are not much, and
         that it does not take long, where it is known how long a row takes."""
         schema = bundle.schema
         row_nbytes = max(1, schema.state_nbytes + schema.input_nbytes + schema.output_nbytes)
-        fitting = min(self._settings.batch_rows_max, _TICK_BYTES // row_nbytes)
-        return max(1, min(fitting, int(_TICK_S / row_s)) if row_s else fitting)
+        fitting = min(self._settings.batch_rows_max, _BATCH_BYTES // row_nbytes)
+        return max(1, min(fitting, int(_BATCH_S / row_s)) if row_s else fitting)
 
     def _plug_in(self, bundle: Bundle) -> Runtime:
         """A cell without a graph, which the operator has turned on."""
@@ -122,6 +122,6 @@ class Loader:
         output_nbytes = max(1, bundle.schema.output_nbytes)
         window = max(_WINDOW_MIN, min(_WINDOW_MAX, _WINDOW_BYTES // output_nbytes))
         slot_nbytes = bundle.schema.state_nbytes + (window + 1) * output_nbytes
-        # However large a slot is, a whole tick fits; the number that the operator sets holds in any case.
+        # However large a slot is, a whole batch fits; the number that the operator sets holds in any case.
         fitting = max(self.rows_max(bundle), (self._settings.arena_mb << 20) // slot_nbytes)
         return min(self._settings.arena_slots_max, fitting), window

@@ -163,7 +163,7 @@ class CudaGraphs(TorchCells):
                 self._body(rows)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: the engine's goes on serving the models that are there.
+        # Of this thread alone: the step loop's goes on serving the models that are there.
         with torch.cuda.graph(graph, self._pool, stream, "thread_local"):
             outputs, states = self._body(rows)
         return _Graph(graph, outputs, states)

@@ -1,7 +1,7 @@
 """A cell's step recorded as one graph, so that a whole step is one call that leaves the interpreter's lock alone.
 
-Run from Python, each of a cell's twenty or so operations lets go of the lock and has to win it back, and with an event loop
-and other engine threads at work that waiting can take longer than the arithmetic. torch.compile would serve as well but
+Run from Python, each of a cell's twenty or so operations lets go of the lock and has to win it back, and with other
+threads at work that waiting can take longer than the arithmetic. torch.compile would serve as well but
 wants a C++ compiler where the server runs; torch's own recorder is deprecated, but does without. Where it is missing, or
 does not give the very bits of the cell itself, the cell runs as it is.
 """

@@ -1,7 +1,7 @@
 """Watches over the graphs that run: one that runs too long is stopped, and one that ends the process is known afterwards.
 
-A batch runs in an engine's thread; this is another one, which tells ONNX Runtime to end the run (between two of its operators: a
-single one cannot be stopped). What runs in a thread is written into a file that outlives the process, and the interpreter's fault
+A batch runs in the step loop's thread; this is another one, which tells ONNX Runtime to end the run (between two of its operators:
+a single one cannot be stopped). What runs in a thread is written into a file that outlives the process, and the interpreter's fault
 handler writes beside it which thread a fatal signal came from: the next start counts that against the model (`Crashes`).
 """
 

@@ -28,7 +28,7 @@ _SEGMENT_MIN = 4
 
 
 class HandleTable:
-    """Segments of places: the rows of the session table that they stand for (or why they are void), and the handles that they have."""
+    """Segments of places: the rows of the session table that they stand for (or why they are void), and the handles they have."""
 
     def __init__(self) -> None:
         self.rows = np.full(1024, UNKNOWN, np.int32)

@@ -1,7 +1,7 @@
 """The sessions that this server knows, as columns: row i of every column is one session. Ids here are keys (tenants.py).
 
-Written by the event loop alone, but for `busy` and `computed`: the engine thread sets them under the queue's lock. An
-idle session costs one row here (some 300 bytes with its id) and nothing else, so columns are as narrow as they can be.
+Written by the step loop's thread alone. An idle session costs one row here (some 300 bytes with its id) and nothing else, so
+columns are as narrow as they can be.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _COLUMNS: dict[str, tuple[Any, tuple[int, ...], float]] = {
     "acked": (np.uint64, (), 0),  # last seq whose output the client has
     "durable": (np.uint64, (), 0),  # last seq in Redis
     "interval": (np.bool_, (), False),  # durability interval
-    "busy": (np.bool_, (), False),  # in a tick, or waiting for its slot: no row of it may start
+    "busy": (np.bool_, (), False),  # in a batch, or waiting for its slot: no row of it may start
     "opening": (np.bool_, (), False),  # an open, close or move has it: no row of it is admitted
     "flushing": (np.bool_, (), False),  # an interval commit is on its way
     "dirty_since": (np.float32, (), 0.0),  # seconds on the table's clock; interval sessions
@@ -184,7 +184,7 @@ class SessionTable:
         return row
 
     def pinned(self, rows: NDArray[Any]) -> NDArray[np.bool_]:
-        """Which of these may not be freed, for an engine thread or the store is at work on them."""
+        """Which of these may not be freed, for a batch or the store is at work on them."""
         held: NDArray[np.bool_] = self.busy[rows] | self.flushing[rows]
         return held
 

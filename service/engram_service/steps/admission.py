@@ -1,5 +1,5 @@
-"""Which of the rows that have come may go on. Good rows wait for their batch, repeated ones are answered, bad ones are refused with a
-typed error that says why; nobody else is disturbed. Event loop only; vectorised over the rows of all streams.
+"""Which of the rows that have come may go on. Good rows wait for their batch, repeated ones are answered, bad ones are refused
+with a typed error that says why; nobody else is disturbed. Event loop only; vectorised over the rows of all streams.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from engram_service.steps.backlog import Backlog
 from engram_service.steps.frames import classify, column, read_columns
 from engram_service.steps.refusals import Refused, bad_handles, errors_frame, fates, gaps
 from engram_service.steps.repeats import Asked, Repeats, acknowledged
-from engram_service.wire.base import FEEDBACK, FIRST, NOT_ACKNOWLEDGED, QUIET, Arrived, Wire
+from engram_service.wire.base import FEEDBACK, FIRST, NOT_ACKNOWLEDGED, PREFILL, Arrived, Wire
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ class Admission:
                 return
         else:
             good = slice(None)  # type: ignore[assignment]
-        flags = came.flags[good] & np.uint8(QUIET | FEEDBACK)
+        flags = came.flags[good] & np.uint8(PREFILL | FEEDBACK)
         arrived = np.full(len(flags), now)
         steps = Steps(rows[good], came.streams[good], came.handles[good], seqs[good], flags, came.deadlines[good],
                       arrived, came.inputs[good])  # fmt: skip
@@ -290,8 +290,8 @@ class Admission:
         """Answers steps that were accepted before: with the recorded output, or when the first answer comes."""
         table, sessions, seqs = self._table, came.rows[index], came.seqs[index]
         streams, handles, deadlines = came.streams[index], came.handles[index], came.deadlines[index]
-        quiet = (came.flags[index] & QUIET).astype(np.bool_)
-        gone = (seqs <= table.acked[sessions]) & ~quiet
+        prefill = (came.flags[index] & PREFILL).astype(np.bool_)
+        gone = (seqs <= table.acked[sessions]) & ~prefill
         if gone.any():
             mask = np.zeros(len(came), np.bool_)
             mask[index[gone]] = True
@@ -303,7 +303,7 @@ class Admission:
             self._scheduler.prolong(*until)
             self._advances.prolong(*until)
             self._repeats.wait(asked.only(pending), deadlines[pending])
-        silent, loud = ~gone & ~pending & quiet, ~gone & ~pending & ~quiet
+        silent, loud = ~gone & ~pending & prefill, ~gone & ~pending & ~prefill
         if silent.any():
             self._answers.outputs(streams[silent], handles[silent], sessions[silent], seqs[silent], None)
         if loud.any():

@@ -1,4 +1,4 @@
-"""A batch in which somebody's row makes the model fail: the rows that do are found, the others are computed. Called by computing.py.
+"""A batch in which somebody's row makes the model fail: the rows that do are found, the others are computed. For computing.py.
 
 A token beyond a vocabulary is enough to make a graph fail, and whoever shares the batch must not feel it.
 """

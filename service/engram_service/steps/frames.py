@@ -57,7 +57,7 @@ def read_columns(frame: stream_pb2.StepsFrame, rows_max: int) -> StepColumns:
     acked = column(frame.acknowledged_seqs, np.uint64, "acknowledged_seqs", rows) if frame.acknowledged_seqs else None
     if np.any(flags & ~np.uint8(FLAGS_KNOWN)):
         raise InvalidArgumentError(
-            "INVALID_FRAME", "column flags has bits that are not known: use 1 (quiet) and 2 (feedback)"
+            "INVALID_FRAME", "column flags has bits that are not known: use 1 (prefill) and 2 (feedback)"
         )
     if not frame.repeats:
         return StepColumns(handles, seqs, flags, frame.inputs, None, acked)

@@ -37,7 +37,7 @@ from engram_service.steps.repeats import Repeats
 from engram_service.steps.rollback import Rollback, failure
 from engram_service.steps.withdrawal import Withdrawal
 from engram_service.store import Verdict
-from engram_service.wire.base import QUIET, Event, Wire
+from engram_service.wire.base import PREFILL, Event, Wire
 
 log = logging.getLogger(__name__)
 
@@ -216,8 +216,8 @@ class StepLoop:
             if len(steps):
                 self._answers.outputs(steps.streams, steps.handles, steps.rows, steps.seqs, outputs)
         else:
-            quiet = (steps.flags & QUIET).astype(np.bool_)
-            for some, own in ((steps[quiet], None), (steps[~quiet], outputs[~quiet])):
+            prefill = (steps.flags & PREFILL).astype(np.bool_)
+            for some, own in ((steps[prefill], None), (steps[~prefill], outputs[~prefill])):
                 if len(some):
                     self._answers.outputs(some.streams, some.handles, some.rows, some.seqs, own)
         self._pins.release(sessions)

@@ -1,4 +1,4 @@
-"""Engram's state in Redis: the records, the claims that fence them, and the commits of every tick."""
+"""Engram's state in Redis: the records, the claims that fence them, and the commits of every batch."""
 
 from engram_service.store.keys import session_tag
 from engram_service.store.lines import Line

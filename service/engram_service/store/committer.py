@@ -1,4 +1,4 @@
-"""The committers: threads that write ticks to Redis and say what became of each row.
+"""The committers: threads that write batches to Redis and say what became of each row.
 
 A commit is repeated until Redis has said something about every row: under its token it may be written twice, and as one
 session has one commit under way at most, never out of order. A connection whose fate is unknown is killed at the server

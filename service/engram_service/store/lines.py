@@ -243,7 +243,7 @@ class NativeLine:
         way.done, way.blocks, self._failed = True, [], True
 
     def _packed(self, block: RecordBlock, alone: bool) -> NDArray[np.uint8]:
-        """Records, in memory that is used again where no other block of the commit can be of this width: they stay until it is done."""
+        """Records, in memory that is used again where no other block of the commit can be as wide: they stay until it is done."""
         if not alone:
             return block.packed()
         layout, rows = block.layout, len(block.seq)

@@ -140,7 +140,7 @@ class Links:
 
 
 def _block_in_kernel(sock: socket.socket, timeout_s: float) -> None:
-    """Lets the kernel do the waiting, so that a whole tick is one system call each way.
+    """Lets the kernel do the waiting, so that a whole batch is one system call each way.
 
     A Python socket with a timeout polls and takes the interpreter's lock again for every part of a buffer that fits.
     """

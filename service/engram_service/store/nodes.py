@@ -1,6 +1,6 @@
 """Where keys live: one Redis, or the primaries of a Redis Cluster. Asked by the store and the committers, from any thread.
 
-The map of a cluster's slots is redis-py's; here it is kept as an array, so that a tick is split with numpy.
+The map of a cluster's slots is redis-py's; here it is kept as an array, so that a batch is split with numpy.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 The checksum in the header is the sum of the record's length and its 64-bit words, each times an odd constant of its place,
 modulo 2^64 (multilinear hashing): a changed word always changes it, as do zeros added or cut off, and numpy computes it for a
-whole tick.
+whole batch.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class RecordBlock:
-    """What records of equal length are made of; a committer packs them, so that the engine need not wait for it."""
+    """What records of equal length are made of; a committer packs them, so that the step loop need not wait for it."""
 
     layout: RecordLayout
     seq: NDArray[np.uint64]

@@ -37,8 +37,8 @@ def _server(old: Scrape, new: Scrape) -> dict[str, Any]:
     if new.error:
         return {"up": False, "error": new.error}
     sessions = {key: int(value) for key, value in new.by("engram_sessions", "residency").items()}
-    rows = _more(old, new, "engram_tick_rows_sum")
-    ticks = _more(old, new, "engram_tick_rows_count")
+    rows = _more(old, new, "engram_batch_rows_sum")
+    batches = _more(old, new, "engram_batch_rows_count")
     return {
         "up": True,
         "sessions": {"known": sum(sessions.values()), **sessions},
@@ -46,20 +46,14 @@ def _server(old: Scrape, new: Scrape) -> dict[str, Any]:
         "rows_in_flight": int(new.sum("engram_rows_in_flight")),
         "steps_per_s": _rate(old, new, "engram_steps_total", outcome="ok"),
         "refused_per_s": _rates(old, new, "engram_rows_refused_total", "reason"),
-        "rows_per_tick": rows / ticks if rows is not None and ticks else None,
-        "busy": _busy(old, new),
+        "rows_per_batch": rows / batches if rows is not None and batches else None,
+        "busy": _rate(old, new, "engram_loop_busy_seconds_total"),
         "commit_bytes_per_s": _rate(old, new, "engram_commit_bytes_total"),
         "latency_ms": {stage: _latency([(old, new)], stage) for stage in STAGES},
         "redis_up": bool(new.sum("engram_redis_up")),
         "redis_memory_bytes": int(new.sum("engram_redis_memory_bytes")),
         "memory_bytes": int(new.sum("process_resident_memory_bytes")),
     }
-
-
-def _busy(old: Scrape, new: Scrape) -> float | None:
-    """How much of its engine threads' time a server was in ticks, 0 to 1."""
-    threads, busy = new.sum("engram_engine_threads"), _rate(old, new, "engram_tick_busy_seconds_total")
-    return busy / threads if threads and busy is not None else None
 
 
 def _models(up: Sequence[tuple[Scrape, Scrape]]) -> dict[str, dict[str, float]]:
@@ -94,7 +88,7 @@ def _rates(old: Scrape, new: Scrape, name: str, label: str, **labels: str) -> di
 
 
 def _latency(pairs: Sequence[tuple[Scrape, Scrape]], stage: str) -> dict[str, float] | None:
-    """p50 and p99 of a stage. Its histogram has one observation a tick."""
+    """p50 and p99 of a stage. Its histogram has one observation a batch."""
     counts: dict[float, float] = {}
     for old, new in pairs:
         edges = new.by("engram_stage_seconds_bucket", "le", stage=stage)

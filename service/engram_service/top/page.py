@@ -15,7 +15,7 @@ _SERVER = (
     "streams",
     "in flight",
     "steps/s",
-    "rows/tick",
+    "rows/batch",
     "busy",
     "total p99",
     "memory",
@@ -51,7 +51,7 @@ def _server(server: dict[str, Any]) -> tuple[str, ...]:
     return (
         server["address"], "up" if server["redis_up"] else "no store", f"{server['sessions']['known']:,}",
         f"{server['sessions'].get('device', 0):,}", f"{server['streams']:,}", f"{server['rows_in_flight']:,}",
-        _number(server["steps_per_s"], ",.0f"), _number(server["rows_per_tick"], ",.1f"), _number(server["busy"], ".0%"),
+        _number(server["steps_per_s"], ",.0f"), _number(server["rows_per_batch"], ",.1f"), _number(server["busy"], ".0%"),
         _both(server["latency_ms"]["total"])[1], f"{server['memory_bytes'] / 1e6:,.0f} MB",
     )  # fmt: skip
 

@@ -19,9 +19,9 @@ from engram_service.tokens import Caller
 NUMBER_BITS = 20  # of a stream's id; a number is used again, and the bits above it count the uses
 NOT_ACKNOWLEDGED = np.uint64(0xFFFFFFFFFFFFFFFF)
 FIRST = 0x80  # in `flags`: the row begins a frame
-QUIET = 1
+PREFILL = 1
 FEEDBACK = 2
-FLAGS_KNOWN = QUIET | FEEDBACK
+FLAGS_KNOWN = PREFILL | FEEDBACK
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
-"""The extension's wire: connections end in its threads, and steps come as columns. Other calls but steps are relayed to api/server.py
-over a private unix socket, with who calls in metadata that no client can set.
+"""The extension's wire: connections end in its threads, and steps come as columns. Other calls but steps are relayed to
+api/server.py over a private unix socket, with who calls in metadata that no client can set.
 """
 
 from __future__ import annotations
