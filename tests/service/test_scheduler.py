@@ -162,6 +162,15 @@ def test_whoever_is_alone_has_whole_batches() -> None:
     assert [len(taken(scheduler.next(0, busy, 2048, 0.0))) for _ in range(3)] == [2048] * 3
 
 
+def test_middling_frames_of_one_client_are_no_small_stream_beside_itself() -> None:
+    scheduler, busy = Scheduler(16), nobody(9000)
+    scheduler.add(0, frame(1, list(range(100))))
+    assert len(taken(scheduler.next(0, busy, 1024, 0.0))) == 100
+    for begin in range(100, 700, 100):  # they came while that was computed
+        scheduler.add(0, frame(1, list(range(begin, begin + 100))))
+    assert len(taken(scheduler.next(0, busy, 1024, 0.01))) == 600
+
+
 def test_what_another_model_is_asked_for_makes_no_batch_shorter() -> None:
     scheduler, busy = Scheduler(1), nobody(3000)
     scheduler.add(0, frame(1, list(range(2000))))
