@@ -63,6 +63,7 @@ def seeds() -> list[bytes]:
         {"confirm": stream_pb2.ConfirmFrame(number=2**63)},
         {"attach": stream_pb2.AttachFrame(**opening)},
         {"close": stream_pb2.CloseFrame(request_id=1, handles=bytes(4), detach=True)},
+        {"close": stream_pb2.CloseFrame(request_id=1, handles=bytes(6))},
     ]
     return [
         _steps([0], [1]),
@@ -153,8 +154,10 @@ def _check(beside: int) -> None:
     table = at.table
     for response, _ in at.sent(at.stream):
         kind = response.WhichOneof("frame")
-        details = response.errors.errors if kind == "errors" else []
-        assert kind in ("errors", "outputs"), kind
+        assert kind in ("errors", "outputs", "closed"), kind
+        details = {"errors": response.errors.errors, "closed": [row.error for row in response.closed.errors]}.get(
+            kind, []
+        )
         assert all(detail.reason and detail.reason != "INTERNAL" and detail.message for detail in details), response
         if kind == "errors":
             assert len(response.errors.handles) * 2 == len(response.errors.seqs)
