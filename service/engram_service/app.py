@@ -112,6 +112,7 @@ async def serve(settings: Settings) -> None:
         port = await server.start()
         _announce(settings, port, http.address, device, wire.name)
         metrics.build_info.labels(__version__, wire.name).set(1)
+        metrics.wire.read = wire.counters
 
         events.add_signal_handler(signal.SIGHUP, lambda: supervisor.once("models reload", catalog.reload()))
         path.run()
