@@ -48,6 +48,20 @@ ROWS: dict[str, list[Panel]] = {
             "streams {{instance}}": "engram_streams",
             "denied {{reason}}": "sum by (reason) (rate(engram_calls_denied_total[1m]))"}),
     ],
+    "The wire": [
+        ("Connections", "short", {
+            "{{instance}}": "engram_wire_connections",
+            "taken a second {{instance}}": "rate(engram_wire_accepted_total[1m])",
+            "ended badly a second: {{why}}": "sum by (why) (rate(engram_wire_connections_ended_total[1m]))"}),
+        ("Bytes a second", "Bps", {"{{direction}}": "sum by (direction) (rate(engram_wire_bytes_total[1m]))"}),
+        ("Busy step loops", "percentunit", {"{{instance}}": "rate(engram_loop_busy_seconds_total[1m])"}),
+    ],
+    "The wire's inbox": [
+        ("Not taken yet", "short", {
+            "rows {{instance}}": "engram_wire_inbox_rows", "events {{instance}}": "engram_wire_inbox_events"}),
+        ("Age of the oldest that is not taken", "s", {"{{instance}}": "engram_wire_inbox_age_seconds"}),
+        ("Refused by the wire, a second", "ops", {"{{reason}}": "sum by (reason) (rate(engram_wire_refused_total[1m]))"}),
+    ],
     "Redis and memory": [
         ("Commits", "Bps", {"{{instance}}": "sum by (instance) (rate(engram_commit_bytes_total[1m]))"}),
         ("Redis's memory", "bytes", {"used": "max(engram_redis_memory_bytes)"}),

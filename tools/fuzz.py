@@ -38,7 +38,8 @@ WORK = ROOT / "runs" / "fuzz"
 FIGURES = "figures.json"
 MENDED = 0.3  # of the inputs that atheris' rounds make; mended ones get deep, and take many times as long
 COVERED = ("engram_service.store.record", "engram_service.memory", "engram_service.api", "engram_service.sessions",
-           "engram_service.core", "engram_models.bundle", "engram_models.spec", "engram_models.patterns")  # fmt: skip
+           "engram_service.steps", "engram_service.scheduling", "engram_service.wire",
+           "engram_models.bundle", "engram_models.spec", "engram_models.patterns")  # fmt: skip
 SLOW_S = 2.0  # of processor time for one input
 HANG_S = 120  # of time; the machine may be busy
 MEMORY_BYTES = 6 << 30  # on top of what the imports take

@@ -25,42 +25,22 @@ from engram_service.api.server import Server
 from engram_service.api.stream import StreamHandler
 from engram_service.api.tls import Certificate
 from engram_service.api.unary import UnaryHandlers
-from engram_service.api.unary_stream import UnaryStream
 from engram_service.catalog import Catalog
 from engram_service.condition import Condition
+from engram_service.data_path import DataPath
 from engram_service.descriptors import Descriptors
 from engram_service.draining import Drain
 from engram_service.health import Health
 from engram_service.http.server import HttpServer
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
-from engram_service.pauses import Pauses
 from engram_service.runtimes.devices import Device, device_of
 from engram_service.runtimes.loader import Loader
-from engram_service.scheduling.scheduler import Scheduler
-from engram_service.sessions.calls import StoreCalls
-from engram_service.sessions.ending import Endings
-from engram_service.sessions.holds import Holds
-from engram_service.sessions.opening import Sessions
-from engram_service.sessions.ownership import Ownership
-from engram_service.sessions.pins import Pins
 from engram_service.sessions.residency import Residency
-from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Streams
-from engram_service.sessions.table import NO_SLOT, Reference, SessionTable
+from engram_service.sessions.table import NO_SLOT, SessionTable
 from engram_service.settings import SettingError, Settings
-from engram_service.steps.admission import Admission
-from engram_service.steps.advance import Advances
-from engram_service.steps.answers import Answers
-from engram_service.steps.backlog import Backlog
-from engram_service.steps.commits import Commits
-from engram_service.steps.deadlines import Deadlines
-from engram_service.steps.flushes import Flushes
-from engram_service.steps.loop import StepLoop
-from engram_service.steps.repeats import Repeats
-from engram_service.steps.rollback import Rollback
-from engram_service.steps.withdrawal import Withdrawal
-from engram_service.store import UNSAFE, MetaFields, Store, StoreSettings, TlsFiles
+from engram_service.store import UNSAFE, Store, StoreSettings, TlsFiles
 from engram_service.store.private import PrivateRedis, PrivateSettings
 from engram_service.supervision import Supervisor
 from engram_service.tokens import Tokens
@@ -106,81 +86,44 @@ async def serve(settings: Settings) -> None:
         _register_cells(settings)
         catalog = Catalog(settings, loader, metrics)
         stack.callback(catalog.close)
-        condition, pauses, backlog, advances = Condition(metrics), Pauses(metrics, health), Backlog(), Advances()
-        shares, scheduler = Shares(tokens.limits), Scheduler(settings.batch_run_max)
-        pins = Pins(table, condition.late)
         wire = _wire(settings, access, certificate, files.connections_max)
-        streams = Streams(wire, settings.streams_max)
-        answers = Answers(wire, streams, table, metrics)
-        commits = Commits(store, table, metrics, partial(_meta, table, catalog))
-        flushes = Flushes(table, commits)
-        residency = Residency(
-            settings, table, catalog, store, pins, condition, supervisor, metrics, flushes.add, answers.durable
-        )  # fmt: skip
-        repeats = Repeats(table, catalog, answers, residency, pins, condition, supervisor)
-        withdrawal = Withdrawal(scheduler, table, answers, repeats, condition)
-        rollback = Rollback(table, pins, residency, repeats, withdrawal, answers, metrics)
-        ownership = Ownership(table, wire, streams, pins, residency, repeats, withdrawal, metrics)
-        residency.losses, flushes.on_flushed = ownership, residency.on_flushed
-        admission = Admission(
-            settings, table, catalog, wire, streams, shares, scheduler, residency, repeats, answers, condition, pauses,
-            metrics, backlog, advances,
-        )  # fmt: skip
-        calls, holds = StoreCalls(residency), Holds(table, pins, residency, ownership, condition)
-        sessions = Sessions(
-            settings, table, catalog, store, calls, holds, residency, ownership, shares, condition, supervisor, metrics
-        )  # fmt: skip
-        endings = Endings(
-            settings, table, store, calls, holds, pins, residency, ownership, condition, supervisor, metrics
-        )  # fmt: skip
-        stream = StreamHandler(
-            settings, wire, streams, catalog, admission, sessions, endings, ownership, shares, access, condition, supervisor
-        )  # fmt: skip
-        loop = StepLoop(
-            wire, stream.event, admission, scheduler, catalog, table, commits, flushes, answers, advances, repeats,
-            residency, pins, ownership, withdrawal, rollback, pauses, metrics,
-        )  # fmt: skip
-        deadlines = Deadlines(
-            scheduler, advances, repeats, withdrawal, answers, table, condition, pauses, backlog
-        )  # fmt: skip
-        unary = UnaryStream(settings, table, catalog, streams, admission, sessions, residency, shares, condition)
-        answers.local = unary
+        path = DataPath(settings, table, catalog, store, wire, access, tokens.limits, supervisor, metrics, health)
         memories = Memories(catalog.resolve, store, settings.memory_cache_mb << 20)
         handlers = UnaryHandlers(
-            settings, table, catalog, shares, supervisor, sessions, endings, calls,
-            partial(Looks, settings, table, pins, residency, supervisor), store, unary, memories, device.name,
+            settings, table, catalog, path.shares, supervisor, path.sessions, path.endings, path.calls,
+            partial(Looks, settings, table, path.pins, path.residency, supervisor), store, path.unary, memories, device.name,
         )  # fmt: skip
-        memory_handlers = MemoryHandlers(settings, catalog, metrics, calls, handlers, memories)
-        for pools in (sessions, memory_handlers, handlers):
+        memory_handlers = MemoryHandlers(settings, catalog, metrics, path.calls, handlers, memories)
+        for pools in (path.sessions, memory_handlers, handlers):
             stack.callback(pools.close)
-        tokens.on_change = stream.tokens_changed
+        tokens.on_change = path.handler.tokens_changed
         server = Server(settings, access, certificate, health, wire, handlers, memory_handlers)
         if not isinstance(wire, GrpcioWire):
-            _take_over(wire, access, server, stream, tokens, supervisor)
-        _expose(metrics, table, catalog, streams, store, memories, device)
+            _take_over(wire, access, server, path.handler, tokens, supervisor)
+        _expose(metrics, table, catalog, path.streams, store, memories, device)
 
         supervisor.thread("graphs watch", loader.watchdog.look, loader.watchdog.stopped).start()
         if not await _load_models(catalog, supervisor, health, stop):
             return
-        _start_store(store, residency, condition, health)
-        loop.start()
+        _start_store(store, path.residency, path.condition, health)
+        path.loop.start()
         gc.collect()
         gc.freeze()  # what is there stays: to look through it for garbage would stop everybody, and torch's objects for 80 ms
         port = await server.start()
         _announce(settings, port, http.address, device, wire.name)
         metrics.build_info.labels(__version__, wire.name).set(1)
+        metrics.wire.read = wire.counters
 
         events.add_signal_handler(signal.SIGHUP, lambda: supervisor.once("models reload", catalog.reload()))
-        supervisor.run("deadlines", deadlines.sweep)
-        supervisor.run("residency", residency.beat)
+        path.run()
         supervisor.run("models watch", catalog.watch)
-        supervisor.run("unary tidy", unary.tidy)
         if not isinstance(wire, GrpcioWire):
             supervisor.run("certificate watch", wire.watch_certificate)
         supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
-        supervisor.run("descriptors", lambda: files.watch(port, stream.peers))
+        supervisor.run("descriptors", lambda: files.watch(port, path.handler.peers))
         await stop.wait()
-        drain = Drain(wire, server, stream, streams, scheduler, advances, residency, condition, supervisor)
+        drain = Drain(wire, server, path.handler, path.streams, path.scheduler, path.advances, path.residency, path.condition,
+                      supervisor)  # fmt: skip
         await drain.run(settings.drain_timeout_s)
     log.info("stopped")
 
@@ -334,15 +277,6 @@ def _start_store(store: Store, residency: Residency, condition: Condition, healt
     store.on_trouble, store.on_loss = on_trouble, on_loss
     store.writing_back = lambda: residency.writing_back
     store.start()
-
-
-def _meta(table: SessionTable, catalog: Catalog, session: Reference) -> MetaFields | None:
-    """What the hash of a session holds; for the store, from a committer thread: the session is pinned."""
-    if (row := table.row_of(session)) is None:
-        return None
-    served = catalog.models[int(table.model[row])]
-    return MetaFields(table.id_of(row), served.reference, served.bundle.fingerprint, int(table.client_id[row]),
-                      int(table.epoch[row]), int(table.created_ms[row]), int(table.losses[row]))  # fmt: skip
 
 
 def _expose(

@@ -9,6 +9,8 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from engram_service.wire.watched import WireMetrics
+
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -21,6 +23,8 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
+        self.wire = WireMetrics()
+        self.registry.register(self.wire)
 
         self.build_info = Gauge(
             "engram_build_info", "What this server is; always 1", ("version", "wire"), registry=self.registry
@@ -57,6 +61,7 @@ class Metrics:
         self.calls_denied = counter(
             "calls_denied", "Calls and streams refused for want of a token or a right", "reason"
         )
+        self.wire.denied = self.calls_denied
         self.redis_up = gauge("redis_up", "1 while Redis takes commits")
         self.redis_memory_bytes = gauge("redis_memory_bytes", "used_memory of Redis")
         self.redis_unsafe = gauge(

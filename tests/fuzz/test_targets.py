@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from targets import FAULTY, NAMES, target
 from targets.mutation import joined, mutated, parted
-from targets.world import world
+from targets.world import begun, world
 
 from engram_service.sessions.handles import TAKEN_OVER
+from engram_service.steps.repeats import Asked
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INPUTS = {"frames": 800, "exports": 1500, "chunks": 800, "records": 1000, "bundles": 60}
@@ -54,18 +55,20 @@ def test_several_strings_in_one_input() -> None:
 def test_a_repeat_that_waits_is_refused_with_its_session() -> None:
     """Found while the state machine's findings were mended: it stayed behind, and the row's next session would have answered it."""
     at = world()
-    table, stream = at.core.table, at.core.connect()
+    table, stream = at.table, begun(at.wire, at.streams, at.frames)
     row = table.add("given-up")
     table.model[row], table.stream[row], table.handle[row] = at.lstm.index, stream.id, stream.handles.name(row)
     handles, session = table.handle[[row]], table.refer(np.array([row]))
-    at.core.repeats.wait(stream, session, handles, np.array([9], np.uint64), float("inf"))
-    at.core.dismiss(np.array([row]), TAKEN_OVER)
-    assert not at.core.repeats._waiting and not table.alive(session).any()
-    refused, told = (response for response, _ in stream._outbox)
+    streams = np.array([stream.id], np.uint32)
+    at.streams.arrived(streams)
+    at.repeats.wait(Asked(streams, session, handles, np.array([9], np.uint64)), np.array([np.inf]))
+    at.ownership.dismiss(np.array([row]), TAKEN_OVER)
+    assert not at.repeats._waiting and not table.alive(session).any() and not at.streams.in_flight
+    refused, told = (response for response, _ in at.sent(stream))
     assert np.frombuffer(refused.errors.handles, np.uint32).tolist() == handles.tolist()
     assert np.frombuffer(refused.errors.seqs, np.uint64).tolist() == [9]
     assert refused.errors.errors[0].reason == "TAKEN_OVER" and told.WhichOneof("frame") == "event"
-    at.core.disconnect(stream)
+    at.ownership.disconnect(stream)
 
 
 def run(tmp_path: pathlib.Path, name: str, *flags: str) -> tuple[int, dict[str, Any]]:

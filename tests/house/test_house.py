@@ -62,8 +62,9 @@ def test_the_models_know_neither_the_server_nor_the_sdk() -> None:
 
 
 def test_the_scheduler_is_pure() -> None:
-    """Decisions stay apart from effects: the module that picks the rows of a batch imports no torch, gRPC or Redis."""
-    names = set(_imports(_parsed(PACKAGES["engram_service"] / "scheduler.py")))
+    """Decisions stay apart from effects: the modules that pick the rows of a batch import no torch, gRPC or Redis."""
+    modules = (PACKAGES["engram_service"] / "scheduling").glob("*.py")
+    names = {name for module in modules for name in _imports(_parsed(module))}
     assert not {name.split(".")[0] for name in names} & {"torch", "grpc", "redis", "asyncio", "threading"}
 
 

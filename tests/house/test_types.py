@@ -11,26 +11,36 @@ MISTAKES = """
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_service.engine.engine import Engine
-from engram_service.sessions.repeats import Repeats
+from engram_service.catalog import Served
+from engram_service.errors import ServiceError
+from engram_service.sessions.ownership import Ownership
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.table import References, SessionTable
+from engram_service.steps.flushes import Flushes
+from engram_service.steps.repeats import Asked, Repeats
 from engram_service.store import Verdict
 
 
 def mistakes(
-    table: SessionTable, repeats: Repeats, residency: Residency, rows: NDArray[np.int32], kept: References, seqs: NDArray[np.uint64]
+    table: SessionTable, repeats: Repeats, residency: Residency, ownership: Ownership, flushes: Flushes, served: Served,
+    rows: NDArray[np.int32], kept: References, seqs: NDArray[np.uint64], streams: NDArray[np.uint32], why: ServiceError,
 ) -> None:
-    repeats.moved_on(rows)
+    repeats.moved_on(kept)
+    repeats.refuse(rows, why)
+    Asked(streams, rows, streams, seqs)
     residency.on_flushed(rows, seqs, Verdict.OK)
+    flushes.add(served, rows)
+    ownership.lose(kept, Verdict.GONE)
+    ownership.lose_when_free(rows, Verdict.GONE)
     table.row_of(int(rows[0]))
     table.remove(kept)
     table.durable[kept]
 
 
-def right(table: SessionTable, repeats: Repeats, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+def right(table: SessionTable, repeats: Repeats, rows: NDArray[np.int32], why: ServiceError) -> NDArray[np.int32]:
     kept = table.refer(rows)
-    repeats.moved_on(kept)
+    repeats.refuse(kept, why)
+    repeats.moved_on(table.rows_of(kept))
     return table.rows_of(kept)
 """
 
@@ -50,5 +60,5 @@ def test_a_bare_row_is_no_reference(tmp_path: pathlib.Path) -> None:
     wrong = {
         int(line.split(":")[1]) for line in done.stdout.splitlines() if "mistakes.py" in line and ": error:" in line
     }
-    first = MISTAKES.splitlines().index("    repeats.moved_on(rows)") + 1
-    assert wrong == set(range(first, first + 5)), done.stdout + done.stderr
+    first = MISTAKES.splitlines().index("    repeats.moved_on(kept)") + 1
+    assert wrong == set(range(first, first + 10)), done.stdout + done.stderr

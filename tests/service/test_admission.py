@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from engram.v1 import stream_pb2
 from engram_service.errors import InvalidArgumentError
-from engram_service.sessions.admission import FEEDBACK, classify, read_columns
+from engram_service.steps.frames import classify, read_columns
+from engram_service.wire.base import FEEDBACK
 
 
 def frame(**columns: bytes) -> stream_pb2.StepsFrame:

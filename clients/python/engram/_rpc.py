@@ -27,7 +27,7 @@ _Response = TypeVar("_Response", bound=Message)
 def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
     """A channel of its own connection to one server."""
     keepalive_ms = min(int(options.keepalive_s * 1000), _INT_MAX)
-    arguments = [
+    arguments: list[tuple[str, int | str]] = [
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", keepalive_ms // 2),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -40,6 +40,8 @@ def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
         # gRPC's own rule is to use the environment's proxy for whatever no_proxy does not name, this machine too.
         ("grpc.enable_http_proxy", int(options.proxied(address))),
     ]
+    if not options.encrypted and ("," in address or address.startswith("unix")):
+        arguments.append(("grpc.default_authority", "localhost"))  # gRPC's own would be none that HTTP/2 knows
     credentials = _credentials(options) if options.encrypted else None
     with bound(asyncio.get_running_loop()):
         if credentials is not None:

@@ -32,7 +32,7 @@ class Steps:
 
 
 class Waiting:
-    """The rows that wait for one model, in the order in which they came. Places of rows that were taken are filled up now and then."""
+    """The rows that wait for one model, in the order in which they came. Places of taken rows are filled up now and then."""
 
     def __init__(self, input_nbytes: int) -> None:
         self._columns = _empty(64, input_nbytes)

@@ -4,9 +4,9 @@ There is no timer: while a batch runs, arrivals gather, and the next one takes a
 most `run_max` consecutive steps of one session. Sessions that are busy keep their rows here, and so do rows whose deadline has
 passed, until they are dropped.
 
-Where not all that is ready fits, streams share the batch equally, row by row (a round robin with a quantum of one row): nobody has a
-second row in it before everybody has a first one. While streams with many rows wait beside some with few, a batch is no longer than
-about two milliseconds, so whoever comes while it is computed does not wait for long.
+Where not all that is ready fits, streams share the batch equally, row by row (a round robin with a quantum of one row): nobody has
+a second row in it before everybody has a first one. While streams with many rows wait beside some with few, a batch is no longer
+than about two milliseconds, so whoever comes while it is computed does not wait for long.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Scheduler:
         if (whole := waiting.whole) is not None and self._fits(whole, busy, rows_max, now):
             waiting.take_whole()
             busy[whole.rows] = True
-            self._few_at[model] = now
+            self._most(model, whole.streams, now)
             return Batch(whole, [None], None)
         places = waiting.places()
         columns, rows = waiting.columns, waiting.columns.rows[places]
@@ -167,16 +167,17 @@ class Scheduler:
 
     def _bounds(self, model: int, streams: NDArray[np.uint32], rows_max: int, now: float) -> tuple[int, int]:
         """How many rows a batch may have, and how many of one session."""
-        if len(streams) <= _FEW:
-            self._few_at[model] = now
-            return rows_max, self._run_max
-        counts = np.unique(streams, return_counts=True)[1]
-        if counts.min() <= _FEW:
-            self._few_at[model] = now
-        if counts.max() <= _MANY or now - self._few_at.get(model, -_LATELY_S) >= _LATELY_S:
+        if self._most(model, streams, now) <= _MANY or now - self._few_at.get(model, -_LATELY_S) >= _LATELY_S:
             return rows_max, self._run_max
         in_time = int(self._rows_per_s.get(model, 0.0) * _SHARED_S) - FIXED_ROWS
         return min(rows_max, max(_SHARED_MIN, in_time)), min(self._run_max, _SHARED_RUN)
+
+    def _most(self, model: int, streams: NDArray[np.uint32], now: float) -> int:
+        """The most rows that one of these streams has; whether one has few of them is noted."""
+        counts = np.unique(streams, return_counts=True)[1] if len(streams) > _FEW else None
+        if counts is None or counts.min() <= _FEW:
+            self._few_at[model] = now
+        return len(streams) if counts is None else int(counts.max())
 
 
 def batch_of(steps: Steps, repeated: bool = True) -> Batch:

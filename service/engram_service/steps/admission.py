@@ -5,7 +5,6 @@ with a typed error that says why; nobody else is disturbed. Event loop only; vec
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +38,7 @@ from engram_service.steps.backlog import Backlog
 from engram_service.steps.frames import classify, column, read_columns
 from engram_service.steps.refusals import Refused, bad_handles, errors_frame, fates, gaps
 from engram_service.steps.repeats import Asked, Repeats, acknowledged
+from engram_service.steps.room import Room
 from engram_service.wire.base import FEEDBACK, FIRST, NOT_ACKNOWLEDGED, PREFILL, Arrived, Wire
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Admission:
         self._condition = condition
         self._pauses = pauses
         self._metrics = metrics
-        self._backlog = backlog
+        self._room = Room(settings, streams, backlog)
         self._advances = advances
         self._takes: dict[int, Rows] = {}  # by model
         self.on_admit: Callable[[], None] = lambda: None
@@ -121,7 +121,7 @@ class Admission:
             or table.opening.item(row)
             or table.slot.item(row) == NO_SLOT
             or len(arrived.inputs) != takes.nbytes
-            or self._streams.in_flight >= self._rows_max(timeout_ms)
+            or self._streams.in_flight >= self._room.rows_max(timeout_ms)
             or self._pauses.refusal(served.index) is not None
         )
         if unusual:
@@ -197,7 +197,7 @@ class Admission:
         """A frame with repeats or a dtype, without inputs, or of which something is wrong."""
         try:
             self._condition.check_open()
-            self._check_room(stream.id, len(frame.handles) // _HANDLE_NBYTES, frame.timeout_ms)
+            self._room.check(stream.id, len(frame.handles) // _HANDLE_NBYTES, frame.timeout_ms)
             columns = read_columns(frame, self._settings.frame_rows_max)
             if not len(columns):
                 raise InvalidArgumentError("INVALID_FRAME", "the frame has no rows")
@@ -343,7 +343,7 @@ class Admission:
         none = np.zeros(len(arrived), np.bool_)
         timeouts = arrived.timeouts_ms[arrived.timeouts_ms > 0]
         least = int(timeouts.min()) if len(timeouts) else 0
-        tight = self._condition.draining or self._streams.in_flight > self._rows_max(least)
+        tight = self._condition.draining or self._streams.in_flight > self._room.rows_max(least)
         if not tight and not self._shares.limited:
             return none
         for stream in np.unique(arrived.streams).tolist():
@@ -354,33 +354,13 @@ class Admission:
                 count, known = int(rows.sum()), self._streams.get(stream)
                 try:
                     self._condition.check_open()
-                    self._check_room(stream, 0, int(arrived.timeouts_ms[rows][0]), count)
+                    self._room.check(stream, 0, int(arrived.timeouts_ms[rows][0]), count)
                     if known is not None:
                         self._shares.of(known.tenant).take(count, count)
                 except ServiceError as refusal:
                     self._refuse(arrived, rows, refusal)
                     none |= rows
         return none
-
-    def _check_room(self, stream: int, rows: int, timeout_ms: int, counted: int = 0) -> None:
-        """Room for more rows of a stream, or for those that are `counted` already. Raises ResourceExhaustedError."""
-        limit, there = self._rows_max(timeout_ms), self._streams.in_flight - counted
-        # Where greedy clients have filled the queue, one that has less than its share is still let in.
-        if there >= limit and self._streams.in_flight_of(stream) + rows > limit // max(1, len(self._streams)):
-            message = f"{there} rows are in flight, and {limit} are this server's limit just now"
-            hint = self._backlog.retry_in_ms(rows + counted)
-            raise ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=hint)
-
-    def _rows_max(self, timeout_ms: int) -> int:
-        """Rows in flight before streams with more than their share are refused: no more than are done before the queue's time
-        is up, or half of the frame's own, as far as it is known how fast they are done."""
-        settings = self._settings
-        rate, seconds = self._backlog.rate, settings.queue_s_max or math.inf
-        if timeout_ms:
-            seconds = min(seconds, timeout_ms / 2000)
-        if not rate or seconds == math.inf:
-            return settings.queue_rows_max
-        return min(settings.queue_rows_max, max(settings.batch_rows_max, int(rate * seconds)))
 
     # Single frames
 

@@ -109,6 +109,10 @@ class GrpcioWire:
     def start(self, arrived: Callable[[], None]) -> None:
         self._arrived = arrived
 
+    def counters(self) -> dict[str, int]:
+        """What is known here of what the native wire counts."""
+        return {"streams": len(self._calls), "inbox_rows": self._rows, "inbox_events": len(self._events)}
+
     # In
 
     async def handle(self, requests: Any, context: Context) -> None:

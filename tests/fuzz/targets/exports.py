@@ -55,7 +55,7 @@ def mend(data: bytes) -> bytes:
 def fuzz_one(data: bytes) -> None:
     try:
         found = imported(data)
-        served = world().core.catalog.resolve(found.model, found.version)
+        served = world().catalog.resolve(found.model, found.version)
         check_id(found.session_id)
     except ServiceError as refusal:
         if refusal.reason not in ("INVALID_EXPORT", "INVALID_SESSION_ID", "MODEL_NOT_FOUND", "VERSION_NOT_FOUND"):

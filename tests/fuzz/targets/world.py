@@ -1,4 +1,7 @@
-"""A server's core without Redis, engine and network: models, sessions and streams as they are when bytes come in."""
+"""A server without Redis, models' steps and network: models, sessions and streams as they are when bytes come in.
+
+The wire is the fallback's, to which nobody connects: frames are handed to it, and what it would write is looked at.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import asyncio
 import functools
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +19,11 @@ import torch
 from engram_models import LSTM, Hopfield, load_bundle, write_bundle
 from engram_service.api.access import Access
 from engram_service.api.audit import Audit
-from engram_service.api.stream import StreamHandler, _Guest
+from engram_service.api.looks import Looks
+from engram_service.api.stream import StreamHandler
 from engram_service.api.unary import UnaryHandlers
 from engram_service.catalog import Catalog, Served
-from engram_service.core import Core
+from engram_service.condition import Condition
 from engram_service.health import Health
 from engram_service.memory.memories import Memories
 from engram_service.metrics import Metrics
@@ -26,18 +32,31 @@ from engram_service.queries import Queries
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.onnx_graphs import OnnxGraphs
 from engram_service.runtimes.watchdog import Watchdog
+from engram_service.scheduling.scheduler import Scheduler
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.ending import Endings
 from engram_service.sessions.holds import Holds
 from engram_service.sessions.opening import Sessions
+from engram_service.sessions.ownership import Ownership
+from engram_service.sessions.pins import Pins
+from engram_service.sessions.residency import Residency
 from engram_service.sessions.shares import Shares
-from engram_service.sessions.streams import Stream
+from engram_service.sessions.streams import Stream, Streams
 from engram_service.sessions.table import SessionTable
 from engram_service.settings import Settings
+from engram_service.steps.admission import Admission
+from engram_service.steps.advance import Advances
+from engram_service.steps.answers import Answers
+from engram_service.steps.backlog import Backlog
+from engram_service.steps.commits import Commits
+from engram_service.steps.flushes import Flushes
+from engram_service.steps.repeats import Repeats
+from engram_service.steps.withdrawal import Withdrawal
 from engram_service.store import RecordLayout, Store, StoreSettings
 from engram_service.supervision import Supervisor
 from engram_service.tokens import Caller, Limits, Tokens
-from engram_service.work import WorkQueue
+from engram_service.wire.base import Begin
+from engram_service.wire.grpcio import GrpcioWire
 
 SLOTS, WINDOW = 16, 8
 
@@ -47,7 +66,16 @@ class World:
     """The parts that targets call."""
 
     loop: asyncio.AbstractEventLoop
-    core: Core
+    settings: Settings
+    table: SessionTable
+    catalog: Catalog
+    wire: GrpcioWire
+    streams: Streams
+    scheduler: Scheduler
+    admission: Admission
+    repeats: Repeats
+    ownership: Ownership
+    supervisor: Supervisor
     frames: StreamHandler
     unary: UnaryHandlers
     memories: Memories
@@ -55,6 +83,19 @@ class World:
     other: Stream  # whose sessions nobody else may touch
     lstm: Served
     hopfield: Served
+
+    def sent(self, stream: Stream) -> list[tuple[Any, int]]:
+        """What the wire would write to a stream: each frame, and how many rows it answers."""
+        return list(self.wire._calls[stream.id]._outbox)
+
+    def under_way(self, stream: Stream) -> int:
+        """Rows of a stream that the wire counts, but for those whose answers are about to be written."""
+        return self.wire._calls[stream.id].under_way - sum(rows for _, rows in self.sent(stream))
+
+    def forget_sent(self, stream: Stream) -> None:
+        call = self.wire._calls[stream.id]
+        call._outbox.clear()
+        call.under_way = 0
 
 
 @functools.cache
@@ -74,18 +115,51 @@ async def _made() -> World:
             _serve(catalog, write_bundle(Path(scratch), cell.kind, "1", cell))
     store = Store(StoreSettings("unix:///nowhere", "memory", 0, 100, 1))
     shares, supervisor = Shares(lambda tenant: Limits()), Supervisor(metrics, Health())
-    pauses = Pauses(metrics, Health())
-    queue = WorkQueue(table, lambda model: 512, 8, 1, pauses)
-    core = Core(settings, table, queue, catalog, store, metrics, shares, supervisor, pauses)
-    calls, holds = StoreCalls(core), Holds(core)
-    sessions, endings = Sessions(core, store, calls, holds), Endings(core, store, calls, holds)
+    access, condition, pauses = Access(Tokens(None), Audit(metrics)), Condition(metrics), Pauses(metrics, Health())
+    scheduler, pins, wire = Scheduler(8), Pins(table, condition.late), GrpcioWire(settings, access)
+    streams = Streams(wire, settings.streams_max)
+    answers = Answers(wire, streams, table, metrics)
+    flushes = Flushes(table, Commits(store, table, metrics, lambda session: None))
+    residency = Residency(
+        settings, table, catalog, store, pins, condition, supervisor, metrics, flushes.add, answers.durable
+    )
+    repeats = Repeats(table, catalog, answers, residency, pins, condition, supervisor)
+    withdrawal = Withdrawal(scheduler, table, answers, repeats, condition)
+    ownership = Ownership(table, wire, streams, pins, residency, repeats, withdrawal, metrics)
+    residency.losses = ownership
+    admission = Admission(
+        settings, table, catalog, wire, streams, shares, scheduler, residency, repeats, answers, condition, pauses,
+        metrics, Backlog(), Advances(),
+    )  # fmt: skip
+    calls, holds = StoreCalls(residency), Holds(table, pins, residency, ownership, condition)
+    sessions = Sessions(
+        settings, table, catalog, store, calls, holds, residency, ownership, shares, condition, supervisor, metrics
+    )
+    endings = Endings(
+        settings, table, store, calls, holds, pins, residency, ownership, condition, supervisor, metrics
+    )  # fmt: skip
+    frames = StreamHandler(
+        settings, wire, streams, catalog, admission, sessions, endings, ownership, shares, access, condition, supervisor
+    )
     memories = Memories(catalog.resolve, store, 1 << 20)
-    unary = UnaryHandlers(core, sessions, endings, calls, store, None, memories, "cpu")  # type: ignore[arg-type]
-    frames = StreamHandler(core, sessions, endings, Access(Tokens(None), Audit(metrics)))
-    stream, other = core.connect(), core.connect()
-    for one in (stream, other):
-        frames._guests[one] = _Guest(Caller("", "", frozenset()), "")
-    return World(asyncio.get_running_loop(), core, frames, unary, memories, stream, other, *catalog.models)
+    unary = UnaryHandlers(
+        settings, table, catalog, shares, supervisor, sessions, endings, calls,
+        partial(Looks, settings, table, pins, residency, supervisor), store, None, memories, "cpu",  # type: ignore[arg-type]
+    )  # fmt: skip
+    stream, other = (begun(wire, streams, frames) for _ in range(2))
+    return World(
+        asyncio.get_running_loop(), settings, table, catalog, wire, streams, scheduler, admission, repeats, ownership,
+        supervisor, frames, unary, memories, stream, other, *catalog.models,
+    )  # fmt: skip
+
+
+def begun(wire: GrpcioWire, streams: Streams, frames: StreamHandler) -> Stream:
+    """A client's stream, as one that comes over the network is made."""
+    call = wire._begun()
+    frames.event(Begin(call.id, Caller("", "", frozenset()), ""))
+    stream = streams.get(call.id)
+    assert stream is not None
+    return stream
 
 
 def _serve(catalog: Catalog, path: Path) -> None:

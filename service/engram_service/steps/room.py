@@ -1,0 +1,39 @@
+"""How many rows may be in flight: no more than are done before they would be late. Asked by admission.py."""
+
+from __future__ import annotations
+
+import math
+
+from engram_service.errors import ResourceExhaustedError
+from engram_service.sessions.streams import Streams
+from engram_service.settings import Settings
+from engram_service.steps.backlog import Backlog
+
+
+class Room:
+    """Of the whole server."""
+
+    def __init__(self, settings: Settings, streams: Streams, backlog: Backlog) -> None:
+        self._settings = settings
+        self._streams = streams
+        self._backlog = backlog
+
+    def check(self, stream: int, rows: int, timeout_ms: int, counted: int = 0) -> None:
+        """Room for more rows of a stream, or for those that are `counted` already. Raises ResourceExhaustedError."""
+        limit, there = self.rows_max(timeout_ms), self._streams.in_flight - counted
+        # Where greedy clients have filled the queue, one that has less than its share is still let in.
+        if there >= limit and self._streams.in_flight_of(stream) + rows > limit // max(1, len(self._streams)):
+            message = f"{there} rows are in flight, and {limit} are this server's limit just now"
+            hint = self._backlog.retry_in_ms(rows + counted)
+            raise ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=hint)
+
+    def rows_max(self, timeout_ms: int) -> int:
+        """Rows in flight before streams with more than their share are refused: no more than are done before the queue's time
+        is up, or half of the frame's own, as far as it is known how fast they are done."""
+        settings = self._settings
+        rate, seconds = self._backlog.rate, settings.queue_s_max or math.inf
+        if timeout_ms:
+            seconds = min(seconds, timeout_ms / 2000)
+        if not rate or seconds == math.inf:
+            return settings.queue_rows_max
+        return min(settings.queue_rows_max, max(settings.batch_rows_max, int(rate * seconds)))
