@@ -45,7 +45,7 @@ def test_a_commit_under_an_old_token_changes_nothing(store: Store, holder: MakeH
     assert [old.commit(3), new.commit(3), newest.commit(3)] == [[FENCED], [FENCED], [OK]]
 
 
-def test_rows_of_a_tick_are_judged_one_by_one(store: Store, holder: MakeHolder, redis_process: Any) -> None:
+def test_rows_of_a_batch_are_judged_one_by_one(store: Store, holder: MakeHolder, redis_process: Any) -> None:
     names = [f"s{n}" for n in range(50)]
     old = holder(store, *names).claim()
     assert old.commit(1) == [OK] * 50
