@@ -12,7 +12,8 @@ class Event:
     """What happened to a call that is no row of steps."""
 
     kind: str
-    """"begin", "message", "half_close", "end" or "step": a unary Step that has come whole, which is one event."""
+    """"begin", "message", "half_close", "end"; "step": a unary Step that has come whole, which is one event; or "refused": a call
+    of somebody without a token that is known. Of these some are told."""
     call: int
     rows_before: int
     """How many rows have come before it, ever, on any call."""

@@ -74,6 +74,11 @@ class Metrics:
             "redis_expired_keys", "Keys that Redis has expired since it started; a session has two or three"
         )
         self.device_memory_bytes = gauge("device_memory_bytes", "Memory of the arenas", "device")
+        self._make_others()
+
+    def _make_others(self) -> None:
+        """Of what is beside the path of a step."""
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
         self.recalls = counter(
             "recalls", "Cues by what they recalled: stored, spurious or unsettled", "model", "outcome"
         )

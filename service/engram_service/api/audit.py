@@ -38,14 +38,22 @@ class Audit:
         """Sessions that were closed by a frame of a stream."""
         self._line("Stream close", caller, peer, sessions, outcome)
 
+    def refused(self, method: str, peer: str, reason: str) -> None:
+        """A call that the native wire has refused for want of a token that is known, and counted."""
+        self._unknown(method, peer, reason)
+
     def denied(self, method: str, caller: Caller | None, peer: str, refusal: ServiceError) -> None:
         """A call that was not let in, or a stream that was put out."""
         self._denied.labels(refusal.reason).inc()
         if isinstance(refusal, UnauthenticatedError) and caller is None:
-            if time.monotonic() < self._quiet_until:
-                return
+            self._unknown(method, peer, refusal.reason)
+        else:
+            self._line(method, caller or Caller(), peer, (), refusal.reason)
+
+    def _unknown(self, method: str, peer: str, reason: str) -> None:
+        if time.monotonic() >= self._quiet_until:
             self._quiet_until = time.monotonic() + _UNKNOWN_PAUSE_S
-        self._line(method, caller or Caller(), peer, (), refusal.reason)
+            self._line(method, Caller(), peer, (), reason)
 
     def _line(self, method: str, caller: Caller, peer: str, sessions: Sequence[str], outcome: str) -> None:
         who = {"tenant": caller.tenant, "token": caller.token, "peer": peer}

@@ -35,7 +35,7 @@ from engram_service.settings import Settings
 from engram_service.steps.advance import Advances
 from engram_service.steps.answers import Answers
 from engram_service.steps.backlog import Backlog
-from engram_service.steps.frames import classify, column, read_columns
+from engram_service.steps.frames import classify, classify_frames, column, read_columns
 from engram_service.steps.refusals import Refused, bad_handles, errors_frame, fates, gaps
 from engram_service.steps.repeats import Asked, Repeats, acknowledged
 from engram_service.steps.room import Room
@@ -61,6 +61,9 @@ class _Rows:
     flags: NDArray[np.uint8]
     deadlines: NDArray[np.float64]
     inputs: NDArray[np.uint8]  # [n, input_nbytes]
+    frames: NDArray[np.intp] | None = (
+        None  # numbers of the frames that they came with; None: as FIRST in `flags` has it
+    )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -189,7 +192,8 @@ class Admission:
             good = np.flatnonzero(mine & ~other & (arrived.input_nbytes == width))
             if len(good):
                 inputs = arrived.inputs[(ends[good] - width)[:, None] + np.arange(width)]
-                self._admit(served, _rows(_without_inputs(arrived, good), rows[good], deadlines[good], inputs), [], now)
+                came = _rows(_without_inputs(arrived, good), rows[good], deadlines[good], inputs, frame[good])
+                self._admit(served, came, [], now)
 
     # Frames that are not like most
 
@@ -236,18 +240,23 @@ class Admission:
             out |= mask
         safe = np.where(rows >= 0, rows, 0) if refused else rows
         classes = classify(rows, seqs, table.admitted[safe], out)
-        if not classes.fresh.all():
-            if classes.gap.any():
-                refused += gaps(classes.gap, table.admitted[safe])
-            if classes.repeated.any():
-                self._repeat(served, came, np.flatnonzero(classes.repeated), refused)
-            if refused:
-                self._answers.refuse(came.streams, came.handles, seqs, refused)
-            good = np.flatnonzero(classes.fresh)
-            if not len(good):
-                return
-        else:
-            good = slice(None)  # type: ignore[assignment]
+        if classes.fresh.all():
+            self._let_in(served, came, slice(None), now)
+            return
+        frames = np.cumsum((came.flags & FIRST) != 0) if came.frames is None else came.frames
+        classes = classify_frames(rows, seqs, table.admitted[safe], out, frames, classes)
+        if classes.gap.any():
+            refused += gaps(classes.gap, table.admitted[safe])
+        if refused:
+            self._answers.refuse(came.streams, came.handles, seqs, refused)
+        if len(good := np.flatnonzero(classes.fresh)):
+            self._let_in(served, came, good, now)
+        if len(again := np.flatnonzero(classes.repeated)):  # which may be of steps that came with them
+            self._repeat(served, came, again)
+
+    def _let_in(self, served: Served, came: _Rows, good: NDArray[np.intp] | slice, now: float) -> None:
+        """These rows wait for their batch from now on."""
+        table, rows, seqs = self._table, came.rows, came.seqs
         flags = came.flags[good] & np.uint8(PREFILL | FEEDBACK)
         arrived = np.full(len(flags), now)
         steps = Steps(rows[good], came.streams[good], came.handles[good], seqs[good], flags, came.deadlines[good],
@@ -286,16 +295,14 @@ class Admission:
         if (held := table.opening[safe] & known).any():
             refused.append((held, ResourceExhaustedError("QUEUE_FULL", _OPENING, retry_after_ms=_RETRY_MS)))
 
-    def _repeat(self, served: Served, came: _Rows, index: NDArray[np.intp], refused: Refused) -> None:
+    def _repeat(self, served: Served, came: _Rows, index: NDArray[np.intp]) -> None:
         """Answers steps that were accepted before: with the recorded output, or when the first answer comes."""
         table, sessions, seqs = self._table, came.rows[index], came.seqs[index]
         streams, handles, deadlines = came.streams[index], came.handles[index], came.deadlines[index]
         prefill = (came.flags[index] & PREFILL).astype(np.bool_)
         gone = (seqs <= table.acked[sessions]) & ~prefill
         if gone.any():
-            mask = np.zeros(len(came), np.bool_)
-            mask[index[gone]] = True
-            refused.append((mask, acknowledged()))
+            self._answers.refuse_all(streams[gone], handles[gone], seqs[gone], acknowledged())
         asked = Asked(streams, table.refer(sessions), handles, seqs)
         pending = (seqs > table.applied[sessions]) & ~gone
         if pending.any():
@@ -420,9 +427,10 @@ def _other_model(reference: str) -> InvalidArgumentError:
 
 
 def _rows(
-    arrived: Arrived, rows: NDArray[np.int32], deadlines: NDArray[np.float64], inputs: NDArray[np.uint8]
-) -> _Rows:
-    return _Rows(rows, arrived.streams, arrived.handles, arrived.seqs, arrived.flags, deadlines, inputs)
+    arrived: Arrived, rows: NDArray[np.int32], deadlines: NDArray[np.float64], inputs: NDArray[np.uint8],
+    frames: NDArray[np.intp] | None = None,
+) -> _Rows:  # fmt: skip
+    return _Rows(rows, arrived.streams, arrived.handles, arrived.seqs, arrived.flags, deadlines, inputs, frames)
 
 
 def _without_inputs(arrived: Arrived, index: Any) -> Arrived:

@@ -117,6 +117,34 @@ def classify(
     return Classes(fresh, repeated, ~(fresh | repeated | refused), unique=False)
 
 
+def classify_frames(
+    rows: NDArray[np.int32], seqs: NDArray[np.uint64], admitted: NDArray[np.uint64], refused: NDArray[np.bool_],
+    frames: NDArray[np.intp], classes: Classes,
+) -> Classes:  # fmt: skip
+    """Corrects `classify` for rows of several frames, which `frames` numbers: each is as if the frames had come one by one.
+    So a step may be asked for again by a frame behind its own, and a refused row spoils none but those of its frame."""
+    if frames[0] == frames[-1]:
+        return classes
+    fresh, repeated, gap = classes.fresh.copy(), classes.repeated.copy(), classes.gap.copy()
+    odd = np.flatnonzero(np.isin(rows, rows[~fresh]))
+    wanted: dict[int, int] = {}  # by session, the seq of its next step
+    known: dict[int, tuple[int, int]] = {}  # the frame of its last row, and what was wanted when that began
+    spoiled: dict[int, int] = {}  # the frame in which a row of it was refused last
+    each = (odd, rows[odd], seqs[odd], admitted[odd], refused[odd], frames[odd])
+    for place, row, seq, last, out, frame in zip(*(column.tolist() for column in each), strict=True):
+        want = wanted.setdefault(row, last + 1)
+        if known.get(row, (-1, 0))[0] != frame:
+            known[row] = frame, want
+        fresh[place] = repeated[place] = gap[place] = False
+        if seq < known[row][1]:
+            repeated[place] = not out
+        elif out or spoiled.get(row) == frame or seq != want:
+            spoiled[row], gap[place] = frame, not out
+        else:
+            fresh[place], wanted[row] = True, seq + 1
+    return Classes(fresh, repeated, gap, unique=False)
+
+
 def _classify_unique(seqs: NDArray[np.uint64], expected: NDArray[np.uint64], refused: NDArray[np.bool_]) -> Classes:
     kept = ~refused
     return Classes((seqs == expected) & kept, (seqs < expected) & kept, (seqs > expected) & kept, unique=True)

@@ -177,6 +177,9 @@ class NativeWire:
                 return HalfClose(event.call)
             case "end":
                 return End(event.call)
+            case "refused":
+                self._access.audit.refused(event.path.rpartition("/")[2], event.peer, dict(event.metadata)["reason"])
+                return None
         try:
             caller = self._access.admitted(event.path.rpartition("/")[2], self._caller(event.identity), event.peer)
         except ServiceError as refusal:
