@@ -66,6 +66,7 @@ def test_the_scheduler_is_pure() -> None:
     modules = (PACKAGES["engram_service"] / "scheduling").glob("*.py")
     names = {name for module in modules for name in _imports(_parsed(module))}
     assert not {name.split(".")[0] for name in names} & {"torch", "grpc", "redis", "asyncio", "threading"}
+    assert all(name.startswith("engram_service.scheduling") for name in names if name.startswith("engram"))
 
 
 def test_torch_is_called_by_runtimes_alone() -> None:

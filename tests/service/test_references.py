@@ -194,7 +194,9 @@ def test_a_number_that_is_used_again_knows_none_of_the_handles_before() -> None:
     first, other = Handles(table, 1), Handles(table, 2)
     old = [first.name(row) for row in range(6)]
     kept = other.name(77)
+    first.end(old[2], ENDED)
     first.forget()
+    assert len(first) == 0
     again = Handles(table, 1)
     both = np.array([1] * len(old) + [2], np.uint32), np.array([*old, kept], np.uint32)
     assert table.rows_of(*both).tolist() == [UNKNOWN] * len(old) + [77]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -30,9 +31,10 @@ from engram_service.metrics import Metrics
 from engram_service.pauses import Pauses
 from engram_service.runtimes import findings
 from engram_service.runtimes.findings import Findings
-from engram_service.scheduler import Batch
+from engram_service.scheduling.columns import Steps
+from engram_service.scheduling.scheduler import Scheduler
 from engram_service.sessions.table import SessionTable
-from engram_service.work import WorkQueue
+from engram_service.steps.loop import StepLoop
 
 ServerProcess = Any
 Connect = Callable[[ServerProcess], Any]
@@ -183,11 +185,6 @@ def test_a_second_signal_ends_the_server_at_once(stuck: ServerProcess, number: s
 
 
 @dataclass
-class Sender:
-    id: int
-
-
-@dataclass
 class Model:
     bundle: Any
     index: int = 0
@@ -216,25 +213,75 @@ def test_pauses_double_to_a_limit_and_are_forgotten(tmp_path: Path, monkeypatch:
         assert known.bars(0, running=True) == (len(found) > 1), "and one at a time afterwards"
     assert found == [0, 10, 20, 40, 80, 160, 300, 300, 300]
 
-    def session(number: int) -> Batch:
-        one = table.refer(np.array([number], np.int32))
-        columns = np.zeros(1, np.uint32), np.ones(1, np.uint64), np.zeros(1, np.uint8), np.zeros((1, 4), np.uint8)
-        return Batch(Sender(number), one, *columns, True, 0.0, np.inf)
-
-    table = SessionTable()
-    queue = WorkQueue(table, lambda model: 1, 1, 2, known)
-    for number, index in enumerate((0, 0, 1, 1)):
-        queue.add(index, session(number))
-    taken = [queue.take(wait=False) for _ in range(4)]
-    assert [work and work[0] for work in taken] == [0, 1, 1, None], "its other batch waits"
-    queue.finished(0)
-    assert queue.take(wait=False)[0] == 0
-    assert known.refusal(1) is None and not known.bars(1, running=True), "another model's are its own"
+    assert known.refusal(1) is None and not known.bars(1, running=False), "another model's are its own"
     known.forget(now[0])
     assert len(health.warnings()) == 1
     known.forget(now[0] + 600)
     assert not health.warnings() and not known.bars(0, running=True)
     assert stop() == 0
+
+
+@dataclass
+class Lines:
+    """Of commits."""
+
+    full: bool = False
+
+
+@dataclass(eq=False)
+class Served:
+    rows_max: int
+
+
+@dataclass
+class Models:
+    models: list[Served]
+
+
+def test_a_model_that_is_paused_has_no_batch_and_the_others_have_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(pauses.time, "monotonic", lambda: now[0])
+    known, model = Pauses(Metrics(), Health()), Model(load_bundle(write(tmp_path)))
+    scheduler, table, lines = Scheduler(16), SessionTable(), Lines()
+
+    async def looping() -> StepLoop:
+        none: Any = None
+        catalog: Any = Models([Served(2), Served(3)])
+        commits: Any = lines
+        return StepLoop(none, none, none, scheduler, catalog, table, commits, *(none,) * 9, known, none)
+
+    loop = asyncio.run(looping())
+
+    def taken() -> tuple[int, list[int]] | None:
+        batch = loop._next_batch(now[0])
+        return None if batch is None else (loop._catalog.models.index(batch[0]), batch[1].steps.rows.tolist())
+
+    def waits(which: int, *rows: int) -> None:
+        count = len(rows)
+        scheduler.add(which, Steps(
+            np.array(rows, np.int32), np.ones(count, np.uint32), np.arange(count, dtype=np.uint32), np.ones(count, np.uint64),
+            np.zeros(count, np.uint8), np.full(count, np.inf), np.zeros(count), np.zeros((count, 4), np.uint8),
+        ))  # fmt: skip
+
+    for _ in range(2):
+        known.stopped(model, now[0])
+        now[0] += 0.001
+    waits(0, 0, 1, 2)
+    waits(1, 3, 4, 5, 6)
+    lines.full = True
+    assert taken() is None, "there is no line for its commit"
+    lines.full = False
+    assert [taken() for _ in range(3)] == [(1, [3, 4, 5]), (1, [6]), None]
+    assert known.refusal(0) is not None and scheduler.waiting_rows == 3
+    now[0] += 10
+    assert [taken() for _ in range(3)] == [(0, [0, 1]), (0, [2]), None]
+    table.busy[:] = False
+    waits(0, 0)
+    waits(1, 3)
+    found = [taken(), taken()]
+    assert sorted(found) == [(0, [0]), (1, [3])], "it has its turns again"  # type: ignore[type-var]
 
 
 def test_a_model_that_ends_the_process_twice_is_refused_by_name_and_the_others_are_served(

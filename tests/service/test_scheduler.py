@@ -360,7 +360,7 @@ def test_nothing_is_lost_doubled_or_out_of_order(actions: list[tuple[object, ...
 
     def dropped(steps: Steps | None, wanted: set[Row]) -> None:
         gone = model.drop(wanted)
-        assert rows_of(steps) == gone
+        assert sorted(rows_of(steps), key=lambda row: row.row // 4 % 2) == gone, "by model, each in its order"
         for row in gone:
             sent[row.row] = min(sent[row.row], row.seq - 1)
 

@@ -138,6 +138,7 @@ class Handles:
         self._table.moved(self._number, 0, 0)
         self._table.give_back(self._start, self._length)
         self._length = self._count = 0
+        self._free.clear()
 
     def _grow(self) -> None:
         table, start = self._table, self._table.segment(2 * self._length)
