@@ -5,15 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from engram import __version__
@@ -40,6 +36,7 @@ from engram_service.sessions.residency import Residency
 from engram_service.sessions.streams import Streams
 from engram_service.sessions.table import NO_SLOT, SessionTable
 from engram_service.settings import SettingError, Settings
+from engram_service.signals import Signals
 from engram_service.store import UNSAFE, Store, StoreSettings, TlsFiles
 from engram_service.store.private import PrivateRedis, PrivateSettings
 from engram_service.supervision import Supervisor
@@ -52,8 +49,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0002  # other threads share the interpreter: the event loop may not wait long for it
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAME_S = 0.5  # a terminal signals all of its processes, and some of these pass it on: it is the same one then
 _STOP_GRACE_S = 1.0
 _LOOK_S = 0.05
 _REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is away for a second
@@ -62,14 +57,11 @@ _REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is awa
 async def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises SettingError, StoreError or OSError if it cannot start."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    stop, events = asyncio.Event(), asyncio.get_running_loop()
-    at_once: list[Callable[[], None]] = []  # what is done even then
-    _heed_signals(events, stop, at_once)
-
+    stop = asyncio.Event()
     async with AsyncExitStack() as stack:
         metrics, health = Metrics(), Health()
         supervisor = Supervisor(metrics, health)
-        supervisor.watch_loop(events)
+        supervisor.watch_loop(asyncio.get_running_loop())
         files = Descriptors(metrics, health)
         settings = files.fitted(settings)
         health.fail("server", "it is starting")
@@ -77,11 +69,12 @@ async def serve(settings: Settings) -> None:
         stack.callback(http.stop)
         device = device_of(settings.device)
         loader = Loader(settings, device)
-        stack.callback(_leave, loader)
+        signals = Signals(stop, settings.drain_timeout_s, loader.watchdog.running)
+        stack.callback(_leave, loader, signals)
         tokens = Tokens(Path(settings.tokens_file) if settings.tokens_file else None)
         access = Access(tokens, Audit(metrics))
         certificate = Certificate.of(settings)
-        store = await _store(settings, stack, supervisor, health, at_once)
+        store = await _store(settings, stack, supervisor, health, signals)
         table = SessionTable()
         _register_cells(settings)
         catalog = Catalog(settings, loader, metrics)
@@ -114,7 +107,7 @@ async def serve(settings: Settings) -> None:
         metrics.build_info.labels(__version__, wire.name).set(1)
         metrics.wire.read = wire.counters
 
-        events.add_signal_handler(signal.SIGHUP, lambda: supervisor.once("models reload", catalog.reload()))
+        signals.on_reload = lambda: supervisor.once("models reload", catalog.reload())
         path.run()
         supervisor.run("models watch", catalog.watch)
         if not isinstance(wire, GrpcioWire):
@@ -196,38 +189,12 @@ def _register_cells(settings: Settings) -> None:
     log.info("plug-in cells: %s (kinds %s)", ", ".join(names), ", ".join(kinds))
 
 
-def _heed_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, at_once: list[Callable[[], None]]) -> None:
-    """The first SIGTERM or SIGINT sets `stop`, a second one ends the process, whatever it is about."""
-    asked = 0.0
-
-    def first() -> None:
-        nonlocal asked
-        asked = time.monotonic()
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
-            signal.signal(number, second)  # not the default: the first process of a container would ignore that
-        stop.set()
-
-    def second(number: int, frame: FrameType | None) -> None:
-        if time.monotonic() - asked < _SAME_S:
-            return
-        log.warning("ended at once, by a second signal: what was accepted and is not answered may be sent again")
-        for end in at_once:
-            end()
-        os._exit(128 + number)
-
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, first)
-
-
-def _leave(loader: Loader) -> None:
+def _leave(loader: Loader, signals: Signals) -> None:
     """The last of all: what is in an operator of a model, and cannot be stopped, would keep the process from its end."""
     deadline = time.monotonic() + _STOP_GRACE_S  # what was told to stop may be about to
     while left := loader.watchdog.running():
         if time.monotonic() > deadline:
-            told = "left behind, for it does not end: %s; its steps are not answered and may be sent again"
-            log.warning(told, ", ".join(left))
-            os._exit(0)
+            signals.leave_behind(left)
         time.sleep(_LOOK_S)
 
 
@@ -239,7 +206,7 @@ def _announce(settings: Settings, port: int, http: str, device: Device, wire: st
 
 
 async def _store(
-    settings: Settings, stack: AsyncExitStack, supervisor: Supervisor, health: Health, at_once: list[Callable[[], None]]
+    settings: Settings, stack: AsyncExitStack, supervisor: Supervisor, health: Health, signals: Signals
 ) -> Store:
     url, ack, appendfsync = settings.redis_url, settings.redis_ack, settings.redis_appendfsync
     if not url:
@@ -248,7 +215,7 @@ async def _store(
         private = PrivateRedis(
             PrivateSettings(settings.data_directory(), appendfsync, settings.redis_maxmemory_mb), supervisor
         )
-        at_once.append(private.leave)
+        signals.at_once.append(private.leave)
         await asyncio.to_thread(private.start)
         stack.callback(private.stop)
         url = private.url

@@ -18,11 +18,20 @@ Connect = Callable[[ServerProcess], Any]
 
 SHORT_S, LONG_S = 0.2, 20.0
 
+# One commit at a time, which is waited for as long as the test takes: what comes then waits in the queue.
+ONE_LINE = """
+from engram_service.steps import commits
+
+commits._LINES_MAX, commits._TIMEOUT_S = 1, 60.0
+"""
+
 
 @pytest.fixture
 def halted(server_with: Callable[..., ServerProcess], redis_process: Any, connect: Connect) -> Iterator[Any]:
     """A client of a server whose step loop waits for Redis with a step of the session "first", handle 0."""
-    with server_with("--redis-url", redis_process.url) as server:
+    server = server_with("--redis-url", redis_process.url)
+    server.faults = ONE_LINE
+    with server:
         raw = connect(server)
         raw.open("first", "second")
         _unary(raw, 1, LONG_S)

@@ -15,12 +15,21 @@ Connect = Callable[[ServerProcess], Any]
 
 SESSIONS, WINDOW = 2048, 51  # steps that a session of digits-reader may have unacknowledged
 
+# One commit at a time, which is waited for as long as the test takes: what comes then waits in the queue.
+ONE_LINE = """
+from engram_service.steps import commits
+
+commits._LINES_MAX, commits._TIMEOUT_S = 1, 60.0
+"""
+
 
 def test_a_row_whose_time_is_up_in_the_queue_is_not_computed_and_its_seq_stands(
     server_with: Callable[..., ServerProcess], redis_process: Any, connect: Connect
 ) -> None:
     """While Redis says nothing, the step loop waits with the first step, and the others wait for it."""
-    with server_with("--redis-url", redis_process.url) as server:
+    server = server_with("--redis-url", redis_process.url)
+    server.faults = ONE_LINE
+    with server:
         raw = connect(server)
         raw.open("first", "late", "patient")
         redis_process.pause()

@@ -43,6 +43,11 @@ class Commits:
         self._parked: dict[Line, asyncio.TimerHandle] = {}
         self.on_free: Callable[[], None] = lambda: None  # a line has come free
 
+    def open(self) -> None:
+        """Before the first commit."""
+        for line in self._free:
+            line.open()
+
     @property
     def full(self) -> bool:
         """Whether there is no line for another commit."""

@@ -41,6 +41,8 @@ from engram_service.wire.base import PREFILL, Event, Wire
 
 log = logging.getLogger(__name__)
 
+_AGAIN_S = 0.05  # after a turn that failed
+
 
 class StepLoop:
     """Takes what the wire has, and answers it."""
@@ -74,6 +76,7 @@ class StepLoop:
 
     def start(self) -> None:
         self._admission.on_admit = self._pins.on_release = self._commits.on_free = self._flushes.on_add = self.wake
+        self._commits.open()
         self._wire.start(self.wake)
         self.wake()
 
@@ -85,7 +88,14 @@ class StepLoop:
 
     def turn(self) -> None:
         """All that has come is let in, and one batch of what is ready is computed, committed and answered."""
-        self._due, began = False, time.monotonic()
+        self._due = False
+        try:
+            self._turn(time.monotonic())
+        except Exception:  # which the loop tells of; what was let in must not wait for the next that comes
+            self._loop.call_later(_AGAIN_S, self.wake)
+            raise
+
+    def _turn(self, began: float) -> None:
         arrived, events = self._wire.take()
         done = 0
         for before, event in events:

@@ -36,6 +36,9 @@ _WIDTHS_MAX = 8  # widths of records whose memory is kept
 class Line(Protocol):
     """One way to Redis."""
 
+    def open(self) -> None:
+        """Makes the connections beforehand, where Redis is there: the first commit need not wait for them."""
+
     def send(self, job: CommitJob) -> None:
         """Never fails; what cannot be sent is the committers' to send again."""
 
@@ -74,6 +77,9 @@ class PythonLine:
         self._sent: Sent | None = None
         self._left: list[int] = []  # descriptors of connections whose replies have not begun to come
 
+    def open(self) -> None:
+        _open(self._committers, self._links)
+
     def send(self, job: CommitJob) -> None:
         self._sent = sent = self._committers.send(self._links, job)
         nodes = [] if sent is None else [node for node in sent.parts if node.name not in sent.failures]
@@ -101,6 +107,12 @@ class PythonLine:
                 if self._links.to(node).waits_on() in self._left:
                     self._links.to(node).abandon(self._sent.pending.doubtful[node.name])
         self.finish()
+
+
+def _open(committers: Committers, links: Links) -> None:
+    with committers.noting():
+        for node in committers.nodes.all():
+            links.to(node).opened([])
 
 
 class _Way:
@@ -151,6 +163,9 @@ class NativeLine:
         wait = committers.settings.wait
         self._wait = b"" if wait is None else _command(*wait)
         self._scratch: dict[int, NDArray[np.uint8]] = {}  # by width: records of the commit that is under way
+
+    def open(self) -> None:
+        _open(self._committers, self._links)
 
     def send(self, job: CommitJob) -> None:
         pending = Pending(job)
