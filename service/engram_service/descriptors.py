@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _CEILING = 1 << 20  # files; more are not asked for, where the hard limit is higher or there is none
 _LEAST = 256
 _FREE, _OWN = 128, 128  # files that are kept free, and that are not connections; less under low limits
+_LATER = 24  # files of this process's own that are opened after it was asked how many connections there may be
 _ROOM = 16  # part of the files (1/n) that is for connections without a stream
 _HEADROOM = 16  # files below the hard limit that are only there to look which connections to end
 _LOOK_S = 0.1
@@ -75,7 +76,7 @@ class Descriptors:
     @property
     def connections_max(self) -> int:
         """More than there are files for, so that `watch` sees it, and less than would leave none for others."""
-        return self._files_max - _open_files() + min(_FREE, self._limit // 8) // 2
+        return self._files_max - _open_files() - _LATER + min(_FREE, self._limit // 8) // 2
 
     def fitted(self, settings: Settings) -> Settings:
         """With a `streams_max` for which there are files."""
