@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
-from engram_service.errors import ResourceExhaustedError
 from engram_service.logs import named
 from engram_service.metrics import Metrics
 from engram_service.sessions.handles import CLOSED, TAKEN_OVER
@@ -20,7 +19,7 @@ from engram_service.sessions.pins import Pins
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.streams import LOCAL, Stream, Streams, event_frame
 from engram_service.sessions.table import NO_STREAM, References, SessionTable
-from engram_service.steps.refusals import closed, lost, taken_over
+from engram_service.steps.refusals import closed, held, lost, taken_over
 from engram_service.steps.repeats import Repeats
 from engram_service.steps.withdrawal import Withdrawal
 from engram_service.store import Verdict
@@ -28,7 +27,6 @@ from engram_service.wire.base import Wire
 
 log = logging.getLogger(__name__)
 
-_RETRY_MS = 50
 _LOOK_S = 0.005
 
 
@@ -91,8 +89,7 @@ class Ownership:
     def hand_over(self, sessions: NDArray[np.int32]) -> None:
         """Before an open, move or close: waiting steps of these sessions are dropped; their clients send them again, or
         learn that somebody else has the session."""
-        message = "the session is being opened, moved or closed just now; try again"
-        self._withdrawal.of_sessions(sessions, ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=_RETRY_MS))
+        self._withdrawal.of_sessions(sessions, held())
         self._residency.unwant(sessions)
 
     def _detach(self, sessions: NDArray[Any], why: int) -> None:

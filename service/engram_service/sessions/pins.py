@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from engram_service.errors import ServiceError
@@ -26,12 +25,6 @@ class Pins:
 
     def hold(self, rows: NDArray[Any]) -> None:
         self._table.busy[rows] = True
-
-    def try_hold(self, rows: NDArray[Any], wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Pins those of the wanted sessions that are free; which they are. A row that stands twice is pinned once, for both."""
-        found: NDArray[np.bool_] = wanted & ~self._table.busy[rows]
-        self._table.busy[rows[found]] = True
-        return found
 
     def release(self, rows: NDArray[Any]) -> None:
         """These sessions' next rows may go."""

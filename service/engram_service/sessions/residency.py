@@ -328,12 +328,12 @@ class Residency:
             return True
         return bool(self._table.flushing[self._lost].any())
 
-    # Heartbeat
-
     async def written_back(self, deadline: float) -> None:
         """Returns when no living session is still to be written back to a store that has lost its data."""
         while self.writing_back and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
+
+    # Heartbeat
 
     async def beat(self) -> None:
         """Interval commits, and the eviction of idle sessions; runs until cancelled."""

@@ -36,7 +36,7 @@ from engram_service.steps.advance import Advances
 from engram_service.steps.answers import Answers
 from engram_service.steps.backlog import Backlog
 from engram_service.steps.frames import classify, classify_frames, column, read_columns
-from engram_service.steps.refusals import Refused, bad_handles, errors_frame, fates, gaps
+from engram_service.steps.refusals import RETRY_MS, Refused, bad_handles, errors_frame, fates, gaps, held
 from engram_service.steps.repeats import Asked, Repeats, acknowledged
 from engram_service.steps.room import Room
 from engram_service.wire.base import FEEDBACK, FIRST, NOT_ACKNOWLEDGED, PREFILL, Arrived, Wire
@@ -44,10 +44,8 @@ from engram_service.wire.base import FEEDBACK, FIRST, NOT_ACKNOWLEDGED, PREFILL,
 log = logging.getLogger(__name__)
 
 _HANDLE_NBYTES, _SEQ_NBYTES = 4, 8
-_RETRY_MS = 50
 _NOT_ACKNOWLEDGED = int(NOT_ACKNOWLEDGED)
 _NO_FLAGS = np.zeros(1, np.uint8)
-_OPENING = "the session is being opened, moved or closed just now; try again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +59,7 @@ class _Rows:
     flags: NDArray[np.uint8]
     deadlines: NDArray[np.float64]
     inputs: NDArray[np.uint8]  # [n, input_nbytes]
-    frames: NDArray[np.intp] | None = (
-        None  # numbers of the frames that they came with; None: as FIRST in `flags` has it
-    )
+    frames: NDArray[np.intp] | None = None  # of each row; None: as FIRST in `flags` has them
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -161,9 +157,8 @@ class Admission:
         deadlines = self._deadlines(arrived.timeouts_ms, now)
         models = self._table.model[rows]
         first = models.item(0)
-        if not (models == first).all():
-            self._admit_mixed(arrived, rows, models, deadlines, now)
-        elif (arrived.input_nbytes == (width := self._width(first))).all():
+        width = self._width(first)
+        if (models == first).all() and (arrived.input_nbytes == width).all():
             inputs = arrived.inputs.reshape(-1, width)
             self._admit(self._catalog.models[first], _rows(arrived, rows, deadlines, inputs), [], now)
         else:
@@ -289,21 +284,21 @@ class Admission:
             message = (
                 f"{window} outputs of this session are not acknowledged, the limit; acknowledge those that have arrived"
             )
-            refused.append((full, ResourceExhaustedError("REPLY_WINDOW_FULL", message, retry_after_ms=_RETRY_MS)))
+            refused.append((full, ResourceExhaustedError("REPLY_WINDOW_FULL", message, retry_after_ms=RETRY_MS)))
         if pause := self._pauses.refusal(served.index):
             refused.append(((seqs > table.admitted[safe]) & known, pause))
-        if (held := table.opening[safe] & known).any():
-            refused.append((held, ResourceExhaustedError("QUEUE_FULL", _OPENING, retry_after_ms=_RETRY_MS)))
+        if (opening := table.opening[safe] & known).any():
+            refused.append((opening, held()))
 
     def _repeat(self, served: Served, came: _Rows, index: NDArray[np.intp]) -> None:
         """Answers steps that were accepted before: with the recorded output, or when the first answer comes."""
         table, sessions, seqs = self._table, came.rows[index], came.seqs[index]
         streams, handles, deadlines = came.streams[index], came.handles[index], came.deadlines[index]
         prefill = (came.flags[index] & PREFILL).astype(np.bool_)
+        asked = Asked(streams, table.refer(sessions), handles, seqs)
         gone = (seqs <= table.acked[sessions]) & ~prefill
         if gone.any():
-            self._answers.refuse_all(streams[gone], handles[gone], seqs[gone], acknowledged())
-        asked = Asked(streams, table.refer(sessions), handles, seqs)
+            self._answers.refuse_all(asked.only(gone), acknowledged())
         pending = (seqs > table.applied[sessions]) & ~gone
         if pending.any():
             until = (sessions[pending], seqs[pending].max(), float(deadlines[pending].max()))
@@ -353,20 +348,18 @@ class Admission:
         tight = self._condition.draining or self._streams.in_flight > self._room.rows_max(least)
         if not tight and not self._shares.limited:
             return none
-        for stream in np.unique(arrived.streams).tolist():
-            mine = arrived.streams == stream
-            frame = np.cumsum((arrived.flags & FIRST) != 0)
-            for number in np.unique(frame[mine]).tolist():
-                rows = mine & (frame == number)
-                count, known = int(rows.sum()), self._streams.get(stream)
-                try:
-                    self._condition.check_open()
-                    self._room.check(stream, 0, int(arrived.timeouts_ms[rows][0]), count)
-                    if known is not None:
-                        self._shares.of(known.tenant).take(count, count)
-                except ServiceError as refusal:
-                    self._refuse(arrived, rows, refusal)
-                    none |= rows
+        starts = np.flatnonzero(arrived.flags & FIRST)
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(arrived)], strict=True):
+            number, count = arrived.streams.item(start), end - start
+            stream = self._streams.get(number)
+            try:
+                self._condition.check_open()
+                self._room.check(number, 0, arrived.timeouts_ms.item(start), count)
+                if stream is not None:
+                    self._shares.of(stream.tenant).take(count, count)
+            except ServiceError as refusal:
+                self._refuse(arrived, slice(start, end), refusal)
+                none[start:end] = True
         return none
 
     # Single frames
@@ -405,8 +398,8 @@ class Admission:
 
     # Refusals
 
-    def _refuse(self, arrived: Arrived, mask: NDArray[np.bool_], refusal: ServiceError) -> None:
-        self._answers.refuse_all(arrived.streams[mask], arrived.handles[mask], arrived.seqs[mask], refusal)
+    def _refuse(self, arrived: Arrived, which: NDArray[np.bool_] | slice, refusal: ServiceError) -> None:
+        self._answers.refuse_all(_without_inputs(arrived, which), refusal)
 
     def _refuse_frame(self, stream: Stream, frame: stream_pb2.StepsFrame, refusal: ServiceError) -> None:
         """A frame of which no row could be used."""

@@ -29,6 +29,19 @@ class Caller(Protocol):
     def refused(self, frame: stream_pb2.ErrorsFrame) -> None: ...
 
 
+class Asking(Protocol):
+    """Rows, as far as an answer needs them."""
+
+    @property
+    def streams(self) -> NDArray[np.uint32]: ...
+
+    @property
+    def handles(self) -> NDArray[np.uint32]: ...
+
+    @property
+    def seqs(self) -> NDArray[np.uint64]: ...
+
+
 class Answers:
     """The way back of rows, each of which is in flight until it passes here."""
 
@@ -90,10 +103,8 @@ class Answers:
             elif self.local is not None:
                 self.local.refused(response.errors)
 
-    def refuse_all(
-        self, streams: NDArray[np.uint32], handles: NDArray[np.uint32], seqs: NDArray[np.uint64], refusal: ServiceError
-    ) -> None:  # fmt: skip
-        self.refuse(streams, handles, seqs, [(np.ones(len(seqs), np.bool_), refusal)])
+    def refuse_all(self, rows: Asking, refusal: ServiceError) -> None:
+        self.refuse(rows.streams, rows.handles, rows.seqs, [(np.ones(len(rows.seqs), np.bool_), refusal)])
 
     def frame_refused(self, stream: Stream, response: stream_pb2.StreamResponse) -> None:
         """A frame of which no row was let in."""

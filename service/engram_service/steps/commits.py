@@ -6,7 +6,6 @@ While a commit is under way its sessions are busy, and the loop goes on with oth
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable
 
@@ -18,8 +17,6 @@ from engram_service.metrics import Metrics
 from engram_service.sessions.table import Reference, References, SessionTable
 from engram_service.steps.records import pack_records
 from engram_service.store import CommitJob, Line, MetaFields, Store, Verdict
-
-log = logging.getLogger(__name__)
 
 IN_LINE_S = 0.002
 _LINES_MAX = 4
@@ -52,10 +49,6 @@ class Commits:
     def full(self) -> bool:
         """Whether there is no line for another commit."""
         return not self._free
-
-    def __len__(self) -> int:
-        """How many are under way."""
-        return len(self._parked)
 
     def job(
         self, served: Served, sessions: References, seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]], done: Done

@@ -60,6 +60,5 @@ class Deadlines:
         late = (steps.deadlines < now) & committing & (self._table.applied[steps.rows] < steps.seqs)
         index = np.flatnonzero(late & ~advance.answered)
         if len(index):
-            own = steps[index]
-            self._answers.refuse_all(own.streams, own.handles, own.seqs, self._condition.late())
+            self._answers.refuse_all(steps[index], self._condition.late())
             advance.answered[index] = True

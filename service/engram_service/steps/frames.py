@@ -83,7 +83,6 @@ class Classes:
     fresh: NDArray[np.bool_]  # the next step
     repeated: NDArray[np.bool_]  # a step that was accepted before
     gap: NDArray[np.bool_]  # ahead of the next step, or behind a refused row of this frame
-    unique: bool  # no session has two rows
 
 
 def classify(
@@ -114,7 +113,7 @@ def classify(
     repeated = np.empty(len(rows), np.bool_)
     fresh[order] = fresh_sorted
     repeated[order] = ~ahead & ~out
-    return Classes(fresh, repeated, ~(fresh | repeated | refused), unique=False)
+    return Classes(fresh, repeated, ~(fresh | repeated | refused))
 
 
 def classify_frames(
@@ -142,12 +141,12 @@ def classify_frames(
             spoiled[row], gap[place] = frame, not out
         else:
             fresh[place], wanted[row] = True, seq + 1
-    return Classes(fresh, repeated, gap, unique=False)
+    return Classes(fresh, repeated, gap)
 
 
 def _classify_unique(seqs: NDArray[np.uint64], expected: NDArray[np.uint64], refused: NDArray[np.bool_]) -> Classes:
     kept = ~refused
-    return Classes((seqs == expected) & kept, (seqs < expected) & kept, (seqs > expected) & kept, unique=True)
+    return Classes((seqs == expected) & kept, (seqs < expected) & kept, (seqs > expected) & kept)
 
 
 def _count_before(mask: NDArray[np.bool_], starts: NDArray[np.intp], segment: NDArray[np.intp]) -> NDArray[np.intp]:

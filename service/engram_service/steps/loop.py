@@ -202,8 +202,8 @@ class StepLoop:
             self._ownership.lose(steps.rows[last], verdict, pinned=True)
             if computed.answered is not None:
                 index = index[~computed.answered[index]]
-            refused, why = steps[index], uncommitted(verdict)
-            self._answers.refuse_all(refused.streams, refused.handles, refused.seqs, why)
+            why = uncommitted(verdict)
+            self._answers.refuse_all(steps[index], why)
             self._metrics.steps.labels(computed.served.bundle.name, why.reason.lower()).inc(len(index))
 
     def _go_back(self, computed: Advance, index: NDArray[np.intp], why: ServiceError) -> None:

@@ -26,7 +26,7 @@ from engram_service.store import Verdict
 
 Refused = list[tuple[NDArray[np.bool_], ServiceError]]
 
-_RETRY_MS = 50
+RETRY_MS = 50  # what is in the way is so for a moment
 _GAPS_MAX = 64  # places of sessions that are told in answer to one frame
 _FATES = ("no", "yes", "unknown")
 _NO, _YES, _OPEN = range(3)
@@ -44,9 +44,14 @@ def ended() -> ServiceError:
     return AbortedError("SESSION_CLOSED", "this stream has closed the session, or let go of it; open it again")
 
 
+def held() -> ServiceError:
+    message = "the session is being opened, moved or closed just now; try again"
+    return ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=RETRY_MS)
+
+
 def behind_late() -> ServiceError:
     message = "the step that this one repeats was dropped, since the time of a step before it was up; send it again"
-    return ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=_RETRY_MS)
+    return ResourceExhaustedError("QUEUE_FULL", message, retry_after_ms=RETRY_MS)
 
 
 def lost(verdict: Verdict) -> ServiceError:

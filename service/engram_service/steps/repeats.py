@@ -93,7 +93,7 @@ class Repeats:
                 self._waiting[session] = left
             for one in waiting:
                 if one.seq > under_way:
-                    self._refuse(_asked(session, one), refusal)
+                    self._answers.refuse_all(_asked(session, one), refusal)
 
     def expire(self, now: float) -> None:
         """Refuses those whose time is up."""
@@ -106,7 +106,7 @@ class Repeats:
             else:
                 del self._waiting[session]
             for one in late:
-                self._refuse(_asked(session, one), self._condition.late())
+                self._answers.refuse_all(_asked(session, one), self._condition.late())
 
     async def _answer(self, served: Served, left: Asked, deadline: float) -> None:
         """Sends the outputs of sessions while these are pinned, so that neither slot nor row is another's meanwhile."""
@@ -116,7 +116,7 @@ class Repeats:
             while len(left.seqs):
                 here = table.alive(left.sessions)
                 if not here.all():
-                    self._refuse(left.only(~here), closed())
+                    self._answers.refuse_all(left.only(~here), closed())
                     left = left.only(here)
                     continue
                 rows = left.sessions.rows
@@ -130,7 +130,7 @@ class Repeats:
                     return
         finally:
             if len(left.seqs):
-                self._refuse(left, why)
+                self._answers.refuse_all(left, why)
 
     def _send(self, served: Served, asked: Asked) -> None:
         """The sessions are here, and nothing is at work on them."""
@@ -140,10 +140,7 @@ class Repeats:
             outputs = served.arena.kept(self._table.slot[rows[kept]], seqs[kept])
             self._answers.outputs(asked.streams[kept], asked.handles[kept], rows[kept], seqs[kept], outputs)
         if not kept.all():
-            self._refuse(asked.only(~kept), acknowledged())
-
-    def _refuse(self, asked: Asked, refusal: ServiceError) -> None:
-        self._answers.refuse_all(asked.streams, asked.handles, asked.seqs, refusal)
+            self._answers.refuse_all(asked.only(~kept), acknowledged())
 
 
 def acknowledged() -> ServiceError:

@@ -44,7 +44,7 @@ class Rollback:
         if not flushing:
             self._rewind(served, rows, why)
         self._metrics.steps.labels(served.bundle.name, why.reason.lower()).inc(len(steps))
-        self._answers.refuse_all(steps.streams, steps.handles, steps.seqs, why)
+        self._answers.refuse_all(steps, why)
         self._repeats.refuse(sessions, why)
         if flushing:  # how far the records are is not known before that has ended
             self._when_flushed(served, sessions, why)

@@ -51,8 +51,7 @@ class Withdrawal:
         self._expect_again(steps)
         late = steps.deadlines < now
         if late.any():
-            own = steps[late]
-            self._answers.refuse_all(own.streams, own.handles, own.seqs, self._condition.late())
+            self._answers.refuse_all(steps[late], self._condition.late())
         if not late.all():
             own = steps[~late]
             behind = gaps(np.ones(len(own), np.bool_), self._table.admitted[own.rows])
@@ -62,7 +61,7 @@ class Withdrawal:
     def _tell(self, steps: Steps | None, refusal: ServiceError) -> None:
         if steps is not None:
             self._expect_again(steps)
-            self._answers.refuse_all(steps.streams, steps.handles, steps.seqs, refusal)
+            self._answers.refuse_all(steps, refusal)
             self._repeats.refuse(self._table.refer(steps.rows), refusal, dropped=True)
 
     def _expect_again(self, steps: Steps) -> None:

@@ -104,12 +104,8 @@ class Committers:
             if node.name in sent.failures:
                 continue
             with self._noting(sent, node.name):
-                replies, _ = self._replies(links, sent, node, parts)
-                start = 0
-                for rows, _ in parts:
-                    own = None if replies is None else replies[start : start + len(rows)]
-                    start += len(rows)
-                    settled &= pending.written(rows, own)
+                for rows, _, replies in self._replies(links, sent, node, parts):
+                    settled &= pending.written(rows, replies)
         if not settled or sent.failures:
             self._jobs.put(pending)
 
@@ -185,25 +181,24 @@ class Committers:
             if node.name in sent.failures:
                 continue
             with self._noting(sent, node.name):
-                replies, _ = self._replies(links, sent, node, parts)
-                start = 0
-                for rows, buffer in parts:
-                    own = None if replies is None else replies[start : start + len(rows)]
-                    start += len(rows)
-                    if own is not None and self.nodes.in_slots:
-                        self._ask(links, pending, buffer, own)
-                    if why := self._settle(pending, rows, own):
+                for rows, buffer, replies in self._replies(links, sent, node, parts):
+                    if replies is not None and self.nodes.in_slots:
+                        self._ask(links, pending, buffer, replies)
+                    if why := self._settle(pending, rows, replies):
                         sent.failures[node.name] = why
 
     def _replies(
         self, links: Links, sent: Sent, node: Node, parts: list[tuple[NDArray[np.intp], memoryview]]
-    ) -> tuple[list[bytes] | None, bytes]:
-        """Of a node, as Link.receive gives them."""
+    ) -> Iterator[tuple[NDArray[np.intp], memoryview, list[bytes] | None]]:
+        """Of a node, for each of the buffers that were sent there with its rows; None: all are OK."""
         count = sum(len(rows) for rows, _ in parts)
         replies, counter = links.to(node).receive(count, sent.pending.doubtful[node.name], counted=True)
         if counter.startswith(b":"):  # first, for who looks why a record is not there asks about losses
-            self._generations.counted(sent.marks[node], int(counter[1:]))
-        return replies, counter
+            self.counted(sent.marks[node], int(counter[1:]))
+        start = 0
+        for rows, buffer in parts:
+            yield rows, buffer, None if replies is None else replies[start : start + len(rows)]
+            start += len(rows)
 
     def _ask(self, links: Links, pending: Pending, buffer: memoryview, replies: list[bytes]) -> None:
         """Writes the rows of a slot that is just moving to where they are by now."""

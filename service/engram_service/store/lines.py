@@ -187,7 +187,10 @@ class NativeLine:
                     way.send(job, way.mark.key, self._wait, pending.doubtful[way.node.name])
                 if own:
                     self._fail(way)
-        self._failed |= bool(failure)
+        if failure:
+            self._failed = True
+            for way in self._used:
+                self._fail(way)
 
     def ready(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s if timeout_s else 0.0
@@ -229,9 +232,8 @@ class NativeLine:
     def _take(self, way: _Way, pending: Pending) -> bool:
         """The replies of a node; whether all that was sent there is settled."""
         kinds, errors, counter, waited = way.native.verdicts()
-        if (
-            counter is not None and way.mark is not None
-        ):  # first, for who looks why a record is not there asks about losses
+        # First, for who looks why a record is not there asks about losses.
+        if counter is not None and way.mark is not None:
             self._committers.counted(way.mark, counter)
         if self._wait and not self._settings.waited(waited[0] if self._settings.ack == "replicated" else waited):
             return False  # as safe as was asked for it is not yet: it is written again

@@ -35,9 +35,8 @@ class Pending:
         # By node: ids of connections, whoever held them, that may still have commands of this job buffered.
         self.doubtful: defaultdict[str, list[int]] = defaultdict(list)
         self._attempts = 0
-        self.unknown = np.zeros(
-            len(job.tags), np.bool_
-        )  # rows that were sent, and of which Redis has not said what became
+        # Rows that were sent, and of which Redis has not said what became.
+        self.unknown = np.zeros(len(job.tags), np.bool_)
         self.doubted = np.zeros(len(job.tags), np.bool_)  # the same of earlier attempts
         self._open = np.ones(len(job.tags), np.bool_)
         self._packed: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []

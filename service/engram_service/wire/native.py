@@ -70,9 +70,8 @@ class NativeWire:
             self._wire.set_tls(*certificate.pems)
         self._loop = asyncio.get_running_loop()
 
-    @property
-    def counters(self) -> Callable[[], dict[str, int]]:
-        return self._wire.counters
+    def counters(self) -> dict[str, int]:
+        return self._wire.counters()
 
     def listen(self) -> int:
         """Takes connections from now on; the bound port. Raises OSError where the address cannot be had."""
@@ -153,10 +152,6 @@ class NativeWire:
             await asyncio.sleep(_CERTIFICATE_S)
             if await asyncio.to_thread(self._certificate.fetch) is not None:
                 self._wire.set_tls(*self._certificate.pems)
-
-    def drain(self) -> None:
-        """Peers are told to make no more calls on their connections, and no more connections are taken."""
-        self._wire.drain()
 
     async def stop(self, grace_s: float) -> None:
         """What was sent has so long to leave."""
