@@ -24,8 +24,8 @@ import engram
 from engram._json import json_text
 from engram_service.bench.report import machine
 from engram_service.bench.workload import W, write_w
-from engram_service.http.get import get
 from engram_service.local import LocalServer
+from engram_service.protocols.http.get import get
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 SLOTS, SHARES, AT_A_TIME, WINDOWS, ZIPF = 256, (1.0, 1.5, 4.0), 128, 3, 1.1

@@ -37,8 +37,8 @@ from engram._json import json_text
 from engram.v1 import stream_pb2
 from engram_service.bench.report import machine
 from engram_service.bench.workload import W, write_w
-from engram_service.http.get import get
 from engram_service.local import LocalServer
+from engram_service.protocols.http.get import get
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 SMALL_CLIENTS, SMALL_SESSIONS, PERIOD_S = 10, 100, 1.0

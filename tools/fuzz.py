@@ -37,7 +37,7 @@ RESULTS = ROOT / "docs" / "results" / "fuzz.json"
 WORK = ROOT / "runs" / "fuzz"
 FIGURES = "figures.json"
 MENDED = 0.3  # of the inputs that atheris' rounds make; mended ones get deep, and take many times as long
-COVERED = ("engram_service.store.record", "engram_service.memory", "engram_service.api", "engram_service.sessions",
+COVERED = ("engram_service.store.record", "engram_service.patterns", "engram_service.protocols.engram", "engram_service.sessions",
            "engram_service.steps", "engram_service.scheduling", "engram_service.wire",
            "engram_models.bundle", "engram_models.spec", "engram_models.patterns")  # fmt: skip
 SLOW_S = 2.0  # of processor time for one input

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from engram._json import json_text
-from engram_service.http.get import get
 from engram_service.ports import free_port
+from engram_service.protocols.http.get import get
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"

@@ -32,7 +32,7 @@ import numpy as np
 
 import engram
 from engram._json import json_text
-from engram_service.http.get import get
+from engram_service.protocols.http.get import get
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "results"
 CLIENTS, ACTIONS_PER_S = 3, 12

@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engram import __version__
-from engram_service.api.access import Access
-from engram_service.api.audit import Audit
-from engram_service.api.looks import Looks
-from engram_service.api.memory import MemoryHandlers
-from engram_service.api.server import Server
-from engram_service.api.stream import StreamHandler
-from engram_service.api.tls import Certificate
-from engram_service.api.unary import UnaryHandlers
+from engram_service.auth.access import Access
+from engram_service.auth.audit import Audit
+from engram_service.auth.tls import Certificate
+from engram_service.auth.tokens import Tokens
 from engram_service.catalog import Catalog
 from engram_service.condition import Condition
 from engram_service.data_path import DataPath
 from engram_service.descriptors import Descriptors
 from engram_service.draining import Drain
-from engram_service.health import Health
-from engram_service.http.server import HttpServer
-from engram_service.memory.memories import Memories
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
+from engram_service.patterns.memories import Memories
+from engram_service.protocols.engram.looks import Looks
+from engram_service.protocols.engram.memory import MemoryHandlers
+from engram_service.protocols.engram.server import Server
+from engram_service.protocols.engram.stream import StreamHandler
+from engram_service.protocols.engram.unary import UnaryHandlers
+from engram_service.protocols.http.server import HttpServer
 from engram_service.runtimes.devices import Device, device_of
 from engram_service.runtimes.loader import Loader
 from engram_service.sessions.residency import Residency
@@ -40,7 +41,6 @@ from engram_service.signals import Signals
 from engram_service.store import UNSAFE, Store, StoreSettings, TlsFiles
 from engram_service.store.private import PrivateRedis, PrivateSettings
 from engram_service.supervision import Supervisor
-from engram_service.tokens import Tokens
 from engram_service.wire.grpcio import GrpcioWire
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _take_over(
     wire: NativeWire, access: Access, server: Server, stream: StreamHandler, tokens: Tokens, supervisor: Supervisor
 ) -> None:
     """What the native wire does itself: it asks who calls, and brings unary steps."""
-    from engram_service.api.step_calls import StepCalls
+    from engram_service.protocols.engram.step_calls import StepCalls
 
     access.relayed = lambda: wire.callers
     stream.calls = StepCalls(wire, server.methods["Step"], supervisor)

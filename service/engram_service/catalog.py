@@ -30,7 +30,7 @@ from engram_models.bundle import (
 )
 from engram_models.spec import TensorSpec
 from engram_service.errors import NotFoundError
-from engram_service.metrics import Metrics
+from engram_service.observability.metrics import Metrics
 from engram_service.queries import Queries
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.base import Runtime

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from engram_service.errors import DeadlineExceededError, ServiceError, UnavailableError
-from engram_service.metrics import Metrics
+from engram_service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from engram_service.api.access import Access
-from engram_service.api.stream import StreamHandler
-from engram_service.api.unary_stream import UnaryStream
+from engram_service.auth.access import Access
+from engram_service.auth.tokens import Limits
 from engram_service.catalog import Catalog
 from engram_service.condition import Condition
-from engram_service.health import Health
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
 from engram_service.pauses import Pauses
+from engram_service.protocols.engram.stream import StreamHandler
+from engram_service.protocols.engram.unary_stream import UnaryStream
 from engram_service.scheduling.scheduler import Scheduler
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.ending import Endings
@@ -41,7 +42,6 @@ from engram_service.steps.rollback import Rollback
 from engram_service.steps.withdrawal import Withdrawal
 from engram_service.store import MetaFields, Store
 from engram_service.supervision import Supervisor
-from engram_service.tokens import Limits
 from engram_service.wire.base import Wire
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
 
-from engram_service.health import Health
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
 from engram_service.settings import SettingError, Settings
 
 log = logging.getLogger(__name__)

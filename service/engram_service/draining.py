@@ -7,9 +7,9 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from engram_service.api.server import Server
-from engram_service.api.stream import StreamHandler
 from engram_service.condition import Condition
+from engram_service.protocols.engram.server import Server
+from engram_service.protocols.engram.stream import StreamHandler
 from engram_service.scheduling.scheduler import Scheduler
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.streams import Streams

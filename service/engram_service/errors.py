@@ -14,7 +14,7 @@
       UnauthenticatedError     UNAUTHENTICATED       no token, or none that is known
       PermissionDeniedError    PERMISSION_DENIED     a token without the right that the call needs
 
-A refusal travels in two ways: api/status.py turns it into a gRPC status with google.rpc details, and `detail()` turns it
+A refusal travels in two ways: protocols/engram/status.py turns it into a gRPC status with google.rpc details, and `detail()` turns it
 into the ErrorDetail of a stream's row. Reasons are the names of engram.v1.ErrorReason without their prefix.
 """
 
@@ -25,7 +25,7 @@ from typing import ClassVar
 import grpc
 
 from engram.v1 import error_pb2
-from engram_service.tenants import id_of
+from engram_service.auth.tenants import id_of
 
 
 class ServiceError(Exception):

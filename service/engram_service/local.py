@@ -15,8 +15,8 @@ from types import TracebackType
 import grpc
 import psutil
 
-from engram_service.http.get import get
 from engram_service.ports import free_port
+from engram_service.protocols.http.get import get
 
 _START_S = 90.0
 _STOP_S = 40.0

@@ -15,8 +15,8 @@ from typing import Protocol
 
 from engram_models.bundle import Bundle
 from engram_service.errors import UnavailableError
-from engram_service.health import Health
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

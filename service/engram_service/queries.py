@@ -1,6 +1,6 @@
 """What is asked of one model beside its steps: an NTM's memory by content, a Boltzmann machine's recreations, a network's patterns.
 
-The catalog makes one with each model; api/memory.py and memory/memories.py ask. Changes nothing, neither arena nor session, and
+The catalog makes one with each model; protocols/engram/memory.py and patterns/memories.py ask. Changes nothing, neither arena nor session, and
 needs the model's weights alone, whatever runs its steps.
 """
 

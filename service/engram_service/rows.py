@@ -1,4 +1,4 @@
-"""Rows: the tensors of one step's input or output as bytes, one after the other. Used by core.py, api/ and sessions/.
+"""Rows: the tensors of one step's input or output as bytes, one after the other. Used by steps/, protocols/ and sessions/.
 
 Tensors are reached by slices of bytes, for all rows at once. Floats here are the protocol's `repeated float`: float32.
 """

@@ -1,7 +1,7 @@
 """Background work that outlives its failures: tasks of the event loop and threads, each under a name.
 
 Work that raises is logged with its name, counted (`engram_task_failures_total{task}`) and started again, later each time; it
-never takes the server down with it. While work that the server cannot be without is down, `/readyz` says so (health.py).
+never takes the server down with it. While work that the server cannot be without is down, `/readyz` says so (observability/health.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from engram_service.errors import ServiceError
-from engram_service.health import Health
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from chaos.histories import INPUTS, MODEL
 from chaos.proxy import Proxy
 from chaos.wire import VOID, Broken, Wire, wire_to
 from engram.v1 import service_pb2_grpc, session_pb2, stream_pb2
-from engram_service.http.get import get
+from engram_service.protocols.http.get import get
 
 ENDS = ("close", "detach", "half-closed", "closed twice", "cancelled open", "cancelled steps", "cancelled close",
         "cancelled detach", "broken", "cancelled calls")  # fmt: skip

@@ -29,8 +29,8 @@ from redises import SLOTS, redis_program
 from chaos.histories import MODEL
 from chaos.proxy import Proxy, Wires
 from engram_models import shipped_models_dir
-from engram_service.http.get import get
 from engram_service.ports import free_port
+from engram_service.protocols.http.get import get
 from engram_service.store.keys import META_PREFIX
 from engram_service.store.nodes import slot
 

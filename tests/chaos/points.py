@@ -100,7 +100,7 @@ class Points:
 
 def install(control: pathlib.Path) -> None:
     """Wraps the points of this process, which is about to serve."""
-    from engram_service.api import unary
+    from engram_service.protocols.engram import unary
     from engram_service.sessions.residency import Residency
     from engram_service.store import Store
     from engram_service.store.lines import NativeLine, PythonLine

@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from engram_service.api.health import LIVENESS
+from engram_service.protocols.engram.health import LIVENESS
 from engram_service.settings import Settings
 
 DEPLOY = pathlib.Path(__file__).resolve().parents[2] / "deploy"

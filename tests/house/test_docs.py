@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engram_service.api.access import RIGHT_OF
-from engram_service.metrics import Metrics
+from engram_service.auth.access import RIGHT_OF
+from engram_service.observability.metrics import Metrics
 from engram_service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

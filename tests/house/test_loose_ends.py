@@ -56,9 +56,11 @@ def test_every_option_of_the_client_is_read() -> None:
 
 
 def test_every_metric_is_observed() -> None:
-    declared = re.findall(r"self\.(\w+) = (?:counter|gauge|histogram)\(", (SERVICE / "metrics.py").read_text())
+    declared = re.findall(
+        r"self\.(\w+) = (?:counter|gauge|histogram)\(", (SERVICE / "observability/metrics.py").read_text()
+    )
     assert len(declared) > 20
-    text = _source(SERVICE, "metrics.py")
+    text = _source(SERVICE, "observability/metrics.py")
     assert [name for name in declared if not re.search(rf"\b{name}\b", text)] == []
 
 

@@ -18,7 +18,7 @@ import torch
 
 import engram
 from engram_models import LSTM, write_bundle
-from engram_service.tokens import digest_of, new_token
+from engram_service.auth.tokens import digest_of, new_token
 
 QUICK = ("--shipped-models", "false", "--batch-rows-max", "32", "--tokens-poll-s", "0.1")
 PATIENT = engram.ClientOptions(backoff_initial_s=0.02, backoff_max_s=0.3)

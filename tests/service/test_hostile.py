@@ -12,9 +12,9 @@ import pytest
 
 from engram.v1 import memory_pb2, session_pb2
 from engram_models import TensorSpec
-from engram_service.api.exported import Exported, exported, imported
-from engram_service.api.unary import place_of
 from engram_service.errors import InvalidArgumentError
+from engram_service.protocols.engram.exported import Exported, exported, imported
+from engram_service.protocols.engram.unary import place_of
 from engram_service.runtimes.arena import from_bytes
 
 Raw = Any

@@ -17,10 +17,10 @@ import pytest
 
 import engram
 from engram_models import shipped_models_dir
-from engram_service.health import Health
-from engram_service.http.get import get
-from engram_service.http.server import HttpServer
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
+from engram_service.protocols.http.get import get
+from engram_service.protocols.http.server import HttpServer
 from engram_service.settings import Settings
 from engram_service.supervision import Supervisor
 from engram_service.top.scrape import scrape

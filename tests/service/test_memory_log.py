@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_models import PatternError, PatternMemory
-from engram_service.memory.cache import Cache
-from engram_service.memory.chunks import (
+from engram_service.patterns.cache import Cache
+from engram_service.patterns.chunks import (
     FORGET,
     NUMBERS_MAX,
     STORE,
@@ -25,7 +25,7 @@ from engram_service.memory.chunks import (
     pack_chunk,
     unpack_chunk,
 )
-from engram_service.memory.held import Held, unfold
+from engram_service.patterns.held import Held, unfold
 
 SIZE = 21
 OWN = PatternMemory(SIZE)

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from engram_service.health import Health
+from engram_service.observability.health import Health
 
 ServerProcess = Any
 Status = health_pb2.HealthCheckResponse

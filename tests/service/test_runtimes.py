@@ -26,8 +26,8 @@ from engram_models.examination import TILE_ROWS, Examination
 from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
 from engram_models.spec import Schema, TensorSpec
 from engram_service import pauses
-from engram_service.health import Health
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
 from engram_service.pauses import Pauses
 from engram_service.runtimes import findings
 from engram_service.runtimes.findings import Findings

@@ -30,12 +30,12 @@ from engram.v1 import memory_pb2 as mem
 from engram.v1 import service_pb2, stream_pb2
 from engram.v1 import session_pb2 as pb
 from engram_models import LSTM, NTM, RBM, Hopfield, write_bundle
-from engram_service.api.access import RIGHT_OF
-from engram_service.api.confine import ID_FIELDS
+from engram_service.auth.access import RIGHT_OF
+from engram_service.auth.tenants import id_of, key_of, tenant_of
+from engram_service.auth.tokens import RIGHTS, TokensError, digest_of, read_book
+from engram_service.protocols.engram.confine import ID_FIELDS
 from engram_service.settings import Settings
 from engram_service.store.keys import session_tag
-from engram_service.tenants import id_of, key_of, tenant_of
-from engram_service.tokens import RIGHTS, TokensError, digest_of, read_book
 
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["EngramService"]
 METHODS = [method.name for method in SERVICE.methods]
@@ -285,7 +285,9 @@ def test_every_method_is_known_here() -> None:
 def test_no_request_has_a_session_id_that_is_not_confined() -> None:
     for method in SERVICE.methods:
         named = {field.name for field in method.input_type.fields if "session" in field.name}
-        assert named <= set(ID_FIELDS), f"{method.name}: api/confine.py does not know {named - set(ID_FIELDS)}"
+        assert named <= set(ID_FIELDS), (
+            f"{method.name}: protocols/engram/confine.py does not know {named - set(ID_FIELDS)}"
+        )
         if method.name in OF_THE_SERVER:
             assert not named
 

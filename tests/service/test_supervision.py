@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 
 from engram_service import supervision
-from engram_service.health import Health
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
 from engram_service.supervision import Supervisor
 
 WAIT_S = 20.0
 
 # Parts that fail a few times, in the process of a real server: nothing that a client does makes them fail.
 FAULTS = """
-from engram_service.api.unary_stream import UnaryStream
+from engram_service.protocols.engram.unary_stream import UnaryStream
 from engram_service.sessions.residency import Residency
 from engram_service.steps.deadlines import Deadlines
 from engram_service.steps.loop import StepLoop
-from engram_service.tokens import Tokens
+from engram_service.auth.tokens import Tokens
 
 def fails(of, name, times, when=lambda one: True):
     real, left = getattr(of, name), [times]

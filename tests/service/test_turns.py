@@ -16,10 +16,10 @@ from grpc_status import rpc_status
 
 from engram.v1 import memory_pb2, service_pb2_grpc, session_pb2
 from engram_models import Hopfield, shipped_models_dir, write_bundle
-from engram_service.api.turns import Turns
+from engram_service.auth.tenants import key_of
 from engram_service.errors import DeadlineExceededError, ResourceExhaustedError
+from engram_service.protocols.engram.turns import Turns
 from engram_service.store.keys import session_tag, tally_key
-from engram_service.tenants import key_of
 
 ServerProcess = Any
 Connect = Callable[..., Any]

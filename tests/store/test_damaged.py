@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from engram_service.auth.tenants import key_of
 from engram_service.errors import DataLossError
 from engram_service.store import ClaimStatus, MemoryHead, Store, Verdict, Written, session_tag
 from engram_service.store.keys import meta_key, tally_key
-from engram_service.tenants import key_of
 
 MakeHolder = Callable[..., Any]
 OK = Verdict.OK

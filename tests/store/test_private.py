@@ -16,8 +16,8 @@ import psutil
 import pytest
 import redis
 
-from engram_service.health import Health
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
 from engram_service.store import StoreError, private
 from engram_service.store.private import PrivateRedis, PrivateSettings, redis_binary
 from engram_service.supervision import Supervisor

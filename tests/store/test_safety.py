@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engram_service.health import Health
+from engram_service.observability.health import Health
 from engram_service.store import UNSAFE, Store, StoreError, StoreSettings, safety
 from engram_service.store.private import PrivateRedis, PrivateSettings
 

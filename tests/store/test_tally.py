@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engram_service.auth.tenants import key_of
 from engram_service.store import Store, StoreSettings
 from engram_service.store.tally import Tally
-from engram_service.tenants import key_of
 
 TTL_MS = 60_000
 

@@ -20,8 +20,8 @@ from engram_service.bench.load import LoadSpec
 from engram_service.bench.plain import PlainResult, measure_plain
 from engram_service.bench.types import Progress
 from engram_service.bench.workload import W, Workload, device_of, has_torch, reference, workload_of, workload_w, write_w
-from engram_service.http.get import get
 from engram_service.local import LocalServer
+from engram_service.protocols.http.get import get
 
 TOLERANCE = 1e-5
 _CEILING_WINDOWS = 3  # before the load, and as many after it

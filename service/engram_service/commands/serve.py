@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from engram_service.logs import set_up
+    from engram_service.observability.logs import set_up
     from engram_service.settings import SettingError, read_settings
 
     try:

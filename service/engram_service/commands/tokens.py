@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _new(args: argparse.Namespace) -> int:
-    from engram_service.tenants import usable_tenant
-    from engram_service.tokens import RIGHTS, digest_of, new_token, usable_name
+    from engram_service.auth.tenants import usable_tenant
+    from engram_service.auth.tokens import RIGHTS, digest_of, new_token, usable_name
 
     rights = [right.strip() for right in args.rights.split(",")]
     now = datetime.now(UTC)
@@ -70,7 +70,7 @@ def _new(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from engram_service.tokens import TokensError, read_book
+    from engram_service.auth.tokens import TokensError, read_book
 
     try:
         book = read_book(args.file)

@@ -10,7 +10,7 @@ import logging
 import numpy as np
 
 from engram_service.catalog import Served
-from engram_service.metrics import Metrics
+from engram_service.observability.metrics import Metrics
 from engram_service.runtimes.base import NAMES
 from engram_service.store import Records
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from engram.v1 import stream_pb2
 from engram_service.condition import Condition
 from engram_service.errors import InternalError, ServiceError, UnavailableError, no_session
-from engram_service.metrics import Metrics
+from engram_service.observability.metrics import Metrics
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.handles import ENDED
 from engram_service.sessions.holds import Holds

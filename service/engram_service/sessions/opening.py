@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import model_pb2
+from engram_service.auth.tenants import id_of, tenant_of
 from engram_service.catalog import Catalog, Served
 from engram_service.condition import Condition
 from engram_service.errors import (
@@ -34,7 +35,7 @@ from engram_service.errors import (
     ServiceError,
     UnavailableError,
 )
-from engram_service.metrics import Metrics
+from engram_service.observability.metrics import Metrics
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.constants import starting_state
 from engram_service.sessions.handles import PLACES_MAX, TAKEN_OVER
@@ -48,7 +49,6 @@ from engram_service.settings import Settings
 from engram_service.steps.refusals import taken_over
 from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, damaged, session_tag
 from engram_service.supervision import Supervisor
-from engram_service.tenants import id_of, tenant_of
 
 VOID_HANDLE = 0xFFFFFFFF
 _ID_BYTES_MAX = 128

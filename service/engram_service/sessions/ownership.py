@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
-from engram_service.logs import named
-from engram_service.metrics import Metrics
+from engram_service.observability.logs import named
+from engram_service.observability.metrics import Metrics
 from engram_service.sessions.handles import CLOSED, TAKEN_OVER
 from engram_service.sessions.pins import Pins
 from engram_service.sessions.residency import Residency

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from engram_service.catalog import Catalog, Served
 from engram_service.condition import Condition
-from engram_service.logs import named
-from engram_service.metrics import Metrics
+from engram_service.observability.logs import named
+from engram_service.observability.metrics import Metrics
 from engram_service.sessions.changes import RuntimeChanges
 from engram_service.sessions.constants import Starts
 from engram_service.sessions.eviction import GRACE_S, leaving

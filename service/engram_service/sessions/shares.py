@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from engram_service.auth.tokens import Limits
 from engram_service.errors import ResourceExhaustedError
 from engram_service.sessions.streams import Stream
-from engram_service.tokens import Limits
 
 _SOON_MS, _LATER_MS = 50, 1000  # rows come free at once, streams and sessions when somebody lets go of them
 _NO_LIMIT = 1 << 62

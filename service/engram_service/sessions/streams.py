@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
+from engram_service.auth.tokens import Caller
 from engram_service.errors import ResourceExhaustedError
 from engram_service.sessions.handles import Handles, HandleTable
-from engram_service.tokens import Caller
 from engram_service.wire.base import NUMBER_BITS, Wire
 
 LOCAL = 0

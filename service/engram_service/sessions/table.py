@@ -1,4 +1,4 @@
-"""The sessions that this server knows, as columns: row i of every column is one session. Ids here are keys (tenants.py).
+"""The sessions that this server knows, as columns: row i of every column is one session. Ids here are keys (auth/tenants.py).
 
 Written by the step loop's thread alone. An idle session costs one row here (some 300 bytes with its id) and nothing else, so
 columns are as narrow as they can be.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_service.tenants import tenant_of
+from engram_service.auth.tenants import tenant_of
 
 NO_SLOT = -1
 NO_STREAM = -1

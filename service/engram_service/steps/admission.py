@@ -22,7 +22,7 @@ from engram_service.errors import (
     ResourceExhaustedError,
     ServiceError,
 )
-from engram_service.metrics import Metrics
+from engram_service.observability.metrics import Metrics
 from engram_service.pauses import Pauses
 from engram_service.rows import Rows, rows_of
 from engram_service.scheduling.columns import Steps

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
 from engram_service.errors import ServiceError
-from engram_service.metrics import Metrics
+from engram_service.observability.metrics import Metrics
 from engram_service.sessions.streams import LOCAL, Stream, Streams
 from engram_service.sessions.table import NO_STREAM, SessionTable
 from engram_service.steps.refusals import Refused, errors_frame, fates

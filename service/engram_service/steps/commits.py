@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_service.catalog import Served
-from engram_service.metrics import Metrics
+from engram_service.observability.metrics import Metrics
 from engram_service.sessions.table import Reference, References, SessionTable
 from engram_service.steps.records import pack_records
 from engram_service.store import CommitJob, Line, MetaFields, Store, Verdict

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engram_service.catalog import Catalog, Served
 from engram_service.errors import InternalError, ServiceError
-from engram_service.metrics import Metrics
+from engram_service.observability.metrics import Metrics
 from engram_service.pauses import Pauses
 from engram_service.runtimes.base import RuntimeStoppedError
 from engram_service.scheduling.scheduler import Batch, Scheduler

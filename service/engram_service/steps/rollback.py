@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from engram_service.catalog import Served
 from engram_service.errors import InternalError, ServiceError
-from engram_service.metrics import Metrics
+from engram_service.observability.metrics import Metrics
 from engram_service.runtimes.base import RuntimeStoppedError
 from engram_service.scheduling.columns import Steps
 from engram_service.sessions.pins import Pins

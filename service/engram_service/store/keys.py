@@ -8,7 +8,7 @@
     engram:generation:SERVER  string  what that server has written, counted; gone or behind: this Redis has lost data; see
                                    generations.py. In a cluster one on each node, engram:generation:{N}:SERVER
 
-TAG is a hash of the session's key, which is its id where there are no tenants (tenants.py), so that keys of all sessions are
+TAG is a hash of the session's key, which is its id where there are no tenants (auth/tenants.py), so that keys of all sessions are
 equally long (a batch's commit is then one numpy array), and the braces put all keys of a session into one slot of a Redis Cluster.
 """
 

@@ -1,8 +1,8 @@
-"""Memories in Redis: of each session that stored patterns, a log of chunks. Used by memory/memories.py, and by fork and export.
+"""Memories in Redis: of each session that stored patterns, a log of chunks. Used by patterns/memories.py, and by fork and export.
 
 The log is a list that only grows, or is replaced as a whole. Its last chunk's last 16 bytes are the memory's revision, which
 the session's hash repeats: a chunk's digest that takes in the digest before it, so that equal revisions are equal logs,
-whatever became of the session in between. What a chunk holds is memory/chunks.py's business.
+whatever became of the session in between. What a chunk holds is patterns/chunks.py's business.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from redis.commands.core import Script
 
 from engram_service.errors import DataLossError
-from engram_service.health import Health
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
 from engram_service.store import safety, scripts
 from engram_service.store.committer import Committers
 from engram_service.store.generations import KEPT_MS, Generations

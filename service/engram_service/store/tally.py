@@ -15,10 +15,10 @@ from typing import Any
 
 from redis.commands.core import Script
 
+from engram_service.auth.tenants import tenant_of
 from engram_service.store import scripts
 from engram_service.store.keys import meta_key, session_tag, tally_key
 from engram_service.store.types import DamagedError
-from engram_service.tenants import tenant_of
 
 _LATE = 1.25  # of the session's time
 _RENEWED_MAX = 65_536

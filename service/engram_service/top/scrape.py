@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from engram_service.http.get import get
+from engram_service.protocols.http.get import get
 from engram_service.settings import SettingError, split_address
 
 Labels = tuple[tuple[str, str], ...]  # sorted by name

@@ -13,8 +13,8 @@ import numpy as np
 from google.protobuf.message import Message as Proto
 from numpy.typing import NDArray
 
+from engram_service.auth.tokens import Caller
 from engram_service.errors import ServiceError
-from engram_service.tokens import Caller
 
 NUMBER_BITS = 20  # of a stream's id; a number is used again, and the bits above it count the uses
 NOT_ACKNOWLEDGED = np.uint64(0xFFFFFFFFFFFFFFFF)

@@ -1,6 +1,6 @@
 """The fallback wire, on grpc.aio: one reader and one writer a stream, for where the extension is not.
 
-Streams come in through `handle`, which api/server.py registers; connections, TLS and limits are gRPC's.
+Streams come in through `handle`, which protocols/engram/server.py registers; connections, TLS and limits are gRPC's.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from engram import __version__
 from engram.v1 import stream_pb2
-from engram_service.api.access import Access
-from engram_service.api.status import abort
+from engram_service.auth.access import Access
 from engram_service.errors import InternalError, ResourceExhaustedError, ServiceError
+from engram_service.protocols.engram.status import abort
 from engram_service.settings import Settings
 from engram_service.wire.base import (
     FIRST,

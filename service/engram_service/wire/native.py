@@ -1,5 +1,5 @@
 """The extension's wire: connections end in its threads, and steps come as columns. Other calls but steps are relayed to
-api/server.py over a private unix socket, with who calls in metadata that no client can set.
+protocols/engram/server.py over a private unix socket, with who calls in metadata that no client can set.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from google.protobuf.message import Message as Proto
 from numpy.typing import NDArray
 
 from engram import __version__
-from engram_service.api.access import Access
-from engram_service.api.status import status_of
-from engram_service.api.tls import Certificate
+from engram_service.auth.access import Access
+from engram_service.auth.tls import Certificate
+from engram_service.auth.tokens import Caller, missing, unknown
 from engram_service.errors import ResourceExhaustedError, ServiceError, UnavailableError
+from engram_service.protocols.engram.status import status_of
 from engram_service.settings import Settings, split_address
-from engram_service.tokens import Caller, missing, unknown
 from engram_service.wire.base import Arrived, Begin, End, Event, HalfClose, Message, Step, trace_of
 
 _MESSAGE_MARGIN = 2  # the wire itself refuses, without a reason, what is so many times over the limit

@@ -7,9 +7,9 @@ import hashlib
 import numpy as np
 
 from engram_models import LABEL_BYTES_MAX, PatternError
-from engram_service.memory.chunks import FORGET, STORE, WHOLE, Chunk, ChunkError, Operation, chain
-from engram_service.memory.held import Held, unfold
-from engram_service.memory.memories import _first_number
+from engram_service.patterns.chunks import FORGET, STORE, WHOLE, Chunk, ChunkError, Operation, chain
+from engram_service.patterns.held import Held, unfold
+from engram_service.patterns.memories import _first_number
 from engram_service.store import REVISION_NBYTES
 from targets.mutation import joined, parted
 from targets.world import world

@@ -7,10 +7,10 @@ import struct
 
 import numpy as np
 
-from engram_service.api.exported import Exported, exported, imported
-from engram_service.api.unary import check_id
 from engram_service.errors import ServiceError
-from engram_service.memory.chunks import ChunkError
+from engram_service.patterns.chunks import ChunkError
+from engram_service.protocols.engram.exported import Exported, exported, imported
+from engram_service.protocols.engram.unary import check_id
 from targets import chunks, records
 from targets.world import world
 

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 
 from engram_models import LSTM, Hopfield, load_bundle, write_bundle
-from engram_service.api.access import Access
-from engram_service.api.audit import Audit
-from engram_service.api.looks import Looks
-from engram_service.api.stream import StreamHandler
-from engram_service.api.unary import UnaryHandlers
+from engram_service.auth.access import Access
+from engram_service.auth.audit import Audit
+from engram_service.auth.tokens import Caller, Limits, Tokens
 from engram_service.catalog import Catalog, Served
 from engram_service.condition import Condition
-from engram_service.health import Health
-from engram_service.memory.memories import Memories
-from engram_service.metrics import Metrics
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
+from engram_service.patterns.memories import Memories
 from engram_service.pauses import Pauses
+from engram_service.protocols.engram.looks import Looks
+from engram_service.protocols.engram.stream import StreamHandler
+from engram_service.protocols.engram.unary import UnaryHandlers
 from engram_service.queries import Queries
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.onnx_graphs import OnnxGraphs
@@ -54,7 +55,6 @@ from engram_service.steps.repeats import Repeats
 from engram_service.steps.withdrawal import Withdrawal
 from engram_service.store import RecordLayout, Store, StoreSettings
 from engram_service.supervision import Supervisor
-from engram_service.tokens import Caller, Limits, Tokens
 from engram_service.wire.base import Begin
 from engram_service.wire.grpcio import GrpcioWire
 

@@ -1,0 +1,1 @@
+"""Engram's own protocol, proto/engram/v1."""
