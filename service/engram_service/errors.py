@@ -14,8 +14,8 @@
       UnauthenticatedError     UNAUTHENTICATED       no token, or none that is known
       PermissionDeniedError    PERMISSION_DENIED     a token without the right that the call needs
 
-A refusal travels in two ways: protocols/engram/status.py turns it into a gRPC status with google.rpc details, and `detail()` turns it
-into the ErrorDetail of a stream's row. Reasons are the names of engram.v1.ErrorReason without their prefix.
+A refusal travels in two ways: protocols/engram/status.py turns it into a gRPC status with google.rpc details, and `detail()`
+turns it into the ErrorDetail of a stream's row. Reasons are the names of engram.v1.ErrorReason without their prefix.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is asked of one model beside its steps: an NTM's memory by content, a Boltzmann machine's recreations, a network's patterns.
 
-The catalog makes one with each model; protocols/engram/memory.py and patterns/memories.py ask. Changes nothing, neither arena nor session, and
-needs the model's weights alone, whatever runs its steps.
+The catalog makes one with each model; protocols/engram/memory.py and patterns/memories.py ask. Changes nothing, neither arena nor
+session, and needs the model's weights alone, whatever runs its steps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Background work that outlives its failures: tasks of the event loop and threads, each under a name.
 
 Work that raises is logged with its name, counted (`engram_task_failures_total{task}`) and started again, later each time; it
-never takes the server down with it. While work that the server cannot be without is down, `/readyz` says so (observability/health.py).
+never takes the server down with it. While work that the server cannot be without is down, `/readyz` says so
+(observability/health.py).
 """
 
 from __future__ import annotations

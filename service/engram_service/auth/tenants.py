@@ -1,8 +1,8 @@
-"""How tenants are kept apart: every session has a key, its tenant and its id in one text, and below api/ there are only keys.
+"""How tenants are kept apart: every session has a key, its tenant and its id in one text, and below protocols/ there are only keys.
 
 The session table, the store, the memories and Redis know sessions by key alone, so no path that begins with one tenant's key
-can end at another's session. protocols/engram/confine.py makes keys of the ids in requests, and ids of the keys in responses. A server
-without tokens has one tenant, the empty one, whose keys are the bare ids.
+can end at another's session. protocols/engram/confine.py makes keys of the ids in requests, and ids of the keys in responses. A
+server without tokens has one tenant, the empty one, whose keys are the bare ids.
 """
 
 from __future__ import annotations

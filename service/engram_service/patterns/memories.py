@@ -1,4 +1,4 @@
-"""Store, forget, recall and list, from what Redis has. Blocking; called by protocols/engram/memory.py in a pool of threads of its own.
+"""Store, forget, recall and list, from what Redis has. Blocking; called by protocols/engram/memory.py in threads of its own.
 
 Nobody claims a session for this. Every call first asks Redis what the memory is at, and catches up with its log; a recall is
 then answered from what is at hand. A change is checked against that, and written by a script that refuses if the log has
