@@ -1,279 +1,235 @@
-"""The composition root: makes every part, wires it by constructors, runs until told to stop, and takes it down in order."""
+"""The composition root of the manager, which is `engram serve`: makes every part, wires it by constructors, runs until told to
+stop, and takes it down in order. The data process has its own (data_process.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import gc
+import base64
 import logging
-import sys
-import time
+import os
+import shutil
+import tempfile
 from contextlib import AsyncExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from engram import __version__
 from engram_service.auth.access import Access
 from engram_service.auth.audit import Audit
-from engram_service.auth.tls import Certificate
-from engram_service.auth.tokens import Tokens
-from engram_service.catalog import Catalog
-from engram_service.condition import Condition
-from engram_service.data_path import DataPath
-from engram_service.descriptors import Descriptors
-from engram_service.draining import Drain
+from engram_service.auth.tls import Certificate, Pems
+from engram_service.auth.tokens import TokensFile, told
+from engram_service.manager.data_process import DataProcess, Ready
+from engram_service.manager.listeners import bound
+from engram_service.manager.metrics import Gathered
+from engram_service.manager.models import watch_models
 from engram_service.observability.health import Health
 from engram_service.observability.metrics import Metrics
+from engram_service.offers import Offers
 from engram_service.patterns.memories import Memories
-from engram_service.protocols.engram.looks import Looks
 from engram_service.protocols.engram.memory import MemoryHandlers
 from engram_service.protocols.engram.server import Server
-from engram_service.protocols.engram.stream import StreamHandler
 from engram_service.protocols.engram.unary import UnaryHandlers
 from engram_service.protocols.http.server import HttpServer
-from engram_service.runtimes.devices import Device, device_of
-from engram_service.runtimes.loader import Loader
-from engram_service.sessions.residency import Residency
-from engram_service.sessions.streams import Streams
-from engram_service.sessions.table import NO_SLOT, SessionTable
+from engram_service.sessions.calls import StoreCalls
 from engram_service.settings import SettingError, Settings
 from engram_service.signals import Signals
-from engram_service.store import UNSAFE, Store, StoreSettings, TlsFiles
+from engram_service.store import UNSAFE, Store, StoreSettings
 from engram_service.store.private import PrivateRedis, PrivateSettings
 from engram_service.supervision import Supervisor
-from engram_service.wire.grpcio import GrpcioWire
-
-if TYPE_CHECKING:
-    from engram_service.wire.native import NativeWire
 
 log = logging.getLogger(__name__)
 
-_SWITCH_INTERVAL_S = 0.0002  # other threads share the interpreter: the event loop may not wait long for it
 _STOP_GRACE_S = 1.0
-_LOOK_S = 0.05
+_CERTIFICATE_S = 0.25  # between looks at the files
+_READINESS_S = 0.1
 _REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is away for a second
 
 
 async def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises SettingError, StoreError or OSError if it cannot start."""
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     stop = asyncio.Event()
     async with AsyncExitStack() as stack:
         metrics, health = Metrics(), Health()
         supervisor = Supervisor(metrics, health)
         supervisor.watch_loop(asyncio.get_running_loop())
-        files = Descriptors(metrics, health)
-        settings = files.fitted(settings)
         health.fail("server", "it is starting")
-        http = HttpServer(settings, metrics, health, supervisor)
+        gathered = Gathered(metrics)
+        http = HttpServer(settings, gathered, metrics, health, supervisor)
         stack.callback(http.stop)
-        device = device_of(settings.device)
-        loader = Loader(settings, device)
-        signals = Signals(stop, settings.drain_timeout_s, loader.watchdog.running)
-        stack.callback(_leave, loader, signals)
-        tokens = Tokens(Path(settings.tokens_file) if settings.tokens_file else None)
-        access = Access(tokens, Audit(metrics))
+        signals = Signals(stop, settings.drain_timeout_s, list)
+        tokens = TokensFile(Path(settings.tokens_file) if settings.tokens_file else None)
         certificate = Certificate.of(settings)
-        store = await _store(settings, stack, supervisor, health, signals)
-        table = SessionTable()
-        _register_cells(settings)
-        catalog = Catalog(settings, loader, metrics)
-        stack.callback(catalog.close)
-        wire = _wire(settings, access, certificate, files.connections_max)
-        path = DataPath(settings, table, catalog, store, wire, access, tokens.limits, supervisor, metrics, health)
-        memories = Memories(catalog.resolve, store, settings.memory_cache_mb << 20)
+        listeners = bound(settings) if _wire(settings) == "native" else []
+        for listener in listeners:
+            stack.callback(listener.close)
+        relay = _relay(stack)
+        running = await _with_redis(settings, stack, supervisor, signals)
+        store = Store(StoreSettings.of(running), supervisor, health)
+        stack.callback(store.close)
+        offers = Offers()
+        begin = _begin(running, relay, tokens, certificate)
+        data = DataProcess(begin, listeners, settings.cache_directory() / "crashes", offers, health, supervisor)
+        stack.callback(data.kill)
+        signals.at_once.append(data.kill)
+        gathered.data = data
+        access = Access(tokens.tokens, Audit(metrics), relayed=True)
+        memories = Memories(offers.resolve, store, settings.memory_cache_mb << 20)
+        calls = StoreCalls(data.written_back)
         handlers = UnaryHandlers(
-            settings, table, catalog, path.shares, supervisor, path.sessions, path.endings, path.calls,
-            partial(Looks, settings, table, path.pins, path.residency, supervisor), store, path.unary, memories, device.name,
+            settings, offers, tokens.tokens, supervisor, data, calls, store, memories, metrics
         )  # fmt: skip
-        memory_handlers = MemoryHandlers(settings, catalog, metrics, path.calls, handlers, memories)
-        for pools in (path.sessions, memory_handlers, handlers):
+        memory_handlers = MemoryHandlers(settings, offers, metrics, calls, handlers, memories)
+        for pools in (memory_handlers, handlers):
             stack.callback(pools.close)
-        tokens.on_change = path.handler.tokens_changed
-        server = Server(settings, access, certificate, health, wire, handlers, memory_handlers)
-        if not isinstance(wire, GrpcioWire):
-            _take_over(wire, access, server, path.handler, tokens, supervisor)
-        _expose(metrics, table, catalog, path.streams, store, memories, device)
+        server = Server(settings, access, health, handlers, memory_handlers)
+        await server.start(relay)
+        _expose(metrics, store, memories)
+        _start_store(store, health, data)
 
-        supervisor.thread("graphs watch", loader.watchdog.look, loader.watchdog.stopped).start()
-        if not await _load_models(catalog, supervisor, health, stop):
+        supervisor.run("data process", data.run)
+        if (ready := await _ready(data, stop)) is None:
+            await data.stop(0.0)
             return
-        _start_store(store, path.residency, path.condition, health)
-        path.loop.start()
-        gc.collect()
-        gc.freeze()  # what is there stays: to look through it for garbage would stop everybody, and torch's objects for 80 ms
-        port = await server.start()
-        _announce(settings, port, http.address, device, wire.name)
-        metrics.build_info.labels(__version__, wire.name).set(1)
-        metrics.wire.read = wire.counters
+        begin["with"]["settings"]["listen"] = (
+            f"{settings.listen.rpartition(':')[0]}:{ready.port}"  # of the next one too
+        )
+        health.clear("server")
+        _announce(settings, http.address, ready)
 
-        signals.on_reload = lambda: supervisor.once("models reload", catalog.reload())
-        path.run()
-        supervisor.run("models watch", catalog.watch)
-        if not isinstance(wire, GrpcioWire):
-            supervisor.run("certificate watch", wire.watch_certificate)
+        look = asyncio.Event()
+        signals.on_reload = look.set
+        supervisor.run("models watch", lambda: watch_models(settings, data, look))
         supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
-        supervisor.run("descriptors", lambda: files.watch(port, path.handler.peers))
+        tokens.tokens.on_change = partial(_tell_tokens, tokens, data)
+        if certificate is not None:
+            supervisor.run("certificate watch", lambda: _watch_certificate(certificate, data))
+        if ready.wire == "python":
+            supervisor.run("readiness", lambda: _tell_readiness(health, data))
         await stop.wait()
-        drain = Drain(wire, server, path.handler, path.streams, path.scheduler, path.advances, path.residency, path.condition,
-                      supervisor)  # fmt: skip
-        await drain.run(settings.drain_timeout_s)
+        log.info("draining")
+        health.fail("server", "it is going away")
+        deadline = asyncio.get_running_loop().time() + settings.drain_timeout_s
+        await data.stop(settings.drain_timeout_s)
+        await handlers.finish(deadline)
+        await server.stop(_STOP_GRACE_S)
+        await supervisor.cancel()
     log.info("stopped")
 
 
-def _wire(
-    settings: Settings, access: Access, certificate: Certificate | None, connections_max: int
-) -> GrpcioWire | NativeWire:  # fmt: skip
-    """The wire that is asked for. Raises SettingError where it is not there."""
-    if settings.wire != "python":
-        try:
-            from engram_service.wire.native import NativeWire
-
-            return NativeWire(settings, access, certificate, connections_max)
-        except ImportError as error:
-            if settings.wire == "native":
-                raise SettingError(f"wire = native: the extension engram_native is not here ({error})") from error
-            log.warning(
-                "the extension engram_native is not here (%s): connections are gRPC's own, which is slower", error
-            )
-    return GrpcioWire(settings, access)
-
-
-def _take_over(
-    wire: NativeWire, access: Access, server: Server, stream: StreamHandler, tokens: Tokens, supervisor: Supervisor
-) -> None:
-    """What the native wire does itself: it asks who calls, and brings unary steps."""
-    from engram_service.protocols.engram.step_calls import StepCalls
-
-    access.relayed = lambda: wire.callers
-    stream.calls = StepCalls(wire, server.methods["Step"], supervisor)
-
-    def changed() -> None:
-        wire.tokens_changed()
-        stream.tokens_changed()
-
-    tokens.on_change = changed
-
-
-async def _load_models(catalog: Catalog, supervisor: Supervisor, health: Health, stop: asyncio.Event) -> bool:
-    """The first look at the models. What takes long goes on in the background, and the server is not ready until then.
-    False: the server shall stop."""
-    loading = supervisor.once("models load", catalog.reload())
-    await catalog.begun(loading, stop)
-    if stop.is_set():
-        await supervisor.cancel()
-        log.info("stopped while models were loaded")
-        return False
-    if loading.done():
-        loading.result()
-        return True
-    health.fail("models", "some are still being loaded")
-    loading.add_done_callback(lambda _: health.clear("models"))
-    return True
-
-
-def _register_cells(settings: Settings) -> None:
-    """Turns on the plug-in cells that the operator named, and torch with them. Raises SettingError."""
-    if not (names := settings.cell_names()):
-        return
+def _wire(settings: Settings) -> str:
+    """The wire that is to be used. Raises SettingError where it is not there."""
+    if settings.wire == "python":
+        return "python"
     try:
-        from engram_models.plug_ins import PlugInError, register_cells
+        import engram_service.wire.native  # noqa: F401
     except ImportError as error:
-        raise SettingError(
-            f"cells = {settings.cells!r}: plug-in cells need torch: pip install 'engram[torch]' ({error})"
-        ) from error
-    try:
-        kinds = register_cells(names)
-    except PlugInError as error:
-        raise SettingError(f"cells: {error}") from error
-    log.info("plug-in cells: %s (kinds %s)", ", ".join(names), ", ".join(kinds))
+        if settings.wire == "native":
+            raise SettingError(f"wire = native: the extension engram_native is not here ({error})") from error
+        log.warning("the extension engram_native is not here (%s): connections are gRPC's own, which is slower", error)
+        return "python"
+    return "native"
 
 
-def _leave(loader: Loader, signals: Signals) -> None:
-    """The last of all: what is in an operator of a model, and cannot be stopped, would keep the process from its end."""
-    deadline = time.monotonic() + _STOP_GRACE_S  # what was told to stop may be about to
-    while left := loader.watchdog.running():
-        if time.monotonic() > deadline:
-            signals.leave_behind(left)
-        time.sleep(_LOOK_S)
+def _relay(stack: AsyncExitStack) -> str:
+    """The path of the private socket that calls are relayed to."""
+    folder = tempfile.mkdtemp(prefix="engram-")  # only its owner may enter
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    return os.path.join(folder, "calls")
 
 
-def _announce(settings: Settings, port: int, http: str, device: Device, wire: str) -> None:
-    where = (settings.listen, port, http, device.name, wire)
+def _begin(settings: Settings, relay: str, tokens: TokensFile, certificate: Certificate | None) -> dict[str, Any]:
+    """What a data process is told first."""
+    return {
+        "verb": "begin",
+        "with": {
+            "settings": asdict(settings),
+            "relay": relay,
+            "tokens": told(tokens.tokens.book),
+            "certificate": None if certificate is None else _text(certificate.pems),
+        },
+    }
+
+
+async def _ready(data: DataProcess, stop: asyncio.Event) -> Ready | None:
+    """None: the server shall stop. Raises what the data process cannot be started for."""
+    stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((stopping, data.ready), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    return data.ready.result() if data.ready.done() else None
+
+
+def _tell_tokens(tokens: TokensFile, data: DataProcess) -> None:
+    book = told(tokens.tokens.book)
+    data.begin["with"]["tokens"] = book
+    data.tell("tokens", book=book)
+
+
+async def _watch_certificate(certificate: Certificate, data: DataProcess) -> None:
+    """Reads certificate and key again when they have changed; runs until cancelled."""
+    while True:
+        await asyncio.sleep(_CERTIFICATE_S)
+        if await asyncio.to_thread(certificate.fetch) is not None:
+            data.begin["with"]["certificate"] = pems = _text(certificate.pems)
+            data.tell("certificate", certificate=pems)
+
+
+async def _tell_readiness(health: Health, data: DataProcess) -> None:
+    """For the fallback, which answers for gRPC's health itself; runs until cancelled."""
+    while True:
+        data.tell("readiness", ready=not health.failures())
+        await asyncio.sleep(_READINESS_S)
+
+
+def _text(pems: Pems) -> list[str | None]:
+    return [None if one is None else base64.b64encode(one).decode() for one in pems]
+
+
+def _announce(settings: Settings, http: str, ready: Ready) -> None:
+    where = (settings.listen, ready.port, http, ready.device, ready.wire)
     log.info("engram %s serves on %s (port %d), metrics on %s, device %s, %s wire", __version__, *where)
     for exposure in settings.exposures():
         log.warning("%s", exposure)
 
 
-async def _store(
-    settings: Settings, stack: AsyncExitStack, supervisor: Supervisor, health: Health, signals: Signals
-) -> Store:
-    url, ack, appendfsync = settings.redis_url, settings.redis_ack, settings.redis_appendfsync
-    if not url:
-        if ack == "disk":  # the private Redis, be it as old as it may, then answers after it has synced
-            ack, appendfsync = "memory", "always"
-        private = PrivateRedis(
-            PrivateSettings(settings.data_directory(), appendfsync, settings.redis_maxmemory_mb), supervisor
-        )
-        signals.at_once.append(private.leave)
-        await asyncio.to_thread(private.start)
-        stack.callback(private.stop)
-        url = private.url
-    tls = TlsFiles(settings.redis_tls_ca, settings.redis_tls_cert, settings.redis_tls_key)
-    wanted = StoreSettings(
-        url, ack, settings.redis_replicas, settings.redis_ack_timeout_ms, settings.redis_connections, tls,
-        settings.require_safe_redis, settings.wire != "python",
-    )  # fmt: skip
-    store = Store(wanted, supervisor, health)
-    stack.callback(store.close)
-    return store
+async def _with_redis(
+    settings: Settings, stack: AsyncExitStack, supervisor: Supervisor, signals: Signals
+) -> Settings:  # fmt: skip
+    """The settings with a Redis: a private one is started where none is given. Raises StoreError."""
+    if settings.redis_url:
+        return settings
+    ack, appendfsync = settings.redis_ack, settings.redis_appendfsync
+    if ack == "disk":  # the private Redis, be it as old as it may, then answers after it has synced
+        ack, appendfsync = "memory", "always"
+    private = PrivateRedis(
+        PrivateSettings(settings.data_directory(), appendfsync, settings.redis_maxmemory_mb), supervisor
+    )
+    signals.at_once.append(private.leave)
+    await asyncio.to_thread(private.start)
+    stack.callback(private.stop)
+    return replace(settings, redis_url=private.url, redis_ack=ack)
 
 
-def _start_store(store: Store, residency: Residency, condition: Condition, health: Health) -> None:
-    """Its threads tell the event loop."""
-    loop = asyncio.get_running_loop()
+def _start_store(store: Store, health: Health, data: DataProcess) -> None:
+    """Its threads tell of themselves. Raises StoreError."""
+
+    def on_loss() -> None:
+        data.writing_back = True  # until the data process says that nothing is left
 
     def on_trouble(why: str) -> None:
         health.tell("redis", why, 0 if health.failures() else _REDIS_GRACE_S)
-        loop.call_soon_threadsafe(condition.set_trouble, why)
-
-    def on_loss() -> None:
-        residency.lost_data()
-        loop.call_soon_threadsafe(residency.write_back)
 
     store.on_trouble, store.on_loss = on_trouble, on_loss
-    store.writing_back = lambda: residency.writing_back
+    store.writing_back = lambda: data.writing_back
     store.start()
 
 
-def _expose(
-    metrics: Metrics, table: SessionTable, catalog: Catalog, streams: Streams, store: Store, memories: Memories,
-    device: Device,
-) -> None:  # fmt: skip
+def _expose(metrics: Metrics, store: Store, memories: Memories) -> None:
     """Gauges that are read when somebody scrapes."""
     metrics.read_with(metrics.memory_cache_bytes, lambda: memories.cache.nbytes)
-
-    def resident() -> int:
-        return int((table.slot[: table.high] != NO_SLOT).sum())
-
-    metrics.read_with(metrics.sessions, resident, "device")
-    metrics.read_with(metrics.sessions, lambda: len(table) - resident(), "stored")
-    metrics.read_with(metrics.rows_in_flight, lambda: streams.in_flight)
-    metrics.read_with(metrics.streams, lambda: len(streams))
     metrics.read_with(metrics.redis_memory_bytes, lambda: store.used_memory_bytes)
     metrics.read_with(metrics.redis_expired_keys, lambda: store.expired_keys)
-    metrics.read_with(metrics.redis_losses, lambda: store.losses)
     for reason in UNSAFE:
         metrics.read_with(metrics.redis_unsafe, partial(store.unsafe_as_to, reason), reason)
-    metrics.redis_up.set(1)
-
-    def arenas() -> int:
-        return sum(
-            served.arena.resident * (served.arena.state_nbytes + served.arena.window * served.arena.output_nbytes)
-            for served in catalog.models
-        )
-
-    if not device.is_cpu:
-        metrics.read_with(metrics.device_memory_bytes, device.memory_allocated, device.name)
-    else:
-        metrics.read_with(metrics.device_memory_bytes, arenas, device.name)

@@ -29,8 +29,8 @@ from engram_models.bundle import (
     version_key,
 )
 from engram_models.spec import TensorSpec
-from engram_service.errors import NotFoundError
 from engram_service.observability.metrics import Metrics
+from engram_service.offers import no_model
 from engram_service.queries import Queries
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.base import Runtime
@@ -64,7 +64,6 @@ class Served:
     bundle: Bundle
     runtime: Runtime
     layout: RecordLayout
-    queries: Queries
     rows_max: int  # in one batch
 
     @property
@@ -94,6 +93,8 @@ class Catalog:
         self._lock = asyncio.Lock()
         self._since: float | None = None  # when the bundle that is being loaded was begun
         self._pool = ThreadPoolExecutor(1, "load")
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when another model is served."""
 
     def resolve(self, name: str, version: str = "") -> Served:
         """The named version, or the latest. Raises NotFoundError."""
@@ -103,16 +104,7 @@ class Catalog:
         served = self._by_key.get((name, version))
         if served is not None:
             return served
-        if not any(known == name for known, _ in self._by_key):
-            names = ", ".join(sorted({known for known, _ in self._by_key})) or "none"
-            raise NotFoundError("MODEL_NOT_FOUND", f"no model {name!r} is served; there are: {names}", model=name)
-        raise NotFoundError(
-            "VERSION_NOT_FOUND", f"model {name!r} has no version {version!r}; it has: {', '.join(versions)}", model=name
-        )
-
-    def describe_all(self) -> list[model_pb2.Model]:
-        ordered = sorted(self._by_key.values(), key=lambda served: (served.bundle.name, served.index))
-        return [self.describe(served) for served in ordered]
+        raise no_model(name, version, list(self._by_key))
 
     def describe(self, served: Served) -> model_pb2.Model:
         bundle = served.bundle
@@ -148,6 +140,8 @@ class Catalog:
                 if (ref.name, ref.version) in self._by_key:  # served from now on, however long the next ones take
                     versions = self._versions.setdefault(ref.name, [])
                     self._versions[ref.name] = sorted({*versions, ref.version}, key=version_key)
+                    if there is None:
+                        self.on_change()
             paths = {ref.path for ref in found}
             self._failed = {path: failure for path, failure in self._failed.items() if path in paths}
             self._versions = _versions([ref for ref in found if (ref.name, ref.version) in self._by_key])
@@ -166,16 +160,15 @@ class Catalog:
                 return
             await asyncio.wait({loading}, timeout=_LOOK_S)
 
+    @property
+    def passing(self) -> bool:
+        """Whether something is not served for a reason that may pass by itself."""
+        return any(failure.passing for failure in self._failed.values())
+
     def close(self) -> None:
         """Whatever is being loaded is given up."""
         self._loader.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-    async def watch(self) -> None:
-        """Reloads when something in the directories changes; runs until cancelled."""
-        while True:
-            await asyncio.sleep(self._settings.models_poll_s)
-            await self.reload()
 
     async def _compare(self, ref: BundleRef, served: Served) -> None:
         """Looks whether a served version's files are still those that are served; what is served stays."""
@@ -238,7 +231,8 @@ class Catalog:
         runtime = self._loader.load(ref.path, behind)
         bundle = runtime.arena.bundle
         layout = RecordLayout(bundle.fingerprint, bundle.schema.state_nbytes, bundle.schema.output_nbytes, runtime.code)
-        return Served(index, bundle, runtime, layout, Queries(bundle), self._loader.rows_max(bundle, runtime.row_s))
+        Queries(bundle)  # which the manager answers: what its weights do not fit is not served
+        return Served(index, bundle, runtime, layout, self._loader.rows_max(bundle, runtime.row_s))
 
 
 def _stamp(ref: BundleRef) -> Stamp:

@@ -1,4 +1,5 @@
-"""The parts between wire and store, made in the order in which they need each other, and wired by constructors. Made by app.py.
+"""The parts between wire and store, made in the order in which they need each other, and wired by constructors. Made by
+data_process.py.
 
 All of them live on the event loop; steps/loop.py says how a step goes through them.
 """
@@ -75,7 +76,8 @@ class DataPath:
             settings, table, catalog, wire, streams, shares, scheduler, residency, repeats, answers, condition, pauses,
             metrics, backlog, advances,
         )  # fmt: skip
-        self.calls, holds = StoreCalls(residency), Holds(table, pins, residency, ownership, condition)
+        self.calls = StoreCalls(residency.written_back)
+        self.holds = holds = Holds(table, pins, residency, ownership, condition)
         self.sessions = Sessions(
             settings, table, catalog, store, self.calls, holds, residency, ownership, shares, condition, supervisor, metrics
         )  # fmt: skip

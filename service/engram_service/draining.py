@@ -1,24 +1,19 @@
-"""How a server goes away: it takes nothing more, finishes what it accepted, and makes everything durable. Used by app.py."""
+"""How a data process goes away: it takes nothing more, finishes what it accepted, and makes everything durable."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING
 
 from engram_service.condition import Condition
-from engram_service.protocols.engram.server import Server
+from engram_service.protocols.engram.fronts import Front
 from engram_service.protocols.engram.stream import StreamHandler
 from engram_service.scheduling.scheduler import Scheduler
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.streams import Streams
 from engram_service.steps.advance import Advances
 from engram_service.supervision import Supervisor
-from engram_service.wire.grpcio import GrpcioWire
-
-if TYPE_CHECKING:
-    from engram_service.wire.native import NativeWire
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +25,10 @@ class Drain:
     """Once, at the end."""
 
     def __init__(
-        self, wire: GrpcioWire | NativeWire, server: Server, stream: StreamHandler, streams: Streams, scheduler: Scheduler,
+        self, front: Front, stream: StreamHandler, streams: Streams, scheduler: Scheduler,
         advances: Advances, residency: Residency, condition: Condition, supervisor: Supervisor,
     ) -> None:  # fmt: skip
-        self._wire = wire
-        self._server = server
+        self._front = front
         self._stream = stream
         self._streams = streams
         self._scheduler = scheduler
@@ -45,7 +39,6 @@ class Drain:
 
     async def run(self, timeout_s: float) -> None:
         log.info("draining")
-        self._server.set_serving(False)
         deadline = time.monotonic() + timeout_s
         self._condition.draining = True
         self._stream.drain()
@@ -53,8 +46,7 @@ class Drain:
             await asyncio.sleep(_LOOK_S)
         await self._residency.flush_all(deadline)
         self._stream.finish()
-        await self._wire.stop(_STOP_GRACE_S)
-        await self._server.stop(_STOP_GRACE_S)
+        await self._front.stop(_STOP_GRACE_S)
         await self._supervisor.cancel()
 
     def _busy(self) -> bool:

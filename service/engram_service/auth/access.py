@@ -6,7 +6,6 @@ else needs a token where tokens are on, and a method without a right in `RIGHT_O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from engram.v1 import service_pb2
@@ -27,27 +26,31 @@ RIGHT_OF = {
 }  # fmt: skip
 _OTHERS = "operate"  # the right for reflection, and for whatever service comes beside it
 SERVICE = f"/{service_pb2.DESCRIPTOR.services_by_name['EngramService'].full_name}/"
+IDENTITY, PEER = (
+    "engram-identity",
+    "engram-peer",
+)  # metadata of a relayed call: who calls, from where. No client can set them
 _SCHEME = "bearer "
 
 
 class Access:
     """The door: lets a call in as a Caller, or refuses it and says so in the audit."""
 
-    def __init__(self, tokens: Tokens, audit: Audit) -> None:
+    def __init__(self, tokens: Tokens, audit: Audit, relayed: bool = False) -> None:
+        """`relayed`: calls come from a wire, which has asked who calls and says so by number."""
         self.tokens = tokens
         self.audit = audit
         self.holdback = Holdback()
-        self.relayed: Callable[[], Mapping[int, Caller]] | None = None
-        """Where calls are relayed by the wire, which has asked who calls: callers by number."""
+        self._relayed = relayed
 
     def known(self, metadata: Any) -> Caller:
         """Who calls. Raises UnauthenticatedError."""
-        if self.relayed is None:
+        if not self._relayed:
             return self.tokens.caller(_bearer(metadata))
         if not self.tokens.asked_for:
             return Caller()
-        number = _value(metadata, "engram-identity")
-        caller = self.relayed().get(int(number)) if number else None
+        number = _value(metadata, IDENTITY)
+        caller = self.tokens.numbered(int(number)) if number else None
         if caller is None:
             raise unknown()
         return self.tokens.renewed(caller)
@@ -55,7 +58,7 @@ class Access:
     def peer(self, context: Any) -> str:
         """The other end of the client's connection."""
         peer: str = context.peer()
-        return peer if self.relayed is None else _value(context.invocation_metadata(), "engram-peer") or peer
+        return _value(context.invocation_metadata(), PEER) or peer if self._relayed else peer
 
     def entitle(self, caller: Caller, path: str) -> None:
         """Whether it may call a method, of whatever service. Raises PermissionDeniedError."""

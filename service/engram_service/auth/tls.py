@@ -20,6 +20,8 @@ from engram_service.settings import SettingError, Settings
 log = logging.getLogger(__name__)
 
 _FILE_BYTES_MAX = 4 << 20
+Pems = tuple[bytes, bytes, bytes | None]
+"""Certificate, key, and the CA of clients."""
 Stamp = tuple[tuple[int, int, int] | None, ...]
 
 

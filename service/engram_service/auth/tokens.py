@@ -1,4 +1,5 @@
-"""Who may call: the tokens file, read again whenever it changes. Used by auth/access.py and by `engram tokens`.
+"""Who may call: the tokens file, read again whenever it changes, and what of it is in force. The file is the manager's; data
+processes are told what it says. Used by auth/access.py and by `engram tokens`.
 
     [limits]                      # of every tenant that has no table of its own; 0 or left out: none
     sessions_max = 1000
@@ -29,7 +30,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,6 +51,7 @@ RIGHTS = {
     "operate": "what concerns the whole server: reload models, reflection",
 }
 _POLL_MIN_S = 0.05
+_NEVER = float("inf")
 _FILE_BYTES_MAX = 16 << 20
 _PREFIX = "engram_"  # so that people and secret scanners see what it is
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -87,6 +89,7 @@ class Caller:
     rights: frozenset[str] = frozenset(RIGHTS)
     expires: float = float("inf")  # seconds since 1970
     digest: str = field(default="", repr=False)
+    number: int = -1  # under which the wire knows it
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +104,23 @@ class Book:
 class Tokens:
     """The tokens in force. Event loop only."""
 
-    def __init__(self, path: Path | None) -> None:
-        """Reads the file; None: everybody may do everything. Raises SettingError."""
+    def __init__(self, book: Book | None = None) -> None:
+        """None: everybody may do everything."""
         self.on_change: Callable[[], None] = lambda: None
-        self._path = path
-        self._stamp = _stamp(path)
-        self._told: tuple[Stamp, str] = (None, "")  # why which file cannot be used, as it was logged
-        try:
-            self._book = Book({}, {}, Limits()) if path is None else read_book(path)
-        except TokensError as error:
-            raise SettingError(f"tokens_file = {str(path)!r}: {error}") from error
+        self._numbers: dict[str, int] = {}  # by digest; a number is never given to another token
+        self.asked_for = book is not None
+        """Whether callers need one."""
+        self._put(book or Book({}, {}, Limits()))
 
     @property
-    def asked_for(self) -> bool:
-        """Whether callers need one."""
-        return self._path is not None
+    def book(self) -> Book | None:
+        """What is in force, its callers with their numbers; None: nobody needs a token."""
+        return self._book if self.asked_for else None
+
+    def replace(self, book: Book) -> None:
+        """Puts other tokens in force, all at once."""
+        self._put(book)
+        self.on_change()
 
     def caller(self, token: str) -> Caller:
         """Whose token this is. Raises UnauthenticatedError."""
@@ -125,24 +130,60 @@ class Tokens:
             raise missing()
         return self._valid(digest_of(token))
 
-    def callers(self) -> Mapping[str, Caller] | None:
-        """By the SHA-256 of their tokens, also those that have expired; None: nobody needs one."""
-        return self._book.callers if self.asked_for else None
+    def numbered(self, number: int) -> Caller | None:
+        """The caller whom the wire knows under this number, also one whose token has expired."""
+        return self._by_number.get(number)
 
     def renewed(self, caller: Caller) -> Caller:
-        """The caller as the file has it by now. Raises UnauthenticatedError where its token was revoked or has expired."""
+        """The caller as it is by now. Raises UnauthenticatedError where its token was revoked or has expired."""
         return self._valid(caller.digest) if self.asked_for else caller
 
     def limits(self, tenant: str) -> Limits:
         return self._book.tenants.get(tenant, self._book.limits)
 
-    async def watch(self, poll_s: float) -> None:
-        """Reads the file again when it has changed, and says every so often that a token may have expired; runs until
-        cancelled."""
+    async def expire(self, poll_s: float) -> None:
+        """Says every so often that a token may have expired; runs until cancelled."""
         while self.asked_for:
             await asyncio.sleep(max(poll_s, _POLL_MIN_S))
-            await self.reload()
             self.on_change()
+
+    def _put(self, book: Book) -> None:
+        callers = {digest: self._named(caller) for digest, caller in book.callers.items()}
+        self._book = replace(book, callers=callers)
+        self._by_number = {caller.number: caller for caller in callers.values()}
+
+    def _named(self, caller: Caller) -> Caller:
+        if caller.number < 0:
+            caller = replace(caller, number=self._numbers.setdefault(caller.digest, len(self._numbers)))
+        return caller
+
+    def _valid(self, digest: str) -> Caller:
+        found = self._book.callers.get(digest)
+        if found is None:
+            raise unknown()
+        if found.expires <= time.time():
+            raise UnauthenticatedError("TOKEN_EXPIRED", f"the token {found.token!r} has expired; ask for a new one")
+        return found
+
+
+class TokensFile:
+    """The file that the tokens come from. Event loop only."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Reads the file; None: everybody may do everything. Raises SettingError."""
+        self._path = path
+        self._stamp = _stamp(path)
+        self._told: tuple[Stamp, str] = (None, "")  # why which file cannot be used, as it was logged
+        try:
+            self.tokens = Tokens(None if path is None else read_book(path))
+        except TokensError as error:
+            raise SettingError(f"tokens_file = {str(path)!r}: {error}") from error
+
+    async def watch(self, poll_s: float) -> None:
+        """Reads the file again when it has changed; runs until cancelled."""
+        while self._path is not None:
+            await asyncio.sleep(max(poll_s, _POLL_MIN_S))
+            await self.reload()
 
     async def reload(self) -> None:
         """Reads the file if it has changed. A bad one leaves what is in force in force."""
@@ -151,7 +192,7 @@ class Tokens:
         if path is None or stamp == self._stamp:
             return
         try:
-            self._book = await asyncio.to_thread(read_book, path)
+            book = await asyncio.to_thread(read_book, path)
         except TokensError as error:
             if not error.passing:  # else it is read again at the next look
                 self._stamp = stamp
@@ -161,16 +202,41 @@ class Tokens:
                 _audit("failed")
         else:
             self._stamp, self._told = stamp, (stamp, "")
-            log.info("%d tokens are in force", len(self._book.callers))
+            self.tokens.replace(book)
+            log.info("%d tokens are in force", len(book.callers))
             _audit("ok")
 
-    def _valid(self, digest: str) -> Caller:
-        found = self._book.callers.get(digest)
-        if found is None:
-            raise unknown()
-        if found.expires <= time.time():
-            raise UnauthenticatedError("TOKEN_EXPIRED", f"the token {found.token!r} has expired; ask for a new one")
-        return found
+
+def told(book: Book | None) -> dict[str, Any] | None:
+    """A book as JSON has it, for another process; `heard` makes a book of it."""
+    if book is None:
+        return None
+    callers = [
+        [
+            one.number,
+            one.digest,
+            one.tenant,
+            one.token,
+            sorted(one.rights),
+            None if one.expires == _NEVER else one.expires,
+        ]
+        for one in book.callers.values()
+    ]
+    return {
+        "callers": callers,
+        "tenants": {name: asdict(limits) for name, limits in book.tenants.items()},
+        "limits": asdict(book.limits),
+    }
+
+
+def heard(told: dict[str, Any] | None) -> Book | None:
+    if told is None:
+        return None
+    callers = {
+        digest: Caller(tenant, token, frozenset(rights), _NEVER if expires is None else expires, digest, number)
+        for number, digest, tenant, token, rights, expires in told["callers"]
+    }
+    return Book(callers, {name: Limits(**limits) for name, limits in told["tenants"].items()}, Limits(**told["limits"]))
 
 
 def missing() -> UnauthenticatedError:

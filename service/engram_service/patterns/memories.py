@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_models import PatternError, PatternMemory, Recalled
-from engram_service.catalog import Served
 from engram_service.errors import (
     AlreadyExistsError,
     DataLossError,
@@ -26,6 +25,7 @@ from engram_service.errors import (
     UnavailableError,
     no_session,
 )
+from engram_service.offers import Offer
 from engram_service.patterns.cache import Cache, Slot
 from engram_service.patterns.chunks import FORGET, STORE, ChunkError, Operation, begins_log
 from engram_service.patterns.held import Held, unfold
@@ -34,7 +34,7 @@ from engram_service.store import MemoryHead, Store, Written
 _TRIES = 50  # of a change, while others change the same memory
 
 T = TypeVar("T")
-Resolve = Callable[[str, str], Served]
+Resolve = Callable[[str, str], Offer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Memories:
     ) -> tuple[str, list[Recalled]]:
         """The model's name, and what each of the cues int8 [n, size] (-1, +1, 0 unknown) recalls."""
 
-        def work(served: Served, memory: PatternMemory) -> tuple[str, list[Recalled]]:
+        def work(served: Offer, memory: PatternMemory) -> tuple[str, list[Recalled]]:
             _check_size(memory, cues.shape[1])
             return served.bundle.name, memory.recall(cues, synchronous=synchronous, seed=seed, sweeps_max=sweeps_max)
 
@@ -108,13 +108,13 @@ class Memories:
     def page(self, session_id: str, start: int, count: int) -> tuple[list[str], NDArray[np.uint8], Summary]:
         """Labels and bits of so many patterns from a place on, and what there is in all."""
 
-        def work(served: Served, memory: PatternMemory) -> tuple[list[str], NDArray[np.uint8], Summary]:
+        def work(served: Offer, memory: PatternMemory) -> tuple[list[str], NDArray[np.uint8], Summary]:
             part = slice(start, start + count)
             return list(memory.labels[part]), np.array(memory.bits[part]), _summary(memory)
 
         return self._read(session_id, work)
 
-    def check_log(self, served: Served, chunks: Sequence[bytes]) -> None:
+    def check_log(self, served: Offer, chunks: Sequence[bytes]) -> None:
         """Raises ChunkError where this log is none for the model."""
         own = served.queries.patterns
         if own is None:
@@ -123,7 +123,7 @@ class Memories:
 
     # Reading
 
-    def _read(self, session_id: str, work: Callable[[Served, PatternMemory], T]) -> T:
+    def _read(self, session_id: str, work: Callable[[Offer, PatternMemory], T]) -> T:
         served, head = self._look(session_id)
         slot = self.cache.slot(session_id)
         with slot.lock:
@@ -137,13 +137,13 @@ class Memories:
             slot.leave()
         return self._asked(served, _own(served), work)  # never changed, so that no lock is needed
 
-    def _asked(self, served: Served, memory: PatternMemory, work: Callable[[Served, PatternMemory], T]) -> T:
+    def _asked(self, served: Offer, memory: PatternMemory, work: Callable[[Offer, PatternMemory], T]) -> T:
         try:
             return work(served, memory)
         except PatternError as error:
             raise _refusal(error) from error
 
-    def _look(self, session_id: str) -> tuple[Served, MemoryHead]:
+    def _look(self, session_id: str) -> tuple[Offer, MemoryHead]:
         head = self._logs.look(session_id)
         if head is None:
             raise no_session(session_id)
@@ -155,7 +155,7 @@ class Memories:
             raise FailedPreconditionError("FINGERPRINT_MISMATCH", message)
         return served, head
 
-    def _caught_up(self, session_id: str, slot: Slot, served: Served, head: MemoryHead) -> Held | None:
+    def _caught_up(self, session_id: str, slot: Slot, served: Offer, head: MemoryHead) -> Held | None:
         """What the log says, at least as far as `head` tells; None: the session has no patterns but its model's."""
         held, losses = slot.held, self._store.losses
         same = (slot.fingerprint, slot.created_ms) == (head.fingerprint, head.created_ms)
@@ -173,7 +173,7 @@ class Memories:
             held.losses = losses
         return held
 
-    def _read_log(self, session_id: str, served: Served, held: Held | None) -> Held:
+    def _read_log(self, session_id: str, served: Offer, held: Held | None) -> Held:
         own = _own(served)
         try:
             if held is not None:
@@ -214,7 +214,7 @@ class Memories:
         raise UnavailableError("STORE_UNAVAILABLE", "too many change this memory at once; try again", retry_after_ms=50)
 
     def _changed(
-        self, session_id: str, slot: Slot, served: Served, head: MemoryHead, operation: bytes,
+        self, session_id: str, slot: Slot, served: Offer, head: MemoryHead, operation: bytes,
         change: Callable[[Held], tuple[list[bytes], str]],
     ) -> Change | None:  # fmt: skip
         """None: the memory was changed by others just now."""
@@ -253,7 +253,7 @@ class Memories:
                 held.replaced(chunks)
 
 
-def _own(served: Served) -> PatternMemory:
+def _own(served: Offer) -> PatternMemory:
     """The patterns that the model brings along. Raises FailedPreconditionError where its sessions keep none."""
     own = served.queries.patterns
     if own is None:

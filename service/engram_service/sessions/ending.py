@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
 from engram_service.condition import Condition
-from engram_service.errors import InternalError, ServiceError, UnavailableError, no_session
+from engram_service.errors import InternalError, ServiceError, UnavailableError
 from engram_service.observability.metrics import Metrics
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.handles import ENDED
@@ -72,7 +71,6 @@ class Endings:
         self._calls = calls
         self._holds = holds
         self._under_way: dict[Reference, tuple[End, bool]] = {}  # with whether the records are deleted
-        self._deletes: dict[str, asyncio.Task[bool]] = {}  # of whoever holds the session, by key
 
     def asked(self, stream: Stream, frame: stream_pb2.CloseFrame) -> Asked:
         """Raises InvalidArgumentError."""
@@ -105,22 +103,6 @@ class Endings:
             return [*errors, *((n, fault) for n in np.flatnonzero(rows >= 0).tolist())]
         lost = set[str]().union(*(task.result() for task in tasks))
         return [*errors, *((n, taken_over()) for n, key in asked.key_of.items() if key in lost)]
-
-    async def delete(self, key: str) -> None:
-        """Closes a session whoever holds it. Raises NotFoundError."""
-        deleting = self._deletes.get(key)
-        if deleting is None:
-            deadline = time.monotonic() + self._settings.step_timeout_s
-            deleting = self._deletes[key] = self._supervisor.once("close", self._delete(key, deadline))
-            deleting.add_done_callback(lambda task: self._deletes.pop(key, None))
-        try:
-            async with asyncio.timeout(self._settings.step_timeout_s):
-                existed = await asyncio.shield(deleting)
-        except TimeoutError:
-            message = f"the session is not closed yet: {_GOES_ON}"
-            raise UnavailableError("STORE_UNAVAILABLE", message, retry_after_ms=500) from None
-        if not existed:
-            raise no_session(key)
 
     def _ends(self, stream: Stream, asked: Asked, piece: slice) -> list[End]:
         """The ends of some of the sessions: those under way that do as much, and one new one for the others."""
@@ -178,32 +160,3 @@ class Endings:
             self._residency.flush(dirty)
             await self._pins.quiesce(sessions, math.inf)
             await asyncio.sleep(_FLUSH_POLL_S)
-
-    async def _delete(self, key: str, deadline: float) -> bool:
-        """Whether there was such a session. Until its claim is known nothing is begun, and that is given up at the deadline: later
-        the id may be that of another session. The claim is then ended whatever comes."""
-        existed = False
-        self._condition.ends += 1
-        try:
-            while True:
-                existed = bool(await self._calls.call(deadline, self._store.exists, key)) or existed
-                (token,) = await self._calls.call(deadline, self._store.holders, [key])
-                async with self._holds.hold([key], math.inf if token else deadline):
-                    # What has no claim, for it is damaged, is deleted as it is.
-                    tokens = [token.encode()] if token else None
-                    await self._calls.call(math.inf if token else deadline, self._store.delete, [key], tokens)
-                    (left,) = await self._calls.call(math.inf if token else deadline, self._store.holders, [key])
-                    row = self._table.find(key)
-                    if row is not None and self._table.token[row].tobytes() != left.encode():
-                        await self._holds.dismiss([key], math.inf)
-                if not left or left == token:
-                    break
-                if time.monotonic() > deadline:
-                    raise UnavailableError(
-                        "STORE_UNAVAILABLE", "the session was opened meanwhile; try again", retry_after_ms=50
-                    )
-        finally:
-            self._condition.ends -= 1
-        if existed:
-            self._metrics.sessions_closed.inc()
-        return existed

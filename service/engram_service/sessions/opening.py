@@ -13,7 +13,6 @@ import contextlib
 import math
 import secrets
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import model_pb2
-from engram_service.auth.tenants import id_of, tenant_of
+from engram_service.auth.tenants import tenant_of
 from engram_service.catalog import Catalog, Served
 from engram_service.condition import Condition
 from engram_service.errors import (
@@ -40,9 +39,10 @@ from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.constants import starting_state
 from engram_service.sessions.handles import PLACES_MAX, TAKEN_OVER
 from engram_service.sessions.holds import Holds
+from engram_service.sessions.ids import check_ids
 from engram_service.sessions.ownership import Ownership
 from engram_service.sessions.residency import Residency
-from engram_service.sessions.shares import Shares
+from engram_service.sessions.shares import Shares, stored_full
 from engram_service.sessions.streams import Stream
 from engram_service.sessions.table import NO_STREAM, SessionTable
 from engram_service.settings import Settings
@@ -51,7 +51,6 @@ from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, 
 from engram_service.supervision import Supervisor
 
 VOID_HANDLE = 0xFFFFFFFF
-_ID_BYTES_MAX = 128
 _IDS_MAX = 4096  # of one OpenFrame
 _TTL_MS_MAX = 100 * 365 * 86_400_000  # a hundred years: Redis and calendars count no further than they must
 _SLICE = 32  # sessions that are opened between two batches
@@ -237,7 +236,7 @@ class Sessions:
         losses, before = seen
         requests = [replace(one, replaces=token) for (_, one), token in zip(asked, before, strict=True)]
         keys = [one.session_id for one in requests]
-        if not wanted.attach and (above := await self.above_limit(keys, wanted.ttl_ms, deadline)):
+        if not wanted.attach and (above := await self._above_limit(keys, wanted.ttl_ms, deadline)):
             requests = [replace(one, may_create=one.session_id not in above) for one in requests]
         claims: list[ClaimResult] = await self._call(deadline, self._store.claim, requests)
         lost = self._store.losses != losses
@@ -258,7 +257,7 @@ class Sessions:
             made = [key for key, token in zip(keys, tokens, strict=True) if token]
             await self._call(math.inf, self._store.tally.give_back, [key for key in keys if key not in made])
 
-    async def above_limit(self, ids: Sequence[str], ttl_ms: int, deadline: float) -> set[str]:
+    async def _above_limit(self, ids: Sequence[str], ttl_ms: int, deadline: float) -> set[str]:
         """Before sessions of one tenant are created: those of which it may have no more. The others have their place."""
         if not ids or not (tenant := tenant_of(ids[0])):
             return set()
@@ -338,7 +337,7 @@ class Sessions:
             case ClaimStatus.CREATED:
                 return served
             case ClaimStatus.NOT_FOUND if not wanted.attach:
-                raise self._shares.of(wanted.tenant).stored_full()
+                raise stored_full(self._shares.of(wanted.tenant).stored_max)
             case ClaimStatus.NOT_FOUND:
                 raise NotFoundError("SESSION_NOT_FOUND", "there is no such session; it was closed or has expired")
             case ClaimStatus.TAKEN_OVER:
@@ -418,34 +417,6 @@ class Sessions:
             self._ownership.dismiss(rows)
 
 
-def new_id() -> str:
-    """An id for a session whose client gave none."""
-    return secrets.token_urlsafe(12)
-
-
 def _characters(texts: Sequence[bytes]) -> NDArray[np.uint8]:
     """Texts of equal length, uint8 [n, length]."""
     return np.frombuffer(b"".join(texts), np.uint8).reshape(len(texts), -1)
-
-
-def check_ids(ids: Sequence[str]) -> list[ServiceError | None]:
-    """For each key, why the id in it cannot be used; None where it can."""
-    seen: set[str] = set()
-    checked: list[ServiceError | None] = []
-    for key in ids:
-        checked.append(_check_id(id_of(key), key in seen))
-        seen.add(key)
-    return checked
-
-
-def _check_id(session_id: str, repeated: bool) -> ServiceError | None:
-    if not session_id or len(session_id.encode()) > _ID_BYTES_MAX:
-        return InvalidArgumentError("INVALID_SESSION_ID", f"a session id has 1 to {_ID_BYTES_MAX} bytes of UTF-8")
-    plain = session_id.isascii() and session_id.isprintable() and " " not in session_id
-    if not plain and any(unicodedata.category(char) in ("Cc", "Zs", "Zl", "Zp") for char in session_id):
-        return InvalidArgumentError(
-            "INVALID_SESSION_ID", f"session id {session_id!r} has white space or control characters"
-        )
-    if repeated:
-        return InvalidArgumentError("INVALID_SESSION_ID", f"session id {session_id!r} stands twice in the frame")
-    return None

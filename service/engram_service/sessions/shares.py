@@ -59,10 +59,6 @@ class Share:
         """Sessions that may be stored, in Redis and so for all servers; 0: no limit."""
         return self._limits(self.tenant).stored_max
 
-    def stored_full(self) -> ResourceExhaustedError:
-        """What is said where a session would be one too many."""
-        return _reached("stored_max", self.stored_max, "stored sessions; close some", _LATER_MS)
-
     def take(self, rows: int, counted: int = 0) -> None:
         """Room for rows of a stream, so many of which are counted as in flight already. Raises ResourceExhaustedError."""
         if rows > self._room:
@@ -107,6 +103,11 @@ class Shares:
         for share in self._of.values():
             share.forget_room()
         self.limited = any(self._limits(tenant).rows_max for tenant in self._of)
+
+
+def stored_full(limit: int) -> ResourceExhaustedError:
+    """What is said where a session would be one too many."""
+    return _reached("stored_max", limit, "stored sessions; close some", _LATER_MS)
 
 
 def _reached(name: str, limit: int, what: str, retry_after_ms: int) -> ResourceExhaustedError:

@@ -70,9 +70,11 @@ class Store:
     `on_loss()` when it has lost data; while `writing_back()`, nobody claims."""
 
     def __init__(
-        self, settings: StoreSettings, supervisor: Supervisor | None = None, health: Health | None = None
-    ) -> None:
+        self, settings: StoreSettings, supervisor: Supervisor | None = None, health: Health | None = None, watches: bool = True
+    ) -> None:  # fmt: skip
+        """`watches`: looks after Redis itself too, its safety and its memory; else only after what it may have lost."""
         self.settings = settings
+        self._watches = watches
         self.used_memory_bytes = 0
         self.expired_keys = 0
         self.unsafe: dict[str, str] = {}  # by reason, why this Redis may not keep what it is given
@@ -122,7 +124,8 @@ class Store:
         try:
             for node in self._watched.all():
                 self._check_server(node.client.info("server"))
-            self._check_safety()
+            if self._watches:
+                self._check_safety()
             self._check_generation()
         except redis.exceptions.AuthenticationError as error:
             raise StoreError(f"Redis refuses the credentials in redis_url: {error}") from error
@@ -145,6 +148,10 @@ class Store:
             )
         if "cluster" in (info.get("redis_mode"), info.get("server_mode")) and not self._nodes.in_slots:
             raise StoreError("redis_url names a node of a Redis Cluster; give a redis+cluster:// URL")
+
+    def look_for_loss(self) -> None:
+        """Finds out now whether Redis has lost data; `on_loss` is told. Raises StoreUnavailableError."""
+        self._call(self._check_generation)
 
     def close(self) -> None:
         self._closed.set()
@@ -380,20 +387,24 @@ class Store:
         look_at, known = time.monotonic() + _SAFETY_S, self._trouble["watch"]
         while not self._closed.wait(_WATCH_S):
             try:
-                if time.monotonic() >= look_at or self._trouble["watch"] != known:
+                if self._watches and (time.monotonic() >= look_at or self._trouble["watch"] != known):
                     known = self._trouble["watch"]  # one that refuses writes, or is there again, may be another one
                     self._check_safety()
                     look_at = time.monotonic() + _SAFETY_S
                 self._check_generation()
-                used = [int(node.client.info("memory")["used_memory"]) for node in self._watched.all()]
-                self.used_memory_bytes = sum(used)
-                expired = [int(node.client.info("stats")["expired_keys"]) for node in self._watched.all()]
-                self.expired_keys = sum(expired)
+                if self._watches:
+                    self._measure()
                 self._keep_counters()
                 self._note("watch", "")
             except (redis.exceptions.RedisError, OSError) as error:
                 self._note("watch", _why(error))
                 self._refresh(self._watched)
+
+    def _measure(self) -> None:
+        """Raises RedisError."""
+        nodes = [node.client for node in self._watched.all()]
+        self.used_memory_bytes = sum(int(node.info("memory")["used_memory"]) for node in nodes)
+        self.expired_keys = sum(int(node.info("stats")["expired_keys"]) for node in nodes)
 
     def _check_safety(self) -> None:
         """Says what about this Redis may lose what it is given, when that changes. Raises RedisError."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_service.settings import Settings
 from engram_service.store.record import RecordBlock
 
 UNACKNOWLEDGED = "UNACKNOWLEDGED: fewer copies than redis_ack asks for"
@@ -49,6 +50,15 @@ class StoreSettings:
     tls: TlsFiles = TlsFiles()
     require_safe: bool = False  # take no Redis that may lose what it is given
     native: bool = True  # commit by the extension, where it is
+
+    @classmethod
+    def of(cls, settings: Settings) -> StoreSettings:
+        """Of a server whose `redis_url` is set."""
+        tls = TlsFiles(settings.redis_tls_ca, settings.redis_tls_cert, settings.redis_tls_key)
+        return cls(
+            settings.redis_url, settings.redis_ack, settings.redis_replicas, settings.redis_ack_timeout_ms,
+            settings.redis_connections, tls, settings.require_safe_redis, settings.wire != "python",
+        )  # fmt: skip
 
     @property
     def wait(self) -> tuple[str | int, ...] | None:

@@ -5,7 +5,7 @@ The step loop calls it, from one thread. `native.py` is the extension's, `grpcio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -109,6 +109,9 @@ class Wire(Protocol):
     """Connections of clients."""
 
     name: str  # "native" or "python"
+
+    def counters(self) -> Mapping[str, int]:
+        """What it has counted; observability/wire_metrics.py has the names."""
 
     def start(self, arrived: Callable[[], None]) -> None:
         """`arrived` is called on the event loop when there is something to take, after a `take` that found nothing."""

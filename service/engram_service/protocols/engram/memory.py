@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from engram.v1 import memory_pb2 as pb
 from engram_models import LABEL_BYTES_MAX, PatternMemory, Recalled
 from engram_service.auth.tenants import tenant_of
-from engram_service.catalog import Catalog, Served
 from engram_service.errors import FailedPreconditionError, InvalidArgumentError
 from engram_service.observability.metrics import Metrics
+from engram_service.offers import Offer, Offers
 from engram_service.patterns.chunks import width_of
 from engram_service.patterns.memories import Memories
 from engram_service.protocols.engram.call import Call
 from engram_service.protocols.engram.turns import Turns
-from engram_service.protocols.engram.unary import UnaryHandlers, check_id, place_of
+from engram_service.protocols.engram.unary import UnaryHandlers, place_of
 from engram_service.sessions.calls import StoreCalls
+from engram_service.sessions.ids import check_id
 from engram_service.settings import Settings
 
 _OPERATION_NBYTES = 16
@@ -41,10 +42,10 @@ class MemoryHandlers:
     """One method for each RPC of memory.proto."""
 
     def __init__(
-        self, settings: Settings, catalog: Catalog, metrics: Metrics, calls: StoreCalls, unary: UnaryHandlers,
+        self, settings: Settings, offers: Offers, metrics: Metrics, calls: StoreCalls, unary: UnaryHandlers,
         memories: Memories,
     ) -> None:  # fmt: skip
-        self._catalog = catalog
+        self._offers = offers
         self._metrics = metrics
         self._calls = calls
         self._unary = unary
@@ -143,13 +144,13 @@ class MemoryHandlers:
             raise InvalidArgumentError("INVALID_ARGUMENT", str(error)) from error
         return pb.RecreateResponse(recreations=recreations.tobytes(), energies=energies.tobytes())
 
-    async def _model_of(self, request: pb.RecreateRequest) -> Served:
+    async def _model_of(self, request: pb.RecreateRequest) -> Offer:
         if bool(request.session_id) == bool(request.model):
             raise InvalidArgumentError("INVALID_ARGUMENT", "give a model or a session, and not both")
         if request.model:
-            return self._catalog.resolve(request.model, request.version)
+            return self._offers.resolve(request.model, request.version)
         info = await self._unary.info(request.session_id)
-        return self._catalog.resolve(info.model, info.version)
+        return self._offers.resolve(info.model, info.version)
 
     async def _call(self, left_s: float, work: Callable[..., T], session_id: str, *arguments: Any) -> T:
         check_id(session_id)

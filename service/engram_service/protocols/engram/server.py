@@ -1,4 +1,6 @@
-"""The gRPC server: the Engram service, health and reflection. Handlers are thin; refusals are mapped here, once."""
+"""The gRPC server of the manager: every call but steps, health and reflection, which a wire relays to it over a private socket.
+Handlers are thin; refusals are mapped here, once.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from google.protobuf import message_factory
@@ -15,7 +17,6 @@ from grpc_health.v1 import health
 
 from engram.v1 import service_pb2
 from engram_service.auth.access import Access
-from engram_service.auth.tls import Certificate
 from engram_service.auth.tokens import Caller
 from engram_service.descriptors import connection_options
 from engram_service.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ServiceError
@@ -28,10 +29,6 @@ from engram_service.protocols.engram.health import HealthService
 from engram_service.protocols.engram.probes import Probes
 from engram_service.protocols.engram.status import abort
 from engram_service.settings import Settings
-from engram_service.wire.grpcio import GrpcioWire
-
-if TYPE_CHECKING:
-    from engram_service.wire.native import NativeWire
 
 log = logging.getLogger(__name__)
 
@@ -43,88 +40,62 @@ _IDLE_MS = 120_000  # a connection without a call is closed; clients open anothe
 _METADATA_NBYTES, _METADATA_NBYTES_MAX = 8 << 10, 16 << 10  # above the first gRPC refuses more and more of the calls
 
 
-class Server:
-    """Binds, serves, says how it is, stops."""
+def options(settings: Settings) -> list[tuple[str, int]]:
+    """What gRPC is told of its limits."""
+    return [
+        # A message that says that it is compressed is refused (UNIMPLEMENTED): gRPC would unpack it without any limit.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.per_message_decompression", 0),
+        ("grpc.max_concurrent_streams", settings.connection_calls_max),
+        # Windows do not grow: nobody may have the server keep more than this of a stream that it does not read.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.max_metadata_size", _METADATA_NBYTES),
+        ("grpc.absolute_max_metadata_size", _METADATA_NBYTES_MAX),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
+        ("grpc.max_receive_message_length", settings.frame_bytes_max * _MESSAGE_MARGIN),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS // 2),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        *connection_options(),
+    ]
 
-    def __init__(
-        self, settings: Settings, access: Access, certificate: Certificate | None, ready: Health, wire: GrpcioWire | NativeWire,
-        *unary: object,
-    ) -> None:  # fmt: skip
-        self._settings = settings
-        self._wire = wire
-        self._certificate = certificate
-        self._server = grpc.aio.server(
-            interceptors=[Gate(access, settings.calls_max)],
-            options=[
-                # A message that says that it is compressed is refused (UNIMPLEMENTED): gRPC would unpack it without any limit.
-                ("grpc.compression_enabled_algorithms_bitset", 1),
-                ("grpc.per_message_decompression", 0),
-                ("grpc.max_concurrent_streams", settings.connection_calls_max),
-                # Windows do not grow: nobody may have the server keep more than this of a stream that it does not read.
-                ("grpc.http2.bdp_probe", 0),
-                ("grpc.max_metadata_size", _METADATA_NBYTES),
-                ("grpc.absolute_max_metadata_size", _METADATA_NBYTES_MAX),
-                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
-                ("grpc.max_connection_idle_ms", _IDLE_MS),
-                ("grpc.max_receive_message_length", settings.frame_bytes_max * _MESSAGE_MARGIN),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-                ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-                ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS // 2),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                *connection_options(),
-            ],
-        )
+
+class Server:
+    """Binds, serves, stops."""
+
+    def __init__(self, settings: Settings, access: Access, ready: Health, *unary: object) -> None:
+        """`unary`: those who have a method for each call."""
+        self._server = grpc.aio.server(interceptors=[Gate(access, settings.calls_max)], options=options(settings))
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-        self.methods: dict[str, Method] = {}
         for method in SERVICE.methods:
-            if method.name == "Stream":
-                if not isinstance(wire, GrpcioWire):
-                    continue
-                handlers[method.name] = grpc.stream_stream_rpc_method_handler(
-                    wire.handle, request_deserializer=None, response_serializer=_serialize
-                )
-            else:
-                name = _snake(method.name)
-                handle = next(getattr(part, name) for part in unary if hasattr(part, name))
-                one = self.methods[method.name] = Method(method, handle, settings, access)
-                handlers[method.name] = _unary(one, access)
+            name = _snake(method.name)
+            handle = next((getattr(part, name) for part in unary if hasattr(part, name)), None)
+            if handle is not None:
+                handlers[method.name] = unary_handler(Method(method, handle, settings, access), access)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
-        self._ready = ready
         self._holdback = access.holdback
         probes = Probes(HealthService(ready, SERVICE.full_name), self._holdback)
         self._server.add_generic_rpc_handlers((probes.handlers(),))
         reflection.enable((SERVICE.full_name, health.SERVICE_NAME), self._server)
 
-    async def start(self) -> int:
-        """Serves; the bound port. Raises OSError where the address cannot be had."""
-        if not isinstance(self._wire, GrpcioWire):  # which relays what is for this server
-            self._server.add_insecure_port(f"unix:{self._wire.relay}")
-            await self._server.start()
-            self.set_serving(True)
-            return self._wire.listen()
+    async def start(self, path: str) -> None:
+        """Serves on a unix socket. Raises OSError."""
         try:
-            if self._certificate is not None:
-                port = self._server.add_secure_port(self._settings.listen, self._certificate.credentials())
-            else:
-                port = self._server.add_insecure_port(self._settings.listen)
+            self._server.add_insecure_port(f"unix:{path}")
         except RuntimeError as error:
-            raise OSError(f"listen = {self._settings.listen}: the address is in use or cannot be bound") from error
+            raise OSError(f"{path}: the socket cannot be bound") from error
         await self._server.start()
-        self.set_serving(True)
-        return int(port)
-
-    def set_serving(self, serving: bool) -> None:
-        """Says that this server takes clients, or that it is going away; whether it is ready is for `ready` to say."""
-        self._ready.tell("server", "" if serving else "it is going away")
 
     async def stop(self, grace_s: float) -> None:
         self._holdback.release()
         await self._server.stop(grace_s)
 
 
-def _serialize(response: Message) -> bytes:
+def serialized(response: Message) -> bytes:
     return response.SerializeToString()
 
 
@@ -178,7 +149,7 @@ class Method:
         return left_s
 
 
-def _unary(method: Method, access: Access) -> grpc.RpcMethodHandler[Any, Any]:
+def unary_handler(method: Method, access: Access) -> grpc.RpcMethodHandler[Any, Any]:
     async def call(data: bytes, context: grpc.aio.ServicerContext[bytes, Message]) -> Message:
         try:
             caller = access.admit(method.name, context.invocation_metadata(), access.peer(context))
@@ -189,4 +160,4 @@ def _unary(method: Method, access: Access) -> grpc.RpcMethodHandler[Any, Any]:
             await access.holdback.hold()
             raise
 
-    return grpc.unary_unary_rpc_method_handler(call, request_deserializer=None, response_serializer=_serialize)
+    return grpc.unary_unary_rpc_method_handler(call, request_deserializer=None, response_serializer=serialized)

@@ -23,7 +23,8 @@ from engram_service.catalog import Catalog
 from engram_service.condition import Condition
 from engram_service.errors import InternalError, InvalidArgumentError, ServiceError, UnauthenticatedError
 from engram_service.sessions.ending import Asked, Endings
-from engram_service.sessions.opening import Opened, Sessions, Wanted, new_id
+from engram_service.sessions.ids import new_id
+from engram_service.sessions.opening import Opened, Sessions, Wanted
 from engram_service.sessions.ownership import Ownership
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Stream, Streams, event_frame

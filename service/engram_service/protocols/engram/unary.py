@@ -1,11 +1,11 @@
-"""The RPCs beside the stream: single steps, session management, models. Each raises ServiceError; server.py maps it."""
+"""The RPCs beside the stream: session management and models. In the manager. Each raises ServiceError; server.py maps it."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -16,30 +16,28 @@ from numpy.typing import NDArray
 from engram import __version__
 from engram.v1 import model_pb2, session_pb2, stream_pb2
 from engram_service.auth.tenants import beside, id_of, key_of, tenant_of
-from engram_service.catalog import Catalog, Served
+from engram_service.auth.tokens import Tokens
 from engram_service.errors import (
     AlreadyExistsError,
     DataLossError,
     FailedPreconditionError,
     InvalidArgumentError,
-    ServiceError,
     UnavailableError,
     no_session,
 )
+from engram_service.manager.data_process import DataProcess
+from engram_service.observability.metrics import Metrics
+from engram_service.offers import Offer, Offers
 from engram_service.patterns.chunks import ChunkError
 from engram_service.patterns.memories import Memories
 from engram_service.protocols.engram.call import Call
+from engram_service.protocols.engram.closing import Closing
 from engram_service.protocols.engram.exported import Exported, exported, imported
-from engram_service.protocols.engram.looks import Describe, Looks
+from engram_service.protocols.engram.looks import Looks
 from engram_service.protocols.engram.turns import Turns
-from engram_service.protocols.engram.unary_stream import Asked, UnaryStream
-from engram_service.rows import rows_of
 from engram_service.sessions.calls import StoreCalls
-from engram_service.sessions.constants import starting_state
-from engram_service.sessions.ending import Endings
-from engram_service.sessions.opening import Sessions, check_ids, new_id
-from engram_service.sessions.shares import Shares
-from engram_service.sessions.table import NO_SLOT, SessionTable
+from engram_service.sessions.ids import check_id, new_id
+from engram_service.sessions.shares import stored_full
 from engram_service.settings import Settings
 from engram_service.store import TIME_MS_MAX, Records, SessionInfo, Store
 from engram_service.supervision import Supervisor
@@ -50,80 +48,40 @@ _PAGE_TOKEN_DIGITS_MAX = len(str(_PAGE_TOKENS))
 _THREADS, _TENANT_CALLS = 4, 2  # for calls that look at Redis for themselves, and how many of one tenant go at a time
 _LISTS, _TENANT_LISTS = 2, 1  # the same for listings, which take longer
 _CALLS_WAITING, _LISTS_WAITING = (1024, 256), (256, 64)  # for their turn: in all, and of one tenant
-_MADE_AT_ONCE = 50  # sessions of a page, on the event loop
-_STEP_ROWS_MAX = 32
+_LOOK_S = 0.005
 
 
 class UnaryHandlers:
     """One method for each unary RPC: request and call in, response out. Session ids in requests are keys: see confine.py."""
 
     def __init__(
-        self, settings: Settings, table: SessionTable, catalog: Catalog, shares: Shares, supervisor: Supervisor,
-        sessions: Sessions, endings: Endings, calls: StoreCalls, looks: Callable[[Describe], Looks], store: Store,
-        unary: UnaryStream, memories: Memories, device: str,
+        self, settings: Settings, offers: Offers, tokens: Tokens, supervisor: Supervisor, data: DataProcess, calls: StoreCalls,
+        store: Store, memories: Memories, metrics: Metrics,
     ) -> None:  # fmt: skip
         self._settings = settings
-        self._table = table
-        self._catalog = catalog
-        self._shares = shares
+        self._offers = offers
+        self._tokens = tokens
         self._supervisor = supervisor
-        self._memories = memories
-        self._sessions = sessions
-        self._endings = endings
+        self._data = data
         self._calls = calls
         self._store = store
-        self._unary = unary
-        self._device = device
+        self._memories = memories
+        self._closing = Closing(settings, store, calls, data, supervisor, metrics)
         self._turns = Turns("calls", _THREADS, _TENANT_CALLS, *_CALLS_WAITING)
         self._lists = Turns("listings", _LISTS, _TENANT_LISTS, *_LISTS_WAITING)
-        self._looks = looks(self._with_record)
-        # Threads of their own: opens, which use asyncio's, need not wait behind them.
+        self._looks = Looks(settings, data, supervisor, self._with_record)
         self._pool = ThreadPoolExecutor(_THREADS + _LISTS, "manage")
+
+    async def finish(self, deadline: float) -> None:
+        """What was begun and goes on by itself is done when this returns, or the deadline (seconds, monotonic) has come."""
+        while self._closing.under_way and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_S)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def step(self, request: session_pb2.StepRequest, call: Call) -> session_pb2.StepResponse:
-        check_id(request.session_id)
-        model, version = request.model, request.version
-        if not model:
-            info = await self.info(request.session_id)
-            model, version = info.model, info.version
-        served = self._catalog.resolve(model, version)
-        starting_state(served, request.constants)  # refused alike, whether or not the session is there
-        inputs, rows = _inputs(request, served)
-        if not rows and not request.generate:
-            raise InvalidArgumentError("INVALID_INPUT_WIDTH", "no input rows and nothing to generate")
-        if rows + request.generate > min(_STEP_ROWS_MAX, served.arena.window):
-            limit = min(_STEP_ROWS_MAX, served.arena.window)
-            raise InvalidArgumentError(
-                "FRAME_TOO_LARGE", f"{rows + request.generate} steps in one call; at most {limit}, or use the stream"
-            )
-        asked = Asked(
-            request.session_id,
-            model,
-            request.version,
-            inputs,
-            rows,
-            request.seq,
-            request.prefill,
-            request.generate,
-            call.left_s,
-            request.constants,
-        )
-        seq, outputs = await self._unary.step(asked)
-        gives = rows_of(served.bundle.schema.outputs)
-        response = session_pb2.StepResponse(seq=seq)
-        if not request.prefill:
-            response.shape.extend(gives.shape(len(outputs)))
-            if request.raw:
-                response.raw_outputs = outputs.tobytes()
-            else:
-                response.outputs.extend(gives.as_floats(outputs).ravel().tolist())
-        return response
-
     async def get_session(self, request: session_pb2.GetSessionRequest, call: Call) -> session_pb2.GetSessionResponse:
-        return session_pb2.GetSessionResponse(session=self._session(await self.info(request.session_id)))
+        return session_pb2.GetSessionResponse(session=await self._told(request.session_id))
 
     async def list_sessions(
         self, request: session_pb2.ListSessionsRequest, call: Call
@@ -138,9 +96,7 @@ class UnaryHandlers:
             page = partial(self._store.page_of, call.tenant) if call.tenant else self._store.page
             cursor, found = await self._calls.call(deadline, page, place, size, wanted, pool=self._pool)
             response = session_pb2.ListSessionsResponse(next_page_token=str(cursor) if cursor else "")
-            for start in range(0, len(found), _MADE_AT_ONCE):
-                response.sessions.extend(self._session(info) for info in found[start : start + _MADE_AT_ONCE])
-                await asyncio.sleep(0)  # steps need not wait for a whole page to be written out
+        response.sessions.extend(await self._sessions(found))
         return response
 
     async def close_session(
@@ -148,7 +104,7 @@ class UnaryHandlers:
     ) -> session_pb2.CloseSessionResponse:
         check_id(request.session_id)
         async with self._turns.turn(call.tenant, call.left_s):
-            await self._endings.delete(request.session_id)
+            await self._closing.delete(request.session_id)
         return session_pb2.CloseSessionResponse()
 
     async def fork_session(
@@ -158,7 +114,7 @@ class UnaryHandlers:
         memory = await self._call(call.tenant, call.left_s, self._store.memories.copy, request.session_id)
         new = request.new_session_id or beside(request.session_id, new_id())
         await self._create(new, f"{info.model}/{info.version}", info.fingerprint, info.record, call.left_s, memory)
-        return session_pb2.ForkSessionResponse(session=self._session(await self.info(new)))
+        return session_pb2.ForkSessionResponse(session=await self._told(new))
 
     async def move_session(
         self, request: session_pb2.MoveSessionRequest, call: Call
@@ -166,8 +122,8 @@ class UnaryHandlers:
         """The session's present stream, if it has one, is told that it was taken over; the next open is on the new version."""
         info = await self.committed(request.session_id, call.left_s)
         old, new = (
-            self._catalog.resolve(info.model, info.version),
-            self._catalog.resolve(info.model, request.version),
+            self._offers.resolve(info.model, info.version),
+            self._offers.resolve(info.model, request.version),
         )
         if _kept_by(old) != _kept_by(new):
             message = f"{old.reference} and {new.reference} have different state schemas or outputs"
@@ -181,7 +137,8 @@ class UnaryHandlers:
             raise UnavailableError(
                 "STORE_UNAVAILABLE", "the session was opened or closed meanwhile; try again", retry_after_ms=50
             )
-        return session_pb2.MoveSessionResponse(session=self._session(await self.info(request.session_id)))
+        await self._data.dismiss([request.session_id], [token])
+        return session_pb2.MoveSessionResponse(session=await self._told(request.session_id))
 
     async def export_session(
         self, request: session_pb2.ExportSessionRequest, call: Call
@@ -194,7 +151,7 @@ class UnaryHandlers:
         self, request: session_pb2.ImportSessionRequest, call: Call
     ) -> session_pb2.ImportSessionResponse:
         found = imported(request.data)
-        served = self._catalog.resolve(found.model, found.version)
+        served = self._offers.resolve(found.model, found.version)
         records = served.layout.unpack([found.record])
         if records.errors:
             raise InvalidArgumentError(
@@ -209,14 +166,14 @@ class UnaryHandlers:
                 raise InvalidArgumentError("INVALID_EXPORT", f"the exported session's memory: {error}") from error
         new = request.session_id or key_of(call.tenant, found.session_id)
         await self._create(new, served.reference, served.bundle.fingerprint, found.record, call.left_s, found.memory)
-        return session_pb2.ImportSessionResponse(session=self._session(await self.info(new)))
+        return session_pb2.ImportSessionResponse(session=await self._told(new))
 
     async def get_session_state(
         self, request: session_pb2.GetSessionStateRequest, call: Call
     ) -> session_pb2.GetSessionStateResponse:
         info = await self.committed(request.session_id, call.left_s, request.min_seq)
         served, state = self.state_of(info)
-        specs = self._catalog.describe(served).state
+        specs = self._offers.describe(served).state
         response = session_pb2.GetSessionStateResponse(seq=info.seq)
         start = 0
         for spec, own in zip(specs, served.bundle.schema.state, strict=True):
@@ -225,24 +182,24 @@ class UnaryHandlers:
         return response
 
     async def list_models(self, request: session_pb2.ListModelsRequest, call: Call) -> session_pb2.ListModelsResponse:
-        return session_pb2.ListModelsResponse(models=self._catalog.describe_all())
+        return session_pb2.ListModelsResponse(models=self._offers.describe_all())
 
     async def get_model(self, request: session_pb2.GetModelRequest, call: Call) -> session_pb2.GetModelResponse:
-        served = self._catalog.resolve(request.model, request.version)
-        return session_pb2.GetModelResponse(model=self._catalog.describe(served))
+        served = self._offers.resolve(request.model, request.version)
+        return session_pb2.GetModelResponse(model=self._offers.describe(served))
 
     async def reload_models(
         self, request: session_pb2.ReloadModelsRequest, call: Call
     ) -> session_pb2.ReloadModelsResponse:
-        errors = await self._catalog.reload()
-        return session_pb2.ReloadModelsResponse(models=self._catalog.describe_all(), errors=errors)
+        errors, _ = await self._data.reload()
+        return session_pb2.ReloadModelsResponse(models=self._offers.describe_all(), errors=errors)
 
     async def get_server(self, request: session_pb2.GetServerRequest, call: Call) -> session_pb2.GetServerResponse:
         settings = self._settings
         default = stream_pb2.DURABILITY_INTERVAL if settings.durability == "interval" else stream_pb2.DURABILITY_STEP
         return session_pb2.GetServerResponse(
             server_version=__version__,
-            device=self._device,
+            device=(await self._data.ready).device,
             frame_bytes_max=settings.frame_bytes_max,
             durability=default,
             address=settings.advertise,
@@ -268,9 +225,9 @@ class UnaryHandlers:
     async def _with_record(self, session_id: str, left_s: float) -> SessionInfo:
         return await self._described(session_id, left_s, with_record=True)
 
-    def state_of(self, info: SessionInfo) -> tuple[Served, NDArray[np.uint8]]:
+    def state_of(self, info: SessionInfo) -> tuple[Offer, NDArray[np.uint8]]:
         """The model of a session that was read with its record, and the state's bytes uint8 [state_nbytes]."""
-        served = self._catalog.resolve(info.model, info.version)
+        served = self._offers.resolve(info.model, info.version)
         records = self._unpacked(served, info)
         if records.initial[0]:
             return served, served.bundle.initial_row
@@ -297,34 +254,42 @@ class UnaryHandlers:
         ttl_ms = self._settings.session_ttl_s * 1000
         session = (session_id, reference, fingerprint, record, ttl_ms, secrets.token_hex(8), memory)
         async with self._turns.turn(tenant, left_s):
-            if await self._sessions.above_limit([session_id], ttl_ms, deadline):
-                raise self._shares.of(tenant).stored_full()
+            limit = self._tokens.limits(tenant).stored_max
+            take = self._store.tally.take
+            if tenant and await self._calls.call(deadline, take, [session_id], ttl_ms, limit, pool=self._pool):
+                raise stored_full(limit)
             made = await self._calls.call(deadline, self._store.create, *session, pool=self._pool)
         if not made:
             own = id_of(session_id)
             raise AlreadyExistsError("SESSION_EXISTS", f"there is a session {own!r} already", session=own)
 
-    def _unpacked(self, served: Served, info: SessionInfo) -> Records:
+    def _unpacked(self, served: Offer, info: SessionInfo) -> Records:
         records = served.layout.unpack([info.record])
         if records.errors:
             raise DataLossError("RECORD_CORRUPTED", f"the session's record cannot be used ({records.errors[0]})")
         return records
 
-    def _session(self, info: SessionInfo) -> session_pb2.Session:
-        table = self._table
-        row = table.find(info.session_id)
-        here = row is not None and table.slot[row] != NO_SLOT
-        kind = session_pb2.Session.RESIDENCY_DEVICE if here else session_pb2.Session.RESIDENCY_STORED
-        session = session_pb2.Session(
-            id=id_of(info.session_id), model=info.model, version=info.version, fingerprint=info.fingerprint, seq=info.seq,
-            acknowledged_seq=info.acked, epoch=info.epoch, residency=kind,
-        )  # fmt: skip
-        # A listing reads records unchecked; one that is damaged must not spoil the listing of all.
-        session.create_time.FromMilliseconds(min(info.created_ms, TIME_MS_MAX))
-        session.commit_time.FromMilliseconds(min(info.commit_ms, TIME_MS_MAX))
-        if info.ttl_ms > 0:
-            session.expire_time.FromMilliseconds(min(int(time.time() * 1000) + info.ttl_ms, TIME_MS_MAX))
-        return session
+    async def _told(self, session_id: str) -> session_pb2.Session:
+        return (await self._sessions([await self.info(session_id)]))[0]
+
+    async def _sessions(self, found: Sequence[SessionInfo]) -> list[session_pb2.Session]:
+        """Sessions as callers are told of them."""
+        held = await self._data.holds([info.session_id for info in found]) if found else []
+        return [_session(info, where == "device") for info, where in zip(found, held, strict=True)]
+
+
+def _session(info: SessionInfo, on_device: bool) -> session_pb2.Session:
+    kind = session_pb2.Session.RESIDENCY_DEVICE if on_device else session_pb2.Session.RESIDENCY_STORED
+    session = session_pb2.Session(
+        id=id_of(info.session_id), model=info.model, version=info.version, fingerprint=info.fingerprint, seq=info.seq,
+        acknowledged_seq=info.acked, epoch=info.epoch, residency=kind,
+    )  # fmt: skip
+    # A listing reads records unchecked; one that is damaged must not spoil the listing of all.
+    session.create_time.FromMilliseconds(min(info.created_ms, TIME_MS_MAX))
+    session.commit_time.FromMilliseconds(min(info.commit_ms, TIME_MS_MAX))
+    if info.ttl_ms > 0:
+        session.expire_time.FromMilliseconds(min(int(time.time() * 1000) + info.ttl_ms, TIME_MS_MAX))
+    return session
 
 
 def place_of(page_token: str) -> int:
@@ -339,32 +304,6 @@ def place_of(page_token: str) -> int:
     return place
 
 
-def check_id(session_id: str) -> None:
-    refusal: ServiceError | None = check_ids([session_id])[0]
-    if refusal is not None:
-        raise refusal
-
-
-def _kept_by(served: Served) -> tuple[Any, ...]:
+def _kept_by(served: Offer) -> tuple[Any, ...]:
     """What records of a model are made of."""
     return served.bundle.schema.state, served.bundle.schema.outputs
-
-
-def _inputs(request: session_pb2.StepRequest, served: Served) -> tuple[bytes, int]:
-    """The request's input rows as bytes of the model's dtypes, and how many they are."""
-    takes = rows_of(served.bundle.schema.inputs)
-    given, whole, unit = (
-        (len(request.raw_inputs), takes.nbytes, "bytes")
-        if request.raw_inputs
-        else (len(request.inputs), takes.size, "values")
-    )
-    rows = given // whole if whole else 0
-    if rows * whole != given:
-        message = f"model {served.reference} takes {takes} a step: {given} {unit} are not whole rows of {whole}"
-        raise InvalidArgumentError("INVALID_INPUT_WIDTH", message)
-    if request.raw_inputs:
-        return request.raw_inputs, rows
-    try:
-        return takes.of_floats(np.array(request.inputs, np.float32).reshape(rows, whole)).tobytes(), rows
-    except ValueError as error:
-        raise InvalidArgumentError("INVALID_INPUT_DTYPE", f"model {served.reference}: {error}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -11,18 +13,21 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from engram_service.observability.health import Health
-from engram_service.observability.metrics import Metrics
 from engram_service.protocols.http.body import BodyLimit
-from engram_service.protocols.http.exposition import Exposition
 from engram_service.protocols.http.limits import Limits
 
 _FRESH = {"Cache-Control": "no-store"}
 _LINE_MAX = 300
 
 
-def routes(metrics: Metrics, health: Health, limits: Limits) -> Starlette:
+class Exposition(Protocol):
+    """The metrics as text."""
+
+    async def text(self) -> bytes: ...
+
+
+def routes(exposition: Exposition, health: Health, limits: Limits) -> Starlette:
     """/metrics, /healthz (it lives) and /readyz (it can do its work)."""
-    exposition = Exposition(metrics.registry)
 
     async def scrape(request: Request) -> Response:
         return Response(await exposition.text(), media_type=CONTENT_TYPE_LATEST)

@@ -18,7 +18,7 @@ from engram_service.protocols.http.guard import Guard
 from engram_service.protocols.http.limits import Limits
 from engram_service.protocols.http.pace import PacedSelector
 from engram_service.protocols.http.protocol import GuardedProtocol
-from engram_service.protocols.http.routes import routes
+from engram_service.protocols.http.routes import Exposition, routes
 from engram_service.settings import Settings, split_address
 from engram_service.supervision import Supervisor
 
@@ -33,9 +33,11 @@ _LACKING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # such as ::1 where there 
 class HttpServer:
     """Serves from its making until `stop`. Raises OSError where the address cannot be had."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, health: Health, supervisor: Supervisor) -> None:
+    def __init__(
+        self, settings: Settings, exposition: Exposition, metrics: Metrics, health: Health, supervisor: Supervisor
+    ) -> None:  # fmt: skip
         self._limits = Limits.of(settings)
-        self._metrics, self._health = metrics, health
+        self._exposition, self._metrics, self._health = exposition, metrics, health
         self._sockets = _bind(settings.http)
         self._server: uvicorn.Server | None = None
         self._stopped = threading.Event()
@@ -77,7 +79,7 @@ class HttpServer:
 
     def _config(self, guard: Guard) -> uvicorn.Config:
         return uvicorn.Config(
-            routes(self._metrics, self._health, self._limits),
+            routes(self._exposition, self._health, self._limits),
             http=cast(Any, functools.partial(GuardedProtocol, guard)),
             ws="none",
             lifespan="off",

@@ -1,0 +1,1 @@
+"""What the manager and the data processes ask of each other: one socket for each data process."""
