@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
+import psutil
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
@@ -32,7 +34,8 @@ START_S = 60.0
 _PATIENT = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 500)]
 STOP_S = 30.0
 
-_SERVE = "\nimport sys\nfrom engram._cli import main\nsys.argv[0] = 'engram'\nsys.exit(main())"
+# Python runs this in each of the server's processes before anything else, and not in those that examine models.
+_FAULTS = "import sys\nif {'serve', 'engram_service.data_process'} & set(sys.orig_argv):\n"
 _Redis = TypeVar("_Redis", RedisProcess, RedisCluster)
 
 
@@ -72,7 +75,7 @@ class ServerProcess:
         self.flags = (*flags, "--shipped-models", "false") if own_alone else flags
         self.port, self.http_port = free_port(), free_port()
         self.log = directory / "server.log"
-        self.faults = ""  # Python that runs in its process before it serves: to have a part fail on demand
+        self.faults = ""  # Python that runs in its processes before they serve: to have a part fail on demand
         self.credentials: grpc.ChannelCredentials | None = None  # where it speaks TLS
         self.prefix: tuple[str, ...] = ()  # the command that runs it, under limits say
         self._process: subprocess.Popen[bytes] | None = None
@@ -107,8 +110,24 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
+        """Of the manager."""
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def data_pid(self) -> int:
+        """Of the data process."""
+        children = psutil.Process(self.pid).children()
+        return next(one.pid for one in children if "engram_service.data_process" in one.cmdline())
+
+    @property
+    def pids(self) -> list[int]:
+        """Of its processes."""
+        return [self.pid, self.data_pid]
+
+    def resident_nbytes(self) -> int:
+        """Memory of its processes."""
+        return sum(psutil.Process(pid).memory_info().rss for pid in self.pids)
 
     def start(self) -> ServerProcess:
         """Starts it and waits until it answers."""
@@ -117,16 +136,19 @@ class ServerProcess:
             if not self._cluster.processes:
                 self._cluster.start()
             flags = ("--redis-url", self._cluster.url, *flags)
-        program = ["-c", self.faults + _SERVE] if self.faults else ["-m", "engram"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        if self.faults:
+            folder = self.directory / "faults"
+            folder.mkdir(exist_ok=True)
+            (folder / "sitecustomize.py").write_text(_FAULTS + textwrap.indent(self.faults, "    "))
+            environment["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
         command = [
-            *self.prefix, sys.executable, *program, "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
+            *self.prefix, sys.executable, "-m", "engram", "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
             "--data-dir", str(self.directory / "data"), *flags,
         ]  # fmt: skip
         self._told = False
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"}
-            )
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         self._wait_ready()
         return self
 
@@ -146,8 +168,10 @@ class ServerProcess:
         self.signal(signal.SIGTERM)
 
     def signal(self, number: signal.Signals) -> None:
+        """To the manager, as an operator does it; a server is stopped (SIGSTOP) and goes on as a whole."""
         assert self._process is not None
-        self._process.send_signal(number)
+        for pid in self.pids if number in (signal.SIGSTOP, signal.SIGCONT) else [self.pid]:
+            os.kill(pid, number)
         self._told |= number in (signal.SIGTERM, signal.SIGINT)
 
     def ended(self) -> int:

@@ -166,6 +166,25 @@ def server_freeze(fleet: Fleet, server: Server, draw: Draw) -> str:
     return "server-freeze"
 
 
+def data_kill(fleet: Fleet, server: Server, draw: Draw) -> str:
+    """The manager is to start another one."""
+    before = server.data_pid
+    server.signal_data(signal.SIGKILL)
+    wait_for(lambda: server.data_pid not in (0, before), 15, f"{server.name} starts no other data process")
+    time.sleep(draw.length)
+    return "data-kill"
+
+
+def data_freeze(fleet: Fleet, server: Server, draw: Draw) -> str:
+    """For less long than the manager has patience, or for longer."""
+    before = server.data_pid
+    server.signal_data(signal.SIGSTOP)
+    time.sleep(0.1 + (7.0 if draw.detail < 0.2 else 1.4) * draw.length)
+    if server.data_pid == before:
+        server.signal_data(signal.SIGCONT)
+    return "data-freeze"
+
+
 def server_zombie(fleet: Fleet, server: Server, draw: Draw) -> str:
     """Stopped in the middle of its work; its sessions go on elsewhere; then it wakes up and writes."""
     server.signal(signal.SIGSTOP)
@@ -182,22 +201,24 @@ def server_point(fleet: Fleet, server: Server, draw: Draw) -> str:
     """Dies at a place that was chosen."""
     name = points.NAMES[int(draw.detail * len(points.NAMES))]
     count = 1 + int(draw.length * 20) if name.endswith("commit") else 1
-    wait_for(lambda: not server.control.exists(), 5, "a server does not look at its control file")
-    part = server.control.with_suffix(".new")
-    part.write_text(f"{name} {count}\n")
-    part.rename(server.control)
+    wait_for(server.looks, 15, "a server does not look at its control files")
+    data = server.data_pid
+    server.arm(f"{name} {count}\n")
     if name.endswith("claim"):
         other = fleet.servers[(fleet.servers.index(server) + 1) % len(fleet.servers)]
         if other is not server:
             other.front.cut()  # somebody has to come and claim
     elif name == "drain":
-        wait_for(lambda: not server.control.exists(), 5, "a server does not look at its control file")
+        wait_for(server.looks, 15, "a server does not look at its control files")
         server.signal(signal.SIGTERM)
-    code = server.wait_ended(_POINT_WAIT_S)
+    until = time.monotonic() + _POINT_WAIT_S
+    while (code := server.wait_ended(0.05)) is None and server.data_pid == data and time.monotonic() < until:
+        pass
     if code is None:
-        server.control.write_text("")  # nothing came by: disarmed
-        if server.wait_ended(0.2) is None:
-            return ""
+        died = server.data_pid != data
+        server.arm("")  # for the other process, or for both: nothing came by
+        if (code := server.wait_ended(0.2)) is None:
+            return f"point-{name}" if died else ""
     _again(server, 0.2)
     return "" if code == 0 else f"point-{name}"
 
@@ -392,6 +413,8 @@ FAULTS: dict[str, Callable[[Fleet, Any, Draw], str]] = {
     "server-kill": server_kill,
     "server-drain": server_drain,
     "server-freeze": server_freeze,
+    "data-kill": data_kill,
+    "data-freeze": data_freeze,
     "server-zombie": server_zombie,
     "server-point": server_point,
     "redis-kill": redis_kill,
@@ -421,7 +444,8 @@ _OF_CLIENTS = ("client-kill", "client-pause", "client-cancel", "half-close", "cl
 
 # How often each is drawn. What takes seconds to recover from is drawn less, so that there is something to disturb.
 WEIGHTS = {
-    "server-kill": 3, "server-drain": 2, "server-freeze": 3, "server-zombie": 3, "server-point": 4, "redis-kill": 3,
+    "server-kill": 3, "server-drain": 2, "server-freeze": 3, "server-zombie": 3, "server-point": 4, "data-kill": 3,
+    "data-freeze": 2, "redis-kill": 3,
     "redis-pause": 2, "redis-restore": 5, "pause-cancel": 3, "slot-migration": 4, "promotion": 2, "client-cut": 4, "client-delay": 3,
     "client-hold": 4, "stream-break": 5, "client-cancel": 5, "half-close": 4, "redis-cut": 5, "redis-delay": 3, "redis-hold": 4,
     "client-kill": 4, "client-pause": 3, "clock-server": 2, "clock-redis": 1, "clock-client": 1,

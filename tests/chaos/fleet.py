@@ -5,6 +5,7 @@ client -> proxy -> server -> proxy -> Redis (-> proxy -> replica)
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -188,12 +190,48 @@ class Server(Forked):
         if world.replicated:
             flags += ["--redis-ack", "replicated", "--redis-ack-timeout-ms", "500"]
         flags += self._fleet.server_flags
-        self.control.unlink(missing_ok=True)
+        for control in self.controls:
+            control.unlink(missing_ok=True)
         log = str(self.directory / "log")
         environment = {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}
         self.pid = self._fleet.nursery.spawn(
             {"run": "server", "name": self.name, "control": str(self.control), "flags": flags, "log": log, "environment": environment}
         )  # fmt: skip
+
+    @property
+    def data_pid(self) -> int:
+        """Of its data process; 0: there is none just now."""
+        try:
+            children = psutil.Process(self.pid).children()
+            return next((one.pid for one in children if "engram_service.data_process" in one.cmdline()), 0)
+        except psutil.Error:
+            return 0
+
+    def signal(self, number: signal.Signals) -> None:
+        """A server is stopped (SIGSTOP) and goes on as a whole."""
+        if number in (signal.SIGSTOP, signal.SIGCONT):
+            self.signal_data(number)
+        super().signal(number)
+
+    def signal_data(self, number: signal.Signals) -> None:
+        if pid := self.data_pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def arm(self, text: str) -> None:
+        """Has each of its processes look at this."""
+        for control in self.controls:
+            part = control.with_suffix(".new")
+            part.write_text(text)
+            part.rename(control)
+
+    @property
+    def controls(self) -> list[pathlib.Path]:
+        return [self.control, self.control.with_suffix(".data")]
+
+    def looks(self) -> bool:
+        """Whether its processes have seen what they were armed with."""
+        return not any(control.exists() for control in self.controls)
 
     def wait_serving(self, timeout_s: float = START_S) -> None:
         wait_for(lambda: accepts(self._port), timeout_s, f"{self.name} does not serve")

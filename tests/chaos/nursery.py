@@ -28,7 +28,11 @@ def _serve(task: dict[str, Any]) -> int:
     from chaos.points import install
     from engram._cli import main
 
-    install(pathlib.Path(task["control"]))
+    control = pathlib.Path(task["control"])
+    install(control)
+    here = pathlib.Path(__file__).parent
+    paths = [str(here / "entry"), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {"CHAOS_CONTROL": str(control), "PYTHONPATH": os.pathsep.join(paths)}  # of the data process
     return main(["serve", *task["flags"]])
 
 

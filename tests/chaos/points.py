@@ -1,7 +1,8 @@
-"""Crash points: places in a server where it kills itself, put there by the tests' own entry and unknown to the service.
+"""Crash points: places in a server where one of its processes kills itself, put there by the tests' own entry and unknown to the
+service.
 
-A server of the campaign is started through `install`, which wraps the functions below. A point is armed by writing
-"NAME COUNT" into the server's control file; the COUNT-th call from then on kills the process as kill -9 does.
+Both processes of a server of the campaign are started through `install`, which wraps the functions below. A point is armed by writing
+"NAME COUNT" into a process's control file; the COUNT-th call from then on kills the process as kill -9 does.
 """
 
 from __future__ import annotations

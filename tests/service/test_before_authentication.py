@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -80,14 +79,14 @@ class Memory:
     """The most that a server has while the context lasts, beyond what it had before."""
 
     def __init__(self, server: ServerProcess) -> None:
-        self._process = psutil.Process(server.pid)
-        self._before = self._most = self._process.memory_info().rss
+        self._server = server
+        self._before = self._most = server.resident_nbytes()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
     def _watch(self) -> None:
         while not self._done.wait(0.005):
-            self._most = max(self._most, self._process.memory_info().rss)
+            self._most = max(self._most, self._server.resident_nbytes())
 
     def __enter__(self) -> Memory:
         self._thread.start()

@@ -194,9 +194,16 @@ def test_the_port_answers_before_models_are_loaded(
         over.set()
 
 
+class Nothing:
+    """Of a server without metrics."""
+
+    async def text(self) -> bytes:
+        return b""
+
+
 def test_it_begins_again_after_a_failure_and_shows_warnings(caplog: pytest.LogCaptureFixture) -> None:
     metrics, health = Metrics(), Health()
-    server = HttpServer(Settings(http="127.0.0.1:0"), metrics, health, Supervisor(metrics, health))
+    server = HttpServer(Settings(http="127.0.0.1:0"), Nothing(), metrics, health, Supervisor(metrics, health))
     address = server.address
     try:
         health.warn("redis", "it may\nforget")

@@ -41,7 +41,7 @@ def test_idle_sessions_are_small_in_the_server_and_in_redis(
             client.open(W, "first").step(
                 np.zeros(64, np.float32)
             )  # what the first step of all allocates is no session's
-            before = resident_nbytes(server.pid), store.info("memory")["used_memory"]
+            before = server.resident_nbytes(), store.info("memory")["used_memory"]
             sessions = client.open_many(W, [f"sensor-{number:06d}" for number in range(count)])
             for start in range(0, count, CHUNK):
                 client.step_many(sessions[start : start + CHUNK], np.zeros((CHUNK, 64), np.float32))
@@ -50,9 +50,9 @@ def test_idle_sessions_are_small_in_the_server_and_in_redis(
             assert grown < 1.5 * count * STATE_NBYTES
             # The fixed part is what a burst leaves in torch's and the C library's pools; the rest is per session.
             most = 64 * MB if count == 100_000 else 24 * MB + 400 * count
-            small = until(lambda: resident_nbytes(server.pid) - before[0] < most, 30)
+            small = until(lambda: server.resident_nbytes() - before[0] < most, 30)
             print(
-                f"server: {(resident_nbytes(server.pid) - before[0]) / MB:.0f} MB beyond its start for {count:,} sessions"
+                f"server: {(server.resident_nbytes() - before[0]) / MB:.0f} MB beyond its start for {count:,} sessions"
             )
             assert small
             assert client.open(W, "sensor-000007").seq == 1, "and they are all still there"

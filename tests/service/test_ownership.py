@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import signal
 import subprocess
@@ -73,7 +72,7 @@ def test_an_open_of_a_client_that_is_gone_takes_nothing(pair: list[ServerProcess
     one, two = pair
     gone, again = connect(one), connect(two)
     handle_of(gone, "other")
-    os.kill(one.pid, signal.SIGSTOP)
+    one.signal(signal.SIGSTOP)
     try:
         names = [f"mine-{number}" for number in range(20)]
         gone.send(open=stream_pb2.OpenFrame(request_id=2, model="digits-reader", session_ids=names, client_id=5))
@@ -82,7 +81,7 @@ def test_an_open_of_a_client_that_is_gone_takes_nothing(pair: list[ServerProcess
         opened = again.open(*names, client_id=6)
         handles = np.frombuffer(opened.handles, np.uint32).tolist()
     finally:
-        os.kill(one.pid, signal.SIGCONT)
+        one.signal(signal.SIGCONT)
     time.sleep(1.0)
     for handle in handles:
         step(again, handle, 1)
@@ -207,14 +206,14 @@ def test_a_server_that_was_asleep_cannot_write(pair: list[ServerProcess], connec
     assert step(raw, handle, 1) == expected[0]
     raw.steps([handle], [2], INPUTS[1][None])
     assert bytes(raw.next("outputs").outputs) == expected[1]
-    subprocess.run(["kill", f"-{signal.SIGSTOP.value}", str(one.pid)], check=True)
+    one.signal(signal.SIGSTOP)
     try:
         taker = connect(two)
         taken = handle_of(taker, "zombie", seq=2)
         raw.steps([handle], [3], INPUTS[50][None])  # another input, which must never be applied
         assert step(taker, taken, 3) == expected[2]
     finally:
-        subprocess.run(["kill", f"-{signal.SIGCONT.value}", str(one.pid)], check=True)
+        one.signal(signal.SIGCONT)
     reason, _ = raw.refusal()
     assert reason == "TAKEN_OVER"
     assert step(taker, taken, 4) == expected[3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import glob
 import logging
 import os
@@ -98,18 +99,22 @@ class DataProcess:
             await asyncio.sleep(wait_s)
 
     async def stop(self, drain_s: float) -> None:
-        """It finishes what it accepted, and ends; where it does not in its time, it is ended."""
+        """It finishes what it accepted, and ends; where it does not in its time, it is ended. Raises OSError where it died."""
         self._stopping.set()
         process = self._process
-        if process is None or process.returncode is not None:
+        if process is None:
             return
-        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(drain_s + _GRACE_S):
                 await process.wait()
         except TimeoutError:
             log.warning("the data process does not end and is killed; its steps are not answered and may be sent again")
             process.kill()
+        else:
+            if process.returncode:
+                raise OSError(f"the data process ended ({_told(process.returncode)}) before all was done")
 
     def kill(self) -> None:
         """At once, as the manager ends."""
