@@ -66,7 +66,7 @@ ROWS: dict[str, list[Panel]] = {
         ("Commits", "Bps", {"{{instance}}": "sum by (instance) (rate(engram_commit_bytes_total[1m]))"}),
         ("Redis's memory", "bytes", {"used": "max(engram_redis_memory_bytes)"}),
         ("The servers' memory", "bytes", {
-            "resident {{instance}}": 'process_resident_memory_bytes{job="engram"}',
+            "resident {{instance}} {{process}}": 'process_resident_memory_bytes{job="engram"}',
             "arenas {{instance}} {{device}}": "engram_device_memory_bytes"}),
     ],
     "Memories and models": [

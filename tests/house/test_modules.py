@@ -19,9 +19,9 @@ LONG_LEFT = {  # and may only shrink
     "native/src/wire/mod.rs": 535,
     "native/src/wire/relay.rs": 550,
     "native/src/wire/server.rs": 788,
-    "service/engram_service/sessions/opening.py": 451,
+    "service/engram_service/sessions/opening.py": 422,
     "service/engram_service/steps/admission.py": 440,
-    "service/engram_service/store/store.py": 650,
+    "service/engram_service/store/store.py": 586,
 }
 
 

@@ -11,7 +11,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,14 +28,14 @@ from engram_service.store.keys import META_PREFIX, memory_key, meta_key, record_
 from engram_service.store.lines import Line, line_of
 from engram_service.store.memories import MemoryLogs, revision_of
 from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
-from engram_service.store.record import HEADER, MAGIC, SEQ_MAX, TIME_MS_MAX, read_headers
+from engram_service.store.reading import claimed, info_of, meta_of
+from engram_service.store.record import read_headers
 from engram_service.store.tally import Tally
 from engram_service.store.types import (
     LOST,
     UNACKNOWLEDGED,
     ClaimRequest,
     ClaimResult,
-    ClaimStatus,
     CommitJob,
     DamagedError,
     SessionInfo,
@@ -235,7 +234,7 @@ class Store:
 
             return self._in_run(self._claim, keys, [args(request) for request in requests], each=True)
 
-        return [_claimed(reply) for reply in self._call(run)]
+        return [claimed(reply) for reply in self._call(run)]
 
     def touch(self, tags: NDArray[np.uint8], tokens: NDArray[np.uint8], ttl_ms: NDArray[np.uint64]) -> None:
         """Renews the time of sessions under these claims: of hash, memory and record."""
@@ -358,7 +357,7 @@ class Store:
                     raise value
 
         metas = self._pipelined(keys, lambda pipe, at: pipe.hmget(keys[at], "i", "m", "f", "t", "e", "c"), each=True)
-        read = [(key, _meta(key, meta)) for key, meta in zip(keys, metas, strict=True)]
+        read = [(key, meta_of(key, meta)) for key, meta in zip(keys, metas, strict=True)]
         known = [(key, meta) for key, meta in sound(read) if meta is not None and wanted(meta.session_id, meta.model)]
         names = [key + b":" + meta.token.encode() for key, meta in known]
         records = self._pipelined(
@@ -369,7 +368,7 @@ class Store:
         times = self._pipelined(names, lambda pipe, at: pipe.pttl(names[at]))
         headers = read_headers([record if isinstance(record, bytes) else b"" for record in records])
         found = [
-            (key, _info(meta, records[n], headers[n], int(times[n]), with_record))
+            (key, info_of(meta, records[n], headers[n], int(times[n]), with_record))
             for n, (key, meta) in enumerate(known)
         ]
         return [info for _, info in sound(found) if info is not None]
@@ -585,77 +584,3 @@ def _answer(connection: Any) -> Any:
         return connection.read_response()
     except redis.exceptions.ResponseError as error:
         return error
-
-
-def _reference(text: bytes) -> tuple[str, str]:
-    model, _, version = text.decode().rpartition("/")
-    return model, version
-
-
-def _claimed(reply: Any) -> ClaimResult:
-    if isinstance(reply, DamagedError):
-        return ClaimResult(ClaimStatus.DAMAGED, why=str(reply))
-    status = ClaimStatus(reply[0].decode())
-    if status in (ClaimStatus.NOT_FOUND, ClaimStatus.CHANGED, ClaimStatus.TAKEN_OVER):
-        return ClaimResult(status)
-    model, version = _reference(reply[1])
-    if status is ClaimStatus.OTHER_MODEL:
-        return ClaimResult(status, model, version, reply[2].decode())
-    return ClaimResult(status, model, version, reply[2].decode(), int(reply[3]), int(reply[4]), reply[5])
-
-
-def _meta(key: bytes, fields: Any) -> _Meta | DamagedError | None:
-    """A session's hash, if it is one; None: there is none."""
-    if isinstance(fields, DamagedError):
-        return fields
-    if all(value is None for value in fields):
-        return None
-    if None in fields:
-        return DamagedError("its hash lacks a field")
-    if b"/" not in fields[1]:
-        return DamagedError("the field m of its hash names no model")
-    try:
-        (model, version), (name, _, fingerprint, token) = (
-            _reference(fields[1]),
-            (value.decode() for value in fields[:4]),
-        )
-        meta = _Meta(name, model, version, fingerprint, token, int(fields[4]), int(fields[5]))
-    except ValueError as error:  # a UnicodeDecodeError is one
-        return DamagedError(f"a field of its hash cannot be read: {type(error).__name__}")
-    if key != meta_key(session_tag(meta.session_id)):
-        return DamagedError("its hash has another session's id")
-    if not 0 <= meta.epoch < 2**63 or not 0 <= meta.created_ms <= TIME_MS_MAX:
-        return DamagedError("a number in its hash is too great")
-    return meta
-
-
-def _info(meta: _Meta, record: Any, header: Any, ttl_ms: int, with_record: bool) -> SessionInfo | DamagedError | None:
-    if not record or isinstance(record, DamagedError):
-        return record or None
-    seq, acked, commit_ms = int(header["seq"]), int(header["acked"]), int(header["commit_ms"])
-    if (
-        len(record) < HEADER.itemsize
-        or header["magic"] != MAGIC
-        or acked > seq
-        or seq > SEQ_MAX
-        or commit_ms > TIME_MS_MAX
-    ):
-        return DamagedError("its record is none")
-    return SessionInfo(
-        session_id=meta.session_id, model=meta.model, version=meta.version, fingerprint=meta.fingerprint, token=meta.token,
-        epoch=meta.epoch, created_ms=meta.created_ms, seq=seq, acked=acked, commit_ms=commit_ms, ttl_ms=ttl_ms,
-        record=record if with_record else b"",
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class _Meta:
-    """What a session's hash says."""
-
-    session_id: str
-    model: str
-    version: str
-    fingerprint: str
-    token: str
-    epoch: int
-    created_ms: int
