@@ -25,6 +25,7 @@ from engram_service.manager.data_process import DataProcess, Ready
 from engram_service.manager.listeners import bound
 from engram_service.manager.metrics import Gathered
 from engram_service.manager.models import watch_models
+from engram_service.manager.spawning import Spawned
 from engram_service.observability.health import Health
 from engram_service.observability.metrics import Metrics
 from engram_service.offers import Offers
@@ -48,10 +49,12 @@ _READINESS_S = 0.1
 _REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is away for a second
 
 
-async def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT, then drains. Raises SettingError, StoreError or OSError if it cannot start."""
+async def serve(settings: Settings, spawned: Spawned) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. `spawned`: the data process. Raises SettingError, StoreError or OSError if it
+    cannot start."""
     stop = asyncio.Event()
     async with AsyncExitStack() as stack:
+        stack.callback(spawned.stop)
         metrics, health = Metrics(), Health()
         supervisor = Supervisor(metrics, health)
         supervisor.watch_loop(asyncio.get_running_loop())
@@ -71,7 +74,9 @@ async def serve(settings: Settings) -> None:
         stack.callback(store.close)
         offers = Offers()
         begin = _begin(running, relay, tokens, certificate)
-        data = DataProcess(begin, listeners, settings.cache_directory() / "crashes", offers, health, supervisor)
+        data = DataProcess(
+            spawned, begin, listeners, settings.cache_directory() / "crashes", offers, health, supervisor
+        )
         stack.callback(data.kill)
         signals.at_once.append(data.kill)
         gathered.data = data

@@ -1,4 +1,4 @@
-"""A data process: connections, sessions and their steps. The manager starts it, with files and the first message of a socket.
+"""A data process: connections, sessions and their steps. The manager starts it (manager/spawning.py).
 
 Its thread runs the step loop (steps/loop.py). What is no step is the manager's, which asks for what only this process knows
 (control/verbs.py). It ends when the manager does.
@@ -32,6 +32,7 @@ from engram_service.control.verbs import Verbs
 from engram_service.data_path import DataPath
 from engram_service.descriptors import Descriptors
 from engram_service.draining import Drain
+from engram_service.manager.spawning import handed_over
 from engram_service.observability.health import Health
 from engram_service.observability.logs import set_up
 from engram_service.observability.metrics import Metrics
@@ -55,12 +56,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Its arguments are the manager's process, the file of the control socket, and those of listening sockets."""
-    manager, control, *listening = map(int, arguments)
+    """Its arguments are the manager's process and the file of the control socket."""
+    manager, control = map(int, arguments)
     _end_with(manager)
     end = socket.socket(fileno=control)
-    listeners = [socket.socket(fileno=file) for file in listening]
     try:
+        listeners = handed_over(end)
         begin = first(end)["with"]
     except EOFError:
         return 1
@@ -120,7 +121,7 @@ async def _serve(
         supervisor.once("control", _until_gone(channel, end))
         _tell_health(health, channel)
         catalog.on_change = lambda: channel.tell("models", models=_models(catalog))
-        _expose(metrics, table, catalog, path, device)
+        _expose(metrics, table, catalog, path, store, device)
 
         supervisor.thread("graphs watch", loader.watchdog.look, loader.watchdog.stopped).start()
         if not await _load_models(catalog, supervisor, health, stop):
@@ -270,7 +271,9 @@ def _start_store(store: Store, path: DataPath, health: Health, channel: Channel)
     store.start()
 
 
-def _expose(metrics: Metrics, table: SessionTable, catalog: Catalog, path: DataPath, device: Device) -> None:
+def _expose(
+    metrics: Metrics, table: SessionTable, catalog: Catalog, path: DataPath, store: Store, device: Device
+) -> None:  # fmt: skip
     """Gauges that are read when somebody scrapes."""
 
     def resident() -> int:
@@ -287,6 +290,7 @@ def _expose(metrics: Metrics, table: SessionTable, catalog: Catalog, path: DataP
     metrics.read_with(metrics.rows_in_flight, lambda: path.streams.in_flight)
     metrics.read_with(metrics.streams, lambda: len(path.streams))
     metrics.redis_up.set(1)
+    metrics.read_with(metrics.redis_losses, lambda: store.losses)
     metrics.read_with(metrics.device_memory_bytes, arenas if device.is_cpu else device.memory_allocated, device.name)
 
 

@@ -181,10 +181,8 @@ def test_a_model_that_ends_the_process_as_it_is_loaded_is_refused_after_the_seco
     write_looping(tmp_path / "models", "good")
     write_looping(tmp_path / "models", "mean", 7.0)
     server = server_of(tmp_path, CRASHING_CHECK)
-    for _ in range(2):
-        with pytest.raises(AssertionError, match="the server ended with -11"):
-            server.start()
-    with server:
+    with server:  # which has started its data process three times
+        assert server.log.read_text().count("ended (signal SIGSEGV)") == 2
         raw = connect(server)
         assert first_step(raw, "good") == 1
         assert "mean/1" in server.log.read_text() and "delete" in server.log.read_text()

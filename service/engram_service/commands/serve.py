@@ -29,11 +29,14 @@ def run(args: argparse.Namespace) -> int:
     # The server's threads work side by side: numpy's library would have each wait for others at every small product. It
     # reads this once, when numpy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from engram_service.manager.spawning import spawn
+
+    spawned = spawn()  # before this process has imported its own part
     from engram_service.app import serve
     from engram_service.store import StoreError
 
     try:
-        asyncio.run(serve(settings))
+        asyncio.run(serve(settings, spawned))
     except SettingError as error:
         print(f"engram serve: {error}", file=sys.stderr)
         return 2

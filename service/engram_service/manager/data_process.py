@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import glob
 import logging
-import os
 import signal
 import socket
-import sys
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any
 
 from engram_service.control.channel import Channel
 from engram_service.errors import ServiceError
+from engram_service.manager.spawning import Spawned, spawn
 from engram_service.observability.health import Health
 from engram_service.offers import Offers
 from engram_service.settings import SettingError
@@ -50,11 +49,11 @@ class DataProcess:
     """One, of `engram_service.data_process`. Event loop only."""
 
     def __init__(
-        self, begin: dict[str, Any], listeners: Sequence[socket.socket], crashes: Path, offers: Offers, health: Health,
-        supervisor: Supervisor,
+        self, spawned: Spawned, begin: dict[str, Any], listeners: Sequence[socket.socket], crashes: Path, offers: Offers,
+        health: Health, supervisor: Supervisor,
     ) -> None:  # fmt: skip
-        """`begin`: what it is told first; whoever changes what is in force changes it here too. `crashes`: where its watchdog says
-        what it runs."""
+        """`spawned`: the first one. `begin`: what each is told first; whoever changes what is in force changes it here too.
+        `crashes`: where its watchdog says what it runs."""
         self.begin = begin
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         """Of the first one. Raises what it says that it cannot be started for."""
@@ -68,25 +67,25 @@ class DataProcess:
                  "ready": self._on_ready, "models": offers.hear, "health": self._on_health, "failed": self._on_failed,
                  "writing_back": self._on_writing_back}  # fmt: skip
         self._channel = Channel(supervisor, verbs)
-        self._process: asyncio.subprocess.Process | None = None
+        self._spawned = spawned
         self._stopping = asyncio.Event()
         self._failed: Exception | None = None
         health.fail(_NAME, "it is being started")
 
     @property
     def pid(self) -> int:
-        """0: none is there."""
-        return 0 if self._process is None else self._process.pid
+        return self._spawned.process.pid
 
     async def run(self) -> None:
         """Keeps one going until `stop`."""
         failed = 0
+        spawned = self._spawned
         while not self._stopping.is_set():
             began = time.monotonic()
-            code = await self._one()
+            code = await self._told_and_watched(spawned)
             if self._stopping.is_set():
                 return
-            if not self.ready.done():
+            if not self.ready.done() and (self._failed or code >= 0):
                 ended = OSError(f"the data process ended ({_told(code)}) before it was ready")
                 self.ready.set_exception(self._failed or ended)
                 return
@@ -97,30 +96,26 @@ class DataProcess:
             self._health.hear(_NAME, Health().told())
             log.error("the data process %s; what was accepted and is not answered may be sent again", why)
             await asyncio.sleep(wait_s)
+            spawned = self._spawned = spawn()
 
     async def stop(self, drain_s: float) -> None:
         """It finishes what it accepted, and ends; where it does not in its time, it is ended. Raises OSError where it died."""
         self._stopping.set()
-        process = self._process
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
+        process = self._spawned.process
+        process.terminate()
         try:
-            async with asyncio.timeout(drain_s + _GRACE_S):
-                await process.wait()
+            await asyncio.wait_for(asyncio.to_thread(process.wait), drain_s + _GRACE_S)
         except TimeoutError:
             log.warning("the data process does not end and is killed; its steps are not answered and may be sent again")
             process.kill()
         else:
-            if process.returncode:
+            if process.returncode and self.ready.done():
                 raise OSError(f"the data process ended ({_told(process.returncode)}) before all was done")
 
     def kill(self) -> None:
         """At once, as the manager ends."""
         self._stopping.set()
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+        self._spawned.process.kill()
 
     # What is asked of it. Raises ServiceError; UnavailableError while none is there.
 
@@ -191,26 +186,22 @@ class DataProcess:
     async def _on_writing_back(self, now: bool) -> None:
         self.writing_back = now
 
-    async def _one(self) -> int:
-        """Starts one, and returns how it ended."""
-        ours, theirs = socket.socketpair()
-        files = [theirs.fileno(), *(one.fileno() for one in self._listeners)]
-        arguments = [str(os.getpid()), *map(str, files)]
-        self._process = process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "engram_service.data_process", *arguments,
-            stdin=asyncio.subprocess.DEVNULL, pass_fds=files,
-        )  # fmt: skip
-        theirs.close()
-        ours.setblocking(False)
-        self._channel.begin = self.begin
-        watching = asyncio.create_task(self._watch(process))
+    async def _told_and_watched(self, spawned: Spawned) -> int:
+        """Tells it what it shall do, and returns how it ended."""
         try:
-            await self._channel.run(ours)
+            spawned.hand_over(self._listeners)
+        except OSError:  # it has ended already
+            return await asyncio.to_thread(spawned.process.wait)
+        spawned.end.setblocking(False)
+        self._channel.begin = self.begin
+        watching = asyncio.create_task(self._watch(spawned.process))
+        try:
+            await self._channel.run(spawned.end)
         finally:
             watching.cancel()
-        return await process.wait()
+        return await asyncio.to_thread(spawned.process.wait)
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Kills a process whose loop does not answer. A manager that was itself stopped meanwhile begins anew."""
         silent = 0
         while not self.ready.done():
