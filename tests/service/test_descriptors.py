@@ -75,6 +75,7 @@ def status(server: ServerProcess, path: str) -> int:
         return int(answer.status)
 
 
+@pytest.mark.promise(11)
 @pytest.mark.parametrize("hello", [b"", H2], ids=["raw", "http2"])
 def test_connections_that_use_up_the_files_disturb_nobody(
     narrow: ServerProcess, connect: Connect, hello: bytes
