@@ -27,7 +27,7 @@ export PYTHONDONTWRITEBYTECODE :=
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
 	@echo "make demo      stream real digits through a server that is killed half way; installs the server alone, in $(DEMO)"
-	@echo "make test      the quick suite, some eight minutes on two cores"
+	@echo "make test      the quick suite, some ten minutes on two cores: the native wire, promises on both"
 	@echo "make check     ruff, format, mypy --strict, proto lint, generated code, rustfmt, clippy and cargo-deny where they are"
 	@echo "make lint      ruff and format alone;  make format  lets ruff repair"
 	@echo "make proto     regenerate engram.v1 from proto/"
@@ -124,13 +124,13 @@ native-test:
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --redis cluster tests/service tests/sdk tests/fuzz/test_sessions.py
 
-test-all: $(STAMP) $(BIN)/helm
-	ENGRAM_FUZZ_EXAMPLES=50 ENGRAM_FUZZ_STEPS=50 ENGRAM_ISOLATION_S=120 $(BIN)/python -m pytest -q -m "not gpu" --timeout 900
-	$(MAKE) test-python-wire
+test-all: $(STAMP) $(NATIVE_STAMP) $(BIN)/helm
+	ENGRAM_FUZZ_EXAMPLES=50 ENGRAM_FUZZ_STEPS=50 ENGRAM_ISOLATION_S=120 $(BIN)/python -m pytest -q -m "not gpu" --wire both --timeout 900
 
-# Servers whose connections and commits are Python's, as where there is neither a wheel of the extension nor Rust.
+# Servers whose connections and commits are Python's, as where there is neither a wheel of the extension nor Rust. `make test` does the
+# same with the tests that are marked `promise`.
 test-python-wire: $(STAMP)
-	ENGRAM_WIRE=python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/service tests/sdk
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --wire python tests/service tests/sdk
 
 learn: $(STAMP)
 	$(BIN)/python tools/learn.py --ship

@@ -1,10 +1,12 @@
 """Real servers for tests: `engram serve` as a subprocess, with a private Redis in a directory of its own; and a Redis to mistreat.
 
-With `--redis cluster` each of these is a Redis Cluster of three primaries.
+With `--redis cluster` each of these is a Redis Cluster of three primaries. Tests that make servers have them on the extension's wire, those
+marked `promise` or `both_wires` on each of the two; `--wire` says otherwise.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -37,6 +39,8 @@ STOP_S = 30.0
 # Python runs this in each of the server's processes before anything else, and not in those that examine models.
 _FAULTS = "import sys\nif {'serve', 'engram_service.data_process'} & set(sys.orig_argv):\n"
 _Redis = TypeVar("_Redis", RedisProcess, RedisCluster)
+_BUILT = importlib.util.find_spec("engram_native") is not None
+_NOT_BUILT = "the extension is not built, and with it the native wire: make install builds it where cargo is"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +49,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("single", "cluster"),
         default="single",
         help="what the servers of the tests keep sessions in",
+    )
+    parser.addoption(
+        "--wire",
+        choices=("native", "python", "both"),
+        help="the wire of the servers of all tests; not given: native, and tests of promises on both",
     )
 
 
@@ -58,7 +67,27 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("suite")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What makes servers runs on a wire, or on each. Where it runs on one alone, its id does not name it."""
+    if "server_wire" not in metafunc.fixturenames:
+        return
+    asked = metafunc.config.getoption("--wire")
+    marked = any(metafunc.definition.get_closest_marker(name) for name in ("promise", "both_wires"))
+    if asked == "both" or (asked is None and marked):
+        missing = () if _BUILT else (pytest.mark.skip(reason=_NOT_BUILT),)
+        wires = [pytest.param("native", id="native", marks=missing), pytest.param("python", id="python")]
+    else:
+        wires = [pytest.param(asked or ("native" if _BUILT else "python"), id=pytest.HIDDEN_PARAM)]
+    metafunc.parametrize("server_wire", wires, indirect=True, scope="session")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("server_wire", item.config.getoption("--wire")) == "python":
+        os.environ["ENGRAM_WIRE"] = "python"
+    else:
+        os.environ.pop("ENGRAM_WIRE", None)  # auto: the native one, where it is
     if (marker := item.get_closest_marker("single_redis")) and ServerProcess.on_cluster:
         pytest.skip(f"not on a Redis Cluster: {marker.args[0]}")
 
@@ -268,14 +297,20 @@ _NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 
 
 @pytest.fixture(scope="session")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server_wire(request: pytest.FixtureRequest) -> str:
+    """The wire of a test's servers: ENGRAM_WIRE says it to them. What makes servers asks for it, so that none outlives its wire's tests."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory, server_wire: str) -> Iterator[ServerProcess]:
     """One server for all tests that leave it alone."""
     with ServerProcess(tmp_path_factory.mktemp("shared")) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def server_type() -> type[ServerProcess]:
+def server_type(server_wire: str) -> type[ServerProcess]:
     """For tests that make servers of their own, or that live as long as a module."""
     return ServerProcess
 
@@ -298,18 +333,22 @@ def digits_alone(tmp_path: pathlib.Path) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def server(tmp_path: pathlib.Path, digits_alone: tuple[str, ...]) -> Iterator[ServerProcess]:
+def server(
+    tmp_path: pathlib.Path, digits_alone: tuple[str, ...], server_type: type[ServerProcess]
+) -> Iterator[ServerProcess]:
     """A server of the test's own, to kill, stop and start again."""
-    with ServerProcess(tmp_path, *digits_alone) as one:
+    with server_type(tmp_path, *digits_alone) as one:
         yield one
 
 
 @pytest.fixture
-def server_with(tmp_path: pathlib.Path, digits_alone: tuple[str, ...]) -> Callable[..., ServerProcess]:
+def server_with(
+    tmp_path: pathlib.Path, digits_alone: tuple[str, ...], server_type: type[ServerProcess]
+) -> Callable[..., ServerProcess]:
     """Makes a server with flags of the test's own, to be entered as a context. Unless they name models, it has digits-reader alone."""
 
     def make(*flags: str) -> ServerProcess:
-        return ServerProcess(tmp_path, *flags, *(() if "--models" in flags else digits_alone))
+        return server_type(tmp_path, *flags, *(() if "--models" in flags else digits_alone))
 
     return make
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -31,7 +32,6 @@ _LEAST = 256
 _FREE, _OWN = 128, 128  # files that are kept free, and that are not connections; less under low limits
 _LATER = 24  # files of this process's own that are opened after it was asked how many connections there may be
 _ROOM = 16  # part of the files (1/n) that is for connections without a stream
-_HEADROOM = 16  # files below the hard limit that are only there to look which connections to end
 _LOOK_S = 0.1
 _LISTING_S = 1.0  # between looks where the kernel has to list all files to say how many there are (Linux before 6.2)
 _SETTLE_S = 0.2  # until gRPC has closed what was ended
@@ -64,19 +64,20 @@ class Descriptors:
         """Raises the limit. Raises SettingError where it is too low for a server."""
         self._refused = metrics.connections_refused
         self._health = health
-        self._limit, self._hard = _raised()
-        if self._limit < _LEAST - _HEADROOM:
+        self._limit = _raised()
+        if self._limit < _LEAST:
             raise SettingError(
-                f"this process may open {self._hard} files, and a server needs {_LEAST}: raise the limit (ulimit -n, or "
+                f"this process may open {self._limit} files, and a server needs {_LEAST}: raise the limit (ulimit -n, or "
                 "LimitNOFILE= of a systemd unit)"
             )
         self._files_max = self._limit - min(_FREE, self._limit // 8)
+        self._place = _Place()
         self._ended, self._told_at = 0, 0.0
 
     @property
     def connections_max(self) -> int:
         """More than there are files for, so that `watch` sees it, and less than would leave none for others."""
-        return self._files_max - _open_files() - _LATER + min(_FREE, self._limit // 8) // 2
+        return self._files_max - _open_files(self._limit) - _LATER + min(_FREE, self._limit // 8) // 2
 
     def fitted(self, settings: Settings) -> Settings:
         """With a `streams_max` for which there are files."""
@@ -96,7 +97,7 @@ class Descriptors:
         look_s = _LOOK_S if os.stat(_FILES).st_size else _LISTING_S
         while True:
             await asyncio.sleep(look_s)
-            excess = _open_files() - self._files_max
+            excess = _open_files(self._limit) - self._files_max
             if excess > 0:
                 carrying = {_address_of(peer) for peer in peers()}
                 ended = await asyncio.to_thread(self._end, port, carrying, excess)
@@ -108,19 +109,9 @@ class Descriptors:
 
     def _end(self, port: int, carrying: set[Address], excess: int) -> int:
         """Ends so many connections and half the reserve more, as far as there are some without a stream; how many."""
-        with self._headroom():
-            idle = [one for one in _connections(port) if one.peer not in carrying]
-            return sum(_shut(one) for one in _newest(idle)[: excess + _FREE // 2])
-
-    @contextlib.contextmanager
-    def _headroom(self) -> Iterator[None]:
-        """A few more files than there are for connections: to look at them takes some."""
-        if self._hard > self._limit:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (self._limit + _HEADROOM, self._hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (self._limit, self._hard))
+        numbers = range(self._limit)  # nearly all are in use; to list them would take one more
+        idle = [one for one in _connections(port, numbers, self._place) if one.peer not in carrying]
+        return sum(_shut(one, self._place) for one in _newest(idle)[: excess + _FREE // 2])
 
     def _tell(self) -> None:
         """Now and then, and not for each of thousands."""
@@ -138,54 +129,69 @@ class Descriptors:
             self._health.warn("descriptors", "")
 
 
-def _raised() -> tuple[int, int]:
-    """The limit of open files, raised as far as it goes less the headroom, and the hard one."""
+class _Place:
+    """The number of a file at which others are looked at. It is taken from the start: when connections have used up the files,
+    whatever becomes free is the next connection's at once."""
+
+    def __init__(self) -> None:
+        self._nothing, self._number = (os.open(os.devnull, os.O_RDONLY) for _ in range(2))
+
+    @contextlib.contextmanager
+    def holding(self, file: int) -> Iterator[socket.socket]:
+        """The socket behind a number that gRPC may close, and the kernel give to another, at any moment. Raises OSError."""
+        os.dup2(file, self._number, inheritable=False)
+        try:
+            held = socket.socket(fileno=self._number)
+            try:
+                yield held
+            finally:
+                held.detach()
+        finally:
+            os.dup2(self._nothing, self._number, inheritable=False)
+
+
+def _raised() -> int:
+    """The limit of open files, raised as far as it goes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    hard_files = _CEILING if hard == resource.RLIM_INFINITY else hard
     files = _CEILING if soft == resource.RLIM_INFINITY else soft
-    wanted = min(max(files, min(hard_files, _CEILING)), hard_files - _HEADROOM)
+    wanted = max(files, _CEILING if hard == resource.RLIM_INFINITY else min(hard, _CEILING))
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (OSError, ValueError) as error:
         log.warning("the limit of open files stays at %d: %s", soft, error)
-        return files, hard_files
-    return wanted, hard_files
+        return files
+    return wanted
 
 
-def _open_files() -> int:
-    return os.stat(_FILES).st_size or len(os.listdir(_FILES))
+def _open_files(limit: int) -> int:
+    try:
+        return os.stat(_FILES).st_size or len(os.listdir(_FILES))
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        return limit  # none is left to list them with
 
 
-def _connections(port: int) -> Iterator[_Connection]:
-    for name in os.listdir(_FILES):
-        with contextlib.suppress(OSError, ValueError):  # it was closed meanwhile, or is nothing of the kind
-            kind, _, inode = os.readlink(f"{_FILES}/{name}").partition(":")
-            if kind == "socket" and (peer := _peer(int(name), port)) is not None:
-                yield _Connection(int(name), int(inode.strip("[]")), peer)
+def _connections(port: int, numbers: Iterable[int], place: _Place) -> Iterator[_Connection]:
+    for number in numbers:
+        with contextlib.suppress(OSError, ValueError):  # it is not open, or is nothing of the kind
+            kind, _, inode = os.readlink(f"{_FILES}/{number}").partition(":")
+            if kind == "socket" and (peer := _peer(number, port, place)) is not None:
+                yield _Connection(number, int(inode.strip("[]")), peer)
 
 
-def _peer(file: int, port: int) -> Address | None:
+def _peer(file: int, port: int, place: _Place) -> Address | None:
     """Who is at the other end, if this is a connection to that port. Raises OSError."""
-    with _held(file) as held:
+    with place.holding(file) as held:
         if held.family not in (socket.AF_INET, socket.AF_INET6) or held.getsockname()[1] != port:
             return None
         return _plain(held.getpeername())
 
 
-def _held(file: int) -> socket.socket:
-    """The file behind a number that gRPC may close, and the kernel give to another, at any moment. Raises OSError."""
-    copy = os.dup(file)
-    try:
-        return socket.socket(fileno=copy)
-    except OSError:
-        os.close(copy)
-        raise
-
-
-def _shut(one: _Connection) -> bool:
+def _shut(one: _Connection, place: _Place) -> bool:
     """Ends a connection: gRPC finds it closed by the other side. Whether it was still there."""
     try:
-        with _held(one.file) as held:
+        with place.holding(one.file) as held:
             if _plain(held.getpeername()) != one.peer:
                 return False
             held.shutdown(socket.SHUT_RDWR)

@@ -370,6 +370,7 @@ class Sessions(RuleBasedStateMachine):
                 assert np.array_equal(found.patterns, np.array(list(one.patterns.values())).reshape(-1, SIZE))
 
 
+@pytest.mark.promise(1)
 def test_single_steps_may_go_to_any_server(pair: Pair) -> None:
     """Found by the runs below: a server that had stepped a session called the right seq a gap once another had gone on with it,
     and answered from a session that was closed and made anew elsewhere."""
@@ -394,6 +395,7 @@ def test_single_steps_may_go_to_any_server(pair: Pair) -> None:
     assert step(1, 1, -1) == another
 
 
+@pytest.mark.promise(5)
 def test_any_calls_in_any_order_do_what_the_cell_does(pair: Pair) -> None:
     run_state_machine_as_test(
         lambda: Sessions(pair),

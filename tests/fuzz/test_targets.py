@@ -32,6 +32,7 @@ def test_valid_inputs_pass_and_are_left_alone_by_mending(name: str) -> None:
         assert [one.mend(seed) for seed in one.seeds()] == one.seeds()
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_mutated_inputs_are_read_or_refused(name: str) -> None:
     one, rng = target(name), random.Random(f"quick {name}")

@@ -112,6 +112,7 @@ def _same(few: np.ndarray, many: np.ndarray) -> bool:
     return np.array_equal(few.view(np.uint32), many.view(np.uint32))
 
 
+@pytest.mark.promise(5)
 def test_a_server_answers_what_plain_torch_does_and_the_same_bits_in_every_batch_and_after_its_death(
     tmp_path: Path,
 ) -> None:

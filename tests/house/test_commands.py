@@ -25,6 +25,7 @@ def engram(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.promise(5)
 def test_the_demo_kills_its_server_and_not_a_bit_differs() -> None:
     done = engram("demo", "--json", "--sessions", "64")
     assert done.returncode == 0, done.stderr

@@ -57,3 +57,18 @@ def test_targets_of_the_documents_exist() -> None:
     for path in DOCUMENTS:
         named = set(re.findall(r"`make ([a-z-]+)", path.read_text()))
         assert named <= targets, path.name
+
+
+def test_each_promise_has_tests_that_are_marked_with_its_number() -> None:
+    """Every file of the table, so that `pytest -m promise` is what the table says; and no number that the table lacks."""
+    rows = re.findall(r"^\| (\d+) \| (?:.*?) \| (?:.*?) \| (.*) \|$", (ROOT / "ARCHITECTURE.md").read_text(), re.M)
+    table = {int(number): set(re.findall(r"`(tests/[\w/]+\.py)`", files)) for number, files in rows}
+    marked = {path: _promises(path) for path in (ROOT / "tests").rglob("test_*.py")}
+    for number, files in table.items():
+        for name in files:
+            assert number in marked[ROOT / name], f"{name} has no test that is marked promise({number})"
+    assert set.union(*marked.values()) == set(table) == set(range(1, 13))
+
+
+def _promises(path: Path) -> set[int]:
+    return set(map(int, re.findall(r"^@pytest\.mark\.promise\((\d+)\)$", path.read_text(), re.M)))

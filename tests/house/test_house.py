@@ -90,6 +90,7 @@ def test_the_server_and_the_demo_import_neither_torch_nor_onnx() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize("package", PACKAGES)
 def test_nothing_executes_from_a_file(package: str) -> None:
     assert _forbidden(package, {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}) == []

@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MISTAKES = """
 import numpy as np
@@ -45,6 +47,7 @@ def right(table: SessionTable, repeats: Repeats, rows: NDArray[np.int32], why: S
 """
 
 
+@pytest.mark.promise(10)
 def test_a_bare_row_is_no_reference(tmp_path: pathlib.Path) -> None:
     code = tmp_path / "mistakes.py"
     code.write_text(MISTAKES)

@@ -7,8 +7,6 @@ gRPC's Python client, test_go.py with grpc-go's interop client; test_h2spec.py h
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,27 +36,11 @@ def programs() -> Path:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module", params=["python", "native"])
-def engram_server(
-    request: pytest.FixtureRequest, server_type: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
-    """`engram serve` on each of its wires, for all tests of a module. A server that has one alone is asked for none."""
-    said = subprocess.run(
-        [sys.executable, "-m", "engram", "serve", "--help"], check=True, capture_output=True, text=True
-    )
-    flags = ["--wire", request.param] if "--wire" in said.stdout else []
-    if request.param == "native":
-        if not flags:
-            pytest.skip("engram serve has no --wire yet; from then on this runs by itself")
-        pytest.importorskip("engram_native", reason="the extension is not built: make install builds it where cargo is")
+@pytest.fixture(scope="module")
+def engram_server(server_type: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`engram serve`, for all tests of a module."""
     directory = tmp_path_factory.mktemp("interop")
     (directory / "models").mkdir()
     (directory / "models" / "digits-reader").symlink_to(shipped_models_dir() / "digits-reader")
-    with server_type(directory, "--models", str(directory / "models"), *flags) as server:
+    with server_type(directory, "--models", str(directory / "models")) as server:
         yield server
-
-
-@pytest.fixture
-def wire(engram_server: Any, request: pytest.FixtureRequest) -> str:
-    """Which of its wires the server was asked for."""
-    return str(request.node.callspec.params["engram_server"])

@@ -15,6 +15,8 @@ from grpc_status import rpc_status
 
 from engram.v1 import service_pb2_grpc, session_pb2, stream_pb2
 
+pytestmark = pytest.mark.both_wires
+
 WAIT_S = 20.0
 MODEL = "digits-reader"
 
@@ -92,11 +94,11 @@ def test_large_unary(stub: Any) -> None:
     assert error_of(lambda: stub.ImportSession(request, timeout=WAIT_S)).code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_client_compressed_unary_and_streaming(stub: Any, wire: str) -> None:
+def test_client_compressed_unary_and_streaming(stub: Any, server_wire: str) -> None:
     """gRPC's own server unpacks before it knows who calls, so it is not let; the native wire unpacks afterwards, and up to a limit."""
     request = session_pb2.StepRequest(session_id="packed", model=MODEL, inputs=[0.0] * 8)
     stream = Stream(stub, compression=grpc.Compression.Gzip)
-    if wire == "native":
+    if server_wire == "native":
         assert stub.Step(request, timeout=WAIT_S, compression=grpc.Compression.Gzip).seq == 1
         assert list(stream.open("packed-stream").created) == [1]
     else:

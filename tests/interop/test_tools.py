@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.timeout(900)  # the first of them builds the programs
+pytestmark = [pytest.mark.both_wires, pytest.mark.timeout(900)]  # the first of them builds the programs
 
 MODEL, INPUTS, WAIT_S = "digits-reader", 8, 60
 SERVICE = "engram.v1.EngramService"

@@ -65,6 +65,7 @@ def assert_same_bits(cell: Cell, trials: int, batch_max: int) -> None:
             assert all(torch.equal(a, b[rows]) for a, b in zip(got, expected, strict=True)), (size, floor)
 
 
+@pytest.mark.promise(5)
 def test_same_bits_in_any_batch(any_cell: Cell, threads: int) -> None:
     assert_same_bits(any_cell, TRIALS // threads, BATCH_MAX)
 

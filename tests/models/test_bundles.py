@@ -141,6 +141,7 @@ SPOILS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize("name", SPOILS)
 def test_a_spoilt_bundle_is_refused_with_the_reason(name: str, bundle_path: Path) -> None:
     """The fingerprint would find most of it: whoever spoils a bundle may put it right."""

@@ -114,6 +114,7 @@ def test_each_row_has_its_own_ttl(process: RedisProcess, store: redis.Redis) -> 
     assert [round(store.pttl(key), -5) for key in keys] == [100_000, 7_000_000_000, 2_000_000]
 
 
+@pytest.mark.promise(2)
 def test_each_row_has_its_verdict(process: RedisProcess, store: redis.Redis) -> None:
     columns = Columns(5)
     columns.create(store)
@@ -230,6 +231,7 @@ def test_a_signal_is_not_put_off(process: RedisProcess, store: redis.Redis) -> N
     assert finished(link)[0] == b"0"
 
 
+@pytest.mark.promise(2)
 def test_a_link_that_redis_kills_ends_in_doubt(process: RedisProcess, store: redis.Redis) -> None:
     columns = Columns(1)
     columns.create(store)
@@ -334,6 +336,7 @@ def test_columns_that_do_not_fit_are_refused(process: RedisProcess) -> None:
         native.CommitLink(file.fileno())
 
 
+@pytest.mark.promise(2)
 @settings(max_examples=200, deadline=None)
 @given(
     rows=st.integers(0, 5),

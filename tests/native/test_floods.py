@@ -185,6 +185,7 @@ def attacked() -> Iterator[InteropServer]:
         yield server
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize("kind", list(FLOODS))
 def test_a_flood_disturbs_nobody_and_takes_no_memory(attacked: InteropServer, kind: str) -> None:
     with Honest(attacked) as honest:
@@ -264,6 +265,7 @@ class SlowReader(threading.Thread):
         self._socket.close()
 
 
+@pytest.mark.promise(6)
 def test_slow_readers_cost_what_they_may_have_under_way() -> None:
     """Sixteen clients send steps and read nothing: answers wait for their windows, and then the clients are read no further."""
     count, rows = 16, 20

@@ -235,6 +235,7 @@ def test_an_answer_before_the_end_of_the_question_is_whole(relays: Callable[...,
         assert code_of(lambda: next(responses)) == (grpc.StatusCode.OUT_OF_RANGE, "one is enough")
 
 
+@pytest.mark.promise(10)
 def test_the_server_behind_knows_who_calls_and_no_client_can_say_it(
     relays: Callable[..., Loop], behind: Behind
 ) -> None:

@@ -55,6 +55,7 @@ def refuse_once(
     return rows
 
 
+@pytest.mark.promise(4)
 def test_reply_lost_with_the_stream_is_answered_after_reconnect() -> None:
     async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
         session = await client.open("count", "a")
@@ -67,6 +68,7 @@ def test_reply_lost_with_the_stream_is_answered_after_reconnect() -> None:
     play(body)
 
 
+@pytest.mark.promise(4)
 def test_many_sessions_cut_in_the_middle_of_a_run() -> None:
     async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
         sessions = await client.open_many("count", [f"s{i}" for i in range(20)])
@@ -222,6 +224,7 @@ def test_cancelled_callers_leave_the_session_usable() -> None:
     play(body)
 
 
+@pytest.mark.promise(2)
 def test_interval_crash_is_replayed_without_the_caller_noticing() -> None:
     async def body(peer: FakePeer, client: engram.AsyncClient) -> None:
         session = await client.open("count", "a", durability="interval")

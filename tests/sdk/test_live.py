@@ -27,6 +27,7 @@ def digits(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random((rows, 8), np.float32)
 
 
+@pytest.mark.promise(5)
 def test_every_way_to_step_gives_the_same_bits(shared_server) -> None:
     X = digits(100)
 
@@ -51,6 +52,7 @@ def test_every_way_to_step_gives_the_same_bits(shared_server) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("durability", ["step", "interval"])
 def test_kill_the_server_and_carry_on(server, durability: str) -> None:
     X = digits(3000)
@@ -230,6 +232,7 @@ def test_blocking_client_from_many_threads(shared_server) -> None:
         client.server()
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("durability", ["step", "interval"])
 def test_a_step_behind_a_wire_that_fails_is_applied_once(shared_server, durability: str) -> None:
     """The wire holds everything back, or loses it: the step is late, or was never there."""

@@ -95,6 +95,7 @@ def test_a_token_that_is_replaced_is_not_noticed(guarded: tuple[Any, pathlib.Pat
         asyncio.run(asyncio.wait_for(main(), 60))
 
 
+@pytest.mark.promise(10)
 def test_a_client_that_is_not_let_in_is_told_at_once(guarded: tuple[Any, pathlib.Path, pathlib.Path, str]) -> None:
     server, ca, _, _ = guarded
     for token, reason in ((None, "TOKEN_MISSING"), (new_token(), "TOKEN_UNKNOWN")):

@@ -54,6 +54,7 @@ def kinds_of(classes: Classes) -> list[str]:
     return kinds
 
 
+@pytest.mark.promise(1)
 @settings(max_examples=500, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 8), st.booleans()), min_size=1, max_size=20),
@@ -70,6 +71,7 @@ def test_classify_agrees_with_a_loop(given_rows: list[tuple[int, int, bool]], ad
     assert kinds_of(classes) == loop(rows, seqs, dict(enumerate(admitted)), refused)
 
 
+@pytest.mark.promise(1)
 @settings(max_examples=500, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6), st.booleans(), st.booleans()), min_size=1, max_size=24),

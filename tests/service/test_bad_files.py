@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 import engram_models
 from engram.v1 import session_pb2
@@ -116,6 +117,7 @@ def move_away_while_it_loads(bundles: Bundles, away: pathlib.Path) -> None:
         (bundles.directory / "moving").rename(away / f"moved-{number}")
 
 
+@pytest.mark.promise(11)
 def test_bad_bundles_are_refused_one_by_one(
     tmp_path: pathlib.Path, server_with: Callable[..., ServerProcess], connect: Connect
 ) -> None:

@@ -32,6 +32,7 @@ def opened(raw: Raw, count: int = 1, **fields: Any) -> list[int]:
     return handles
 
 
+@pytest.mark.promise(1)
 def test_a_bad_row_does_not_disturb_the_others(raw: Raw) -> None:
     a, b, c = opened(raw, 3)
     inputs = np.stack([GOOD, GOOD, GOOD])
@@ -70,6 +71,7 @@ def test_unusable_steps(raw: Raw, frame: dict[str, Any], reason: str) -> None:
     assert len(raw.step(handle, 1, GOOD)) == 40, "the session goes on"
 
 
+@pytest.mark.promise(1)
 def test_every_row_out_of_order_is_told_the_step_that_its_own_session_expects(raw: Raw) -> None:
     handles = opened(raw, 3)
     for number, handle in enumerate(handles):
@@ -81,6 +83,7 @@ def test_every_row_out_of_order_is_told_the_step_that_its_own_session_expects(ra
     assert told == ["1", "2", "3", "1"]
 
 
+@pytest.mark.promise(6)
 def test_unequal_columns_and_garbage(raw: Raw) -> None:
     (handle,) = opened(raw)
     for frame in (
@@ -104,6 +107,7 @@ def test_unequal_columns_and_garbage(raw: Raw) -> None:
     assert len(raw.step(handle, 1, GOOD)) == 40
 
 
+@pytest.mark.promise(6)
 def test_a_frame_too_large(raw: Raw) -> None:
     (handle,) = opened(raw)
     rows = 16_385
@@ -114,6 +118,7 @@ def test_a_frame_too_large(raw: Raw) -> None:
     assert len(raw.step(handle, 1, GOOD)) == 40
 
 
+@pytest.mark.promise(1)
 def test_repeated_steps_are_answered_with_the_same_bits(raw: Raw) -> None:
     (handle,) = opened(raw)
     first = raw.step(handle, 1, GOOD)
@@ -130,6 +135,7 @@ def test_repeated_steps_are_answered_with_the_same_bits(raw: Raw) -> None:
     assert raw.refusal() == ("SEQ_ACKNOWLEDGED", [3])
 
 
+@pytest.mark.promise(6)
 def test_the_reply_window_is_bounded(raw: Raw) -> None:
     response = raw.open("")
     (handle,) = np.frombuffer(response.handles, np.uint32).tolist()
@@ -196,6 +202,7 @@ def test_a_deadline_that_has_passed(raw: Raw) -> None:
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
 
 
+@pytest.mark.promise(1)
 def test_unary_steps(raw: Raw) -> None:
     def step(**fields: Any) -> session_pb2.StepResponse:
         response: session_pb2.StepResponse = raw.unary(
@@ -230,6 +237,7 @@ def test_a_thousand_opens_at_once(shared_server: ServerProcess, connect: Connect
         assert len(handles) == 250
 
 
+@pytest.mark.promise(12)
 def test_a_half_closed_stream_gets_its_answers_and_ends(raw: Raw) -> None:
     (handle,) = opened(raw)
     raw.steps([handle] * 5, [1, 2, 3, 4, 5], np.stack([GOOD] * 5))
@@ -240,6 +248,7 @@ def test_a_half_closed_stream_gets_its_answers_and_ends(raw: Raw) -> None:
     assert answered == 5
 
 
+@pytest.mark.promise(6)
 def test_a_slow_reader_holds_back_itself_alone(shared_server: ServerProcess, connect: Connect) -> None:
     """A client that sends and never reads is pushed back by flow control; another is served meanwhile."""
     slow = grpc.insecure_channel(shared_server.address, options=[("grpc.use_local_subchannel_pool", 1)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -75,6 +77,7 @@ def status(server: ServerProcess, path: str) -> int:
         return int(answer.status)
 
 
+@pytest.mark.promise(11)
 @pytest.mark.parametrize("hello", [b"", H2], ids=["raw", "http2"])
 def test_connections_that_use_up_the_files_disturb_nobody(
     narrow: ServerProcess, connect: Connect, hello: bytes
@@ -148,3 +151,43 @@ def test_too_few_files_are_said_at_the_start(server_with: Callable[..., ServerPr
     with pytest.raises(AssertionError, match="the server ended with 2"):
         server.start()
     assert "may open 100 files, and a server needs 256" in server.log.read_text()
+
+
+FULL = """
+import contextlib, os, resource, socket, sys, threading
+from engram_service.descriptors import Descriptors
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+listener = socket.create_server(("127.0.0.1", 0))
+port = listener.getsockname()[1]
+descriptors = Descriptors(Metrics(), Health())
+clients = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(40)]
+accepted = [listener.accept()[0] for _ in clients]
+kept = {accepted[0].getpeername()}
+
+def take():  # as gRPC's listener does, whatever file becomes free
+    while True:
+        with contextlib.suppress(OSError):
+            os.dup(0)
+
+with contextlib.suppress(OSError):
+    while True:
+        os.dup(0)
+sys.setswitchinterval(1e-6)
+threading.Thread(target=take, daemon=True).start()
+print(descriptors._end(port, kept, 1), flush=True)
+print([one.recv(1) for one in clients[1:]] == 39 * [b""], flush=True)
+clients[0].setblocking(False)
+try:
+    clients[0].recv(1)
+except BlockingIOError:
+    print("kept", flush=True)
+os._exit(0)
+"""
+
+
+def test_connections_are_ended_also_where_whatever_becomes_free_is_taken_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.split() == ["39", "True", "kept"], done.stderr

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +39,7 @@ def test_who_leaves(found: list[tuple[float, float, bool]], count: int) -> None:
     assert not gone.size or not left or max(used[gone]) <= min(used[at] for at in left), "the longest unused first"
 
 
+@pytest.mark.promise(7)
 @given(st.integers(2, 6), st.integers(0, 20), st.integers(0, 2**32))
 def test_everybody_gets_a_slot_however_busy_the_others_are(slots: int, more: int, seed: int) -> None:
     """All sessions want to step all the time. A model of the arena in small: who waits is served in turn."""
@@ -65,6 +67,7 @@ def test_everybody_gets_a_slot_however_busy_the_others_are(slots: int, more: int
     assert brought <= slots * (now / GRACE_S), "a slot changes hands no more often than it may"
 
 
+@pytest.mark.promise(7)
 def test_more_sessions_than_slots_all_go_on_with_the_same_bits(
     server_with: Callable[..., Any], tmp_path: pathlib.Path
 ) -> None:

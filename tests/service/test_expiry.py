@@ -26,6 +26,7 @@ def expired_keys(server: Any) -> float:
     return value
 
 
+@pytest.mark.promise(7)
 def test_a_session_expires_unless_somebody_holds_it(brief: Any) -> None:
     options = engram.ClientOptions(ttl_s=10 * TTL_S)
     with engram.Client(brief.address) as client, engram.Client(brief.address, options) as longer:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from engram.v1 import stream_pb2
 from engram_service.store.keys import session_tag
@@ -143,6 +144,7 @@ def test_a_repeat_that_comes_with_its_step_is_answered_as_one(
         assert server.series()["engram_rows_in_flight"] == 0
 
 
+@pytest.mark.promise(11)
 def test_whoever_shares_a_batch_with_a_step_that_fails_does_not_feel_it(
     server_with: Callable[..., ServerProcess], connect: Connect
 ) -> None:
@@ -197,6 +199,7 @@ def outcomes(raw: Any, count: int) -> dict[tuple[int, int], Any]:
     return found
 
 
+@pytest.mark.promise(11)
 def test_a_commit_that_cannot_be_put_together_holds_nobody(
     server_with: Callable[..., ServerProcess], connect: Connect
 ) -> None:

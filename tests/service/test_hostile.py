@@ -29,6 +29,7 @@ def sealed(body: bytes) -> bytes:
     return body + hashlib.blake2b(body, digest_size=16).digest()
 
 
+@pytest.mark.promise(6)
 def test_a_forged_export_is_refused() -> None:
     """Lengths that point beyond the end, bytes that nobody asked for, names that are no text: with the right digest."""
     body = exported(Exported("cam", "m", "1", b"record", [b"chunk"]))[:-16]
@@ -63,6 +64,7 @@ def test_no_rows_of_bytes_are_a_tensor_too() -> None:
     assert from_bytes(np.zeros((0, 16), np.uint8), TensorSpec("y", "float32", (4,))).shape == (0, 4)
 
 
+@pytest.mark.promise(6)
 def test_a_lifetime_beyond_the_calendar_is_refused_and_spoils_no_listing(raw: Raw) -> None:
     for ttl_ms in (2**64 - 1, 2**62, 10**17):
         begun = time.monotonic()

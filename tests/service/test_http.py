@@ -288,6 +288,7 @@ def test_a_body_that_goes_on_for_ever(server: ServerProcess) -> None:
     assert ask(server, "/readyz")[0] == 200
 
 
+@pytest.mark.promise(6)
 def test_ten_times_as_many_connections_as_there_may_be(server: ServerProcess) -> None:
     descriptors = len(os.listdir(f"/proc/{server.pid}/fd"))
     idle = [Caller(server) for _ in range(CONNECTIONS * 10)]

@@ -29,6 +29,7 @@ def until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return condition()
 
 
+@pytest.mark.promise(7)
 @pytest.mark.single_redis("it measures the memory of one Redis")
 @pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 def test_idle_sessions_are_small_in_the_server_and_in_redis(

@@ -484,6 +484,7 @@ def _tokens_file(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+@pytest.mark.promise(10)
 @pytest.mark.timeout(SECONDS + 120)
 @pytest.mark.single_redis("its replies go through a proxy")
 def test_every_output_belongs_to_who_gets_it(

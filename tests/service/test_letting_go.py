@@ -84,6 +84,7 @@ def reasons(frame: Any) -> set[str]:
     return {one.error.reason for one in frame.errors}
 
 
+@pytest.mark.promise(12)
 @pytest.mark.parametrize("detach", [False, True], ids=["close", "detach"])
 def test_an_end_whose_stream_is_cut_off_is_finished(server: ServerProcess, connect: Connect, detach: bool) -> None:
     for lag in (0.0, 0.001, 0.002, 0.003, 0.005, 0.01):
@@ -100,6 +101,7 @@ def test_an_end_whose_stream_is_cut_off_is_finished(server: ServerProcess, conne
     until(server, "engram_rows_in_flight")
 
 
+@pytest.mark.promise(12)
 def test_an_end_while_redis_hangs_is_finished_and_its_repeat_joins_it(
     server: ServerProcess, redis_process: Any, connect: Connect
 ) -> None:
@@ -121,6 +123,7 @@ def test_an_end_while_redis_hangs_is_finished_and_its_repeat_joins_it(
     assert len(handles_of(raw.open(*(f"t{n}" for n in range(COUNT))))) == COUNT, "the quota is free again"
 
 
+@pytest.mark.promise(12)
 def test_an_open_that_is_cancelled_leaves_no_session_and_no_place(
     server: ServerProcess, redis_process: Any, connect: Connect
 ) -> None:
@@ -143,6 +146,7 @@ def test_an_open_that_is_cancelled_leaves_no_session_and_no_place(
         assert not raw.next("closed").errors
 
 
+@pytest.mark.promise(12)
 def test_handles_are_used_again_and_old_ones_name_nobody(server: ServerProcess, connect: Connect) -> None:
     raw = connect(server, TOKEN)
     before: list[int] = []
@@ -162,6 +166,7 @@ def test_handles_are_used_again_and_old_ones_name_nobody(server: ServerProcess, 
     assert reasons(raw.next("closed")) == {"INVALID_HANDLE"}
 
 
+@pytest.mark.promise(12)
 def test_a_close_by_its_id_is_finished_though_its_caller_went(
     server: ServerProcess, redis_process: Any, connect: Connect
 ) -> None:
@@ -177,6 +182,7 @@ def test_a_close_by_its_id_is_finished_though_its_caller_went(
         raw.get("mine")
 
 
+@pytest.mark.promise(12)
 def test_every_repeat_of_a_step_under_way_is_answered(
     server: ServerProcess, redis_process: Any, connect: Connect
 ) -> None:
@@ -218,6 +224,7 @@ def test_a_refused_row_says_what_became_of_the_step(
     assert applied() == ["unknown"], "no session has this handle, and it is not known whose it was"
 
 
+@pytest.mark.promise(12)
 def test_closes_that_wait_their_turn_are_finished_though_their_stream_is_gone(
     server: ServerProcess, redis_process: Any, connect: Connect
 ) -> None:

@@ -199,6 +199,7 @@ def _refused(work: Callable[[], object]) -> None:
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, caught.value
 
 
+@pytest.mark.promise(9)
 def test_an_operation_is_applied_once_on_whichever_server(
     clients: list[engram.Client], pair: list[Any], name: str, connect: Any
 ) -> None:
@@ -224,6 +225,7 @@ def test_an_operation_is_applied_once_on_whichever_server(
         assert (known.stored, known.count) == (4, 1), "a new log still knows the calls of the old one"
 
 
+@pytest.mark.promise(9)
 def test_two_servers_storing_at_once_lose_nothing(clients: list[engram.Client], name: str) -> None:
     clients[0].open("dense", name)
     stored = patterns(120, seed=3)

@@ -59,6 +59,7 @@ def test_what_is_packed_is_unpacked(
     assert replace(found, bits=rows) == replace(chunk, bits=rows, labels=list(labels), operations=operations)
 
 
+@pytest.mark.promise(9)
 @given(place=st.integers(0, 10**6), value=st.integers(1, 255))
 @settings(deadline=None, max_examples=60)
 def test_a_damaged_chunk_is_refused(place: int, value: int) -> None:
@@ -70,6 +71,7 @@ def test_a_damaged_chunk_is_refused(place: int, value: int) -> None:
         unpack_chunk(bytes(data[: place % len(data)]))
 
 
+@pytest.mark.promise(9)
 def test_a_log_is_followed_and_another_one_is_not() -> None:
     one, other = Held(OWN), Held(OWN)
     first = store(one, "a", "b")

@@ -23,6 +23,7 @@ commits._LINES_MAX, commits._TIMEOUT_S = 1, 60.0
 """
 
 
+@pytest.mark.promise(6)
 def test_a_row_whose_time_is_up_in_the_queue_is_not_computed_and_its_seq_stands(
     server_with: Callable[..., ServerProcess], redis_process: Any, connect: Connect
 ) -> None:

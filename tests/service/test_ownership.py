@@ -50,6 +50,7 @@ def step(raw: Raw, handle: int, seq: int) -> bytes:
     return bytes(raw.step(handle, seq, INPUTS[seq - 1], acknowledged_seqs=np.array([seq - 1], np.uint64).tobytes()))
 
 
+@pytest.mark.promise(3)
 def test_the_newest_open_wins_and_the_other_is_told(shared_server: ServerProcess, connect: Connect) -> None:
     first, second = connect(shared_server), connect(shared_server)
     name = f"mine-{time.time()}"
@@ -87,6 +88,7 @@ def test_an_open_of_a_client_that_is_gone_takes_nothing(pair: list[ServerProcess
         step(again, handle, 1)
 
 
+@pytest.mark.promise(3)
 def test_an_open_that_comes_late_takes_nothing_from_a_newer_one(pair: list[ServerProcess], connect: Connect) -> None:
     """The wire held it back: its server knows nothing of its client's end, and is the one that claims last."""
     one, two = pair
@@ -188,6 +190,7 @@ def test_one_id_belongs_to_one_model(
         assert [row.error.reason for row in response.errors] == ["SESSION_OF_OTHER_MODEL"]
 
 
+@pytest.mark.promise(3)
 def test_two_servers_hand_a_session_back_and_forth(pair: list[ServerProcess], connect: Connect) -> None:
     raws = [connect(server) for server in pair]
     lone = handle_of(raws[0], "lone")
@@ -197,6 +200,7 @@ def test_two_servers_hand_a_session_back_and_forth(pair: list[ServerProcess], co
         assert step(raws[seq % 2], handle, seq) == expected[seq - 1]
 
 
+@pytest.mark.promise(3)
 def test_a_server_that_was_asleep_cannot_write(pair: list[ServerProcess], connect: Connect) -> None:
     one, two = pair
     raw = connect(one)
@@ -220,6 +224,7 @@ def test_a_server_that_was_asleep_cannot_write(pair: list[ServerProcess], connec
     assert step(raw, expected_handle, 6), "its other sessions go on"
 
 
+@pytest.mark.promise(2)
 def test_a_killed_server_comes_back_with_every_session(server: ServerProcess, connect: Connect) -> None:
     raw = connect(server)
     names = [f"s{n}" for n in range(50)]
@@ -239,6 +244,7 @@ def test_a_killed_server_comes_back_with_every_session(server: ServerProcess, co
         assert step(raw, handle, 4) == last
 
 
+@pytest.mark.promise(4)
 def test_the_answer_that_was_lost_is_given_after_a_restart(server: ServerProcess, connect: Connect) -> None:
     raw = connect(server)
     handle = handle_of(raw, "lost-reply")
@@ -252,6 +258,7 @@ def test_the_answer_that_was_lost_is_given_after_a_restart(server: ServerProcess
     assert bytes(outputs.outputs) == b"".join(answers)
 
 
+@pytest.mark.promise(12)
 def test_a_client_killed_in_the_middle_disturbs_nobody(shared_server: ServerProcess, connect: Connect) -> None:
     raw = connect(shared_server)
     handle = handle_of(raw, f"neighbour-{time.time()}")

@@ -17,7 +17,8 @@ from engram_service.settings import SettingError, read_settings
 
 EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "examples" / "my-cell"
 ServerProcess = Any
-pytestmark = pytest.mark.timeout(300)  # several processes import torch one after the other
+# Several processes import torch one after the other.
+pytestmark = [pytest.mark.usefixtures("server_wire"), pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,7 @@ def test_a_paused_redis_is_waited_for(server: ServerProcess, redis_process: Redi
     assert _step(raw, handle, 3) == expected[2]
 
 
+@pytest.mark.promise(2)
 def test_a_paused_redis_beyond_the_deadline_is_unavailable_and_then_found_again(
     server: ServerProcess, redis_process: RedisProcess, connect: Connect
 ) -> None:
@@ -123,6 +124,7 @@ def _step_all(raw: Raw, handles: NDArray[Any], seqs: Iterable[int]) -> None:
             left -= len(frame.outputs.seqs) // 8
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("emptied", [False, True], ids=["restarted", "restarted empty"])
 def test_a_killed_redis_loses_nothing(
     server: ServerProcess, redis_process: RedisProcess, connect: Connect, emptied: bool
@@ -159,6 +161,7 @@ def test_a_killed_redis_loses_nothing(
     assert _step(other, taken, 2) == expected[1]
 
 
+@pytest.mark.promise(2)
 def test_an_open_right_after_redis_came_back_empty_carries_on(
     server: ServerProcess, redis_process: RedisProcess, connect: Connect
 ) -> None:
@@ -280,6 +283,7 @@ def test_a_closed_session_stays_closed(server: ServerProcess, connect: Connect) 
     assert raw.refusal()[0] == "SESSION_CLOSED"
 
 
+@pytest.mark.promise(6)
 def test_a_full_queue_refuses_those_with_more_than_their_share(
     server_with: Callable[..., ServerProcess], redis_process: RedisProcess, connect: Connect
 ) -> None:

@@ -26,6 +26,7 @@ def rows(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int32)
 
 
+@pytest.mark.promise(10)
 def test_a_reference_ends_with_its_session_and_not_with_its_row() -> None:
     table = SessionTable()
     first = table.add("tenant/first")
@@ -49,6 +50,7 @@ def test_a_session_that_is_in_a_batch_or_being_flushed_is_not_forgotten() -> Non
         table.remove(rows(row))
 
 
+@pytest.mark.promise(10)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=200))
 def test_references_against_a_model(actions: list[tuple[bool, int]]) -> None:
@@ -65,6 +67,7 @@ def test_references_against_a_model(actions: list[tuple[bool, int]]) -> None:
         assert table.rows_of(reference).tolist() == ([living[key]] if key in living else [])
 
 
+@pytest.mark.promise(10)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["name", "end", "close"]), st.integers(0, 40)), max_size=300))
 def test_handles_against_a_model(actions: list[tuple[str, int]]) -> None:
@@ -128,6 +131,7 @@ class Named:
 _NUMBERS = st.integers(0, 200)  # more than there is room for at first
 
 
+@pytest.mark.promise(10)
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(

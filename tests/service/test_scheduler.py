@@ -350,6 +350,7 @@ _ACTIONS = st.one_of(
 )
 
 
+@pytest.mark.promise(1)
 @settings(max_examples=400)
 @given(st.lists(_ACTIONS, max_size=60), st.integers(1, 4))
 def test_nothing_is_lost_doubled_or_out_of_order(actions: list[tuple[object, ...]], run_max: int) -> None:

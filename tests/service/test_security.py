@@ -292,6 +292,7 @@ def test_no_request_has_a_session_id_that_is_not_confined() -> None:
             assert not named
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize("method", sorted(ASKED))
 def test_another_tenants_session_is_not_found(method: str, acme: Peer, globex: Peer) -> None:
     session_id, missing = f"{HERE}-{method}", f"gone-{method}"
@@ -310,6 +311,7 @@ def test_another_tenants_session_is_not_found(method: str, acme: Peer, globex: P
     acme.unary(asked(method, session_id))  # while its own tenant finds it
 
 
+@pytest.mark.promise(10)
 def test_two_tenants_have_a_session_of_the_same_id(acme: Peer, globex: Peer) -> None:
     ours, theirs = acme.stream().open("cam-7"), globex.stream().open("cam-7")
     assert ours.created == theirs.created == b"\1"
@@ -323,6 +325,7 @@ def test_two_tenants_have_a_session_of_the_same_id(acme: Peer, globex: Peer) -> 
     assert acme.step(0, 3).WhichOneof("frame") == "outputs", "neither taken over nor closed"
 
 
+@pytest.mark.promise(10)
 def test_an_attach_does_not_reach_another_tenant(acme: Peer, globex: Peer) -> None:
     acme.stream().open("attached", client_id=99)
     refused_row = globex.stream().open("attached", attach=True, client_id=99).errors
@@ -331,6 +334,7 @@ def test_an_attach_does_not_reach_another_tenant(acme: Peer, globex: Peer) -> No
     assert [detail.reason for detail in errors.errors] == ["INVALID_HANDLE"], "handles are a stream's own"
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize("tenant", ["acme", ""])
 def test_no_id_spells_another_tenants_key(tenant: str, globex: Peer, acme: Peer) -> None:
     acme.stream().open("spelt")
@@ -339,6 +343,7 @@ def test_no_id_spells_another_tenants_key(tenant: str, globex: Peer, acme: Peer)
     assert [row.error.reason for row in globex.stream().open(spelt).errors] == ["INVALID_SESSION_ID"]
 
 
+@pytest.mark.promise(10)
 def test_a_list_has_the_callers_sessions_alone(acme: Peer, globex: Peer) -> None:
     acme.stream().open(*(f"listed-a{i}" for i in range(30)))
     globex.stream().open(*(f"listed-g{i}" for i in range(30)))
@@ -357,6 +362,7 @@ def test_a_list_has_the_callers_sessions_alone(acme: Peer, globex: Peer) -> None
     assert listed(globex) == {f"listed-g{i}" for i in range(30)}
 
 
+@pytest.mark.promise(10)
 def test_an_export_is_imported_into_the_callers_tenant(acme: Peer, globex: Peer) -> None:
     acme.stream().open("travels", "left-alone")
     acme.step(0)
@@ -381,6 +387,7 @@ def test_a_fork_stays_in_its_tenant(acme: Peer, globex: Peer) -> None:
     assert refused(lambda: acme.unary(pb.GetSessionRequest(session_id=made)))[1] == "SESSION_NOT_FOUND"
 
 
+@pytest.mark.promise(10)
 def test_a_unary_step_makes_a_session_of_the_callers_own(acme: Peer, globex: Peer) -> None:
     step = pb.StepRequest(session_id="unary", model=LSTM_MODEL, inputs=[1, 1, 1])
     assert [acme.unary(step).seq, acme.unary(step).seq, globex.unary(step).seq] == [1, 2, 1]
@@ -403,6 +410,7 @@ def test_a_server_without_tokens_keeps_the_keys_that_it_had() -> None:
 # Tokens
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("token", "reason"), [(None, "TOKEN_MISSING"), ("engram_nonsense", "TOKEN_UNKNOWN"), ("old", "TOKEN_EXPIRED")]
@@ -505,6 +513,7 @@ def bad_files(path: pathlib.Path) -> list[tuple[Callable[[], object], str]]:
     ]
 
 
+@pytest.mark.promise(10)
 def test_a_stream_ends_when_its_token_expires_or_loses_the_right(own_guarded: tuple[Any, TokensFile]) -> None:
     server, mine = own_guarded
     soon = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 4))

@@ -21,6 +21,8 @@ import pytest
 
 from engram.v1 import session_pb2, stream_pb2
 
+pytestmark = pytest.mark.usefixtures("server_wire")
+
 ServerProcess = Any
 Connect = Callable[[ServerProcess], Any]
 

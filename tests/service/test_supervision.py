@@ -54,11 +54,9 @@ def body_of(server: Any, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-@pytest.mark.parametrize("wire", ["auto", "python"])
-def test_a_server_outlives_its_background_work(
-    server_with: Callable[..., Any], connect: Callable[[Any], Any], wire: str
-) -> None:
-    server = server_with("--shipped-models", "false", "--wire", wire)
+@pytest.mark.promise(11)
+def test_a_server_outlives_its_background_work(server_with: Callable[..., Any], connect: Callable[[Any], Any]) -> None:
+    server = server_with("--shipped-models", "false")
     server.faults = FAULTS
     with server:
         raw = connect(server)

@@ -129,6 +129,7 @@ def test_tls_and_a_certificate_that_is_renewed(
         assert "a named pipe, not a regular file" in server.log.read_text()
 
 
+@pytest.mark.promise(10)
 def test_mtls_lets_in_whom_the_client_ca_has_signed(
     server_type: Any, models: pathlib.Path, certificates: Any, tmp_path: pathlib.Path
 ) -> None:

@@ -49,6 +49,7 @@ def run(
     return [runtime.step(slots, x, feedback).outputs for x in inputs]
 
 
+@pytest.mark.promise(5)
 @pytest.mark.parametrize("name", CELLS)
 def test_recorded_steps_give_the_cells_bits(name: str, tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)

@@ -49,6 +49,7 @@ def records(process: Any) -> set[bytes]:
     return {process.client.get(key) or b"" for key in process.client.scan_iter("engram:{*}:*")}
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_replicated_commits_are_on_the_replica_when_they_are_told(
     open_store: OpenStore, primary: Any, replica: Any, holder: MakeHolder, way: str
@@ -90,6 +91,7 @@ def test_without_its_replica_a_commit_waits_says_why_and_goes_on_by_itself(
     assert len(records(replica)) == 1
 
 
+@pytest.mark.promise(2)
 def test_disk_commits_wait_for_the_append_only_file(
     open_store: OpenStore, start_redis: Any, holder: MakeHolder, troubles: Any, eventually: Any
 ) -> None:

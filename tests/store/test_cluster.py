@@ -76,6 +76,7 @@ def test_sessions_on_all_nodes(cluster: Cluster, open_store: OpenStore, holder: 
     assert store.losses == other.losses == 0
 
 
+@pytest.mark.promise(3)
 def test_a_slot_moves_while_its_session_is_stepped(
     cluster: Cluster, open_store: OpenStore, holder: MakeHolder, troubles: Any
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_slot_moves_while_its_session_is_stepped(
     assert not any(told.told), "none of this is trouble"
 
 
+@pytest.mark.promise(9)
 def test_memories_on_all_nodes_and_in_a_slot_that_moves(
     cluster: Cluster, open_store: OpenStore, holder: MakeHolder
 ) -> None:

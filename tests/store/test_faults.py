@@ -32,6 +32,7 @@ OpenStore = Callable[..., Store]
 OK, FENCED = Verdict.OK, Verdict.FENCED
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_commit_whose_answer_is_lost_is_settled_once(
     open_store: OpenStore, wire: Any, holder: MakeHolder, way: str
@@ -44,6 +45,7 @@ def test_a_commit_whose_answer_is_lost_is_settled_once(
     assert wire.lost == 1 and owner.stored() == [2, 2]
 
 
+@pytest.mark.promise(3)
 def test_a_commit_that_was_written_but_never_answered_and_then_fenced(
     open_store: OpenStore, store: Store, wire: Any, holder: MakeHolder
 ) -> None:
@@ -58,6 +60,7 @@ def test_a_commit_that_was_written_but_never_answered_and_then_fenced(
     assert records.seq.tolist() == [1] and taker.commit(2) == [OK]
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_a_lost_connection_still_holds_never_comes_after_later_commits(
     open_store: OpenStore, wire: Any, holder: MakeHolder, way: str, monkeypatch: pytest.MonkeyPatch
@@ -178,6 +181,7 @@ def test_a_claim_does_not_start_a_session_over_when_redis_came_back_empty(
     assert holder(store, "a").claim().claims[0].status is ClaimStatus.CARRIED
 
 
+@pytest.mark.promise(2)
 def test_what_was_on_its_way_when_redis_lost_its_data_does_not_meet_the_empty_one(
     store: Store, redis_process: Any, holder: MakeHolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def head(store: Store, name: str) -> MemoryHead:
     return found
 
 
+@pytest.mark.promise(9)
 def test_a_log_is_written_by_who_knows_it(store: Store, holder: MakeHolder) -> None:
     logs = store.memories
     assert logs.look("a") is None and logs.copy("a") == []

@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -214,3 +215,42 @@ def test_the_file_is_synced_whatever_it_is_called(
         assert max(sizes) > 0
     finally:
         one.stop()
+
+
+FULL = """
+import contextlib, os, pathlib, resource, sys, time
+from engram_service.observability.health import Health
+from engram_service.observability.metrics import Metrics
+from engram_service.store.private import PrivateRedis, PrivateSettings
+from engram_service.supervision import Supervisor
+
+metrics, synced, real = Metrics(), [], os.fdatasync
+os.fdatasync = lambda file: (real(file), synced.append(file))
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+one = PrivateRedis(PrivateSettings(pathlib.Path(sys.argv[1])), Supervisor(metrics, Health()))
+one.start()
+
+def wait(count, full):
+    end = time.monotonic() + 30
+    while len(synced) < count:
+        assert time.monotonic() < end, "no more syncs"
+        with contextlib.suppress(OSError):
+            while full:
+                taken.append(os.dup(0))
+        time.sleep(0.02)
+
+taken = []
+wait(5, False)  # by then the directory has not changed for a while
+wait(len(synced) + 4, True)
+for file in taken:
+    os.close(file)
+print([sample for family in metrics.registry.collect() if family.name == "engram_task_failures" for sample in family.samples])
+one.stop()
+"""
+
+
+def test_the_file_is_synced_also_while_no_file_can_be_opened(directory: pathlib.Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(directory)], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.stdout == "[]\n", done.stdout + done.stderr

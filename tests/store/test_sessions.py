@@ -34,6 +34,7 @@ def test_a_claim_creates_and_the_next_carries_on(store: Store, holder: MakeHolde
     assert keys_of(redis_process) == 4, "two keys a session, none left behind by the claim"
 
 
+@pytest.mark.promise(3)
 def test_a_commit_under_an_old_token_changes_nothing(store: Store, holder: MakeHolder) -> None:
     old = holder(store, "a").claim()
     assert old.commit(1) == [OK]
@@ -45,6 +46,7 @@ def test_a_commit_under_an_old_token_changes_nothing(store: Store, holder: MakeH
     assert [old.commit(3), new.commit(3), newest.commit(3)] == [[FENCED], [FENCED], [OK]]
 
 
+@pytest.mark.promise(3)
 def test_rows_of_a_batch_are_judged_one_by_one(store: Store, holder: MakeHolder, redis_process: Any) -> None:
     names = [f"s{n}" for n in range(50)]
     old = holder(store, *names).claim()
@@ -161,6 +163,7 @@ def test_a_record_that_was_evicted_is_written_back(store: Store, holder: MakeHol
     assert owner.commit(2) == [OK] and owner.stored() == [2]
 
 
+@pytest.mark.promise(3)
 def test_a_claim_replaces_the_one_that_was_seen_and_no_other(store: Store, holder: MakeHolder) -> None:
     first = holder(store, "a").claim(replaces="")
     assert first.claims[0].status is ClaimStatus.CREATED and store.holders(["a", "b"]) == [first.tokens[0], ""]

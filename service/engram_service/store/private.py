@@ -31,6 +31,7 @@ from redis.retry import Retry
 
 from engram_service.observability.health import Health
 from engram_service.observability.metrics import Metrics
+from engram_service.store.append_only import AppendOnlyFiles
 from engram_service.store.types import StoreError
 from engram_service.supervision import Supervisor
 
@@ -40,7 +41,6 @@ _SOCKET_PATH_MAX = 100  # the kernel takes 107 bytes
 _START_TIMEOUT_S = 60.0
 _WATCH_S = 0.2
 _AGAIN_S = 2.0  # between starts that fail
-_AOF_DIRECTORY = "appendonlydir"  # from Redis 7 on; before, it was one file
 _REWRITE_MIN = 256 << 20  # bytes; the append-only file is rewritten when it is longer than this and
 _REWRITE_RATIO = 3  # than so many times the data
 
@@ -63,6 +63,7 @@ class PrivateRedis:
         self._lock: IO[str] | None = None
         self._stopping = threading.Event()
         self._watcher = self._supervisor.thread("redis-watch", self._watch, self._stopping)
+        self._files = AppendOnlyFiles(self._directory)
         self._unsynced: set[str] = set()  # files that could not be brought to the disk at the last try
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -158,7 +159,7 @@ class PrivateRedis:
 
     def _check_age(self, binary: str) -> None:
         """A Redis before 7 does not see what a newer one has written, and would begin with nothing."""
-        if not (self._directory / _AOF_DIRECTORY).is_dir():
+        if not self._files.by_directory:
             return
         said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=10).stdout
         version = re.search(r"v=(\d+)", said)
@@ -217,21 +218,10 @@ class PrivateRedis:
     def _sync(self) -> None:
         """Brings the append-only file to the disk, once a second. Redis's own everysec would do the same, but holds back
         writes that it has already acknowledged while a sync takes long: a kill -9 of Redis would lose them."""
-        failed: set[str] = set()
-        for path in (*self._directory.glob("appendonly*.aof"), *self._directory.glob(f"{_AOF_DIRECTORY}/*.incr.aof")):
-            try:
-                file = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                continue  # rewritten meanwhile
-            try:
-                os.fdatasync(file)
-            except OSError as error:
-                failed.add(path.name)
-                if path.name not in self._unsynced:
-                    self._supervisor.failed("redis-sync", error)
-            finally:
-                os.close(file)
-        self._unsynced = failed
+        failed = self._files.sync()
+        for name in failed.keys() - self._unsynced:
+            self._supervisor.failed("redis-sync", failed[name])
+        self._unsynced = set(failed)
 
     def _shorten(self) -> None:
         """Has the append-only file rewritten when most of it is of the past. Redis's own rule goes by the length that it
