@@ -105,7 +105,7 @@ async def serve(settings: Settings) -> None:
         port = await server.start()
         _announce(settings, port, http.address, device, wire.name)
         metrics.build_info.labels(__version__, wire.name).set(1)
-        metrics.wire.read = wire.counters
+        metrics.wire.read, metrics.stage_seconds.written = wire.counters, wire.written
 
         signals.on_reload = lambda: supervisor.once("models reload", catalog.reload())
         path.run()
