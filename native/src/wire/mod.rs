@@ -424,8 +424,8 @@ impl Wire {
         all
     }
 
-    /// How long answers of rows, and those to unary calls, took from `answer` or `respond` until the kernel had them: how many by
-    /// bucket, one more than there are `edges`, and seconds in all.
+    /// How long answers of rows, and those to unary calls, took from `answer` or `respond` until they were given to the kernel: how many
+    /// by bucket, one more than there are `edges`, and seconds in all.
     fn written(&self) -> (Vec<u64>, f64) {
         self.server.written.read()
     }

@@ -1,4 +1,4 @@
-//! When a connection's bytes were read, and how long answers took from `answer` to the kernel.
+//! When a connection's bytes were read, and how long answers took from `answer` until they were given to the kernel.
 
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub fn seconds(nanoseconds: u64) -> f64 {
     nanoseconds as f64 / 1e9
 }
 
-/// How long answers of rows took from `answer` until the kernel had them: a histogram, over all connections.
+/// How long answers of rows took from `answer` until they were given to the kernel: a histogram, over all connections.
 pub struct Written {
     edges: Vec<u64>,        // upper ones, in ns, ascending
     counts: Vec<AtomicU64>, // rows, one more than there are edges
@@ -73,6 +73,7 @@ pub struct Times {
 struct Unwritten {
     answers: Vec<(u64, u64)>, // given to HTTP/2: when, and how many rows
     encoded: Option<usize>,   // so many of them are in what is being written
+    began: u64,               // the write that gives the last of it to the kernel
 }
 
 impl Times {
@@ -101,12 +102,13 @@ impl Times {
     /// HTTP/2 writes what it has encoded. What it is given meanwhile is in a later write.
     pub fn writes(&self) {
         let mut unwritten = self.unwritten.lock();
+        unwritten.began = now();
         if unwritten.encoded.is_none() {
             unwritten.encoded = Some(unwritten.answers.len());
         }
     }
 
-    /// All of that is the kernel's.
+    /// All of that is the kernel's. Its reader may have it before the kernel comes back from the write, so the time is that before.
     pub fn wrote(&self) {
         let mut unwritten = self.unwritten.lock();
         let Some(encoded) = unwritten.encoded.take() else {
@@ -115,9 +117,9 @@ impl Times {
         if encoded == 0 {
             return;
         }
-        let now = now();
+        let began = unwritten.began;
         for (since, rows) in unwritten.answers.drain(..encoded) {
-            self.written.add(now.saturating_sub(since), rows);
+            self.written.add(began.saturating_sub(since), rows);
         }
         if unwritten.answers.is_empty() && unwritten.answers.capacity() > UNWRITTEN_KEPT {
             unwritten.answers = Vec::new();

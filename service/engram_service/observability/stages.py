@@ -8,7 +8,7 @@ compute   until the model had computed the batch
 commit    until Redis had said OK; none under interval durability
 answer    until the wire was given the answer
 total     all of these, which follow one another without a gap
-wire_out  then, until the kernel had the answer; counted by the wire
+wire_out  then, until the answer was given to the kernel; counted by the wire
 """
 
 from __future__ import annotations
