@@ -1,5 +1,6 @@
 """What Engram does for each message, in Rust. src/wire/mod.rs says what each of these does."""
 
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
@@ -52,6 +53,7 @@ class Wire:
         relay: str | None = None,
         relayed: int = 256,
         refusals: dict[str, tuple[int, str, bytes]] = ...,
+        edges: Sequence[float] = ...,
     ) -> None: ...
     def listen(self, descriptor: int) -> None: ...
     def set_tls(self, certificate: bytes, key: bytes, clients: bytes | None = None) -> None: ...
@@ -67,6 +69,7 @@ class Wire:
         timeouts_ms: NDArray[np.uint32],
         input_nbytes: NDArray[np.uint32],
         inputs: NDArray[np.uint8],
+        times: NDArray[np.float64],
     ) -> None: ...
     def answer(
         self,
@@ -82,6 +85,7 @@ class Wire:
     def finish(self, call: int, code: int = 0, message: str = "", details: bytes | None = None) -> None: ...
     def drain(self) -> None: ...
     def counters(self) -> dict[str, int]: ...
+    def written(self) -> tuple[list[int], float]: ...
     def close(self, grace_s: float = 0.0) -> None: ...
 
 @final

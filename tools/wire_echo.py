@@ -58,7 +58,7 @@ def answer(wire: engram_native.Wire, rows: int, nbytes: int) -> None:
     calls, handles, timeouts, widths = (np.empty(rows, np.uint32) for _ in range(4))
     seqs, acknowledged = np.empty(rows, np.uint64), np.empty(rows, np.uint64)
     flags, inputs = np.empty(rows, np.uint8), np.empty(wire.input_nbytes, np.uint8)
-    wire.columns(calls, handles, seqs, acknowledged, flags, timeouts, widths, inputs)
+    wire.columns(calls, handles, seqs, acknowledged, flags, timeouts, widths, inputs, np.empty((rows, 4)))
     wire.answer(calls, handles, seqs, np.zeros(rows * nbytes, np.uint8), np.empty(0, np.uint64))
 
 

@@ -132,7 +132,7 @@ async def _serve(
         gc.freeze()  # what is there stays: to look through it for garbage would stop everybody, and torch's objects for 80 ms
         port = await front.start()
         metrics.build_info.labels(__version__, front.wire.name).set(1)
-        metrics.wire.read = front.wire.counters
+        metrics.wire.read, metrics.stage_seconds.written = front.wire.counters, front.wire.written
         await channel.call("models", models=_models(catalog))
         channel.tell("ready", port=port, device=device.name, wire=front.wire.name)
 

@@ -79,7 +79,7 @@ class Service:
         calls, handles, timeouts, widths = (np.empty(rows, np.uint32) for _ in range(4))
         seqs, acknowledged = np.empty(rows, np.uint64), np.empty(rows, np.uint64)
         flags, inputs = np.empty(rows, np.uint8), np.empty(self.wire.input_nbytes, np.uint8)
-        self.wire.columns(calls, handles, seqs, acknowledged, flags, timeouts, widths, inputs)
+        self.wire.columns(calls, handles, seqs, acknowledged, flags, timeouts, widths, inputs, np.empty((rows, 4)))
         start = 0
         for part in np.split(np.arange(rows), np.flatnonzero(np.diff(widths)) + 1):
             end = start + int(widths[part].sum())

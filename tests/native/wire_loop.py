@@ -36,6 +36,7 @@ class Loop(threading.Thread):
         self.answers = answers
         self.rows: list[tuple[int, ...]] = []  # call, handle, seq, acknowledged, flags, timeout, input bytes
         self.inputs = b""
+        self.times: list[list[float]] = []
         self.events: list[Any] = []
         self._ended = False
         self.start()
@@ -54,7 +55,9 @@ class Loop(threading.Thread):
         kinds = (np.uint32, np.uint32, np.uint64, np.uint64, np.uint8, np.uint32, np.uint32)
         columns = [np.empty(rows, kind) for kind in kinds]
         inputs = np.empty(self.wire.input_nbytes, np.uint8)
-        self.wire.columns(*columns, inputs)
+        times = np.empty((rows, 4))
+        self.wire.columns(*columns, inputs, times)
+        self.times += times.tolist()
         if self.answers:
             widths, start = columns[-1], 0
             for part in np.split(np.arange(rows), np.flatnonzero(np.diff(widths)) + 1) if rows else []:

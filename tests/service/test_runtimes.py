@@ -262,7 +262,7 @@ def test_a_model_that_is_paused_has_no_batch_and_the_others_have_theirs(
         count = len(rows)
         scheduler.add(which, Steps(
             np.array(rows, np.int32), np.ones(count, np.uint32), np.arange(count, dtype=np.uint32), np.ones(count, np.uint64),
-            np.zeros(count, np.uint8), np.full(count, np.inf), np.zeros(count), np.zeros((count, 4), np.uint8),
+            np.zeros(count, np.uint8), np.full(count, np.inf), np.zeros((count, 4)), np.zeros((count, 4), np.uint8),
         ))  # fmt: skip
 
     for _ in range(2):

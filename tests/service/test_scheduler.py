@@ -33,8 +33,9 @@ def steps_of(rows: list[Row]) -> Steps:
             zip(*rows, strict=True) if rows else ((), (), (), ()), (np.int32, np.uint32, np.uint64, float), strict=True
         )
     )  # fmt: skip
+    times = (seq * 1.5)[:, None] + np.arange(4)
     mark = np.stack([row, seq], axis=1).astype("<u4").view(np.uint8).reshape(-1, 8)
-    return Steps(row, stream, (row + 100).astype(np.uint32), seq, (seq % 4).astype(np.uint8), deadline, seq * 1.5, mark)
+    return Steps(row, stream, (row + 100).astype(np.uint32), seq, (seq % 4).astype(np.uint8), deadline, times, mark)
 
 
 def rows_of(steps: Steps | None) -> list[Row]:

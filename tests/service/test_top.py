@@ -111,7 +111,7 @@ def test_rates_are_of_the_time_between_and_a_new_start_has_none() -> None:
         "p50": pytest.approx(5.5556, abs=1e-3),
         "p99": pytest.approx(91),
     }
-    assert found["servers"][0]["latency_ms"]["queue"] is None
+    assert found["servers"][0]["latency_ms"]["wait"] is None
     again = figures([new], [scraped(14.0, steps=3)])
     assert again["servers"][0]["steps_per_s"] is None and again["total"]["steps_per_s"] == 0
     assert any("down" in line for line in page(figures([old], [Scrape("a:1", 12.0, error="no answer")])))

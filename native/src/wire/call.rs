@@ -1,12 +1,10 @@
 //! One call: its caller's messages go to the inbox, and what Python answers goes back as fast as its caller reads.
 
-use base64::{Engine, engine::general_purpose::STANDARD_NO_PAD};
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
-use http::{HeaderMap, HeaderValue, Response};
+use http::{HeaderMap, Response};
 use parking_lot::Mutex;
-use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -18,47 +16,8 @@ use super::frames::{self, Steps};
 use super::inbox::{Begun, Happening, Inbox};
 use super::messages::{Messages, Unreadable};
 use super::server::Limits;
-
-/// What grpc-message may not have as it is.
-const UNSAFE: &AsciiSet = &CONTROLS.add(b'%');
-
-/// How a call ends: a canonical status code, words, and details (google.rpc.Status), if any.
-#[derive(Clone, Debug)]
-pub struct Status {
-    pub code: u16,
-    pub message: String,
-    pub details: Vec<u8>,
-}
-
-impl Status {
-    pub fn new(code: u16, message: impl Into<String>) -> Self {
-        Status {
-            code,
-            message: message.into(),
-            details: vec![],
-        }
-    }
-
-    pub fn headers(&self) -> HeaderMap {
-        let mut headers = HeaderMap::new();
-        headers.insert("grpc-status", HeaderValue::from(self.code));
-        if !self.message.is_empty() {
-            let encoded = utf8_percent_encode(&self.message, UNSAFE).to_string();
-            headers.insert(
-                "grpc-message",
-                HeaderValue::from_str(&encoded).expect("it is ASCII"),
-            );
-        }
-        if !self.details.is_empty() {
-            let encoded = STANDARD_NO_PAD.encode(&self.details);
-            headers.insert(
-                "grpc-status-details-bin",
-                HeaderValue::from_str(&encoded).expect("it is ASCII"),
-            );
-        }
-        headers
-    }
-}
+use super::status::Status;
+use super::times::{self, Times};
 
 /// A call, as who answers it knows it.
 pub struct Call {
@@ -71,6 +30,7 @@ pub struct Call {
     frame_nbytes: usize,
     answered: Notify,
     told: AtomicBool, // Python knows of it, and is told when it is over
+    times: Arc<Times>,
 }
 
 /// What becomes of what a caller sends.
@@ -83,11 +43,18 @@ pub enum Reading {
     Step(Box<Begun>),
 }
 
+/// What a message answers.
+#[derive(Clone, Copy, Default)]
+pub struct Answer {
+    pub rows: usize,
+    pub since: Option<u64>, // when it was given, where that is to be known
+}
+
 struct Sending {
     respond: SendResponse<Bytes>,
     head: Option<Response<()>>, // until it is sent
     stream: Option<SendStream<Bytes>>,
-    queue: VecDeque<(Bytes, usize)>, // what the caller has no window for yet, and the rows that it answers
+    queue: VecDeque<(Bytes, Answer)>, // what the caller has no window for yet
     status: Option<Status>,
     over: bool,
     ended: Option<bool>,  // by `respond`: whether all of it was sent
@@ -101,6 +68,7 @@ impl Call {
         respond: SendResponse<Bytes>,
         head: Response<()>,
         limits: &Limits,
+        times: Arc<Times>,
     ) -> Arc<Self> {
         Arc::new(Call {
             id,
@@ -121,21 +89,22 @@ impl Call {
             frame_nbytes: limits.frame_nbytes,
             answered: Notify::new(),
             told: AtomicBool::new(false),
+            times,
         })
     }
 
-    /// Sends a message that answers so many rows: at once where its caller has a window for it. From any thread.
-    pub fn send(&self, message: Bytes, rows: usize) {
+    /// Sends a message that answers something: at once where its caller has a window for it. From any thread.
+    pub fn send(&self, message: Bytes, answer: Answer) {
         let mut sending = self.sending.lock();
         if sending.over || sending.status.is_some() {
             drop(sending);
-            self.gone(rows);
+            self.gone(answer.rows);
         } else if sending.queue.is_empty() && sending.fits(message.len()) {
-            sending.write(message);
+            sending.write(message, answer, &self.times);
             drop(sending);
-            self.gone(rows);
+            self.gone(answer.rows);
         } else {
-            sending.queue.push_back((message, rows));
+            sending.queue.push_back((message, answer));
             sending.wake();
         }
     }
@@ -161,11 +130,13 @@ impl Call {
             return false;
         }
         sending.status = Some(Status::new(0, ""));
+        let (rows, since) = (0, Some(times::now())); // a unary call has no rows under way
+        let answer = Answer { rows, since };
         if sending.queue.is_empty() && sending.fits(message.len()) {
-            sending.write(message);
+            sending.write(message, answer, &self.times);
             sending.ended = Some(sending.end());
         } else {
-            sending.queue.push_back((message, 0));
+            sending.queue.push_back((message, answer));
         }
         sending.wake();
         true
@@ -268,6 +239,7 @@ impl Call {
         reading: Reading,
     ) -> Result<(), Option<Unreadable>> {
         let (mut one, mut count) = (vec![], 0); // of a call that has one message
+        let mut since = 0; // when the first bytes of the message that comes were read
         loop {
             // Whoever has too much under way is read no further, and its window closes.
             self.room().await;
@@ -276,7 +248,10 @@ impl Call {
                 break;
             };
             let chunk = chunk.map_err(|_| None)?;
-            let length = chunk.len();
+            let (length, read) = (chunk.len(), self.times.read());
+            if !messages.cut() {
+                since = read;
+            }
             messages.feed(chunk, |message| {
                 if let Reading::Step(_) = reading {
                     count += 1;
@@ -289,10 +264,11 @@ impl Call {
                 match if stream { self.steps(message) } else { None } {
                     Some(steps) => {
                         self.expect(steps.rows() as i64);
-                        inbox.push_steps(self.id, &steps);
+                        inbox.push_steps(self.id, &steps, since);
                     }
                     None => inbox.push(self.id, Happening::Message(message.to_vec())),
                 }
+                since = read;
             })?;
             if count > 1 {
                 return Err(Some(Unreadable(
@@ -325,7 +301,7 @@ impl Call {
     fn poll_send(&self, context: &mut Context) -> Poll<bool> {
         let mut sending = self.sending.lock();
         let mut gone = 0;
-        let ready = sending.poll(context, &mut gone);
+        let ready = sending.poll(context, &mut gone, &self.times);
         if ready.is_pending()
             && !sending
                 .waker
@@ -337,6 +313,15 @@ impl Call {
         drop(sending);
         self.gone(gone);
         ready
+    }
+}
+
+impl Answer {
+    /// Its message, or the end of it, is given to HTTP/2 next.
+    fn begins(self, times: &Times) {
+        if let Some(since) = self.since {
+            times.answered(since, self.rows.max(1));
+        }
     }
 }
 
@@ -357,8 +342,9 @@ impl Sending {
         stream.capacity() >= length
     }
 
-    fn write(&mut self, message: Bytes) {
+    fn write(&mut self, message: Bytes, answer: Answer, times: &Times) {
         if let Some(stream) = &mut self.stream {
+            answer.begins(times);
             let _ = stream.send_data(message, false);
         }
     }
@@ -385,7 +371,7 @@ impl Sending {
         }
     }
 
-    fn poll(&mut self, context: &mut Context, gone: &mut usize) -> Poll<bool> {
+    fn poll(&mut self, context: &mut Context, gone: &mut usize, times: &Times) -> Poll<bool> {
         if let Some(whole) = self.ended {
             return Poll::Ready(whole);
         }
@@ -401,11 +387,14 @@ impl Sending {
                 Poll::Ready(_) => return Poll::Ready(false),
                 Poll::Pending => break,
             };
-            let (message, rows) = self.queue.front_mut().expect("it was there");
+            let (message, answer) = self.queue.front_mut().expect("it was there");
             let piece = message.split_to(part);
+            if message.is_empty() {
+                answer.begins(times);
+            }
             let _ = stream.send_data(piece, false);
             if message.is_empty() {
-                *gone += *rows;
+                *gone += answer.rows;
                 self.queue.pop_front();
             }
         }

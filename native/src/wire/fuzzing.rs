@@ -11,12 +11,14 @@ use tokio::sync::Semaphore;
 use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
-use super::call::Status;
+use super::call::Answer;
 use super::frames::{self, prefixed};
 use super::inbox::{Columns, Happening, Inbox, Noted};
 use super::messages::{Messages, Unreadable};
 use super::refusals::Refusals;
 use super::server::{self, Limits, Server};
+use super::status::Status;
+use super::times::{self, Written};
 
 const MESSAGE_NBYTES: usize = 4096;
 const SOCKET_NBYTES: usize = 1 << 16;
@@ -29,7 +31,7 @@ pub fn steps(data: &[u8]) -> usize {
         return 0;
     };
     let mut columns = Columns::default();
-    INBOX.push_steps(1, &found);
+    INBOX.push_steps(1, &found, 0);
     let (_, noted) = INBOX.take(&mut columns);
     assert!(noted.is_empty());
     fit(&columns);
@@ -48,6 +50,7 @@ fn fit(columns: &Columns) {
     let lengths = columns.input_nbytes.iter().map(|length| *length as usize);
     assert_eq!(lengths.sum::<usize>(), columns.inputs.len());
     assert_eq!(columns.input_nbytes.len(), rows);
+    assert_eq!(columns.times.len(), rows);
 }
 
 /// The bytes of a call, the first two apart: they give the same messages, or the same refusal, however they are split, and none is
@@ -105,7 +108,8 @@ impl Default for Peers {
         Peers {
             runtime: runtime.expect("a runtime"),
             server: Arc::new(
-                Server::new(limits, HeaderMap::new(), refusals, None).expect("a pipe"),
+                Server::new(limits, HeaderMap::new(), refusals, None, Written::new(&[]))
+                    .expect("a pipe"),
             ),
         }
     }
@@ -186,9 +190,10 @@ impl Calls {
         for (id, handle) in self.columns.calls.iter().zip(&self.columns.handles) {
             assert!(self.begun.contains(id), "a row of a call that never began");
             if let Some(call) = server.call(*id) {
+                let since = Some(times::now());
                 call.send(
                     frames::outputs(&handle.to_le_bytes(), &[0; 8], &[7; 40], &[]),
-                    1,
+                    Answer { rows: 1, since },
                 );
             }
         }
@@ -210,11 +215,11 @@ impl Calls {
         match noted.what {
             Happening::Message(message) => {
                 self.came += 1;
-                call.send(prefixed(&message), 0);
+                call.send(prefixed(&message), Answer::default());
             }
             Happening::Step(_, message) => {
                 self.came += 1;
-                call.send(prefixed(&message), 0);
+                call.send(prefixed(&message), Answer::default());
                 call.finish(Status::new(0, ""));
             }
             Happening::HalfClose => call.finish(Status::new(0, "")),

@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 
 use super::frames::Steps;
 use super::server::Peer;
+use super::times;
 
 /// A row without an acknowledged seq.
 const NOT_ACKNOWLEDGED: u64 = u64::MAX;
@@ -57,6 +58,7 @@ pub struct Columns {
     pub timeouts_ms: Vec<u32>, // 0: none
     pub input_nbytes: Vec<u32>,
     pub inputs: Vec<u8>,
+    pub times: Vec<[f64; 4]>, // when its frame was read, was in the inbox, and was taken, in seconds; and 0
 }
 
 impl Columns {
@@ -64,7 +66,7 @@ impl Columns {
         self.calls.len()
     }
 
-    fn push(&mut self, call: u32, steps: &Steps) {
+    fn push(&mut self, call: u32, steps: &Steps, read: u64, came: u64) {
         let (start, rows) = (self.len(), steps.rows());
         let end = start + rows;
         self.calls.resize(end, call);
@@ -100,6 +102,8 @@ impl Columns {
         self.input_nbytes
             .resize(end, (steps.inputs.len() / rows) as u32);
         self.inputs.extend_from_slice(steps.inputs);
+        let times = [times::seconds(read), times::seconds(came), 0.0, 0.0];
+        self.times.resize(end, times);
     }
 
     fn clear(&mut self) {
@@ -111,6 +115,7 @@ impl Columns {
         self.timeouts_ms.clear();
         self.input_nbytes.clear();
         self.inputs.clear();
+        self.times.clear();
     }
 }
 
@@ -168,9 +173,11 @@ impl Inbox {
         self.descriptor
     }
 
-    pub fn push_steps(&self, call: u32, steps: &Steps) {
+    /// `read`: when the frame's first bytes were.
+    pub fn push_steps(&self, call: u32, steps: &Steps, read: u64) {
+        let came = times::now();
         let mut waiting = self.waiting.lock();
-        waiting.columns.push(call, steps);
+        waiting.columns.push(call, steps, read, came);
         waiting.rows += steps.rows() as u64;
         self.nbytes.fetch_add(steps.inputs.len(), Ordering::Relaxed);
         self.wake(&mut waiting);
@@ -246,6 +253,10 @@ impl Inbox {
         if self.nbytes.fetch_sub(nbytes, Ordering::Relaxed) >= self.nbytes_max {
             self.freed.notify_waiters();
         }
+        if columns.len() > 0 {
+            let taken = times::seconds(times::now());
+            columns.times.iter_mut().for_each(|times| times[2] = taken);
+        }
         (first, noted)
     }
 }
@@ -276,9 +287,9 @@ mod tests {
     #[test]
     fn what_came_is_taken_in_its_order() {
         let inbox = Inbox::new(1000).unwrap();
-        inbox.push_steps(3, &steps(&[1, 0, 0, 0, 2, 0, 0, 0], &[5; 16], &[9; 6]));
+        inbox.push_steps(3, &steps(&[1, 0, 0, 0, 2, 0, 0, 0], &[5; 16], &[9; 6]), 5);
         inbox.push(4, Happening::HalfClose);
-        inbox.push_steps(5, &steps(&[8, 0, 0, 0], &[6; 8], &[7; 2]));
+        inbox.push_steps(5, &steps(&[8, 0, 0, 0], &[6; 8], &[7; 2]), 6);
         let mut columns = Columns::default();
         let (first, noted) = inbox.take(&mut columns);
         assert_eq!(
@@ -300,6 +311,14 @@ mod tests {
                 columns.timeouts_ms[1]
             ),
             (NOT_ACKNOWLEDGED, FIRST, 7)
+        );
+        let reads: Vec<f64> = columns.times.iter().map(|times| times[0]).collect();
+        assert_eq!(reads, [5e-9, 5e-9, 6e-9]);
+        assert!(
+            columns
+                .times
+                .iter()
+                .all(|times| times[..3].is_sorted() && times[3] == 0.0)
         );
         assert_eq!(inbox.take(&mut columns).0, 3);
         assert_eq!(columns.len(), 0);
@@ -329,7 +348,7 @@ mod tests {
         assert_eq!(inbox.depth().age, Duration::ZERO);
         inbox.push(1, Happening::Message(vec![0; 11]));
         std::thread::sleep(Duration::from_millis(20));
-        inbox.push_steps(3, &steps(&[1, 0, 0, 0], &[5; 8], &[9; 6]));
+        inbox.push_steps(3, &steps(&[1, 0, 0, 0], &[5; 8], &[9; 6]), 0);
         let depth = inbox.depth();
         assert!(depth.age >= Duration::from_millis(20));
         assert_eq!((depth.rows, depth.events, depth.nbytes), (1, 1, 17));

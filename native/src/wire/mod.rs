@@ -1,6 +1,8 @@
 //! The wire as Python sees it: `take` what has come, `answer` rows, `send` and `finish` calls. No object for a row or a frame.
 
 mod call;
+mod certificates;
+mod counted;
 mod frames;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
@@ -11,7 +13,9 @@ mod preface;
 mod refusals;
 mod relay;
 mod server;
+mod status;
 mod strangers;
+mod times;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use parking_lot::Mutex;
@@ -27,16 +31,15 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::server::WebPkiClientVerifier;
-use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 
-use call::Status;
+use call::Answer;
+use certificates::tls_config;
 use inbox::{Begun, Columns, Happening, Noted};
 use refusals::Refusals;
 use relay::Relay;
 use server::{Limits, Listener, Server};
+use status::Status;
+use times::Written;
 
 /// What happened to a call that is no row of steps.
 #[pyclass(frozen)]
@@ -125,12 +128,13 @@ impl Wire {
     /// `head`: metadata of every stream's response. `relay`: a unix socket where another gRPC server answers what is no Stream, up to
     /// `relayed` calls at a time. `refusals`: a status (code, words, google.rpc.Status as bytes) for TOKEN_MISSING, TOKEN_UNKNOWN,
     /// TOKEN_REVOKED (of a call under way), QUEUE_FULL (of calls that are relayed) and RELAY_UNAVAILABLE, in place of the wire's own.
+    /// `edges`: upper ones of the buckets of `written`, in seconds.
     /// Raises OSError, ValueError.
     #[new]
     #[pyo3(signature = (*, connections=65536, calls=1024, header_nbytes=16384, message_nbytes=4194304, rows=16384,
                         inbox_nbytes=268435456, handshake_s=10.0, idle_s=300.0, keepalive_s=30.0, resets=200, frame_rows=16384,
                         frame_nbytes=4194304, threads=1, head=vec![],
-                        relay=None, relayed=256, refusals=HashMap::new()))]
+                        relay=None, relayed=256, refusals=HashMap::new(), edges=vec![]))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         connections: usize,
@@ -150,9 +154,12 @@ impl Wire {
         relay: Option<PathBuf>,
         relayed: usize,
         refusals: HashMap<String, (u16, String, Vec<u8>)>,
+        edges: Vec<f64>,
     ) -> PyResult<Self> {
         let times = [handshake_s, idle_s, keepalive_s];
         if times.iter().any(|time| !(0.001..=1e9).contains(time))
+            || edges.iter().any(|edge| !(0.0..=1e9).contains(edge))
+            || !edges.is_sorted()
             || threads == 0
             || rows == 0
             || connections == 0
@@ -188,7 +195,8 @@ impl Wire {
             .collect();
         let refusals = Refusals::new(refusals).map_err(PyValueError::new_err)?;
         let relay = relay.map(|path| Relay::new(path, relayed));
-        let server = Server::new(limits, header_map(head)?, refusals, relay)?;
+        let written = Written::new(&edges);
+        let server = Server::new(limits, header_map(head)?, refusals, relay, written)?;
         let runtime = Builder::new_multi_thread()
             .worker_threads(threads)
             .enable_all()
@@ -267,7 +275,9 @@ impl Wire {
     }
 
     /// Copies the rows that were taken last into arrays of as many rows: calls and handles (uint32), seqs and acknowledged
-    /// (uint64; 2**64 - 1: none), flags (uint8), timeouts_ms and input_nbytes (uint32), inputs (uint8, one row's behind the other's).
+    /// (uint64; 2**64 - 1: none), flags (uint8), timeouts_ms and input_nbytes (uint32), inputs (uint8, one row's behind the other's);
+    /// times (float64 [rows, 4]): when the row's frame was read, when all of it was here, when it was taken, and 0, in seconds of
+    /// time.monotonic.
     #[allow(clippy::too_many_arguments)]
     fn columns(
         &self,
@@ -280,6 +290,7 @@ impl Wire {
         timeouts_ms: PyBuffer<u32>,
         input_nbytes: PyBuffer<u32>,
         inputs: PyBuffer<u8>,
+        times: PyBuffer<f64>,
     ) -> PyResult<()> {
         let columns = self.columns.lock();
         calls.copy_from_slice(python, &columns.calls)?;
@@ -289,7 +300,8 @@ impl Wire {
         flags.copy_from_slice(python, &columns.flags)?;
         timeouts_ms.copy_from_slice(python, &columns.timeouts_ms)?;
         input_nbytes.copy_from_slice(python, &columns.input_nbytes)?;
-        inputs.copy_from_slice(python, &columns.inputs)
+        inputs.copy_from_slice(python, &columns.inputs)?;
+        times.copy_from_slice(python, columns.times.as_flattened())
     }
 
     /// Answers rows of streams: calls and handles (uint32), seqs (uint64), outputs (uint8 [rows, nbytes], or empty for rows that
@@ -323,7 +335,8 @@ impl Wire {
     fn send(&self, call: u32, message: &[u8], rows: usize) {
         if let Some(call) = self.server.call(call) {
             self.server.counters.answers.fetch_add(rows as u64, Relaxed);
-            call.send(frames::prefixed(message), rows);
+            let answer = Answer { rows, since: None };
+            call.send(frames::prefixed(message), answer);
         }
     }
 
@@ -411,6 +424,12 @@ impl Wire {
         all
     }
 
+    /// How long answers of rows, and those to unary calls, took from `answer` or `respond` until they were given to the kernel: how many
+    /// by bucket, one more than there are `edges`, and seconds in all.
+    fn written(&self) -> (Vec<u64>, f64) {
+        self.server.written.read()
+    }
+
     /// Lets go of every connection, and of what was not sent within the grace.
     #[pyo3(signature = (grace_s=0.0))]
     fn close(&self, python: Python, grace_s: f64) {
@@ -432,6 +451,7 @@ impl Wire {
         durable: &[u8],
     ) {
         let width = outputs.len().checked_div(ids.len()).unwrap_or(0);
+        let since = Some(times::now());
         let calls = self.server.calls.read();
         let (mut start, mut answers) = (0, 0);
         for run in ids.chunk_by(|one, next| one == next) {
@@ -448,7 +468,8 @@ impl Wire {
                     &outputs[width * start..width * end],
                     durable,
                 );
-                call.send(message, run.len());
+                let rows = run.len();
+                call.send(message, Answer { rows, since });
                 answers += run.len() as u64;
             }
             start = end;
@@ -490,46 +511,4 @@ fn is_unix(descriptor: RawFd) -> std::io::Result<bool> {
         return Err(std::io::Error::last_os_error());
     }
     Ok(i32::from(address.ss_family) == libc::AF_UNIX)
-}
-
-fn tls_config(
-    certificate: &[u8],
-    key: &[u8],
-    clients: Option<&[u8]>,
-) -> Result<ServerConfig, String> {
-    let chain = certificates(certificate)?;
-    let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| format!("the key: {error}"))?;
-    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
-    let builder = ServerConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?;
-    let builder = match clients {
-        None => builder.with_no_client_auth(),
-        Some(authority) => {
-            let mut roots = RootCertStore::empty();
-            for certificate in certificates(authority)? {
-                roots
-                    .add(certificate)
-                    .map_err(|error| format!("the clients' authority: {error}"))?;
-            }
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
-                .build()
-                .map_err(|error| format!("the clients' authority: {error}"))?;
-            builder.with_client_cert_verifier(verifier)
-        }
-    };
-    let mut config = builder
-        .with_single_cert(chain, key)
-        .map_err(|error| error.to_string())?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(config)
-}
-
-fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    match found {
-        Ok(chain) if chain.is_empty() => Err("there is no certificate in it".into()),
-        Ok(chain) => Ok(chain),
-        Err(error) => Err(format!("a certificate: {error}")),
-    }
 }

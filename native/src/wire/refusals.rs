@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::call::Status;
+use super::status::Status;
 
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Refusal {

@@ -20,10 +20,10 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
 
-use super::call::Status;
 use super::frames::PREFIX;
 use super::refusals::Refusal;
 use super::server::{Peer, Server};
+use super::status::Status;
 
 /// Health is open to all, for a load balancer has no token.
 pub const HEALTH: &str = "/grpc.health.v1.Health/";
@@ -534,7 +534,7 @@ mod tests {
             .unwrap();
         let peer = Peer {
             address: "ipv4:1.2.3.4:5".into(),
-            tls: None,
+            ..Peer::default()
         };
         let relayed = rewritten(request.into_parts().0, None, &peer).unwrap();
         assert_eq!(relayed.uri(), "http://localhost/a.B/C?d=e");

@@ -9,26 +9,27 @@ use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ProtocolVersion;
 
-use super::call::{Call, Reading, Status};
+use super::call::{Call, Reading};
+use super::counted::Counted;
 use super::inbox::{Begun, Happening, Inbox};
 use super::messages::Messages;
 use super::numbers::Numbers;
 use super::preface::{self, Prefaced};
 use super::refusals::{Refusal, Refusals};
 use super::relay::{HEALTH, Relay, Relayed};
+use super::status::Status;
 use super::strangers;
+use super::times::{Times, Written};
 
 const STREAM_PATH: &str = "/engram.v1.EngramService/Stream";
 const STEP_PATH: &str = "/engram.v1.EngramService/Step";
@@ -98,9 +99,11 @@ impl Counters {
 }
 
 /// The other end of a connection.
+#[derive(Default)]
 pub struct Peer {
     pub address: String,           // as gRPC spells it
     pub tls: Option<&'static str>, // its version
+    pub times: Arc<Times>,
 }
 
 /// A token is known by its SHA-256. None: no call needs one.
@@ -112,6 +115,7 @@ const TOLD_MS: u64 = 200;
 pub struct Server {
     pub inbox: Inbox,
     pub counters: Counters,
+    pub written: Arc<Written>,
     pub limits: Limits,
     pub calls: RwLock<HashMap<u32, Arc<Call>>>,
     refusals: Refusals,
@@ -132,10 +136,12 @@ impl Server {
         head: HeaderMap,
         refusals: Refusals,
         relay: Option<Relay>,
+        written: Written,
     ) -> io::Result<Self> {
         Ok(Server {
             inbox: Inbox::new(limits.inbox_nbytes)?,
             counters: Counters::default(),
+            written: Arc::new(written),
             calls: RwLock::new(HashMap::new()),
             head,
             refusals,
@@ -330,76 +336,19 @@ pub async fn connection(
     server.counters.accepted.fetch_add(1, Relaxed);
     server.counters.connections.fetch_add(1, Relaxed);
     let time = Duration::from_secs_f64(server.limits.handshake_s);
-    match timeout(time, handshake(&server, socket)).await {
+    let times = Times::new(server.written.clone());
+    match timeout(time, handshake(&server, socket, times.clone())).await {
         Ok(Some((connection, tls))) => {
-            serve(&server, connection, Arc::new(Peer { address, tls })).await
+            let peer = Peer {
+                address,
+                tls,
+                times,
+            };
+            serve(&server, connection, Arc::new(peer)).await
         }
         _ => drop(server.counters.failed.fetch_add(1, Relaxed)),
     }
     server.counters.connections.fetch_sub(1, Relaxed);
-}
-
-/// Counts the bytes that pass.
-struct Counted {
-    socket: Box<dyn Socket>,
-    server: Arc<Server>,
-}
-
-impl Counted {
-    fn wrote(&self, wrote: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(count)) = wrote {
-            let counters = &self.server.counters;
-            counters.bytes_out.fetch_add(count as u64, Relaxed);
-        }
-        wrote
-    }
-}
-
-impl AsyncRead for Counted {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context,
-        buffer: &mut ReadBuf,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let ready = Pin::new(&mut self.socket).poll_read(context, buffer);
-        let count = buffer.filled().len() - before;
-        let counters = &self.server.counters;
-        counters.bytes_in.fetch_add(count as u64, Relaxed);
-        ready
-    }
-}
-
-impl AsyncWrite for Counted {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context,
-        data: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let wrote = Pin::new(&mut self.socket).poll_write(context, data);
-        self.wrote(wrote)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context,
-        data: &[io::IoSlice],
-    ) -> Poll<io::Result<usize>> {
-        let wrote = Pin::new(&mut self.socket).poll_write_vectored(context, data);
-        self.wrote(wrote)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.socket.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(context)
-    }
 }
 
 type Http = Connection<Prefaced<Counted>, Bytes>;
@@ -407,6 +356,7 @@ type Http = Connection<Prefaced<Counted>, Bytes>;
 async fn handshake(
     server: &Arc<Server>,
     socket: Box<dyn Socket>,
+    times: Arc<Times>,
 ) -> Option<(Http, Option<&'static str>)> {
     let acceptor = server.tls.read().clone();
     let (socket, tls): (Box<dyn Socket>, _) = match acceptor {
@@ -427,6 +377,7 @@ async fn handshake(
     let counted = Counted {
         socket,
         server: server.clone(),
+        times,
     };
     let socket = preface::begun(counted).await.ok()?;
     let connection = Builder::new()
@@ -570,7 +521,14 @@ fn begin(
         Kind::Stream => &server.head,
         _ => &none,
     });
-    let call = Call::new(id, read.identity, respond, head, &server.limits);
+    let call = Call::new(
+        id,
+        read.identity,
+        respond,
+        head,
+        &server.limits,
+        peer.times.clone(),
+    );
     server.calls.write().insert(id, call.clone());
     drop(identities);
     over.call = Some((call.clone(), kind));

@@ -1,4 +1,6 @@
-"""Every metric of the server, in one place. Observed once a batch or a frame, never once a row; no label grows with users."""
+"""Every metric of the server, in one place. Observed once a batch or a frame, never once a row; no label grows with users. What is
+observed with each batch is of deferred.py, and costs next to nothing there.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from engram_service.observability.deferred import DeferredCounter, DeferredHistogram
+from engram_service.observability.stages import StageSeconds
 from engram_service.observability.wire_metrics import WireMetrics
 
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -29,7 +33,7 @@ class Metrics:
         self.build_info = Gauge(
             "engram_build_info", "What this server is; always 1", ("version", "wire"), registry=self.registry
         )
-        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        counter, gauge, deferred = self._counter, self._gauge, self._deferred
         self.sessions = gauge("sessions", "Sessions known to this server, by where their state is", "residency")
         self.sessions_opened = counter("sessions_opened", "Sessions created or carried on", "how")
         self.sessions_closed = counter("sessions_closed", "Sessions closed and deleted")
@@ -40,16 +44,20 @@ class Metrics:
         self.sessions_fenced = counter(
             "sessions_fenced", "Commits refused by the store because another server holds the session"
         )
-        self.steps = counter("steps", "Steps by what became of them", "model", "outcome")
-        self.batches = counter("batches", "Calls of a model over ready rows", "model")
+        self.steps = deferred("steps", "Steps by what became of them", "model", "outcome")
+        self.batches = deferred("batches", "Calls of a model over ready rows", "model")
         self.batches_stopped = counter("batches_stopped", "Batches that ran too long and were stopped", "model")
-        self.batch_rows = histogram("batch_rows", "Rows in a batch", _ROWS, "model")
-        self.loop_busy_seconds = counter(
+        self.batch_rows = DeferredHistogram("engram_batch_rows", "Rows in a batch", _ROWS, ("model",))
+        self.registry.register(self.batch_rows)
+        self.loop_busy_seconds = deferred(
             "loop_busy_seconds", "Seconds that the step loop had something to do: its rate is the utilisation"
         )
-        self.stage_seconds = histogram("stage_seconds", "Seconds by stage, one observation a batch", _SECONDS, "stage")
-        self.commit_bytes = counter("commit_bytes", "Bytes of records sent to Redis")
-        self.commit_rows = counter("commit_rows", "Records sent to Redis")
+        self.stage_seconds = StageSeconds(
+            "engram_stage_seconds", "Seconds of a step by stage, of those that were answered"
+        )
+        self.registry.register(self.stage_seconds)
+        self.commit_bytes = deferred("commit_bytes", "Bytes of records sent to Redis")
+        self.commit_rows = deferred("commit_rows", "Records sent to Redis")
         self.records_loaded = counter(
             "records_loaded", "Records read from Redis into an arena, of sessions that had left it", "model"
         )
@@ -104,6 +112,11 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"engram_{name}", text, labels, registry=self.registry)
+
+    def _deferred(self, name: str, text: str, *labels: str) -> DeferredCounter:
+        made = DeferredCounter(f"engram_{name}", text, labels)
+        self.registry.register(made)
+        return made
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"engram_{name}", text, labels, registry=self.registry)

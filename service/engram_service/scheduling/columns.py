@@ -19,7 +19,7 @@ class Steps:
     seqs: NDArray[np.uint64]
     flags: NDArray[np.uint8]
     deadlines: NDArray[np.float64]  # seconds, monotonic
-    arrived: NDArray[np.float64]  # seconds, monotonic
+    times: NDArray[np.float64]  # [n, 4]: wire/base.py
     inputs: NDArray[np.uint8]  # [n, input_nbytes]
 
     def __len__(self) -> int:
@@ -28,7 +28,7 @@ class Steps:
     def __getitem__(self, index: Any) -> Steps:
         """Some of them, by an array, a mask or a slice."""
         return Steps(self.rows[index], self.streams[index], self.handles[index], self.seqs[index], self.flags[index],
-                     self.deadlines[index], self.arrived[index], self.inputs[index])  # fmt: skip
+                     self.deadlines[index], self.times[index], self.inputs[index])  # fmt: skip
 
 
 class Waiting:
@@ -108,7 +108,7 @@ class Waiting:
 def _empty(size: int, input_nbytes: int) -> Steps:
     return Steps(
         np.empty(size, np.int32), np.empty(size, np.uint32), np.empty(size, np.uint32), np.empty(size, np.uint64),
-        np.empty(size, np.uint8), np.empty(size), np.empty(size), np.empty((size, input_nbytes), np.uint8),
+        np.empty(size, np.uint8), np.empty(size), np.empty((size, 4)), np.empty((size, input_nbytes), np.uint8),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ with a typed error that says why; nobody else is disturbed. Event loop only; vec
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,7 +40,7 @@ from engram_service.steps.frames import classify, classify_frames, column, read_
 from engram_service.steps.refusals import RETRY_MS, Refused, bad_handles, errors_frame, fates, gaps, held
 from engram_service.steps.repeats import Asked, Repeats, acknowledged
 from engram_service.steps.room import Room
-from engram_service.wire.base import FEEDBACK, FIRST, NOT_ACKNOWLEDGED, PREFILL, Arrived, Wire
+from engram_service.wire.base import ADMITTED, FEEDBACK, FIRST, NOT_ACKNOWLEDGED, PREFILL, Arrived, Wire
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class _Rows:
     seqs: NDArray[np.uint64]
     flags: NDArray[np.uint8]
     deadlines: NDArray[np.float64]
+    times: NDArray[np.float64]  # [n, 4]: wire/base.py
     inputs: NDArray[np.uint8]  # [n, input_nbytes]
     frames: NDArray[np.intp] | None = None  # of each row; None: as FIRST in `flags` has them
 
@@ -131,8 +133,9 @@ class Admission:
         table.acked[row], table.admitted[row] = acked, seq
         self._streams.arrived(arrived.streams)
         deadline = now + (timeout_ms / 1000 if timeout_ms else self._settings.step_timeout_s)
+        arrived.times[0, ADMITTED] = time.monotonic()
         steps = Steps(np.array([row], np.int32), arrived.streams, arrived.handles, arrived.seqs, _NO_FLAGS,
-                      np.array([deadline]), np.array([now]), inputs)  # fmt: skip
+                      np.array([deadline]), arrived.times, inputs)  # fmt: skip
         self._scheduler.add(served.index, steps)
         self.on_admit()
         return True
@@ -217,7 +220,8 @@ class Admission:
             )
             self._acknowledge(own, columns.acked)
         deadlines = self._deadlines(np.full(len(columns), frame.timeout_ms, np.uint32), now)
-        came = _Rows(rows, streams, columns.handles, columns.seqs, columns.flags, deadlines, inputs)
+        times = np.full((len(columns), 4), now)  # when it came the wire does not say
+        came = _Rows(rows, streams, columns.handles, columns.seqs, columns.flags, deadlines, times, inputs)
         self._admit(served, came, refused, now)
 
     def acknowledge(self, stream: Stream, frame: stream_pb2.AcknowledgeFrame) -> None:
@@ -253,9 +257,10 @@ class Admission:
         """These rows wait for their batch from now on."""
         table, rows, seqs = self._table, came.rows, came.seqs
         flags = came.flags[good] & np.uint8(PREFILL | FEEDBACK)
-        arrived = np.full(len(flags), now)
+        times = came.times[good]
+        times[:, ADMITTED] = time.monotonic()
         steps = Steps(rows[good], came.streams[good], came.handles[good], seqs[good], flags, came.deadlines[good],
-                      arrived, came.inputs[good])  # fmt: skip
+                      times, came.inputs[good])  # fmt: skip
         # Rows of one session stand in order, so the last assignment is the greatest seq.
         table.admitted[steps.rows] = steps.seqs
         self._residency.want(served, steps.rows)
@@ -423,12 +428,14 @@ def _rows(
     arrived: Arrived, rows: NDArray[np.int32], deadlines: NDArray[np.float64], inputs: NDArray[np.uint8],
     frames: NDArray[np.intp] | None = None,
 ) -> _Rows:  # fmt: skip
-    return _Rows(rows, arrived.streams, arrived.handles, arrived.seqs, arrived.flags, deadlines, inputs, frames)
+    return _Rows(rows, arrived.streams, arrived.handles, arrived.seqs, arrived.flags, deadlines, arrived.times, inputs,
+                 frames)  # fmt: skip
 
 
 def _without_inputs(arrived: Arrived, index: Any) -> Arrived:
     return Arrived(arrived.streams[index], arrived.handles[index], arrived.seqs[index], arrived.acknowledged[index],
-                   arrived.flags[index], arrived.timeouts_ms[index], arrived.input_nbytes[index], arrived.inputs[:0])  # fmt: skip
+                   arrived.flags[index], arrived.timeouts_ms[index], arrived.input_nbytes[index], arrived.inputs[:0],
+                   arrived.times[index])  # fmt: skip
 
 
 def _only(arrived: Arrived, mask: NDArray[np.bool_]) -> Arrived:

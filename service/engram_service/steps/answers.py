@@ -5,6 +5,7 @@ An answer goes to the stream and handle that the step came with, never to whoeve
 
 from __future__ import annotations
 
+import time
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +53,7 @@ class Answers:
         self._metrics = metrics
         self.local: Caller | None = None
         self.count = 0  # rows that were answered with outputs, ever
+        self.given = 0.0  # when the last of them were given to the wire, monotonic
 
     def outputs(
         self, streams: NDArray[np.uint32], handles: NDArray[np.uint32], rows: NDArray[np.int32],
@@ -63,10 +65,12 @@ class Answers:
         if len(streams) == 1 and streams.item(0) != LOCAL:
             row = rows.item(0)
             durable = self._table.durable[rows] if self._table.interval.item(row) else None
+            self.given = time.monotonic()
             self._wire.answer(streams, handles, seqs, outputs, durable)
             return
         if not streams.all():
             mine = streams == LOCAL
+            self.given = time.monotonic()
             if self.local is not None:
                 self.local.delivered(handles[mine], seqs[mine], None if outputs is None else outputs[mine])
             if mine.all():
@@ -79,6 +83,7 @@ class Answers:
             streams, handles, seqs = streams[order], handles[order], seqs[order]
             outputs = None if outputs is None else outputs[order]
             durable = None if durable is None else durable[order]
+        self.given = time.monotonic()
         self._wire.answer(streams, handles, seqs, outputs, durable)
 
     def refuse(

@@ -159,7 +159,7 @@ class StepLoop:
         sessions = steps.rows[last]
         clean = table.durable[sessions] == table.applied[sessions]
         table.dirty_since[sessions[clean]] = self._residency.clock()
-        self._answer(computed, last, index)
+        self._answer(computed, last, index, computed.computed)
         self._residency.flush_due(computed.served, sessions)
         kept = ~interval[computed.last]
         computed.last, computed.states = computed.last[kept], [block[kept] for block in computed.states]
@@ -194,9 +194,8 @@ class StepLoop:
         if verdict.ok:
             now = time.monotonic()
             self._scheduler.took(computed.served.index, len(batch), now - computed.started)
-            self._metrics.stage_seconds.labels("commit").observe(now - computed.computed)
             self._table.durable[steps.rows[last]] = steps.seqs[last]
-            self._answer(computed, last, index)
+            self._answer(computed, last, index, now)
         else:
             self._advances.settle(computed, len(index))
             self._ownership.lose(steps.rows[last], verdict, pinned=True)
@@ -211,13 +210,13 @@ class StepLoop:
         self._advances.settle(computed, len(index))
         self._rollback.of(computed.served, computed.batch.steps[index], why)
 
-    def _answer(self, computed: Advance, last: NDArray[np.intp], index: NDArray[np.intp]) -> None:
-        """Sends the outputs of the batch's rows in `index`, and lets their sessions, whose last rows are in `last`, go on."""
+    def _answer(self, computed: Advance, last: NDArray[np.intp], index: NDArray[np.intp], durable: float) -> None:
+        """Sends the outputs of the batch's rows in `index`, and lets their sessions, whose last rows are in `last`, go on.
+        `durable`: since when they may be answered."""
         table, steps, outputs = self._table, computed.batch.steps, computed.outputs
         sessions, count = steps.rows[last], len(index)
         table.applied[sessions] = steps.seqs[last]
         table.used[sessions] = self._residency.clock()
-        self._metrics.stage_seconds.labels("total").observe(time.monotonic() - steps.arrived.item(0))
         if computed.answered is not None:
             index = index[~computed.answered[index]]
         if len(index) < len(steps):
@@ -230,6 +229,9 @@ class StepLoop:
             for some, own in ((steps[prefill], None), (steps[~prefill], outputs[~prefill])):
                 if len(some):
                     self._answers.outputs(some.streams, some.handles, some.rows, some.seqs, own)
+        if len(steps):
+            stages, given = self._metrics.stage_seconds, self._answers.given
+            stages.answered(steps.times, computed.started, computed.computed, durable, given)
         self._pins.release(sessions)
         self._repeats.moved_on(sessions)
         self._metrics.steps.labels(computed.served.bundle.name, "ok").inc(count)
@@ -240,5 +242,3 @@ class StepLoop:
         metrics, name, rows = self._metrics, computed.served.bundle.name, len(computed.batch)
         metrics.batches.labels(name).inc()
         metrics.batch_rows.labels(name).observe(rows)
-        metrics.stage_seconds.labels("queue").observe(computed.started - computed.batch.steps.arrived.item(0))
-        metrics.stage_seconds.labels("compute").observe(computed.computed - computed.started)

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from engram_service.observability.stages import STAGES
 from engram_service.top.scrape import Scrape
-
-STAGES = ("queue", "compute", "commit", "total")
 
 
 def figures(before: Sequence[Scrape], after: Sequence[Scrape]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engram_service.top.figures import STAGES
+from engram_service.observability.stages import STAGES
 
 _SERVER = (
     "server",

@@ -22,6 +22,7 @@ FIRST = 0x80  # in `flags`: the row begins a frame
 PREFILL = 1
 FEEDBACK = 2
 FLAGS_KNOWN = PREFILL | FEEDBACK
+READ, COMPLETE, TAKEN, ADMITTED = range(4)  # in `times`: the first bytes of the row's frame, all of them, and so on
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Arrived:
     timeouts_ms: NDArray[np.uint32]  # 0: none
     input_nbytes: NDArray[np.uint32]
     inputs: NDArray[np.uint8]  # of all rows, one behind the other
+    times: NDArray[np.float64]  # [n, 4], seconds of time.monotonic; ADMITTED is admission's
 
     def __len__(self) -> int:
         return len(self.streams)
@@ -48,7 +50,8 @@ class Arrived:
         last = first + int(self.input_nbytes[start:stop].sum(dtype=np.int64))
         rows = slice(start, stop)
         return Arrived(self.streams[rows], self.handles[rows], self.seqs[rows], self.acknowledged[rows], self.flags[rows],
-                       self.timeouts_ms[rows], self.input_nbytes[rows], self.inputs[first:last])  # fmt: skip
+                       self.timeouts_ms[rows], self.input_nbytes[rows], self.inputs[first:last],
+                       self.times[rows])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,9 @@ class Wire(Protocol):
     ) -> None:  # fmt: skip
         """Answers rows. outputs: uint8 [rows, nbytes]; None: they wanted none. durable: seqs; None: each row is durable.
         Of streams that are over nothing is sent."""
+
+    def written(self) -> tuple[Sequence[int], float]:
+        """How long answers took from `answer` until they were given to the kernel: rows by bucket of stages.EDGES, and seconds in all."""
 
     def expect(self, stream: int, rows: int) -> None:
         """So many more rows of a stream are under way than the wire has brought."""

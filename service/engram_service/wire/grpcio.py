@@ -6,6 +6,8 @@ Streams come in through `handle`, which protocols/engram/server.py registers; co
 from __future__ import annotations
 
 import asyncio
+import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -20,6 +22,7 @@ from engram import __version__
 from engram.v1 import stream_pb2
 from engram_service.auth.access import Access
 from engram_service.errors import InternalError, ResourceExhaustedError, ServiceError
+from engram_service.observability.stages import EDGES
 from engram_service.protocols.engram.status import abort
 from engram_service.settings import Settings
 from engram_service.wire.base import (
@@ -27,6 +30,7 @@ from engram_service.wire.base import (
     FLAGS_KNOWN,
     NOT_ACKNOWLEDGED,
     NUMBER_BITS,
+    TAKEN,
     Arrived,
     Begin,
     End,
@@ -44,18 +48,20 @@ _USES = 1 << (31 - NUMBER_BITS)
 class _Call:
     """One stream's way out, and how much of it is under way."""
 
-    def __init__(self, number: int, rows_max: int) -> None:
+    def __init__(self, number: int, rows_max: int, written: Callable[[float, int], None]) -> None:
         self.id = number
         self.under_way = 0
         self.ending = False
         self.refusal: ServiceError | None = None
         self._rows_max = rows_max
-        self._outbox: deque[tuple[Proto, int]] = deque()
+        self._written = written
+        self._outbox: deque[tuple[Proto, int, float]] = deque()
         self._freed = asyncio.Event()
         self._posted = asyncio.Event()
 
-    def put(self, response: Proto, rows: int) -> None:
-        self._outbox.append((response, rows))
+    def put(self, response: Proto, rows: int, since: float = 0.0) -> None:
+        """`since`: when rows were answered, if that is to be known."""
+        self._outbox.append((response, rows, since))
         self._posted.set()
 
     def free(self, rows: int) -> None:
@@ -83,9 +89,11 @@ class _Call:
                     return
                 self._posted.clear()
                 await self._posted.wait()
-            response, rows = self._outbox.popleft()
+            response, rows, since = self._outbox.popleft()
             self.free(rows)
             await context.write(response)  # type: ignore[arg-type]
+            if since:
+                self._written(time.monotonic() - since, rows)
 
 
 class GrpcioWire:
@@ -99,8 +107,10 @@ class GrpcioWire:
         self._calls: dict[int, _Call] = {}
         self._free: deque[int] = deque()  # ids of streams that are over, whose numbers are used again
         self._made = 0
-        self._frames: list[tuple[int, stream_pb2.StepsFrame]] = []
+        self._frames: list[tuple[int, stream_pb2.StepsFrame, float, float]] = []  # stream, frame, read, complete
         self._rows = 0
+        self._written = [0] * (len(EDGES) + 1)
+        self._written_s = 0.0
         self._events: list[tuple[int, Event]] = []
         self._arrived: Callable[[], None] = lambda: None
         address = settings.advertise
@@ -169,13 +179,14 @@ class GrpcioWire:
             call.end(InternalError("INTERNAL", "the stream broke"))
 
     def _frame(self, call: _Call, data: bytes) -> None:
+        read = time.monotonic()
         steps = _usual(data, self._settings)
         if steps is None:
             self._note(Message(call.id, data))
             return
         rows = len(steps.handles) // 4
         call.under_way += rows
-        self._frames.append((call.id, steps))
+        self._frames.append((call.id, steps, read, time.monotonic()))
         self._rows += rows
         self._arrived()
 
@@ -187,7 +198,7 @@ class GrpcioWire:
         else:
             self._made += 1  # number 0 is the server's own
             stream_id = self._made
-        call = self._calls[stream_id] = _Call(stream_id, self._settings.stream_rows_max)
+        call = self._calls[stream_id] = _Call(stream_id, self._settings.stream_rows_max, self._wrote)
         return call
 
     def _note(self, event: Event) -> None:
@@ -205,6 +216,7 @@ class GrpcioWire:
         self, streams: NDArray[np.uint32], handles: NDArray[np.uint32], seqs: NDArray[np.uint64],
         outputs: NDArray[np.uint8] | None, durable: NDArray[np.uint64] | None,
     ) -> None:  # fmt: skip
+        since = time.monotonic()
         starts = np.flatnonzero(np.append(True, streams[1:] != streams[:-1]))
         ends = np.append(starts[1:], len(streams))
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
@@ -218,7 +230,14 @@ class GrpcioWire:
                 outputs=b"" if outputs is None else outputs[rows].tobytes(),
                 durable_seqs=b"" if durable is None else durable[rows].tobytes(),
             )
-            call.put(stream_pb2.StreamResponse(outputs=frame), end - start)
+            call.put(stream_pb2.StreamResponse(outputs=frame), end - start, since)
+
+    def _wrote(self, took: float, rows: int) -> None:
+        self._written[bisect_left(EDGES, took)] += rows
+        self._written_s += took * rows
+
+    def written(self) -> tuple[Sequence[int], float]:
+        return self._written, self._written_s
 
     def expect(self, stream: int, rows: int) -> None:
         if (call := self._calls.get(stream)) is not None:
@@ -262,14 +281,17 @@ def _usual(data: bytes, settings: Settings) -> stream_pb2.StepsFrame | None:
     return frame if good else None
 
 
-def _columns(frames: list[tuple[int, stream_pb2.StepsFrame]]) -> Arrived:
-    counts = np.array([len(frame.handles) // 4 for _, frame in frames])
-    numbers = np.array([number for number, _ in frames], np.uint32)
-    handles = np.frombuffer(b"".join([frame.handles for _, frame in frames]), np.uint32)
+def _columns(came: list[tuple[int, stream_pb2.StepsFrame, float, float]]) -> Arrived:
+    frames = [frame for _, frame, _, _ in came]
+    counts = np.array([len(frame.handles) // 4 for frame in frames])
+    numbers = np.array([number for number, _, _, _ in came], np.uint32)
+    times = np.array([(read, complete, 0.0, 0.0) for _, _, read, complete in came]).repeat(counts, axis=0)
+    times[:, TAKEN] = time.monotonic()
+    handles = np.frombuffer(b"".join([frame.handles for frame in frames]), np.uint32)
     flags = np.zeros(len(handles), np.uint8)
     acknowledged = np.full(len(handles), NOT_ACKNOWLEDGED)
     start = 0
-    for count, (_, frame) in zip(counts.tolist(), frames, strict=True):
+    for count, frame in zip(counts.tolist(), frames, strict=True):
         if frame.flags:
             flags[start : start + count] = np.frombuffer(frame.flags, np.uint8)
         if frame.acknowledged_seqs:
@@ -279,12 +301,11 @@ def _columns(frames: list[tuple[int, stream_pb2.StepsFrame]]) -> Arrived:
     return Arrived(
         streams=np.repeat(numbers, counts),
         handles=handles,
-        seqs=np.frombuffer(b"".join([frame.seqs for _, frame in frames]), np.uint64),
+        seqs=np.frombuffer(b"".join([frame.seqs for frame in frames]), np.uint64),
         acknowledged=acknowledged,
         flags=flags,
-        timeouts_ms=np.repeat(np.array([frame.timeout_ms for _, frame in frames], np.uint32), counts),
-        input_nbytes=np.repeat(np.array([len(frame.inputs) for _, frame in frames]) // counts, counts).astype(
-            np.uint32
-        ),
-        inputs=np.frombuffer(b"".join([frame.inputs for _, frame in frames]), np.uint8),
+        timeouts_ms=np.repeat(np.array([frame.timeout_ms for frame in frames], np.uint32), counts),
+        input_nbytes=np.repeat(np.array([len(frame.inputs) for frame in frames]) // counts, counts).astype(np.uint32),
+        inputs=np.frombuffer(b"".join([frame.inputs for frame in frames]), np.uint8),
+        times=times,
     )

@@ -18,6 +18,7 @@ from engram_service.auth.access import Access
 from engram_service.auth.tls import Pems
 from engram_service.auth.tokens import Caller, missing, unknown
 from engram_service.errors import ResourceExhaustedError, ServiceError, UnavailableError
+from engram_service.observability.stages import EDGES
 from engram_service.protocols.engram.status import status_of
 from engram_service.settings import Settings
 from engram_service.wire.base import Arrived, Begin, End, Event, HalfClose, Message, Step, trace_of
@@ -52,7 +53,7 @@ class NativeWire:
             message_nbytes=settings.frame_bytes_max * _MESSAGE_MARGIN, frame_nbytes=settings.frame_bytes_max,
             frame_rows=settings.frame_rows_max, rows=settings.stream_rows_max, inbox_nbytes=_INBOX_NBYTES,
             handshake_s=_HANDSHAKE_S, idle_s=_IDLE_S, keepalive_s=_KEEPALIVE_S, head=head, relay=relay,
-            relayed=settings.calls_max, refusals={name: _told(refusal) for name, refusal in _REFUSALS.items()},
+            relayed=settings.calls_max, refusals={name: _told(refusal) for name, refusal in _REFUSALS.items()}, edges=EDGES,
         )  # fmt: skip
         self.tokens_changed()
         if pems is not None:
@@ -83,9 +84,9 @@ class NativeWire:
         streams, handles = np.empty(rows, np.uint32), np.empty(rows, np.uint32)
         seqs, acknowledged = np.empty(rows, np.uint64), np.empty(rows, np.uint64)
         flags, timeouts, widths = np.empty(rows, np.uint8), np.empty(rows, np.uint32), np.empty(rows, np.uint32)
-        inputs = np.empty(self._wire.input_nbytes, np.uint8)
-        self._wire.columns(streams, handles, seqs, acknowledged, flags, timeouts, widths, inputs)
-        arrived = Arrived(streams, handles, seqs, acknowledged, flags, timeouts, widths, inputs)
+        inputs, times = np.empty(self._wire.input_nbytes, np.uint8), np.empty((rows, 4))
+        self._wire.columns(streams, handles, seqs, acknowledged, flags, timeouts, widths, inputs, times)
+        arrived = Arrived(streams, handles, seqs, acknowledged, flags, timeouts, widths, inputs, times)
         if not events:
             return arrived, ()
         return arrived, [
@@ -101,6 +102,9 @@ class NativeWire:
             contiguous(streams), contiguous(handles), contiguous(seqs),
             _NONE if outputs is None else contiguous(outputs), _NO_SEQS if durable is None else contiguous(durable),
         )  # fmt: skip
+
+    def written(self) -> tuple[Sequence[int], float]:
+        return self._wire.written()
 
     def expect(self, stream: int, rows: int) -> None:
         self._wire.expect(stream, rows)
