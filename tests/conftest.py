@@ -227,12 +227,14 @@ class Certificates:
             )
         return cert
 
-    def issue(self, name: str, ca: str = "ca") -> tuple[pathlib.Path, pathlib.Path]:
-        """A certificate and its key."""
+    def issue(
+        self, name: str, ca: str = "ca", good_for: str = "IP:127.0.0.1,DNS:localhost", days: int = 2
+    ) -> tuple[pathlib.Path, pathlib.Path]:
+        """A certificate and its key; with negative `days` it is over."""
         signer, cert, key = self.ca(ca), self.directory / f"{name}.pem", self.directory / f"{name}.key"
-        (self.directory / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
+        (self.directory / "names").write_text(f"subjectAltName={good_for}")
         self._openssl("req", *_NEW_KEY, "-keyout", key.name, "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        self._openssl("x509", "-req", "-in", f"{name}.csr", "-CA", signer.name, "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "2",
+        self._openssl("x509", "-req", "-in", f"{name}.csr", "-CA", signer.name, "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", str(days),
                       "-extfile", "names", "-out", cert.name)  # fmt: skip
         return cert, key
 

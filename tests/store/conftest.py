@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from wires import Wire
+from wires import TlsEnd, Wire
 
 from engram_service.store import (
     ClaimRequest,
@@ -134,6 +134,7 @@ class Holder:
         commit = Commit(len(self.ids))
         if way not in self._lines:
             self._lines[way] = (NativeLine if way == "native" else PythonLine)(self.store._committers)
+            self._lines[way].open()
         line = self._lines[way]
         line.send(self.job(seq, commit))
         if line.ready(_LINE_S):
@@ -198,6 +199,24 @@ def wire(tmp_path: pathlib.Path, redis_process: Any) -> Iterator[Wire]:
     one = Wire(tmp_path / "w.sock", redis_process.socket)
     yield one
     one.close()
+
+
+@pytest.fixture
+def reached(request: pytest.FixtureRequest) -> Iterator[Callable[..., str]]:
+    """The URL of what listens on a unix socket, reached over that or over TLS: there its answers come in small records."""
+    ends: list[TlsEnd] = []
+
+    def url(over: str, path: pathlib.Path) -> str:
+        if over == "unix":
+            return f"unix://{path}"
+        certificates = request.getfixturevalue("certificates")
+        ca = certificates.ca("ca")
+        ends.append(TlsEnd(path, certificates.issue("redis"), record_nbytes=7))
+        return f"rediss://127.0.0.1:{ends[-1].port}?ssl_ca_certs={ca}"
+
+    yield url
+    for end in ends:
+        end.close()
 
 
 @pytest.fixture

@@ -49,11 +49,18 @@ def records(process: Any) -> set[bytes]:
     return {process.client.get(key) or b"" for key in process.client.scan_iter("engram:{*}:*")}
 
 
+@pytest.mark.parametrize("over", ["unix", "tls"])
 @pytest.mark.parametrize("way", WAYS)
 def test_replicated_commits_are_on_the_replica_when_they_are_told(
-    open_store: OpenStore, primary: Any, replica: Any, holder: MakeHolder, way: str
+    open_store: OpenStore,
+    primary: Any,
+    replica: Any,
+    reached: Callable[..., str],
+    holder: MakeHolder,
+    way: str,
+    over: str,
 ) -> None:
-    owner = holder(open_store(primary.url, ack="replicated", ack_timeout_ms=2000), "a", "b").claim()
+    owner = holder(open_store(reached(over, primary.socket), ack="replicated", ack_timeout_ms=2000), "a", "b").claim()
     for seq in range(1, 20):
         commit = owner.commit_by(way, seq)
         assert commit.wait() == [OK, OK]
