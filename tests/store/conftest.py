@@ -131,13 +131,19 @@ class Holder:
         """By the committers, or by a line as the event loop has them: "python" or "native"."""
         if way == "committer":
             return self.submit(seq)
-        commit = Commit(len(self.ids))
         if way not in self._lines:
             self._lines[way] = (NativeLine if way == "native" else PythonLine)(self.store._committers)
             self._lines[way].open()
-        line = self._lines[way]
-        line.send(self.job(seq, commit))
-        if line.ready(_LINE_S):
+        return self.commit_by_line(self._lines[way], seq)
+
+    def begun(self, seq: int) -> tuple[Commit, CommitJob]:
+        commit = Commit(len(self.ids))
+        return commit, self.job(seq, commit)
+
+    def commit_by_line(self, line: Line, seq: int, wait_s: float = _LINE_S) -> Commit:
+        commit, job = self.begun(seq)
+        line.send(job)
+        if line.ready(wait_s):
             line.finish()
         else:
             line.give_up()

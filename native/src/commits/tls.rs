@@ -113,7 +113,7 @@ impl Tls {
         self.from = self.to - rest.len();
         if let Err(error) = self.session.process_new_packets() {
             let _ = self.flush(); // the alert that says why, where there is room for it
-            return Err(io::Error::new(io::ErrorKind::InvalidData, told(&error)));
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, told(&error)));
         }
         Ok(true)
     }

@@ -73,11 +73,16 @@ class TlsConnection(SSLConnection):
         places = ssl.get_default_verify_paths()
         system = [place for place in (places.cafile, places.capath) if place]
         files = (self.ca_certs, self.certfile, (self.keyfile or self.certfile) if self.certfile else None)
-        ca, certificate, key = (None if path is None else pathlib.Path(path).read_bytes() for path in files)
-        duplicate = sock.dup()
+        ca, certificate, key = (path and _read(path) for path in files)
+        end = sock.dup().detach()
         try:
-            return engram_native.TlsStream(
-                duplicate.detach(), self.host, self.socket_timeout, ca, system, certificate, key
-            )
-        except ValueError as error:  # a name that is none
-            raise OSError(str(error)) from None
+            return engram_native.TlsStream(end, self.host, self.socket_timeout, ca, system, certificate, key)
+        except (ConnectionError, ValueError) as error:
+            raise OSError(1, str(error)) from error  # as Python's TLS has it
+
+
+def _read(path: str) -> bytes:
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: {error.strerror}") from None
