@@ -134,7 +134,8 @@ def test_the_systems_authorities_are_trusted_as_python_trusts_them(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"days": -1}, "certificate expired"),
+        ({"dates": ("20200101000000Z", "20200201000000Z")}, "certificate expired"),
+        ({"dates": ("20900101000000Z", "20910101000000Z")}, "certificate not valid yet"),
         ({"good_for": "DNS:elsewhere"}, 'not valid for name "127.0.0.1"'),
         ({"good_for": "DNS:127.0.0.1"}, "not valid for name"),
     ],
@@ -145,10 +146,10 @@ def test_certificates_that_are_refused(tls_redis: Any, certificates: Any, fields
     assert "certificate verify failed" in said and words in said
 
 
-def signed_by_itself(directory: pathlib.Path, days: int = 2, name: str = "localhost") -> Pair:
-    path, key = directory / f"{name}{days}.pem", directory / f"{name}{days}.key"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", str(days),
-               "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}", "-keyout", str(key), "-out", str(path)]  # fmt: skip
+def signed_by_itself(directory: pathlib.Path) -> Pair:
+    path, key = directory / "own.pem", directory / "own.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(path)]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     return path, key
 
@@ -160,10 +161,20 @@ def test_a_certificate_that_has_signed_itself_is_trusted_where_it_is_given(
     redis = tls_redis(pair)
     assert connected(redis.port, "localhost", ca_certs=pair[0]) == ""
     assert "not valid for name" in connected(redis.port, "127.0.0.1", ca_certs=pair[0])
-    assert "no CA that is trusted" in connected(redis.port, "localhost", ca_certs=certificates.ca("ca"))
-    assert "no CA that is trusted" in connected(redis.port, "localhost")
-    copied = signed_by_itself(tmp_path / "..", 2)  # the same names, another key
-    assert "certificate verify failed" in connected(redis.port, "localhost", ca_certs=copied[0])
+    assert "not among those that are trusted" in connected(redis.port, "localhost", ca_certs=certificates.ca("ca"))
+    assert "not among those that are trusted" in connected(redis.port, "localhost")
+    (tmp_path / "other").mkdir()
+    namesake = signed_by_itself(tmp_path / "other")  # of another key
+    assert "certificate verify failed" in connected(redis.port, "localhost", ca_certs=namesake[0])
+
+
+def test_a_certificate_that_is_given_is_not_trusted_for_longer_than_it_says(tls_redis: Any, certificates: Any) -> None:
+    for dates, words in (
+        (("20200101000000Z", "20200201000000Z"), "expired"),
+        (("20900101000000Z", "20910101000000Z"), "not valid yet"),
+    ):
+        pair = certificates.issue("given", dates=dates)
+        assert words in connected(tls_redis(pair).port, ca_certs=pair[0])
 
 
 def test_a_redis_that_wants_a_certificate(tls_redis: Any, certificates: Any, tmp_path: pathlib.Path) -> None:

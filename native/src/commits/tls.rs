@@ -113,7 +113,10 @@ impl Tls {
         self.from = self.to - rest.len();
         if let Err(error) = self.session.process_new_packets() {
             let _ = self.flush(); // the alert that says why, where there is room for it
-            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, told(&error)));
+            return Err(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                told(&error),
+            ));
         }
         Ok(true)
     }
@@ -135,16 +138,23 @@ impl Tls {
 
 /// In the words of operators.
 fn told(error: &Error) -> String {
-    match error {
-        Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
-            "certificate verify failed: it is signed by no CA that is trusted here".into()
-        }
-        Error::InvalidCertificate(why) => format!("certificate verify failed: {why}"),
+    let why = match error {
         Error::AlertReceived(alert) => {
-            format!("the other end of TLS refuses the connection: {alert:?}")
+            return format!("the other end of TLS refuses the connection: {alert:?}");
         }
-        error => format!("TLS failed: {error}"),
-    }
+        Error::InvalidCertificate(why) => why,
+        error => return format!("TLS failed: {error}"),
+    };
+    let why = match why {
+        CertificateError::UnknownIssuer => "it is signed by no CA that is trusted here".into(),
+        CertificateError::Expired => "certificate expired".into(),
+        CertificateError::NotValidYet => "certificate not valid yet".into(),
+        CertificateError::Other(why) if format!("{why:?}").contains("CaUsedAsEndEntity") => {
+            "it is a CA's own (CA:TRUE), and not among those that are trusted here".into()
+        }
+        why => why.to_string(),
+    };
+    format!("certificate verify failed: {why}")
 }
 
 /// A socket under TLS as redis-py uses one, until a CommitLink takes it over. Not shared between threads.
