@@ -100,6 +100,8 @@ class CommitLink:
     """Commands were sent, or parts of them, whose replies have not come: also after an error."""
 
     def __init__(self, descriptor: int) -> None: ...
+    @staticmethod
+    def over_tls(stream: TlsStream) -> CommitLink: ...
     def send(
         self,
         tags: NDArray[np.uint8],
@@ -113,6 +115,27 @@ class CommitLink:
     ) -> None: ...
     def progress(self, timeout_s: float = 0.0) -> bool: ...
     def verdicts(self) -> tuple[bytes | None, list[tuple[int, bytes]], int | None, list[int]]: ...
+    def close(self) -> None: ...
+
+@final
+class TlsStream:
+    """A connected socket under TLS, the handshake made, until a CommitLink takes it over. A time that passes is a TimeoutError."""
+
+    version: str | None
+
+    def __init__(
+        self,
+        descriptor: int,
+        name: str,
+        timeout_s: float | None = None,
+        ca: bytes | None = None,
+        system: list[str] = ...,
+        certificate: bytes | None = None,
+        key: bytes | None = None,
+    ) -> None: ...
+    def settimeout(self, timeout_s: float | None = None) -> None: ...
+    def sendall(self, data: bytes) -> None: ...
+    def recv(self, size: int) -> bytes: ...
     def close(self) -> None: ...
 
 def pack_records(

@@ -280,11 +280,23 @@ class Certificates:
             )
         return cert
 
-    def issue(self, name: str, ca: str = "ca") -> tuple[pathlib.Path, pathlib.Path]:
-        """A certificate and its key."""
+    def issue(
+        self,
+        name: str,
+        ca: str = "ca",
+        good_for: str = "IP:127.0.0.1,DNS:localhost",
+        dates: tuple[str, str] | None = None,
+    ) -> tuple[pathlib.Path, pathlib.Path]:
+        """A certificate and its key, for two days from now or between two dates (YYYYMMDDhhmmssZ)."""
         signer, cert, key = self.ca(ca), self.directory / f"{name}.pem", self.directory / f"{name}.key"
-        (self.directory / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
+        (self.directory / "names").write_text(f"subjectAltName={good_for}")
         self._openssl("req", *_NEW_KEY, "-keyout", key.name, "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        if dates is not None:
+            (self.directory / "issued").write_text("")
+            (self.directory / "dated").write_text(_DATED)
+            self._openssl("ca", "-batch", "-config", "dated", "-cert", signer.name, "-keyfile", f"{ca}.key", "-in", f"{name}.csr",
+                          "-startdate", dates[0], "-enddate", dates[1], "-extfile", "names", "-notext", "-out", cert.name)  # fmt: skip
+            return cert, key
         self._openssl("x509", "-req", "-in", f"{name}.csr", "-CA", signer.name, "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "2",
                       "-extfile", "names", "-out", cert.name)  # fmt: skip
         return cert, key
@@ -293,6 +305,18 @@ class Certificates:
         subprocess.run(["openssl", *arguments], cwd=self.directory, check=True, capture_output=True)
 
 
+_DATED = """
+[ca]
+default_ca = dated
+[dated]
+database = issued
+rand_serial = yes
+new_certs_dir = .
+default_md = sha256
+policy = names
+[names]
+commonName = supplied
+"""
 _NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 
 

@@ -1,10 +1,12 @@
-"""A wire before a Redis of the tests, that loses answers or holds back what is sent."""
+"""What stands before a Redis of the tests: a wire that loses answers or holds back what is sent, and an end of TLS."""
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
+import select
 import socket
+import ssl
 import threading
 import time
 
@@ -15,6 +17,7 @@ class Wire:
     """A proxy before a Redis: it may lose answers (and the connection with them), or hold back what clients send."""
 
     def __init__(self, path: pathlib.Path, target: pathlib.Path) -> None:
+        self.path = path
         self.url = f"unix://{path}"
         self._target = str(target)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -84,3 +87,57 @@ class Wire:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
+
+
+class TlsEnd:
+    """Speaks TLS, and hands what it is told to a Redis on a unix socket; with a `client_ca` to those alone whom that has signed.
+
+    `record_nbytes`: so much of the answers goes into a TLS record, at most.
+    """
+
+    def __init__(
+        self, redis_socket: pathlib.Path, pair: tuple[pathlib.Path, pathlib.Path], client_ca: pathlib.Path | None = None,
+        record_nbytes: int = 1 << 16,
+    ) -> None:  # fmt: skip
+        self._redis = str(redis_socket)
+        self._record_nbytes = record_nbytes
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(*pair)
+        if client_ca is not None:
+            self._context.load_verify_locations(client_ca)
+            self._context.verify_mode = ssl.CERT_REQUIRED
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.refused = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                raw, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(raw,), daemon=True).start()
+
+    def _serve(self, raw: socket.socket) -> None:
+        try:
+            end = self._context.wrap_socket(raw, server_side=True)
+        except (ssl.SSLError, OSError):
+            self.refused += 1
+            raw.close()
+            return
+        back = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError), end, back:
+            back.connect(self._redis)
+            while True:
+                ready = [end] if end.pending() else select.select([end, back], [], [])[0]
+                if end in ready:
+                    if not (data := end.recv(1 << 16)):
+                        return
+                    back.sendall(data)
+                if back in ready:
+                    if not (data := back.recv(1 << 16)):
+                        return
+                    for start in range(0, len(data), self._record_nbytes):
+                        end.sendall(data[start : start + self._record_nbytes])
+
+    def close(self) -> None:
+        self._listener.close()

@@ -7,9 +7,10 @@ import os
 import random
 import signal
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from engram_service.store.keys import META_PREFIX, record_key
 from engram_service.store.packing import commands, counting
 from engram_service.store.record import RecordLayout
 from tests.redises import RedisProcess
+from tests.wires import TlsEnd
 
 native = pytest.importorskip(
     "engram_native", reason="the extension is not built: make install builds it where cargo is"
@@ -71,15 +73,33 @@ class Columns:
         return [value == bytes(record) for value, record in zip(store.mget(self.keys()), self.records, strict=True)]
 
 
+MakeLink = Callable[[RedisProcess], Any]
+
+
 def connected(process: RedisProcess) -> Any:
     connection: Any = process.client.connection_pool.make_connection()
     connection.connect()
     return connection
 
 
-def link_to(process: RedisProcess) -> Any:
-    connection = connected(process)
-    return native.CommitLink(connection._sock.detach())
+@pytest.fixture(params=["unix", "tls"])
+def link_to(request: pytest.FixtureRequest) -> Iterator[MakeLink]:
+    """Links to a Redis, in clear or over TLS."""
+    ends: list[TlsEnd] = []
+
+    def make(process: RedisProcess) -> Any:
+        if request.param == "unix":
+            connection = connected(process)
+            return native.CommitLink(connection._sock.detach())
+        certificates = request.getfixturevalue("certificates")
+        ends.append(TlsEnd(process.socket, certificates.issue("redis")))
+        sock = socket.create_connection(("127.0.0.1", ends[-1].port))
+        ca = certificates.ca("ca").read_bytes()
+        return native.CommitLink.over_tls(native.TlsStream(sock.detach(), "127.0.0.1", WAIT_S, ca))
+
+    yield make
+    for end in ends:
+        end.close()
 
 
 def finished(link: Any) -> Any:
@@ -89,7 +109,9 @@ def finished(link: Any) -> Any:
 
 @pytest.mark.parametrize("rows", [1, 64, 1024, 4096])
 @pytest.mark.parametrize("width", [330, 2200])
-def test_rows_are_written_and_counted(process: RedisProcess, store: redis.Redis, rows: int, width: int) -> None:
+def test_rows_are_written_and_counted(
+    process: RedisProcess, store: redis.Redis, rows: int, width: int, link_to: MakeLink
+) -> None:
     columns = Columns(rows, width)
     columns.create(store)
     link = link_to(process)
@@ -103,7 +125,7 @@ def test_rows_are_written_and_counted(process: RedisProcess, store: redis.Redis,
     assert not link.in_doubt
 
 
-def test_each_row_has_its_own_ttl(process: RedisProcess, store: redis.Redis) -> None:
+def test_each_row_has_its_own_ttl(process: RedisProcess, store: redis.Redis, link_to: MakeLink) -> None:
     columns = Columns(3)
     columns.ttl_ms[:] = 100_000, 7_000_000_000, 2_000_000
     columns.create(store)
@@ -115,7 +137,7 @@ def test_each_row_has_its_own_ttl(process: RedisProcess, store: redis.Redis) -> 
 
 
 @pytest.mark.promise(2)
-def test_each_row_has_its_verdict(process: RedisProcess, store: redis.Redis) -> None:
+def test_each_row_has_its_verdict(process: RedisProcess, store: redis.Redis, link_to: MakeLink) -> None:
     columns = Columns(5)
     columns.create(store)
     store.delete(columns.keys()[1])
@@ -131,7 +153,7 @@ def test_each_row_has_its_verdict(process: RedisProcess, store: redis.Redis) -> 
     assert store.get(columns.keys()[1]) is None
 
 
-def test_a_commit_of_several_blocks_counts_once(process: RedisProcess, store: redis.Redis) -> None:
+def test_a_commit_of_several_blocks_counts_once(process: RedisProcess, store: redis.Redis, link_to: MakeLink) -> None:
     parts = [Columns(3, 330), Columns(500, 2200), Columns(2, 64)]
     link = link_to(process)
     for columns in parts:
@@ -148,7 +170,7 @@ def test_a_commit_of_several_blocks_counts_once(process: RedisProcess, store: re
     assert all(parts[2].written(store))
 
 
-def test_no_rows_only_count(process: RedisProcess, store: redis.Redis) -> None:
+def test_no_rows_only_count(process: RedisProcess, store: redis.Redis, link_to: MakeLink) -> None:
     link = link_to(process)
     link.send(*Columns(0).arrays(), META_PREFIX, COUNTER)
     assert finished(link) == (None, [], 1, [])
@@ -156,7 +178,7 @@ def test_no_rows_only_count(process: RedisProcess, store: redis.Redis) -> None:
     assert finished(link) == (None, [], None, [])
 
 
-def test_a_counter_that_is_no_number_says_nothing(process: RedisProcess, store: redis.Redis) -> None:
+def test_a_counter_that_is_no_number_says_nothing(process: RedisProcess, store: redis.Redis, link_to: MakeLink) -> None:
     store.set(COUNTER, "many")
     columns = Columns(1)
     columns.create(store)
@@ -165,7 +187,7 @@ def test_a_counter_that_is_no_number_says_nothing(process: RedisProcess, store: 
     assert finished(link) == (None, [], None, [])
 
 
-def test_copies_are_waited_for(process: RedisProcess, store: redis.Redis) -> None:
+def test_copies_are_waited_for(process: RedisProcess, store: redis.Redis, link_to: MakeLink) -> None:
     columns = Columns(2)
     columns.create(store)
     link = link_to(process)
@@ -193,7 +215,9 @@ def test_python_may_use_the_connection_between_commits(process: RedisProcess, st
         assert finished(link) == (None, [], count, [])
 
 
-def test_what_a_paused_redis_does_not_take_is_sent_later(process: RedisProcess, store: redis.Redis) -> None:
+def test_what_a_paused_redis_does_not_take_is_sent_later(
+    process: RedisProcess, store: redis.Redis, link_to: MakeLink
+) -> None:
     columns = Columns(4096, 2200)
     columns.create(store)
     link = link_to(process)
@@ -215,7 +239,7 @@ def test_what_a_paused_redis_does_not_take_is_sent_later(process: RedisProcess, 
     assert all(columns.written(store))
 
 
-def test_a_signal_is_not_put_off(process: RedisProcess, store: redis.Redis) -> None:
+def test_a_signal_is_not_put_off(process: RedisProcess, store: redis.Redis, link_to: MakeLink) -> None:
     columns = Columns(1)
     link = link_to(process)
     process.pause()
@@ -232,7 +256,7 @@ def test_a_signal_is_not_put_off(process: RedisProcess, store: redis.Redis) -> N
 
 
 @pytest.mark.promise(2)
-def test_a_link_that_redis_kills_ends_in_doubt(process: RedisProcess, store: redis.Redis) -> None:
+def test_a_link_that_redis_kills_ends_in_doubt(process: RedisProcess, store: redis.Redis, link_to: MakeLink) -> None:
     columns = Columns(1)
     columns.create(store)
     link = link_to(process)
@@ -248,22 +272,29 @@ def test_a_link_that_redis_kills_ends_in_doubt(process: RedisProcess, store: red
 
 
 @contextlib.contextmanager
-def peer(answer: bytes, whole: int) -> Iterator[Any]:
-    """A link to what reads so much, gives that answer in small parts, and closes."""
-    ours, theirs = socket.socketpair()
+def peer(answer: bytes, whole: int, certificates: Any = None) -> Iterator[Any]:
+    """A link to what reads so much, gives that answer in small parts, and closes; over TLS, where there are certificates."""
+    ours, end = socket.socketpair()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if certificates is not None:
+        context.load_cert_chain(*certificates.issue("peer"))
 
     def serve() -> None:
-        with theirs:
+        with end if certificates is None else context.wrap_socket(end, server_side=True) as theirs:
             taken = 0
             while taken < whole:
                 taken += len(theirs.recv(1 << 20))
-            with contextlib.suppress(BrokenPipeError):  # the link has given up before the last of it
+            with contextlib.suppress(BrokenPipeError, ssl.SSLError):  # the link has given up before the last of it
                 for start in range(0, len(answer), 7):
                     theirs.sendall(answer[start : start + 7])
 
     thread = threading.Thread(target=serve)
     thread.start()
-    yield native.CommitLink(ours.detach())
+    if certificates is None:
+        yield native.CommitLink(ours.detach())
+    else:
+        ca = certificates.ca("ca").read_bytes()
+        yield native.CommitLink.over_tls(native.TlsStream(ours.detach(), "localhost", WAIT_S, ca))
     thread.join(WAIT_S)
 
 
@@ -274,9 +305,10 @@ def packed(columns: Columns) -> bytes:
 @pytest.mark.parametrize(
     "answer", [b"", b"+OK\r\n", b"+OK\r\n+OK\r\n:1", b"$3\r\nabc\r\n", b"+OK\r\n:1\r\n", b"nonsense\r\n"]
 )
-def test_a_peer_that_says_something_else_is_given_up(answer: bytes) -> None:
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_peer_that_says_something_else_is_given_up(answer: bytes, tls: bool, certificates: Any) -> None:
     columns = Columns(2)
-    with peer(answer, len(packed(columns))) as link:
+    with peer(answer, len(packed(columns)), certificates if tls else None) as link:
         link.send(*columns.arrays(), META_PREFIX, COUNTER)
         with pytest.raises(ConnectionError, match=r"closed the connection|makes no sense|connection failed"):
             link.progress(WAIT_S)
@@ -312,7 +344,7 @@ def test_the_bytes_are_those_of_the_python_link() -> None:
         assert finished(link) == (None, [], 5, [])
 
 
-def test_rows_may_lie_apart(process: RedisProcess, store: redis.Redis) -> None:
+def test_rows_may_lie_apart(process: RedisProcess, store: redis.Redis, link_to: MakeLink) -> None:
     columns = Columns(20)
     columns.create(store)
     link = link_to(process)
@@ -321,7 +353,7 @@ def test_rows_may_lie_apart(process: RedisProcess, store: redis.Redis) -> None:
     assert columns.written(store) == [False, True] * 10
 
 
-def test_columns_that_do_not_fit_are_refused(process: RedisProcess) -> None:
+def test_columns_that_do_not_fit_are_refused(process: RedisProcess, link_to: MakeLink) -> None:
     link = link_to(process)
     good = Columns(4).arrays()
     for place, wrong in ((0, good[0][:3]), (1, good[1][:5, ::2]), (2, good[2].view(np.int8)), (3, good[3][:2]), (3, 7)):

@@ -6,7 +6,6 @@ tells the addresses of its nodes, so there nothing can stand before them: that t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
@@ -15,7 +14,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from redises import RedisCluster, speaks_tls
+from wires import TlsEnd
 
 import engram
 from engram_models import LSTM, Hopfield, write_bundle
@@ -167,52 +166,6 @@ def test_files_that_cannot_be_used_stop_the_start(flags: tuple[str, ...], words:
 
 
 # Redis
-
-
-class TlsEnd:
-    """Speaks TLS to whoever shows a certificate, and hands what they say to a Redis on a unix socket."""
-
-    def __init__(
-        self, redis_socket: pathlib.Path, pair: tuple[pathlib.Path, pathlib.Path], client_ca: pathlib.Path
-    ) -> None:
-        self._redis = str(redis_socket)
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(*pair)
-        self._context.load_verify_locations(client_ca)
-        self._context.verify_mode = ssl.CERT_REQUIRED
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self.refused = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                raw, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(raw,), daemon=True).start()
-
-    def _serve(self, raw: socket.socket) -> None:
-        try:
-            end = self._context.wrap_socket(raw, server_side=True)
-        except (ssl.SSLError, OSError):
-            self.refused += 1
-            raw.close()
-            return
-        back = socket.socket(socket.AF_UNIX)
-        back.connect(self._redis)
-        with contextlib.suppress(OSError), end, back:
-            threading.Thread(target=_pour, args=(back, end), daemon=True).start()
-            _pour(end, back)
-
-    def close(self) -> None:
-        self._listener.close()
-
-
-def _pour(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-        sink.shutdown(socket.SHUT_WR)
 
 
 PASSWORD = "p@ss/wörd:42"

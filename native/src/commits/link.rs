@@ -1,11 +1,12 @@
-//! One connection to Redis for commits: packs commands as the kernel takes them, and reads their replies. Python has connected it
-//! and may use it between two commits; so its flags stay as they are, and every call here says by itself that it does not wait.
+//! One connection to Redis for commits: packs commands as the kernel takes them, and reads their replies. Python has connected it,
+//! and may use it between two commits where it is in clear.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use super::replies::{Replies, Verdicts};
+use super::stream::Stream;
 
 const CHUNK: usize = 128 << 10; // of commands, packed at once: stays in a cache, and the kernel takes about as much
 const INPUT: usize = 64 << 10;
@@ -19,7 +20,7 @@ pub trait Rows {
 }
 
 pub struct Link<R> {
-    socket: OwnedFd,
+    stream: Stream,
     blocks: Vec<R>,
     at: (usize, usize), // block, and row of it, that is packed next
     end: Vec<u8>,       // the commands behind the rows
@@ -32,9 +33,9 @@ pub struct Link<R> {
 }
 
 impl<R: Rows> Link<R> {
-    pub fn new(socket: OwnedFd) -> Self {
+    pub fn new(stream: Stream) -> Self {
         Link {
-            socket,
+            stream,
             blocks: Vec::new(),
             at: (0, 0),
             end: Vec::new(),
@@ -48,7 +49,7 @@ impl<R: Rows> Link<R> {
     }
 
     pub fn descriptor(&self) -> RawFd {
-        self.socket.as_raw_fd()
+        self.stream.descriptor()
     }
 
     /// Adds rows to the commit, and what comes behind the last of them.
@@ -62,7 +63,10 @@ impl<R: Rows> Link<R> {
     }
 
     pub fn wants_write(&self) -> bool {
-        self.written < self.out.len() || self.at.0 < self.blocks.len() || !self.end.is_empty()
+        self.written < self.out.len()
+            || self.at.0 < self.blocks.len()
+            || !self.end.is_empty()
+            || self.stream.holds()
     }
 
     /// Whether something was written of a commit whose replies have not all come.
@@ -75,21 +79,15 @@ impl<R: Rows> Link<R> {
         loop {
             if self.written == self.out.len() {
                 self.pack();
-                if self.out.is_empty() {
-                    return Ok(());
-                }
             }
             let rest = &self.out[self.written..];
-            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-            let sent = unsafe {
-                libc::send(
-                    self.socket.as_raw_fd(),
-                    rest.as_ptr().cast(),
-                    rest.len(),
-                    flags,
-                )
+            let sent = if rest.is_empty() {
+                self.stream.flush().map(|()| 0)
+            } else {
+                self.stream.send(rest)
             };
-            match outcome(sent) {
+            match sent {
+                Ok(0) => return Ok(()), // that was all
                 Ok(count) => {
                     self.begun = true;
                     self.written += count;
@@ -128,19 +126,9 @@ impl<R: Rows> Link<R> {
     /// Takes the replies that are there.
     pub fn read(&mut self) -> io::Result<()> {
         loop {
-            let room = &mut self.input[self.filled..];
-            let size = room.len();
-            let got = unsafe {
-                libc::recv(
-                    self.socket.as_raw_fd(),
-                    room.as_mut_ptr().cast(),
-                    size,
-                    libc::MSG_DONTWAIT,
-                )
-            };
-            let count = match outcome(got) {
-                Ok(0) => return Err(aborted("the store closed the connection")),
-                Ok(count) => count,
+            let (count, all) = match self.stream.receive(&mut self.input[self.filled..]) {
+                Ok((0, _)) => return Err(aborted("the store closed the connection")),
+                Ok(got) => got,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(lost(&error)),
@@ -152,8 +140,8 @@ impl<R: Rows> Link<R> {
                 .map_err(|why| aborted(&format!("the store's answer makes no sense: {why}")))?;
             self.input.copy_within(used..whole, 0);
             self.filled = whole - used;
-            if count < size {
-                return Ok(()); // that was all
+            if all {
+                return Ok(());
             }
         }
     }
@@ -165,10 +153,10 @@ impl<R: Rows> Link<R> {
             if self.wants_write() {
                 self.write()?;
             }
-            let writing = self.wants_write();
-            if self.replies.left() > 0 && (self.begun || writing) {
+            if self.replies.left() > 0 && (self.begun || self.wants_write()) {
                 self.read()?;
             }
+            let writing = self.wants_write(); // also what TLS wants to say, having read
             if self.replies.left() == 0 && !writing {
                 return Ok(true);
             }
@@ -188,18 +176,8 @@ impl<R: Rows> Link<R> {
         } else {
             (libc::POLLIN, time)
         };
-        let mut polled = libc::pollfd {
-            fd: self.socket.as_raw_fd(),
-            events,
-            revents: 0,
-        };
-        let limit = libc::timespec {
-            tv_sec: time.as_secs() as libc::time_t,
-            tv_nsec: time.subsec_nanos().into(),
-        };
-        let ready = unsafe { libc::ppoll(&raw mut polled, 1, &raw const limit, std::ptr::null()) };
-        match outcome(ready as isize) {
-            Ok(_) => Ok(true),
+        match self.stream.wait(events, Some(time)) {
+            Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
             Err(error) => Err(lost(&error)),
         }
@@ -210,10 +188,6 @@ impl<R: Rows> Link<R> {
         self.begun = false;
         self.replies.verdicts()
     }
-}
-
-fn outcome(result: isize) -> io::Result<usize> {
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 fn lost(error: &io::Error) -> io::Error {

@@ -3,6 +3,9 @@
 mod link;
 mod records;
 mod replies;
+mod stream;
+mod tls;
+mod trust;
 
 use parking_lot::Mutex;
 use pyo3::buffer::{Element, PyBuffer};
@@ -16,6 +19,8 @@ use std::time::Duration;
 
 use link::{Link, Rows};
 use records::{HEADER, Place, Shared};
+use stream::{Socket, Stream};
+pub use tls::TlsStream;
 
 /// A column of rows in Python's memory, which its owner leaves as it is while it is used here.
 struct Column<T: Element> {
@@ -142,29 +147,14 @@ impl CommitLink {
     /// Takes a descriptor of a connected socket as its own. What Python's socket had to read is read, and nothing is under way.
     #[new]
     fn new(descriptor: RawFd) -> PyResult<Self> {
-        let mut kind: libc::c_int = 0;
-        let mut size = size_of_val(&kind) as libc::socklen_t;
-        let asked = unsafe {
-            libc::getsockopt(
-                descriptor,
-                libc::SOL_SOCKET,
-                libc::SO_TYPE,
-                (&raw mut kind).cast(),
-                &raw mut size,
-            )
-        };
-        if asked != 0 {
-            return Err(io::Error::last_os_error().into());
-        }
-        if kind != libc::SOCK_STREAM {
-            return Err(PyValueError::new_err("the socket is no stream"));
-        }
-        let socket = unsafe { OwnedFd::from_raw_fd(descriptor) };
-        Ok(CommitLink {
-            link: Some(Link::new(socket)),
-            failed: String::new(),
-            in_doubt: false,
-        })
+        let socket = Socket::new(stream_socket(descriptor)?);
+        Ok(Self::over(Stream::Plain(socket)))
+    }
+
+    /// Takes a stream over: Python cannot use it any more.
+    #[staticmethod]
+    fn over_tls(stream: &mut TlsStream) -> PyResult<Self> {
+        Ok(Self::over(Stream::Tls(stream.taken()?)))
     }
 
     /// Sends `SET <prefix><tag>}:<token> <record> XX PX <ttl>` for every row, then `INCR <counting_key>` where there is one, then
@@ -281,6 +271,14 @@ impl CommitLink {
 }
 
 impl CommitLink {
+    fn over(stream: Stream) -> Self {
+        CommitLink {
+            link: Some(Link::new(stream)),
+            failed: String::new(),
+            in_doubt: false,
+        }
+    }
+
     fn open(&mut self) -> PyResult<&mut Link<Sets>> {
         let failed = &self.failed;
         self.link
@@ -304,6 +302,28 @@ impl CommitLink {
         }
         Ok(outcome?)
     }
+}
+
+/// A descriptor as its own, if it is a connection's.
+fn stream_socket(descriptor: RawFd) -> PyResult<OwnedFd> {
+    let mut kind: libc::c_int = 0;
+    let mut size = size_of_val(&kind) as libc::socklen_t;
+    let asked = unsafe {
+        libc::getsockopt(
+            descriptor,
+            libc::SOL_SOCKET,
+            libc::SO_TYPE,
+            (&raw mut kind).cast(),
+            &raw mut size,
+        )
+    };
+    if asked != 0 {
+        return Err(io::Error::last_os_error().into());
+    }
+    if kind != libc::SOCK_STREAM {
+        return Err(PyValueError::new_err("the socket is no stream"));
+    }
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 /// Factors of the longest record so far: any other's are its first ones.

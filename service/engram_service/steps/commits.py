@@ -79,26 +79,32 @@ class Commits:
     def _park(self, line: Line) -> None:
         """The rest of the wait is the selector's: it watches one connection after the other."""
 
-        def readable(number: int) -> None:
-            self._loop.remove_reader(number)
+        def going_on(number: int) -> None:
+            self._leave(number)
             if line.ready(0.0):
                 self._parked.pop(line).cancel()
                 self._finish(line)
             else:
-                self._watch(line, readable)
+                self._watch(line, going_on)
 
         def late() -> None:
-            self._loop.remove_reader(line.waits_on())
+            self._leave(line.waits_on())
             del self._parked[line]
             line.give_up()
             self._freed(line)
 
         self._parked[line] = self._loop.call_later(_TIMEOUT_S, late)
-        self._watch(line, readable)
+        self._watch(line, going_on)
 
-    def _watch(self, line: Line, readable: Callable[[int], None]) -> None:
+    def _watch(self, line: Line, going_on: Callable[[int], None]) -> None:
         number = line.waits_on()
-        self._loop.add_reader(number, readable, number)
+        self._loop.add_reader(number, going_on, number)
+        if line.wants_write():
+            self._loop.add_writer(number, going_on, number)
+
+    def _leave(self, number: int) -> None:
+        self._loop.remove_reader(number)
+        self._loop.remove_writer(number)
 
     def _finish(self, line: Line) -> None:
         line.finish()

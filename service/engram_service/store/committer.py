@@ -49,8 +49,9 @@ class Committers:
         self._trouble = trouble  # called with why commits fail, and with "" when they go through again
         self._troubled = False
         self._closed = threading.Event()
-        self._jobs: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Pending | Link | None] = queue.SimpleQueue()
         self.settings = settings
+        self._refused = ""  # why a link that was to be opened was not, the last time
         self._threads = [supervisor.thread(f"commit-{n}", self._run, self._closed) for n in range(settings.connections)]
         for thread in self._threads:
             thread.start()
@@ -68,6 +69,10 @@ class Committers:
     def go_on(self, pending: Pending) -> None:
         """The committers see to the rest of a commit."""
         self._jobs.put(pending)
+
+    def open(self, link: Link) -> None:
+        """They open a link for a thread that must not wait for a peer that may hang; until then it commits through them."""
+        self._jobs.put(link)
 
     def mark(self, node: Node) -> Mark:
         """Which counter says at a node that something was written."""
@@ -117,6 +122,9 @@ class Committers:
     def _run(self) -> None:
         links = Links(self.settings, TIMEOUT_S)
         while (pending := self._jobs.get()) is not None:
+            if isinstance(pending, Link):
+                self._open(pending)
+                continue
             try:
                 settled = self._receive(links, self._send(links, pending))
             except Exception as error:  # the job must not go with it: somebody waits for its rows
@@ -126,6 +134,14 @@ class Committers:
             if not settled and not self._closed.wait(pending.backoff_s()):
                 self._jobs.put(pending)  # behind the others: what is for other nodes need not wait for it
         links.drop()
+
+    def _open(self, link: Link) -> None:
+        with self.noting() as failure:
+            link.open()
+        why = next(iter(failure), "")
+        if why and why != self._refused and not self._troubled:  # else it is told already
+            log.warning("Redis cannot be reached for commits from the event loop, which take longer so: %s", why)
+        self._refused = why
 
     def _send(self, links: Links, pending: Pending) -> Sent:
         """Sends what is still to be written of a job, to each node what is its, and behind it what counts (generations.py)."""

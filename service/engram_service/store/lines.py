@@ -20,6 +20,7 @@ from engram_service.store.links import INLINE_TIMEOUT_S, Link, Links
 from engram_service.store.nodes import Node
 from engram_service.store.pending import Pending, Sent
 from engram_service.store.record import RecordBlock
+from engram_service.store.tls import TlsSocket, spoken
 from engram_service.store.types import CommitJob
 
 try:
@@ -30,6 +31,7 @@ else:
     _HERE = True
 
 
+_OPEN_AGAIN_S = 1.0  # between two attempts to open a connection
 _WIDTHS_MAX = 8  # widths of records whose memory is kept
 
 
@@ -48,6 +50,9 @@ class Line(Protocol):
     def waits_on(self) -> int:
         """The descriptor that becomes readable with the next reply; to be asked while it is not ready."""
 
+    def wants_write(self) -> bool:
+        """Whether it also waits until that descriptor takes more."""
+
     def finish(self) -> None:
         """Takes the replies and tells the job."""
 
@@ -56,10 +61,9 @@ class Line(Protocol):
 
 
 def line_of(committers: Committers) -> Line:
-    """The extension's, where it is and the connection is in clear: TLS is Python's."""
-    if not (_HERE and committers.settings.native) or committers.settings.url.startswith("rediss"):
-        return PythonLine(committers)
-    return NativeLine(committers)
+    """The extension's, where it is and can do what the URL asks for."""
+    settings = committers.settings
+    return NativeLine(committers) if _HERE and settings.native and spoken(settings.url) else PythonLine(committers)
 
 
 def _readable(descriptor: int, timeout_s: float) -> bool:
@@ -96,6 +100,9 @@ class PythonLine:
     def waits_on(self) -> int:
         return self._left[-1]
 
+    def wants_write(self) -> bool:
+        return False  # it has waited for that
+
     def finish(self) -> None:
         sent, self._sent = self._sent, None
         if sent is not None:
@@ -125,12 +132,24 @@ class _Way:
         self.blocks: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []
         self.mark: Mark | None = None
         self.done = False
+        self._asked = -_OPEN_AGAIN_S
+
+    def is_open(self, committers: Committers) -> bool:
+        """If not, it comes to be so, where it can."""
+        now = time.monotonic()
+        if not self.link.is_open and now >= self._asked + _OPEN_AGAIN_S:
+            self._asked = now
+            committers.open(self.link)
+        return self.link.is_open
 
     def send(self, job: CommitJob, key: bytes, wait: bytes, doubtful: list[int]) -> None:
         """Raises RedisError or OSError."""
         connection = self.link.opened(doubtful)
         if self.native is None:
-            self.native = engram_native.CommitLink(os.dup(connection._sock.fileno()))
+            sock = connection._sock
+            self.native = (
+                sock.commit_link() if isinstance(sock, TlsSocket) else engram_native.CommitLink(os.dup(sock.fileno()))
+            )
         last = len(self.blocks) - 1
         for n, (rows, values) in enumerate(self.blocks):
             whole = len(rows) == len(job.tags)
@@ -155,7 +174,7 @@ class NativeLine:
     def __init__(self, committers: Committers) -> None:
         self._committers = committers
         self._settings = committers.settings
-        self._links = Links(committers.settings, INLINE_TIMEOUT_S)
+        self._links = Links(committers.settings, INLINE_TIMEOUT_S, native=True)
         self._ways: dict[str, _Way] = {}
         self._pending: Pending | None = None
         self._used: list[_Way] = []
@@ -174,7 +193,6 @@ class NativeLine:
             self._failed = True
             return
         pending.begin()
-        pending.unknown[:] = True
         with self._committers.noting() as failure:
             for rows, block in job.blocks:
                 values = self._packed(block, len(job.blocks) == 1)
@@ -182,6 +200,11 @@ class NativeLine:
                     way = self._way(node)
                     way.blocks.append((rows, values) if len(at) == len(rows) else (rows[at], values[at]))
             for way in self._used:
+                if not way.is_open(self._committers):  # to open it may take long
+                    way.blocks, way.done, self._failed = [], True, True
+                    continue
+                for rows, _ in way.blocks:
+                    pending.unknown[rows] = True
                 way.mark = self._committers.mark(way.node)
                 with self._committers.noting() as own:
                     way.send(job, way.mark.key, self._wait, pending.doubtful[way.node.name])
@@ -206,6 +229,9 @@ class NativeLine:
 
     def waits_on(self) -> int:
         return next(int(way.native.descriptor) for way in self._used if not way.done)
+
+    def wants_write(self) -> bool:
+        return any(way.native.wants_write for way in self._used if not way.done)
 
     def finish(self) -> None:
         pending, self._pending = self._pending, None

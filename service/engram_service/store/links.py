@@ -7,14 +7,17 @@ from __future__ import annotations
 import socket
 import ssl
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import redis
+from redis.connection import SSLConnection
 
 from engram_service.store.nodes import Node
 from engram_service.store.packing import read_replies
+from engram_service.store.tls import TlsConnection, TlsSocket
 from engram_service.store.types import UNACKNOWLEDGED, StoreSettings
 
 TIMEOUT_S = 5.0  # without a reply for so long, a connection is given up
@@ -25,14 +28,16 @@ _UNACKNOWLEDGED = UNACKNOWLEDGED.encode()
 
 
 class Link:
-    """One connection for commits; not shared between threads."""
+    """One connection for commits; not shared between threads, but that another one may open it."""
 
-    def __init__(self, node: Node, settings: StoreSettings, timeout_s: float) -> None:
+    def __init__(self, node: Node, settings: StoreSettings, timeout_s: float, native: bool = False) -> None:
         self._node = node
         self._settings = settings
         self._timeout_s = timeout_s
+        self._native = native  # TLS, if any, is the extension's
         self._connection: Any = None
         self._id = 0
+        self._opening = threading.Lock()
 
     def send(self, buffers: list[memoryview | bytes], doubtful: list[int]) -> None:
         """Sends commands, whose replies `receive` then takes in the same order. Raises RedisError or OSError.
@@ -51,6 +56,15 @@ class Link:
             connection = self._ready()
             self._kill(doubtful)
             return connection
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    def open(self) -> None:
+        """From any thread, of a link that its own thread leaves alone until it is open. Raises RedisError or OSError."""
+        with self._opening:
+            self.opened([])
 
     def receive(self, count: int, doubtful: list[int], counted: bool = False) -> tuple[list[bytes] | None, bytes]:
         """The replies to all the `count` commands that were sent, or None if all are OK; and that to the one that counts, which
@@ -105,7 +119,10 @@ class Link:
             # Not from the pool, which counts what it ever made and stops at a limit; and without its greeting, for a commit
             # finds out by itself that Redis has lost the record.
             pool = self._node.client.connection_pool
-            connection: Any = pool.connection_class(**{**pool.connection_kwargs, "redis_connect_func": None})
+            kind = pool.connection_class
+            if self._native and issubclass(kind, SSLConnection):
+                kind = TlsConnection
+            connection: Any = kind(**{**pool.connection_kwargs, "redis_connect_func": None})
             connection.socket_timeout = connection.socket_connect_timeout = self._timeout_s
             connection.connect()
             _block_in_kernel(connection._sock, self._timeout_s)
@@ -124,14 +141,15 @@ class Link:
 class Links:
     """A thread's connections for commits: one to each node, made when it is needed."""
 
-    def __init__(self, settings: StoreSettings, timeout_s: float) -> None:
+    def __init__(self, settings: StoreSettings, timeout_s: float, native: bool = False) -> None:
         self._settings = settings
         self._timeout_s = timeout_s
+        self._native = native
         self._links: dict[str, Link] = {}
 
     def to(self, node: Node) -> Link:
         if node.name not in self._links:
-            self._links[node.name] = Link(node, self._settings, self._timeout_s)
+            self._links[node.name] = Link(node, self._settings, self._timeout_s, self._native)
         return self._links[node.name]
 
     def drop(self) -> None:
@@ -139,12 +157,12 @@ class Links:
             link.drop()
 
 
-def _block_in_kernel(sock: socket.socket, timeout_s: float) -> None:
+def _block_in_kernel(sock: Any, timeout_s: float) -> None:
     """Lets the kernel do the waiting, so that a whole batch is one system call each way.
 
     A Python socket with a timeout polls and takes the interpreter's lock again for every part of a buffer that fits.
     """
-    if isinstance(sock, ssl.SSLSocket):
+    if isinstance(sock, ssl.SSLSocket | TlsSocket):
         return
     sock.settimeout(None)
     timeval = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
