@@ -209,7 +209,7 @@ def test_it_begins_again_after_a_failure_and_shows_warnings(caplog: pytest.LogCa
         health.warn("redis", "it may\nforget")
         assert get(address, "/readyz") == "ready\nwarning: redis: it may forget\n"
         with pytest.raises(OSError, match=f"http = {address}: Address already in use"):
-            HttpServer(Settings(http=address), metrics, health, Supervisor(metrics, health))
+            HttpServer(Settings(http=address), Nothing(), metrics, health, Supervisor(metrics, health))
         assert server._server is not None
         server._server.should_exit = True  # nobody has told it to
         deadline = time.monotonic() + WAIT_S

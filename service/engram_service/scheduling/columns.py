@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,10 @@ class Steps:
         """Some of them, by an array, a mask or a slice."""
         return Steps(self.rows[index], self.streams[index], self.handles[index], self.seqs[index], self.flags[index],
                      self.deadlines[index], self.times[index], self.inputs[index])  # fmt: skip
+
+    def without_inputs(self) -> Steps:
+        """Of rows that are not going to be computed."""
+        return replace(self, inputs=np.empty((len(self), 0), np.uint8))
 
 
 class Waiting:

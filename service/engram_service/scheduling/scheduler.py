@@ -162,7 +162,7 @@ class Scheduler:
                 places = waiting.places()
                 mask = wanted(waiting.columns, places)
                 if mask.any():
-                    dropped.append(waiting.take(places[mask]))
+                    dropped.append(waiting.take(places[mask]).without_inputs())  # models' inputs differ in width
         return joined(dropped) if dropped else None
 
     def _bounds(self, model: int, streams: NDArray[np.uint32], rows_max: int, now: float) -> tuple[int, int]:
