@@ -258,6 +258,8 @@ def test_a_link_that_redis_kills_ends_in_doubt(process: RedisProcess, store: red
     columns = Columns(1)
     columns.create(store)
     link = link_to(process)
+    link.send(*columns.arrays(), META_PREFIX)
+    assert finished(link)[0] is None  # it has come as far as Redis
     store.client_kill_filter(_type="normal", skipme=True)
     with pytest.raises(ConnectionError):  # noqa: PT012 - the end may show in either call
         link.send(*columns.arrays(), META_PREFIX)
