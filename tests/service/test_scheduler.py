@@ -46,7 +46,9 @@ def rows_of(steps: Steps | None) -> list[Row]:
     columns = (steps.rows.tolist(), steps.streams.tolist(), steps.seqs.tolist(), steps.deadlines.tolist())
     rows = [Row(*columns) for columns in zip(*columns, strict=True)]
     whole, again = steps_of(rows), steps
-    for name in Steps.__slots__ if steps.inputs.shape[1] else set(Steps.__slots__) - {"inputs"}:  # of dropped ones none are left
+    for name in (
+        Steps.__slots__ if steps.inputs.shape[1] else set(Steps.__slots__) - {"inputs"}
+    ):  # of dropped ones none are left
         assert np.array_equal(getattr(whole, name), getattr(again, name)), f"{name} of other rows"
     return rows
 

@@ -13,7 +13,7 @@ use pyo3::exceptions::{PyConnectionError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -147,7 +147,7 @@ impl CommitLink {
     /// Takes a descriptor of a connected socket as its own. What Python's socket had to read is read, and nothing is under way.
     #[new]
     fn new(descriptor: RawFd) -> PyResult<Self> {
-        let socket = Socket::new(stream_socket(descriptor)?);
+        let socket = Socket::new(descriptor)?;
         Ok(Self::over(Stream::Plain(socket)))
     }
 
@@ -302,28 +302,6 @@ impl CommitLink {
         }
         Ok(outcome?)
     }
-}
-
-/// A descriptor as its own, if it is a connection's.
-fn stream_socket(descriptor: RawFd) -> PyResult<OwnedFd> {
-    let mut kind: libc::c_int = 0;
-    let mut size = size_of_val(&kind) as libc::socklen_t;
-    let asked = unsafe {
-        libc::getsockopt(
-            descriptor,
-            libc::SOL_SOCKET,
-            libc::SO_TYPE,
-            (&raw mut kind).cast(),
-            &raw mut size,
-        )
-    };
-    if asked != 0 {
-        return Err(io::Error::last_os_error().into());
-    }
-    if kind != libc::SOCK_STREAM {
-        return Err(PyValueError::new_err("the socket is no stream"));
-    }
-    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 /// Factors of the longest record so far: any other's are its first ones.

@@ -2,7 +2,7 @@
 //! stay as Python has set them, so every call says by itself that it does not wait.
 
 use std::io::{self, IoSlice, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use super::tls::Tls;
@@ -67,8 +67,25 @@ impl Stream {
 pub struct Socket(OwnedFd);
 
 impl Socket {
-    pub fn new(descriptor: OwnedFd) -> Self {
-        Socket(descriptor)
+    /// Takes a descriptor as its own, if it is a connection's.
+    pub fn new(descriptor: RawFd) -> io::Result<Self> {
+        let mut kind: libc::c_int = 0;
+        let mut size = size_of_val(&kind) as libc::socklen_t;
+        let asked = unsafe {
+            libc::getsockopt(
+                descriptor,
+                libc::SOL_SOCKET,
+                libc::SO_TYPE,
+                (&raw mut kind).cast(),
+                &raw mut size,
+            )
+        };
+        outcome(asked as isize)?;
+        if kind != libc::SOCK_STREAM {
+            let why = "the socket is no stream";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        Ok(Socket(unsafe { OwnedFd::from_raw_fd(descriptor) }))
     }
 
     pub fn descriptor(&self) -> RawFd {

@@ -182,7 +182,7 @@ impl TlsStream {
         certificate: Option<&[u8]>,
         key: Option<&[u8]>,
     ) -> PyResult<Self> {
-        let socket = Socket::new(super::stream_socket(descriptor)?);
+        let socket = Socket::new(descriptor)?;
         let name = ServerName::try_from(name.to_owned())
             .map_err(|_| PyValueError::new_err(format!("{name:?} is no name of a server")))?;
         let config = trust::client_config(ca, system, certificate.zip(key))

@@ -228,10 +228,13 @@ class NativeLine:
         return True
 
     def waits_on(self) -> int:
-        return next(int(way.native.descriptor) for way in self._used if not way.done)
+        return int(self._waiting().native.descriptor)
 
     def wants_write(self) -> bool:
-        return any(way.native.wants_write for way in self._used if not way.done)
+        return bool(self._waiting().native.wants_write)
+
+    def _waiting(self) -> _Way:
+        return next(way for way in self._used if not way.done)
 
     def finish(self) -> None:
         pending, self._pending = self._pending, None

@@ -21,11 +21,12 @@ def commands(
     tags: NDArray[np.uint8], tokens: NDArray[np.uint8], values: NDArray[np.uint8], ttl_ms: NDArray[np.uint64]
 ) -> Iterator[tuple[NDArray[np.intp], memoryview]]:
     """`SET key value XX PX ttl` for every row, as buffers of equally long commands, with the rows of each buffer."""
-    ttls = np.unique(ttl_ms)
-    for ttl in ttls:
-        rows = np.arange(len(values)) if len(ttls) == 1 else np.flatnonzero(ttl_ms == ttl)
-        whole = len(rows) == len(values)
-        yield rows, _buffer(*((tags, tokens, values) if whole else (tags[rows], tokens[rows], values[rows])), int(ttl))
+    if len(values) and (ttl_ms == ttl_ms[0]).all():  # as good as always
+        yield np.arange(len(values)), _buffer(tags, tokens, values, int(ttl_ms[0]))
+        return
+    for ttl in np.unique(ttl_ms):
+        rows = np.flatnonzero(ttl_ms == ttl)
+        yield rows, _buffer(tags[rows], tokens[rows], values[rows], int(ttl))
 
 
 def _buffer(tags: NDArray[np.uint8], tokens: NDArray[np.uint8], values: NDArray[np.uint8], ttl_ms: int) -> memoryview:
@@ -39,6 +40,8 @@ def _buffer(tags: NDArray[np.uint8], tokens: NDArray[np.uint8], values: NDArray[
         values,
         b"\r\n$2\r\nXX\r\n$2\r\nPX\r\n$%d\r\n%s\r\n" % (len(digits), digits),
     ]
+    if len(values) == 1:
+        return memoryview(b"".join([piece if isinstance(piece, bytes) else piece.tobytes() for piece in pieces]))
     width = sum(len(piece) if isinstance(piece, bytes) else piece.shape[1] for piece in pieces)
     buffer = np.empty((len(values), width), np.uint8)
     start = 0
