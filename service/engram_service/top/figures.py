@@ -96,10 +96,10 @@ def _latency(pairs: Sequence[tuple[Scrape, Scrape]], stage: str) -> dict[str, fl
                 counts[float(edge)] = counts.get(float(edge), 0.0) + grown
     if not counts or not counts[max(counts)]:
         return None
-    return {"p50": 1000 * _quantile(counts, 0.5), "p99": 1000 * _quantile(counts, 0.99)}
+    return {"p50": 1000 * quantile(counts, 0.5), "p99": 1000 * quantile(counts, 0.99)}
 
 
-def _quantile(counts: dict[float, float], part: float) -> float:
+def quantile(counts: dict[float, float], part: float) -> float:
     """Of a histogram's cumulative counts by upper edge, as Prometheus's histogram_quantile has it."""
     wanted = part * counts[max(counts)]
     low, below = 0.0, 0.0

@@ -127,7 +127,7 @@ class Wire(Protocol):
         Of streams that are over nothing is sent."""
 
     def written(self) -> tuple[Sequence[int], float]:
-        """How long answers took from `answer` until they were given to the kernel: rows by bucket of stages.EDGES, and seconds in all."""
+        """How long answers took from `answer` to the kernel: rows by bucket of stages.EDGES, and seconds in all."""
 
     def expect(self, stream: int, rows: int) -> None:
         """So many more rows of a stream are under way than the wire has brought."""
