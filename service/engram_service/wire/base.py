@@ -53,6 +53,11 @@ class Arrived:
                        self.timeouts_ms[rows], self.input_nbytes[rows], self.inputs[first:last],
                        self.times[rows])  # fmt: skip
 
+    def without_inputs(self, index: Any) -> Arrived:
+        """Some of the rows, by an array, a mask or a slice."""
+        return Arrived(self.streams[index], self.handles[index], self.seqs[index], self.acknowledged[index], self.flags[index],
+                       self.timeouts_ms[index], self.input_nbytes[index], self.inputs[:0], self.times[index])  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Begin:
