@@ -87,7 +87,7 @@ def _rates(old: Scrape, new: Scrape, name: str, label: str, **labels: str) -> di
 
 
 def _latency(pairs: Sequence[tuple[Scrape, Scrape]], stage: str) -> dict[str, float] | None:
-    """p50 and p99 of a stage. Its histogram has one observation a batch."""
+    """p50 and p99 of a stage. Its histogram has one observation a step."""
     counts: dict[float, float] = {}
     for old, new in pairs:
         edges = new.by("engram_stage_seconds_bucket", "le", stage=stage)
