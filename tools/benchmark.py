@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from engram._json import json_text
-from engram_service.bench.measure import Options, Result, measure
+from engram_service.bench.drive import Options
+from engram_service.bench.measure import Result, measure
 from engram_service.bench.plain import PlainResult
 from engram_service.bench.report import machine, table, verdict
 

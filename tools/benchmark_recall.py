@@ -25,7 +25,8 @@ import engram
 from engram._json import json_text
 from engram_models import NTM, Hopfield, write_bundle
 from engram_service.bench.ceiling import Ceiling
-from engram_service.bench.measure import Options, measure
+from engram_service.bench.drive import Options
+from engram_service.bench.measure import measure
 from engram_service.bench.report import machine
 from engram_service.bench.workload import workload_of
 from engram_service.local import LocalServer

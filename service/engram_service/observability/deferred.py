@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -24,28 +24,33 @@ _NOTED_MAX = 1024  # observations until they are folded on the path; that takes 
 
 
 class Buckets:
-    """How many values are in each bucket of a histogram, and their sum."""
+    """How many values are below each edge of a histogram, and their sum."""
 
     def __init__(self, edges: Sequence[float]) -> None:
         self._edges = np.array(edges, np.float64)  # upper ones, ascending
         self._names = [*map(floatToGoString, edges), "+Inf"]
-        self._counts = np.zeros(len(edges) + 1)
+        self._below = np.zeros(len(edges) + 1)  # or at it; the last: all
         self._sum = 0.0
 
-    def add(self, values: NDArray[np.float64], weights: ArrayLike | None = None) -> None:
-        """A value with a weight counts so many times."""
-        at = np.searchsorted(self._edges, values)
-        self._counts += np.bincount(at, weights, len(self._counts))
-        self._sum += float(values.sum() if weights is None else np.dot(values, weights))
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Each counts once. Sorting them and looking for the edges takes a third of looking for each of them."""
+        self._below[:-1] += np.searchsorted(np.sort(values), self._edges, "right")
+        self._below[-1] += len(values)
+        self._sum += float(values.sum())
 
-    def set(self, counts: Sequence[float], total: float) -> None:
+    def add_weighted(self, values: NDArray[np.float64], weights: NDArray[np.int64]) -> None:
+        """A value counts as many times as its weight says."""
+        at = np.searchsorted(self._edges, values)
+        self._below += np.bincount(at, weights, len(self._below)).cumsum()
+        self._sum += float(values @ weights)
+
+    def set(self, counts: Sequence[int], total: float) -> None:
         """What others have counted: values by bucket, and their sum."""
-        self._counts, self._sum = np.array(counts, np.float64), total
+        self._below, self._sum = np.cumsum(counts, dtype=np.float64), total
 
     def sample(self, family: HistogramMetricFamily, labels: Sequence[str], created: float) -> None:
         """Adds them to a metric."""
-        pairs = list(zip(self._names, np.cumsum(self._counts).tolist(), strict=True))
-        family.add_metric(labels, pairs, self._sum)
+        family.add_metric(labels, list(zip(self._names, self._below.tolist(), strict=True)), self._sum)
         named = dict(zip(family._labelnames, labels, strict=True))
         family.add_sample(f"{family.name}_created", named, created)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -33,7 +34,7 @@ EDGES = (
 )
 
 _BATCHES_MAX, _ROWS_MAX = 256, 8192  # noted, until they are folded on the path; that takes some tenths of a millisecond
-_BEFORE = STAGES.index("wait")  # stages before it differ from row to row
+_BY_ROW = STAGES[:3]  # between the times of a row
 _Noted: TypeAlias = tuple[NDArray[np.float64], float, float, float, float]
 
 
@@ -77,16 +78,15 @@ class StageSeconds(Collector):
         noted = drained(self._noted)
         if not noted:
             return
-        times = np.concatenate([batch[0] for batch in noted])
+        times = np.ascontiguousarray(np.concatenate([batch[0] for batch in noted]).T)  # [4, rows]
         rows = np.array([len(batch[0]) for batch in noted])
-        ends = np.array([batch[1:] for batch in noted])  # [batches, 4]: started, computed, committed, answered
-        begun, answered = ends[:, 0].repeat(rows), ends[:, 3].repeat(rows)
-        for stage, column in zip(STAGES[:_BEFORE], np.diff(times).T, strict=True):
-            self._stages[stage].add(column)
-        self._stages["wait"].add(begun - times[:, -1])
-        self._stages["total"].add(answered - times[:, 0])
-        took = np.diff(ends)
-        self._stages["compute"].add(took[:, 0], rows)
-        self._stages["answer"].add(took[:, 2], rows)
-        waited = took[:, 1] > 0
-        self._stages["commit"].add(took[waited, 1], rows[waited])
+        ends = np.fromiter(chain.from_iterable([batch[1:] for batch in noted]), np.float64, 4 * len(noted))
+        started, computed, committed, answered = np.ascontiguousarray(ends.reshape(-1, 4).T)  # of each batch
+        for number, stage in enumerate(_BY_ROW):
+            self._stages[stage].add(times[number + 1] - times[number])
+        self._stages["wait"].add(started.repeat(rows) - times[-1])
+        self._stages["total"].add(answered.repeat(rows) - times[0])
+        self._stages["compute"].add_weighted(computed - started, rows)
+        self._stages["answer"].add_weighted(answered - committed, rows)
+        waited = committed > computed
+        self._stages["commit"].add_weighted((committed - computed)[waited], rows[waited])

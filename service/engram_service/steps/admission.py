@@ -190,7 +190,7 @@ class Admission:
             good = np.flatnonzero(mine & ~other & (arrived.input_nbytes == width))
             if len(good):
                 inputs = arrived.inputs[(ends[good] - width)[:, None] + np.arange(width)]
-                came = _rows(_without_inputs(arrived, good), rows[good], deadlines[good], inputs, frame[good])
+                came = _rows(arrived.without_inputs(good), rows[good], deadlines[good], inputs, frame[good])
                 self._admit(served, came, [], now)
 
     # Frames that are not like most
@@ -220,7 +220,7 @@ class Admission:
             )
             self._acknowledge(own, columns.acked)
         deadlines = self._deadlines(np.full(len(columns), frame.timeout_ms, np.uint32), now)
-        times = np.full((len(columns), 4), now)  # when it came the wire does not say
+        times = np.full((len(columns), 4), now)
         came = _Rows(rows, streams, columns.handles, columns.seqs, columns.flags, deadlines, times, inputs)
         self._admit(served, came, refused, now)
 
@@ -255,9 +255,8 @@ class Admission:
 
     def _let_in(self, served: Served, came: _Rows, good: NDArray[np.intp] | slice, now: float) -> None:
         """These rows wait for their batch from now on."""
-        table, rows, seqs = self._table, came.rows, came.seqs
+        table, rows, seqs, times = self._table, came.rows, came.seqs, came.times[good]
         flags = came.flags[good] & np.uint8(PREFILL | FEEDBACK)
-        times = came.times[good]
         times[:, ADMITTED] = time.monotonic()
         steps = Steps(rows[good], came.streams[good], came.handles[good], seqs[good], flags, came.deadlines[good],
                       times, came.inputs[good])  # fmt: skip
@@ -404,7 +403,7 @@ class Admission:
     # Refusals
 
     def _refuse(self, arrived: Arrived, which: NDArray[np.bool_] | slice, refusal: ServiceError) -> None:
-        self._answers.refuse_all(_without_inputs(arrived, which), refusal)
+        self._answers.refuse_all(arrived.without_inputs(which), refusal)
 
     def _refuse_frame(self, stream: Stream, frame: stream_pb2.StepsFrame, refusal: ServiceError) -> None:
         """A frame of which no row could be used."""
@@ -432,16 +431,10 @@ def _rows(
                  frames)  # fmt: skip
 
 
-def _without_inputs(arrived: Arrived, index: Any) -> Arrived:
-    return Arrived(arrived.streams[index], arrived.handles[index], arrived.seqs[index], arrived.acknowledged[index],
-                   arrived.flags[index], arrived.timeouts_ms[index], arrived.input_nbytes[index], arrived.inputs[:0],
-                   arrived.times[index])  # fmt: skip
-
-
 def _only(arrived: Arrived, mask: NDArray[np.bool_]) -> Arrived:
     """The rows of a mask, with their inputs; the first that is left of a frame begins it."""
     frames = np.cumsum((arrived.flags & FIRST) != 0)[mask]
-    kept = _without_inputs(arrived, mask)
+    kept = arrived.without_inputs(mask)
     kept.flags[np.flatnonzero(np.append(True, frames[1:] != frames[:-1])[: len(frames)])] |= FIRST
     inputs = arrived.inputs[np.repeat(mask, arrived.input_nbytes)]
     return replace(kept, inputs=inputs)

@@ -87,7 +87,7 @@ def _rates(old: Scrape, new: Scrape, name: str, label: str, **labels: str) -> di
 
 
 def _latency(pairs: Sequence[tuple[Scrape, Scrape]], stage: str) -> dict[str, float] | None:
-    """p50 and p99 of a stage. Its histogram has one observation a batch."""
+    """p50 and p99 of a stage. Its histogram has one observation a step."""
     counts: dict[float, float] = {}
     for old, new in pairs:
         edges = new.by("engram_stage_seconds_bucket", "le", stage=stage)
@@ -96,10 +96,10 @@ def _latency(pairs: Sequence[tuple[Scrape, Scrape]], stage: str) -> dict[str, fl
                 counts[float(edge)] = counts.get(float(edge), 0.0) + grown
     if not counts or not counts[max(counts)]:
         return None
-    return {"p50": 1000 * _quantile(counts, 0.5), "p99": 1000 * _quantile(counts, 0.99)}
+    return {"p50": 1000 * quantile(counts, 0.5), "p99": 1000 * quantile(counts, 0.99)}
 
 
-def _quantile(counts: dict[float, float], part: float) -> float:
+def quantile(counts: dict[float, float], part: float) -> float:
     """Of a histogram's cumulative counts by upper edge, as Prometheus's histogram_quantile has it."""
     wanted = part * counts[max(counts)]
     low, below = 0.0, 0.0

@@ -30,7 +30,9 @@ def page(found: dict[str, Any]) -> list[str]:
         "",
         *_columns([_SERVER, *(_server(server) for server in found["servers"])]),
         "",
-        *_columns([("stage", "p50 ms", "p99 ms"), *((stage, *_both(total["latency_ms"][stage])) for stage in STAGES)]),
+        *_columns(
+            [("stage", "p50 ms", "p99 ms"), *((stage, *_both(total["latency_ms"][stage], ".3f")) for stage in STAGES)]
+        ),
     ]
     if total["models"]:
         rows = [
@@ -60,8 +62,8 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _both(latency: dict[str, float] | None) -> tuple[str, str]:
-    return ("-", "-") if latency is None else (f"{latency['p50']:.1f}", f"{latency['p99']:.1f}")
+def _both(latency: dict[str, float] | None, form: str = ".1f") -> tuple[str, str]:
+    return ("-", "-") if latency is None else (format(latency["p50"], form), format(latency["p99"], form))
 
 
 def _others(rates: dict[str, float]) -> str:

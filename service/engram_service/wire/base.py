@@ -53,6 +53,11 @@ class Arrived:
                        self.timeouts_ms[rows], self.input_nbytes[rows], self.inputs[first:last],
                        self.times[rows])  # fmt: skip
 
+    def without_inputs(self, index: Any) -> Arrived:
+        """Some of the rows, by an array, a mask or a slice."""
+        return Arrived(self.streams[index], self.handles[index], self.seqs[index], self.acknowledged[index], self.flags[index],
+                       self.timeouts_ms[index], self.input_nbytes[index], self.inputs[:0], self.times[index])  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Begin:
@@ -130,7 +135,7 @@ class Wire(Protocol):
         Of streams that are over nothing is sent."""
 
     def written(self) -> tuple[Sequence[int], float]:
-        """How long answers took from `answer` until the kernel had them: rows by bucket of stages.EDGES, and seconds in all."""
+        """How long answers took from `answer` to the kernel: rows by bucket of stages.EDGES, and seconds in all."""
 
     def expect(self, stream: int, rows: int) -> None:
         """So many more rows of a stream are under way than the wire has brought."""

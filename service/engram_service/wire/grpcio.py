@@ -91,9 +91,9 @@ class _Call:
                 await self._posted.wait()
             response, rows, since = self._outbox.popleft()
             self.free(rows)
-            await context.write(response)  # type: ignore[arg-type]
             if since:
                 self._written(time.monotonic() - since, rows)
+            await context.write(response)  # type: ignore[arg-type]
 
 
 class GrpcioWire:

@@ -86,7 +86,7 @@ class World:
 
     def sent(self, stream: Stream) -> list[tuple[Any, int]]:
         """What the wire would write to a stream: each frame, and how many rows it answers."""
-        return list(self.wire._calls[stream.id]._outbox)
+        return [(response, rows) for response, rows, _ in self.wire._calls[stream.id]._outbox]
 
     def under_way(self, stream: Stream) -> int:
         """Rows of a stream that the wire counts, but for those whose answers are about to be written."""
