@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from engram_models import shipped_models_dir
 from engram_service.ports import free_port
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from forks import Forked, Forks
 from redises import RedisCluster, RedisProcess
 
 START_S = 60.0
@@ -93,6 +95,7 @@ class ServerProcess:
     """`engram serve` on fixed ports; may be stopped, killed and started again on the same ports and data."""
 
     on_cluster = False  # sessions are in a Redis Cluster, unless the flags say where
+    _forks: Forks | None = None  # of all servers of this process
 
     def __init__(self, directory: pathlib.Path, *flags: str) -> None:
         self.directory = directory
@@ -104,7 +107,7 @@ class ServerProcess:
         self.faults = ""  # Python that runs in its process before it serves: to have a part fail on demand
         self.credentials: grpc.ChannelCredentials | None = None  # where it speaks TLS
         self.prefix: tuple[str, ...] = ()  # the command that runs it, under limits say
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._told = False  # to end
         self._cluster = RedisCluster(directory / "cluster") if self.on_cluster and "--redis-url" not in flags else None
 
@@ -146,18 +149,25 @@ class ServerProcess:
             if not self._cluster.processes:
                 self._cluster.start()
             flags = ("--redis-url", self._cluster.url, *flags)
-        program = ["-c", self.faults + _SERVE] if self.faults else ["-m", "engram"]
-        command = [
-            *self.prefix, sys.executable, *program, "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
-            "--data-dir", str(self.directory / "data"), *flags,
+        arguments = [
+            "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}", "--data-dir", str(self.directory / "data"),
+            *flags,
         ]  # fmt: skip
         self._told = False
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"}
-            )
+        self._process = self._begin(arguments, {**os.environ, "OMP_NUM_THREADS": "2"})
         self._wait_ready()
         return self
+
+    def _begin(self, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes] | Forked:
+        cls = type(self)
+        if not self.faults and not self.prefix:
+            cls._forks = cls._forks or Forks()
+            if cls._forks.like(environment):
+                return cls._forks.serve(arguments, self.log, environment)
+        program = ["-c", self.faults + _SERVE] if self.faults else ["-m", "engram"]
+        with self.log.open("ab") as log:
+            command = [*self.prefix, sys.executable, *program, *arguments]
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def stop(self) -> int:
         """SIGTERM, as an operator stops it; its exit code."""
@@ -206,6 +216,10 @@ class ServerProcess:
             while time.monotonic() < deadline:
                 if self._process.poll() is not None:
                     raise AssertionError(f"the server ended with {self._process.returncode}\n{self.tail()}")
+                with socket.socket() as probe:  # gRPC would not look again for a while
+                    if probe.connect_ex(("127.0.0.1", self.port)) != 0:
+                        time.sleep(0.01)
+                        continue
                 try:
                     call(b"", timeout=1.0)
                     return
