@@ -160,10 +160,10 @@ class ServerProcess:
 
     def _begin(self, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes] | Forked:
         cls = type(self)
-        if not self.faults and not self.prefix:
+        if not self.prefix:
             cls._forks = cls._forks or Forks()
             if cls._forks.like(environment):
-                return cls._forks.serve(arguments, self.log, environment)
+                return cls._forks.serve(arguments, self.log, environment, self.faults)
         program = ["-c", self.faults + _SERVE] if self.faults else ["-m", "engram"]
         with self.log.open("ab") as log:
             command = [*self.prefix, sys.executable, *program, *arguments]

@@ -71,8 +71,9 @@ class Forks:
         """Whether a process with this environment would have begun as ours did."""
         return _early(environment) == _early(self._environment)
 
-    def serve(self, arguments: list[str], log: pathlib.Path, environment: dict[str, str]) -> Forked:
-        self.tell(serve=arguments, log=str(log), environment=environment, directory=os.getcwd())
+    def serve(self, arguments: list[str], log: pathlib.Path, environment: dict[str, str], before: str = "") -> Forked:
+        """`before` is Python that it runs before all else."""
+        self.tell(serve=arguments, log=str(log), environment=environment, directory=os.getcwd(), before=before)
         with self._news:
             assert self._news.wait_for(lambda: self._begun, _START_S), "no server is forked"
             return Forked(self, self._begun.pop())
@@ -104,8 +105,8 @@ def _early(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(_EARLY)}
 
 
-def _child(task: dict[str, Any]) -> list[str]:
-    """In the fork: makes it what was asked for; its arguments."""
+def _child(task: dict[str, Any]) -> dict[str, Any]:
+    """In the fork: makes it what was asked for."""
     import ctypes
     import random
     import signal
@@ -121,11 +122,11 @@ def _child(task: dict[str, Any]) -> list[str]:
     os.environ.update(task["environment"])
     os.chdir(task["directory"])
     random.seed()
-    return list(task["serve"])
+    return task
 
 
-def _main() -> list[str]:
-    """Forks and reaps until its input ends; in a fork, returns the fork's arguments."""
+def _main() -> dict[str, Any]:
+    """Forks and reaps until its input ends; in a fork, returns what it was asked for."""
     import importlib
     import importlib.util
     import select
@@ -170,7 +171,9 @@ def _say(**fields: int) -> None:
 
 if __name__ == "__main__":
     del sys.path[0]  # this directory, which `python -m engram` does not have
-    sys.argv = ["engram", *_main()]
+    asked = _main()
+    sys.argv = ["engram", *asked["serve"]]
+    exec(asked["before"], {"__name__": "__main__"})
     from engram._cli import main
 
     sys.exit(main())
