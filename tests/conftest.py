@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -30,6 +31,7 @@ from engram_models import shipped_models_dir
 from engram_service.ports import free_port
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from forks import Forked, Forks
 from redises import RedisCluster, RedisProcess
 
 START_S = 60.0
@@ -96,6 +98,7 @@ class ServerProcess:
     """`engram serve` on fixed ports; may be stopped, killed and started again on the same ports and data."""
 
     on_cluster = False  # sessions are in a Redis Cluster, unless the flags say where
+    _forks: Forks | None = None  # of all servers of this process
 
     def __init__(self, directory: pathlib.Path, *flags: str) -> None:
         self.directory = directory
@@ -107,7 +110,7 @@ class ServerProcess:
         self.faults = ""  # Python that runs in its processes before they serve: to have a part fail on demand
         self.credentials: grpc.ChannelCredentials | None = None  # where it speaks TLS
         self.prefix: tuple[str, ...] = ()  # the command that runs it, under limits say
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._told = False  # to end
         self._cluster = RedisCluster(directory / "cluster") if self.on_cluster and "--redis-url" not in flags else None
 
@@ -165,21 +168,29 @@ class ServerProcess:
             if not self._cluster.processes:
                 self._cluster.start()
             flags = ("--redis-url", self._cluster.url, *flags)
-        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        arguments = [
+            "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}", "--data-dir", str(self.directory / "data"),
+            *flags,
+        ]  # fmt: skip
+        self._told = False
+        self._process = self._begin(arguments, {**os.environ, "OMP_NUM_THREADS": "2"})
+        self._wait_ready()
+        return self
+
+    def _begin(self, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes] | Forked:
+        cls, own = type(self), environment
         if self.faults:
             folder = self.directory / "faults"
             folder.mkdir(exist_ok=True)
             (folder / "sitecustomize.py").write_text(_FAULTS + textwrap.indent(self.faults, "    "))
-            environment["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-        command = [
-            *self.prefix, sys.executable, "-m", "engram", "serve", "--listen", self.address, "--http", f"127.0.0.1:{self.http_port}",
-            "--data-dir", str(self.directory / "data"), *flags,
-        ]  # fmt: skip
-        self._told = False
+            own = environment | {"PYTHONPATH": os.pathsep.join([str(folder), environment.get("PYTHONPATH", "")])}
+        if not self.prefix:
+            cls._forks = cls._forks or Forks()
+            if cls._forks.like(environment):
+                return cls._forks.serve(arguments, self.log, own, self.faults)
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        self._wait_ready()
-        return self
+            command = [*self.prefix, sys.executable, "-m", "engram", *arguments]
+            return subprocess.Popen(command, stdout=log, stderr=log, env=own)
 
     def stop(self) -> int:
         """SIGTERM, as an operator stops it; its exit code."""
@@ -230,6 +241,10 @@ class ServerProcess:
             while time.monotonic() < deadline:
                 if self._process.poll() is not None:
                     raise AssertionError(f"the server ended with {self._process.returncode}\n{self.tail()}")
+                with socket.socket() as probe:  # gRPC would not look again for a while
+                    if probe.connect_ex(("127.0.0.1", self.port)) != 0:
+                        time.sleep(0.01)
+                        continue
                 try:
                     call(b"", timeout=1.0)
                     return

@@ -9,6 +9,7 @@ import secrets
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 
 from engram._json import json_text
@@ -20,16 +21,22 @@ RESULT, PAGE = ROOT / "docs" / "results" / "chaos.json", ROOT / "docs" / "faults
 
 
 def main() -> int:
-    from chaos.campaign import WORLDS
+    from chaos.campaign import WIRES, WORLDS
     from chaos.measures import SCENARIOS
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, help="of an earlier run; none: a new one, which is printed")
     parser.add_argument("--world", action="append", choices=[world.name for world in WORLDS], help="only these")
+    parser.add_argument("--wire", action="append", choices=WIRES, help="only this one; none: each world on both")
     parser.add_argument(
-        "--faults", type=int, default=1000, help="at least so many, over all worlds; 0: until the time is over"
+        "--faults",
+        type=int,
+        default=1000,
+        help="at least so many on each wire, over all worlds; 0: until the time is over",
     )
-    parser.add_argument("--seconds", type=float, default=2400.0, help="at most, of faults, over all worlds")
+    parser.add_argument(
+        "--seconds", type=float, default=1200.0, help="at most, of faults on each wire, over all worlds"
+    )
     parser.add_argument(
         "--redis-binary",
         metavar="NAME",
@@ -47,11 +54,12 @@ def main() -> int:
         "--out", type=pathlib.Path, help="the result file, to be added to; of a whole run: docs/results/chaos.json"
     )
     args = parser.parse_args()
-    return _run(args, WORLDS)
+    worlds = [world for world in WORLDS if not (args.world or args.measure) or world.name in (args.world or ())]
+    return _run(args, [replace(world, wire=wire) for wire in args.wire or WIRES for world in worlds])
 
 
-def _run(args: argparse.Namespace, worlds: Any) -> int:
-    from chaos.campaign import Campaign, Load, able
+def _run(args: argparse.Namespace, worlds: list[Any]) -> int:
+    from chaos.campaign import Campaign, Load, missing
     from chaos.fleet import clock_library
     from chaos.measures import SCENARIOS
     from chaos.results import write, write_table
@@ -64,17 +72,18 @@ def _run(args: argparse.Namespace, worlds: Any) -> int:
     say(f"Redis: {redis_version(redis_program())}")
     some = args.world or args.measure
     clock = args.clock or clock_library()
-    chosen = [world for world in worlds if not some or world.name in (args.world or ())]
-    for world in [world for world in chosen if not able(world, clock)]:
-        say(f"left out, for what it needs is not here: the world {world.name}")
-        chosen.remove(world)
+    chosen = [world for world in worlds if not missing(world, clock)]
+    for world in worlds:
+        if world not in chosen:
+            say(f"left out: the world {world.name} on the {world.wire} wire, for lack of {missing(world, clock)}")
     directory = args.keep or pathlib.Path(tempfile.mkdtemp(prefix="engram-chaos-"))
     out = args.out or (None if some else RESULT)
     outcomes, measured = [], {}
     campaign = Campaign(directory, say, clock, args.device)
     try:
         for world in chosen:
-            outcomes.append(campaign.run(world, seed, Load(args.seconds / len(chosen), -(-args.faults // len(chosen)))))
+            share = sum(other.wire == world.wire for other in chosen)
+            outcomes.append(campaign.run(world, seed, Load(args.seconds / share, -(-args.faults // share))))
         for name in SCENARIOS if not some else args.measure or ():
             measured[name] = SCENARIOS[name](campaign, seed)
             say(f"{name}: {json_text(measured[name])}")

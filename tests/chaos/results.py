@@ -25,7 +25,8 @@ def write(path: pathlib.Path, outcomes: Sequence[Outcome], measured: dict[str, A
     """Puts these into the file; returns what it now holds."""
     gpu = "" if device == "cpu" else f", {torch.cuda.get_device_name(device)}"
     found = json.loads(path.read_text()) if path.exists() else {}
-    worlds = {one["world"]: one for one in [*found.get("worlds", []), *(outcome.as_json() for outcome in outcomes)]}
+    rows = [*found.get("worlds", []), *(outcome.as_json() for outcome in outcomes)]
+    worlds = {(one["world"], one["wire"]): one for one in rows}
     result = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}{gpu}",
         "total": {name: sum(one[name] for one in worlds.values()) for name in _SUMS},
@@ -46,11 +47,11 @@ def write_table(page: pathlib.Path, result: dict[str, Any]) -> None:
 def _lines(result: dict[str, Any]) -> Iterable[str]:
     yield f"{result['machine']}."
     yield ""
-    yield "| world | seed | s | " + " | ".join(_SUMS) + " |"
-    yield "|---|---:|---:|" + "---:|" * len(_SUMS)
+    yield "| world | wire | seed | s | " + " | ".join(_SUMS) + " |"
+    yield "|---|---|---:|---:|" + "---:|" * len(_SUMS)
     for one in result["worlds"]:
-        yield f"| {one['world']} | {one['seed']} | {one['seconds']:.0f} | {_cells(one)} |"
-    yield f"| **all** | | {sum(one['seconds'] for one in result['worlds']):.0f} | {_cells(result['total'])} |"
+        yield f"| {one['world']} | {one['wire']} | {one['seed']} | {one['seconds']:.0f} | {_cells(one)} |"
+    yield f"| **all** | | | {sum(one['seconds'] for one in result['worlds']):.0f} | {_cells(result['total'])} |"
     yield ""
     for name, figures in result["measured"].items():
         yield f"- **{name}**: " + "; ".join(f"{key} {_value(value)}" for key, value in figures.items())

@@ -40,7 +40,9 @@ def test_the_wire_keeps_the_rules(programs: Path, certificates: Any, tmp_path: P
         server.until(lambda counters: counters["connections"] == 0)
 
 
-def test_a_server_on_the_wire_keeps_the_rules(programs: Path, engram_server: Any, wire: str, tmp_path: Path) -> None:
-    if wire != "native":
+def test_a_server_on_the_wire_keeps_the_rules(
+    programs: Path, engram_server: Any, server_wire: str, tmp_path: Path
+) -> None:
+    if server_wire != "native":
         pytest.skip("gRPC's own server, which the python wire is, does otherwise in more than half of the cases")
     check(programs, engram_server.port, tmp_path / "report.xml")

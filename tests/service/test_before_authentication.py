@@ -22,6 +22,8 @@ from engram.v1 import session_pb2, stream_pb2
 ServerProcess = Any
 Connect = Callable[..., Any]
 
+pytestmark = pytest.mark.usefixtures("server_wire")  # servers are asked for by their names
+
 TOKEN = "engram_" + "5" * 40
 BEARER = ("authorization", f"Bearer {TOKEN}")
 SERVICE = "/engram.v1.EngramService/"
