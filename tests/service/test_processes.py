@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import ServerProcess
 
 import engram
 from engram_service.control.channel import Channel
@@ -24,6 +23,8 @@ from engram_service.errors import NotFoundError, ServiceError
 from engram_service.observability.health import Health
 from engram_service.observability.metrics import Metrics
 from engram_service.supervision import Supervisor
+
+ServerProcess = Any
 
 INPUTS = np.random.default_rng(19).random((40, 8), np.float32)
 
