@@ -11,14 +11,13 @@ use tokio::sync::Semaphore;
 use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
-use super::call::Answer;
 use super::frames::{self, prefixed};
 use super::inbox::{Columns, Happening, Inbox, Noted};
 use super::messages::{Messages, Unreadable};
 use super::refusals::Refusals;
 use super::server::{self, Limits, Server};
 use super::status::Status;
-use super::times::{self, Written};
+use super::times::{self, Answer, Written};
 
 const MESSAGE_NBYTES: usize = 4096;
 const SOCKET_NBYTES: usize = 1 << 16;
@@ -97,6 +96,7 @@ impl Default for Peers {
             rows: 16,
             inbox_nbytes: 1 << 16,
             handshake_s: 5.0,
+            step_s: 30.0,
             idle_s: 60.0,
             keepalive_s: 60.0,
             resets: 20,
