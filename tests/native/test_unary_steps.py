@@ -102,8 +102,8 @@ def test_a_handle_that_is_void_is_forgotten_and_the_next_one_is_not(loops: Calla
         assert call.result().seq == 1
         loop.wire.forget(2)
         loop.wire.forget(3)
-        step(made, seq=2)
-        assert loop.until(lambda: loop.kinds() == ["step"])
+        call = step(made, seq=2)
+        assert loop.until(lambda: loop.kinds() == ["step"]) and not call.done()
 
 
 def test_a_row_may_be_refused_or_become_an_event_after_all(loops: Callable[..., Loop]) -> None:

@@ -76,18 +76,18 @@ impl Model {
 
     /// The request's input row, where it is one of this model and its output can be told as it is.
     pub fn input<'a>(&self, request: &Request<'a>) -> Option<&'a [u8]> {
-        let named = [
-            (request.model, &self.name),
-            (request.version, &self.version),
-        ]
-        .iter()
-        .all(|(asked, own)| asked.is_empty() || *asked == own.as_bytes());
+        let named = match (request.model, request.version) {
+            ([], version) => version.is_empty(), // the session's own, which is known
+            (model, version) => {
+                let same = version.is_empty() || version == self.version.as_bytes();
+                same && model == self.name.as_bytes()
+            }
+        };
         let (input, usual) = match request.floats {
             [] => (request.input, true),
             floats => (floats, self.takes_floats),
         };
         let answerable = request.prefill || request.raw || self.gives_floats;
-        let named = named && !(request.model.is_empty() && !request.version.is_empty());
         (named && usual && answerable && input.len() == self.input_nbytes).then_some(input)
     }
 }
