@@ -139,9 +139,7 @@ class NativeWire:
         book = self._access.tokens.book
         callers = None if book is None else book.callers
         may = [one for one in (callers or {}).values() if RIGHT_OF["Step"] in one.rights]
-        self._wire.set_steppers(
-            None if callers is None else {one.number: (one.tenant, one.expires) for one in may}
-        )
+        self._wire.set_steppers(None if callers is None else {one.number: (one.tenant, one.expires) for one in may})
         self._wire.set_tokens(
             None if callers is None else {bytes.fromhex(digest): one.number for digest, one in callers.items()}
         )
