@@ -17,7 +17,6 @@ import numpy as np
 from engram.v1 import model_pb2, session_pb2, stream_pb2
 
 WINDOW, ROWS_MAX = 64, 8192  # as a server says them
-UNARY = "/engram.v1.EngramService/Step"
 
 
 def main() -> int:
@@ -29,7 +28,7 @@ def main() -> int:
     print(f"127.0.0.1:{listener.getsockname()[1]}", flush=True)
     wire.listen(listener.detach())
     unary = session_pb2.StepResponse(raw_outputs=bytes(4 * args.outputs)).SerializeToString()
-    steps: set[int] = set()  # unary calls under way
+    sessions: dict[str, int] = {}  # of unary steps: the next ones are rows
     with selectors.DefaultSelector() as selector:
         selector.register(wire.descriptor, selectors.EVENT_READ)
         selector.register(sys.stdin, selectors.EVENT_READ)
@@ -42,16 +41,13 @@ def main() -> int:
             if rows:
                 answer(wire, rows, 4 * args.outputs)
             for event in events:
-                if event.kind == "begin" and event.path == UNARY:
-                    steps.add(event.call)
-                elif event.kind == "message" and event.call in steps:
-                    wire.send(event.call, unary)
+                if event.kind == "step":
+                    know(wire, sessions, event, 4 * args.outputs)
+                    wire.respond(event.call, unary)
                 elif event.kind == "message":
                     opened(wire, event)
                 elif event.kind == "half_close":
                     wire.finish(event.call)
-                elif event.kind == "end":
-                    steps.discard(event.call)
 
 
 def answer(wire: engram_native.Wire, rows: int, nbytes: int) -> None:
@@ -60,6 +56,15 @@ def answer(wire: engram_native.Wire, rows: int, nbytes: int) -> None:
     flags, inputs = np.empty(rows, np.uint8), np.empty(wire.input_nbytes, np.uint8)
     wire.columns(calls, handles, seqs, acknowledged, flags, timeouts, widths, inputs, np.empty((rows, 4)))
     wire.answer(calls, handles, seqs, np.zeros(rows * nbytes, np.uint8), np.empty(0, np.uint64))
+
+
+def know(wire: engram_native.Wire, sessions: dict[str, int], event: engram_native.Event, nbytes: int) -> None:
+    request = session_pb2.StepRequest.FromString(event.data)
+    handle = sessions.setdefault(request.session_id, len(sessions))
+    model = engram_native.StepModel(
+        request.model, "1", takes=(len(request.raw_inputs), False), gives=(nbytes, False), shape=[1, nbytes // 4]
+    )
+    wire.know("", request.session_id, handle, model)
 
 
 def opened(wire: engram_native.Wire, event: engram_native.Event) -> None:

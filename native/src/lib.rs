@@ -10,6 +10,7 @@ fn engram_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<wire::Wire>()?;
     module.add_class::<wire::Event>()?;
+    module.add_class::<wire::StepModel>()?;
     module.add_class::<commits::CommitLink>()?;
     module.add_class::<commits::TlsStream>()?;
     module.add_function(wrap_pyfunction!(commits::pack_records, module)?)?;

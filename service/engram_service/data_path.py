@@ -40,6 +40,7 @@ from engram_service.steps.flushes import Flushes
 from engram_service.steps.loop import StepLoop
 from engram_service.steps.repeats import Repeats
 from engram_service.steps.rollback import Rollback
+from engram_service.steps.unary_rows import UnaryRows
 from engram_service.steps.withdrawal import Withdrawal
 from engram_service.store import MetaFields, Store
 from engram_service.supervision import Supervisor
@@ -61,7 +62,8 @@ class DataPath:
         self.streams = streams = Streams(wire, settings.streams_max)
         self.pins = pins = Pins(table, condition.late)
         pauses, backlog = Pauses(metrics, health), Backlog()
-        answers = Answers(wire, streams, table, metrics)
+        unary = UnaryRows(wire, streams, table, shares)
+        answers = Answers(wire, streams, table, metrics, unary)
         commits = Commits(store, table, metrics, partial(_meta, table, catalog))
         flushes = Flushes(table, commits)
         self.residency = residency = Residency(
@@ -74,7 +76,7 @@ class DataPath:
         residency.losses, flushes.on_flushed = ownership, residency.on_flushed
         admission = Admission(
             settings, table, catalog, wire, streams, shares, scheduler, residency, repeats, answers, condition, pauses,
-            metrics, backlog, advances,
+            metrics, backlog, advances, unary,
         )  # fmt: skip
         self.calls = StoreCalls(residency.written_back)
         self.holds = holds = Holds(table, pins, residency, ownership, condition)

@@ -15,12 +15,12 @@ LONG_LEFT = {  # and may only shrink
     "clients/python/engram/_client.py": 595,
     "clients/python/engram/_core.py": 567,
     "models/engram_models/bundle.py": 408,
-    "native/src/wire/call.rs": 414,
-    "native/src/wire/mod.rs": 514,
+    "native/src/wire/call.rs": 410,
+    "native/src/wire/mod.rs": 491,
     "native/src/wire/relay.rs": 550,
-    "native/src/wire/server.rs": 746,
+    "native/src/wire/server.rs": 713,
     "service/engram_service/sessions/opening.py": 422,
-    "service/engram_service/steps/admission.py": 440,
+    "service/engram_service/steps/admission.py": 428,
     "service/engram_service/store/store.py": 586,
 }
 

@@ -120,7 +120,7 @@ def test_models_take_turns_and_those_without_rows_have_none() -> None:
 def test_nobody_has_a_second_row_before_everybody_has_a_first(counts: list[int], rows_max: int) -> None:
     scheduler, busy = Scheduler(1), nobody(1000)
     for stream, count in enumerate(counts):
-        scheduler.add(0, frame(stream, list(range(60 * stream, 60 * stream + count))))
+        scheduler.add(0, frame(stream + 1, list(range(60 * stream, 60 * stream + count))))
     rows = taken(scheduler.next(0, busy, rows_max, 0.0))
     shares = np.bincount(np.array(rows) // 60, minlength=len(counts)).tolist()
     assert sum(shares) == min(rows_max, sum(counts)), "nothing stays while there is room"
@@ -128,6 +128,20 @@ def test_nobody_has_a_second_row_before_everybody_has_a_first(counts: list[int],
         assert share == count or max(shares) <= share + 1
     for stream, share in enumerate(shares):
         assert [row for row in rows if row // 60 == stream] == list(range(60 * stream, 60 * stream + share))
+
+
+def test_of_steps_without_a_stream_each_session_has_its_share_in_its_order() -> None:
+    """Those of unary calls, of which each names a stream of its own, and those of the server's own stream."""
+    scheduler, busy, call = Scheduler(8), nobody(), 1 << 31
+    scheduler.add(0, frame(0, [3, 3, 3], [1, 2, 3]))
+    scheduler.add(0, frame(call | 7, [3], [4]))
+    scheduler.add(0, frame(call | 8, [4], [1]))
+    scheduler.add(0, frame(9, [5, 6]))
+    assert taken(scheduler.next(0, busy, 4, 0.0)) == [3, 3, 4, 5]
+    busy[:] = False
+    left = scheduler.next(0, busy, 100, 0.0)
+    assert left is not None
+    assert [(row.row, row.seq) for row in rows_of(left.steps)] == [(3, 3), (3, 4), (6, 1)]
 
 
 def test_small_streams_do_not_wait_for_a_large_one() -> None:
@@ -140,7 +154,7 @@ def test_small_streams_do_not_wait_for_a_large_one() -> None:
 def test_large_streams_share_a_full_batch() -> None:
     scheduler, busy = Scheduler(1), nobody(3000)
     for stream in (0, 1):
-        scheduler.add(0, frame(stream, list(range(1000 * stream, 1000 * stream + 1000))))
+        scheduler.add(0, frame(stream + 1, list(range(1000 * stream, 1000 * stream + 1000))))
     assert (np.bincount(np.array(taken(scheduler.next(0, busy, 64, 0.0))) // 1000) == 32).all()
 
 
@@ -200,11 +214,11 @@ def test_runs_are_short_beside_small_streams_and_long_among_large_ones() -> None
     scheduler, busy = Scheduler(16), nobody(300)
     for stream in (0, 1):
         rows = [stream * 100 + n // 16 for n in range(1600)]
-        scheduler.add(0, frame(stream, rows, [n % 16 + 1 for n in range(1600)]))
+        scheduler.add(0, frame(stream + 1, rows, [n % 16 + 1 for n in range(1600)]))
     among_large = scheduler.next(0, busy, 1024, 0.0)
     assert among_large is not None and len(among_large.waves) == 16
     busy[:] = False
-    scheduler.add(0, frame(2, [299]))
+    scheduler.add(0, frame(3, [299]))
     beside_small = scheduler.next(0, busy, 200, 0.0)
     assert beside_small is not None and len(beside_small.waves) == 2 and 299 in taken(beside_small)
 
@@ -212,7 +226,7 @@ def test_runs_are_short_beside_small_streams_and_long_among_large_ones() -> None
 @settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 700)), min_size=1, max_size=20), st.integers(130, 400))
 def test_every_stream_goes_with_every_batch(frames: list[tuple[int, int]], rows_max: int) -> None:
-    """Stream 0 always has a row waiting; the others send frames of up to 700."""
+    """One stream always has a row waiting; the others send frames of up to 700."""
     scheduler, busy = Scheduler(1), nobody(4000)
     waiting = [0] * 4
     for stream, count in [*frames, *((1, 0) for _ in range(50))]:
@@ -220,7 +234,7 @@ def test_every_stream_goes_with_every_batch(frames: list[tuple[int, int]], rows_
             scheduler.add(0, frame(stream, list(range(1000 * stream, 1000 * stream + count))))
             waiting[stream] = count
         if not waiting[0]:
-            scheduler.add(0, frame(0, [0]))
+            scheduler.add(0, frame(4, [0]))
             waiting[0] = 1
         wanted = {stream for stream in range(4) if waiting[stream]}
         rows = np.array(taken(scheduler.next(0, busy, rows_max, 0.0)))
@@ -313,8 +327,9 @@ class Model:
         ranks: dict[int, int] = {}
         ranked = []
         for place, row in enumerate(ready):
-            ranks[row.stream] = ranks.get(row.stream, 0) + 1
-            ranked.append((ranks[row.stream], place))
+            sharer = row.stream or -1 - row.row  # of steps without a stream, each session
+            ranks[sharer] = ranks.get(sharer, 0) + 1
+            ranked.append((ranks[sharer], place))
         chosen = [ready[place] for place in sorted(place for _, place in sorted(ranked)[:rows_max])]
         return self._out(model, chosen)
 
@@ -368,7 +383,7 @@ _ACTIONS = st.one_of(
 @settings(max_examples=400)
 @given(st.lists(_ACTIONS, max_size=60), st.integers(1, 4))
 def test_nothing_is_lost_doubled_or_out_of_order(actions: list[tuple[object, ...]], run_max: int) -> None:
-    """Session 4 i + k is stream i // 2's and model i % 2's. What is dropped is sent again with the same seqs."""
+    """Session 4 i + k is stream i // 2's (0: it has none) and model i % 2's. What is dropped is sent again with the same seqs."""
     scheduler, model, now = Scheduler(run_max), Model(run_max), 0.0
     busy, sent, done = nobody(24), [0] * 24, [0] * 24
     under_way: list[Batch] = []

@@ -16,8 +16,39 @@ const CONTINUATION: u8 = 9;
 const END_HEADERS: u8 = 4; // a flag
 const STREAM: &str = "/engram.v1.EngramService/Stream";
 
-/// A StreamRequest with a frame of steps, whose columns fit together most of the time.
+/// A StepRequest, most of the time for a model of four float32.
+fn step(random: &mut Random) -> Vec<u8> {
+    let mut message = vec![];
+    for (tag, text) in [(1, "session"), (2, "m"), (3, "1")] {
+        if !random.one_in(3) {
+            field(&mut message, tag, text.as_bytes());
+        }
+    }
+    let length = if random.one_in(8) {
+        random.below(40)
+    } else {
+        16
+    };
+    field(
+        &mut message,
+        4 + u8::from(random.one_in(2)),
+        &random.bytes(length),
+    );
+    for tag in [6u8, 7, 8, 9] {
+        if random.one_in(if tag == 8 { 20 } else { 2 }) {
+            message.push(tag << 3);
+            let number = random.next() >> random.below(64);
+            varint(&mut message, number);
+        }
+    }
+    message
+}
+
+/// A StreamRequest with a frame of steps, whose columns fit together most of the time; or a StepRequest.
 pub fn steps(random: &mut Random) -> Vec<u8> {
+    if random.one_in(4) {
+        return step(random);
+    }
     let rows = 1 + random.below(4);
     let width = 1 + random.below(8);
     let mut frame = vec![];

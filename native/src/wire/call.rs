@@ -15,9 +15,10 @@ use tokio::sync::Notify;
 use super::frames::{self, Steps};
 use super::inbox::{Begun, Happening, Inbox};
 use super::messages::{Messages, Unreadable};
-use super::server::Limits;
+use super::server::{Limits, Server};
 use super::status::Status;
-use super::times::{self, Times};
+use super::steps::Asked;
+use super::times::{self, Answer, Times};
 
 /// A call, as who answers it knows it.
 pub struct Call {
@@ -31,6 +32,7 @@ pub struct Call {
     answered: Notify,
     told: AtomicBool, // Python knows of it, and is told when it is over
     times: Arc<Times>,
+    pub asked: Mutex<Option<Asked>>, // of a unary step that is a row
 }
 
 /// What becomes of what a caller sends.
@@ -39,15 +41,8 @@ pub enum Reading {
     Stream,
     /// Messages are events.
     Messages,
-    /// The one message is an event when all is there.
+    /// The one message is a row or an event when all is there.
     Step(Box<Begun>),
-}
-
-/// What a message answers.
-#[derive(Clone, Copy, Default)]
-pub struct Answer {
-    pub rows: usize,
-    pub since: Option<u64>, // when it was given, where that is to be known
 }
 
 struct Sending {
@@ -90,6 +85,7 @@ impl Call {
             answered: Notify::new(),
             told: AtomicBool::new(false),
             times,
+            asked: Mutex::new(None),
         })
     }
 
@@ -148,6 +144,14 @@ impl Call {
         inbox.push(self.id, what);
     }
 
+    /// Does this first, unless the call is over.
+    pub fn unless_over(&self, work: impl FnOnce()) {
+        let sending = self.sending.lock();
+        if !sending.over {
+            work();
+        }
+    }
+
     /// Tells Python that the call is over, if it knows of it.
     pub fn tell_end(&self, inbox: &Inbox) {
         if self.told.load(Ordering::Relaxed) {
@@ -189,14 +193,14 @@ impl Call {
     /// Reads the call and sends what is given to it, until it is over. Returns the status code for messages that cannot be read.
     pub async fn serve(
         &self,
-        inbox: &Inbox,
+        server: &Server,
         body: RecvStream,
         messages: Messages,
         reading: Reading,
         time: Option<Duration>,
     ) -> Option<u16> {
         let mut refused = None;
-        let reading = self.read(inbox, body, messages, reading);
+        let reading = self.read(server, body, messages, reading);
         let late = async {
             match time {
                 Some(time) => tokio::time::sleep(time).await,
@@ -233,11 +237,12 @@ impl Call {
     /// Returns at the end of what the caller sends. Err: why it makes no sense; None: the caller has gone.
     async fn read(
         &self,
-        inbox: &Inbox,
+        server: &Server,
         mut body: RecvStream,
         mut messages: Messages,
         reading: Reading,
     ) -> Result<(), Option<Unreadable>> {
+        let inbox = &server.inbox;
         let (mut one, mut count) = (vec![], 0); // of a call that has one message
         let mut since = 0; // when the first bytes of the message that comes were read
         loop {
@@ -291,7 +296,7 @@ impl Call {
                     "this call has one message, and none has come".into(),
                 )));
             }
-            Reading::Step(begun) => self.tell(inbox, Happening::Step(begun, one)),
+            Reading::Step(begun) => self.step(server, begun, one, since),
             _ => inbox.push(self.id, Happening::HalfClose),
         }
         Ok(())
@@ -313,15 +318,6 @@ impl Call {
         drop(sending);
         self.gone(gone);
         ready
-    }
-}
-
-impl Answer {
-    /// Its message, or the end of it, is given to HTTP/2 next.
-    fn begins(self, times: &Times) {
-        if let Some(since) = self.since {
-            times.answered(since, self.rows.max(1));
-        }
     }
 }
 

@@ -61,7 +61,7 @@ pub fn steps(mut message: &[u8]) -> Option<Steps<'_>> {
     found.usual().then_some(found)
 }
 
-enum Value<'a> {
+pub enum Value<'a> {
     Number(u64),
     Bytes(&'a [u8]),
 }
@@ -79,7 +79,7 @@ fn varint(data: &mut &[u8]) -> Option<u64> {
     None
 }
 
-fn field<'a>(data: &mut &'a [u8]) -> Option<(u64, Value<'a>)> {
+pub fn field<'a>(data: &mut &'a [u8]) -> Option<(u64, Value<'a>)> {
     let key = varint(data)?;
     let value = match key & 7 {
         0 => Value::Number(varint(data)?),
@@ -104,8 +104,7 @@ pub fn outputs(handles: &[u8], seqs: &[u8], outputs: &[u8], durable: &[u8]) -> B
         .sum();
     let message = sized(frame);
     let mut data = BytesMut::with_capacity(PREFIX + message);
-    data.put_u8(0);
-    data.put_u32(message as u32);
+    put_prefix(&mut data, message);
     put_head(&mut data, OUTPUTS, frame);
     for (tag, column) in (1..).zip(columns) {
         if !column.is_empty() {
@@ -121,21 +120,29 @@ pub const PREFIX: usize = 5; // of a gRPC message: whether it is compressed, and
 /// A message as gRPC sends it.
 pub fn prefixed(message: &[u8]) -> Bytes {
     let mut data = BytesMut::with_capacity(PREFIX + message.len());
-    data.put_u8(0);
-    data.put_u32(message.len() as u32);
+    put_prefix(&mut data, message.len());
     data.put_slice(message);
     data.freeze()
 }
 
 /// Bytes of a field with a number below 16 and so many bytes.
-fn sized(length: usize) -> usize {
+pub fn sized(length: usize) -> usize {
     let digits = (usize::BITS - (length | 1).leading_zeros()) as usize;
     1 + digits.div_ceil(7) + length
 }
 
-fn put_head(data: &mut BytesMut, tag: u8, length: usize) {
+/// What is before a message of so many bytes.
+pub fn put_prefix(data: &mut BytesMut, length: usize) {
+    data.put_u8(0);
+    data.put_u32(length as u32);
+}
+
+pub fn put_head(data: &mut BytesMut, tag: u8, length: usize) {
     data.put_u8(tag << 3 | 2);
-    let mut left = length;
+    put_number(data, length as u64);
+}
+
+pub fn put_number(data: &mut BytesMut, mut left: u64) {
     while left >= 128 {
         data.put_u8(left as u8 | 128);
         left >>= 7;

@@ -3,6 +3,7 @@
 mod call;
 mod certificates;
 mod counted;
+mod event;
 mod frames;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
@@ -12,9 +13,12 @@ mod numbers;
 mod preface;
 mod refusals;
 mod relay;
+mod requests;
 mod server;
 mod status;
+mod steps;
 mod strangers;
+mod timeout;
 mod times;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -32,86 +36,17 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 
-use call::Answer;
+use call::Call;
 use certificates::tls_config;
-use inbox::{Begun, Columns, Happening, Noted};
+pub use event::Event;
+use inbox::Columns;
 use refusals::Refusals;
 use relay::Relay;
+pub use requests::StepModel;
 use server::{Limits, Listener, Server};
 use status::Status;
-use times::Written;
-
-/// What happened to a call that is no row of steps.
-#[pyclass(frozen)]
-pub struct Event {
-    /// "begin", "message", "half_close", "end" or "step": a unary Step that has come whole.
-    #[pyo3(get)]
-    kind: &'static str,
-    #[pyo3(get)]
-    call: u32,
-    /// How many rows have come before it, ever, on any call.
-    #[pyo3(get)]
-    rows_before: u64,
-    /// Of a call that begins.
-    #[pyo3(get)]
-    path: String,
-    /// The number that the table of tokens gives the caller's; None where there is no table.
-    #[pyo3(get)]
-    identity: Option<u32>,
-    #[pyo3(get)]
-    metadata: Vec<(String, String)>,
-    #[pyo3(get)]
-    timeout_ms: Option<u64>,
-    /// The other end of its connection, as gRPC spells it.
-    #[pyo3(get)]
-    peer: String,
-    data: Vec<u8>,
-}
-
-#[pymethods]
-impl Event {
-    /// The message, as bytes.
-    #[getter]
-    fn data(&self) -> &[u8] {
-        &self.data
-    }
-}
-
-impl Event {
-    fn begin(&mut self, kind: &'static str, begun: Begun) {
-        (self.kind, self.path, self.identity) = (kind, begun.path, begun.identity);
-        (self.metadata, self.timeout_ms) = (begun.metadata, begun.timeout_ms);
-        self.peer = begun.peer.address.clone();
-    }
-}
-
-impl From<Noted> for Event {
-    fn from(noted: Noted) -> Self {
-        let mut event = Event {
-            kind: "end",
-            call: noted.call,
-            rows_before: noted.rows_before,
-            path: String::new(),
-            identity: None,
-            metadata: vec![],
-            timeout_ms: None,
-            peer: String::new(),
-            data: vec![],
-        };
-        match noted.what {
-            Happening::Begin(begun) => event.begin("begin", *begun),
-            Happening::Refused(begun) => event.begin("refused", *begun),
-            Happening::Step(begun, data) => {
-                event.begin("step", *begun);
-                event.data = data;
-            }
-            Happening::Message(data) => (event.kind, event.data) = ("message", data),
-            Happening::HalfClose => event.kind = "half_close",
-            Happening::End => {}
-        }
-        event
-    }
-}
+use steps::CALL;
+use times::{Answer, Written};
 
 /// Connections of gRPC clients, ended in threads of their own.
 ///
@@ -129,12 +64,13 @@ impl Wire {
     /// `relayed` calls at a time. `refusals`: a status (code, words, google.rpc.Status as bytes) for TOKEN_MISSING, TOKEN_UNKNOWN,
     /// TOKEN_REVOKED (of a call under way), QUEUE_FULL (of calls that are relayed) and RELAY_UNAVAILABLE, in place of the wire's own.
     /// `edges`: upper ones of the buckets of `written`, in seconds.
+    /// `step_s`: how long a unary step may take that is a row.
     /// Raises OSError, ValueError.
     #[new]
     #[pyo3(signature = (*, connections=65536, calls=1024, header_nbytes=16384, message_nbytes=4194304, rows=16384,
                         inbox_nbytes=268435456, handshake_s=10.0, idle_s=300.0, keepalive_s=30.0, resets=200, frame_rows=16384,
                         frame_nbytes=4194304, threads=1, head=vec![],
-                        relay=None, relayed=256, refusals=HashMap::new(), edges=vec![]))]
+                        relay=None, relayed=256, refusals=HashMap::new(), edges=vec![], step_s=30.0))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         connections: usize,
@@ -155,8 +91,9 @@ impl Wire {
         relayed: usize,
         refusals: HashMap<String, (u16, String, Vec<u8>)>,
         edges: Vec<f64>,
+        step_s: f64,
     ) -> PyResult<Self> {
-        let times = [handshake_s, idle_s, keepalive_s];
+        let times = [handshake_s, idle_s, keepalive_s, step_s];
         if times.iter().any(|time| !(0.001..=1e9).contains(time))
             || edges.iter().any(|edge| !(0.0..=1e9).contains(edge))
             || !edges.is_sorted()
@@ -177,6 +114,7 @@ impl Wire {
             inbox_nbytes,
             handshake_s,
             idle_s,
+            step_s,
             keepalive_s,
             resets,
             frame_rows,
@@ -252,6 +190,33 @@ impl Wire {
     #[pyo3(signature = (identities))]
     fn set_tokens(&self, identities: Option<HashMap<[u8; 32], u32>>) {
         self.server.set_identities(identities);
+    }
+
+    /// Replaces the table of those whose unary steps may be rows: by identity, tenant and when the token expires (in seconds since
+    /// 1970). None: everybody's may, and their tenant is "".
+    #[pyo3(signature = (callers))]
+    fn set_steppers(&self, callers: Option<HashMap<u32, (String, f64)>>) {
+        self.server.known.set_callers(callers);
+    }
+
+    /// Unary steps of this session are rows from now on, with this handle and, in place of a stream, 2**31 + the number of the call:
+    /// `answer` and `finish` take it so. Their seq is 0 where the caller has given none.
+    fn know(&self, tenant: &str, session: &str, handle: u32, model: &StepModel) {
+        let (tenant, session) = (tenant.as_bytes(), session.as_bytes());
+        let model = model.0.clone();
+        self.server.known.insert(tenant, session, handle, model);
+    }
+
+    /// The handle is void: steps of its session are events.
+    fn forget(&self, handle: u32) {
+        self.server.known.remove(handle);
+    }
+
+    /// Brings a unary step that was a row as an event after all, where its caller has given the seq and `given`, or has given none
+    /// and `numbered`. False: it is to be refused.
+    fn again(&self, call: u32, given: bool, numbered: bool) -> bool {
+        let call = self.server.call(call);
+        call.is_none_or(|call| call.again(&self.server, given, numbered))
     }
 
     /// How many rows have come since the last `take`, the number of the first of them (all rows ever come are numbered from 0), and
@@ -376,7 +341,8 @@ impl Wire {
     /// What is counted. Now: connections, calls (of Python), streams (calls that are Stream), relayed, inbox_rows, inbox_events and
     /// inbox_nbytes (that have come and are not taken), inbox_age_ms (of the oldest of them). Ever: accepted (connections),
     /// turned_away (for there were too many), failed (before HTTP/2 was agreed upon), bytes_in and bytes_out (of HTTP/2, without
-    /// TLS), tls_1_2, tls_1_3 and tls_failed (handshakes), unauthenticated (calls), rows, steps (unary), answers (to both),
+    /// TLS), tls_1_2, tls_1_3 and tls_failed (handshakes), unauthenticated (calls), rows, steps (unary; of which step_rows
+    /// became rows and step_events events, some one after the other), answers (to both),
     /// relayed_ever, and what was refused: refused_no_token, refused_unknown_token, refused_token_revoked (calls under way),
     /// refused_too_many_calls (to be relayed), refused_no_relay (nobody was there), refused_head (of calls that make no sense),
     /// refused_message (too large, or not gRPC) and refused_resets (connections with more resets or small frames than allowed).
@@ -398,6 +364,8 @@ impl Wire {
             ("tls_1_3", &counters.tls_1_3),
             ("tls_failed", &counters.tls_failed),
             ("steps", &counters.steps),
+            ("step_rows", &counters.step_rows),
+            ("step_events", &counters.step_events),
             ("answers", &counters.answers),
             ("refused_no_token", &counters.no_token),
             ("refused_unknown_token", &counters.unknown_token),
@@ -456,7 +424,16 @@ impl Wire {
         let (mut start, mut answers) = (0, 0);
         for run in ids.chunk_by(|one, next| one == next) {
             let end = start + run.len();
-            if let Some(call) = calls.get(&run[0]) {
+            if run[0] & CALL != 0 {
+                // Each of them has a call, and each call has one.
+                for (row, id) in (start..end).zip(run) {
+                    let seq = seqs[8 * row..].first_chunk().copied().unwrap_or_default();
+                    let output = &outputs[width * row..width * (row + 1)];
+                    let call = calls.get(&(id & !CALL));
+                    let heard = |call: &Arc<Call>| call.stepped(u64::from_le_bytes(seq), output);
+                    answers += u64::from(call.is_some_and(heard));
+                }
+            } else if let Some(call) = calls.get(&run[0]) {
                 let durable = if durable.is_empty() {
                     durable
                 } else {

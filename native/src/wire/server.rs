@@ -28,7 +28,9 @@ use super::preface::{self, Prefaced};
 use super::refusals::{Refusal, Refusals};
 use super::relay::{HEALTH, Relay, Relayed};
 use super::status::Status;
+use super::steps::{CALL, Known};
 use super::strangers;
+use super::timeout::grpc_timeout;
 use super::times::{Times, Written};
 
 const STREAM_PATH: &str = "/engram.v1.EngramService/Stream";
@@ -50,6 +52,7 @@ pub struct Limits {
     pub inbox_nbytes: usize,   // that have come and are not taken
     pub handshake_s: f64,      // until TLS and HTTP/2 are agreed upon
     pub idle_s: f64,           // without a call
+    pub step_s: f64,           // that a unary step may take
     pub keepalive_s: f64, // between questions whether the peer is still there, and until it has answered
     pub resets: usize,    // of calls that the server has not looked at
     pub frame_rows: usize, // of a frame of steps; one with more, or with more bytes, is Python's to refuse
@@ -71,6 +74,8 @@ pub struct Counters {
     pub tls_1_3: AtomicU64,
     pub tls_failed: AtomicU64,
     pub steps: AtomicU64, // unary
+    pub step_rows: AtomicU64,
+    pub step_events: AtomicU64,
     pub answers: AtomicU64,
     pub no_token: AtomicU64,
     pub unknown_token: AtomicU64,
@@ -122,6 +127,7 @@ pub struct Server {
     pub relay: Option<Relay>, // for calls that are not steps; None: all are Python's
     head: HeaderMap,          // of every stream's response
     identities: RwLock<Identities>,
+    pub known: Known, // of unary steps that become rows
     tls: RwLock<Option<TlsAcceptor>>,
     numbers: Mutex<Numbers>,
     begun: Instant,
@@ -147,6 +153,7 @@ impl Server {
             refusals,
             relay,
             identities: RwLock::new(None),
+            known: Known::new(limits.step_s),
             tls: RwLock::new(None),
             numbers: Mutex::default(),
             begun: Instant::now(),
@@ -158,7 +165,7 @@ impl Server {
     }
 
     pub fn call(&self, id: u32) -> Option<Arc<Call>> {
-        self.calls.read().get(&id).cloned()
+        self.calls.read().get(&(id & !CALL)).cloned()
     }
 
     /// From now on; connections that are there keep what they have.
@@ -271,7 +278,7 @@ impl Server {
 enum Kind {
     /// Its frames of steps are rows, all else is events.
     Stream,
-    /// It is one event.
+    /// It is a row, or one event.
     Step,
     /// It is events.
     Other,
@@ -559,7 +566,7 @@ fn begin(
     tokio::spawn(async move {
         let over = over;
         let (server, body) = (&over.server, request.into_body());
-        let serving = call.serve(&server.inbox, body, messages, reading, read.time);
+        let serving = call.serve(server, body, messages, reading, read.time);
         if serving.await.is_some() {
             server.counters.bad_message.fetch_add(1, Relaxed);
         }
@@ -671,24 +678,6 @@ fn response(head: &HeaderMap) -> Response<()> {
     response
 }
 
-/// At most eight digits and a unit.
-fn grpc_timeout(value: &[u8]) -> Option<Duration> {
-    let (unit, digits) = value.split_last()?;
-    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    let count: u64 = std::str::from_utf8(digits).ok()?.parse().ok()?;
-    Some(match unit {
-        b'H' => Duration::from_secs(count * 3600),
-        b'M' => Duration::from_secs(count * 60),
-        b'S' => Duration::from_secs(count),
-        b'm' => Duration::from_millis(count),
-        b'u' => Duration::from_micros(count),
-        b'n' => Duration::from_nanos(count),
-        _ => return None,
-    })
-}
-
 /// What the caller sent beside what HTTP and gRPC need, its token left out; of a step, where it is traced from.
 fn metadata(headers: &HeaderMap, kind: Kind) -> Vec<(String, String)> {
     let own = |name: &HeaderName| {
@@ -719,28 +708,6 @@ mod tests {
             ("[::ffff:1.2.3.4]:567", "ipv4:1.2.3.4:567"),
         ] {
             assert_eq!(spelled(address.parse().unwrap()), wanted);
-        }
-    }
-
-    #[test]
-    fn timeouts_are_read_as_grpc_writes_them() {
-        assert_eq!(grpc_timeout(b"15S"), Some(Duration::from_secs(15)));
-        assert_eq!(grpc_timeout(b"250m"), Some(Duration::from_millis(250)));
-        assert_eq!(
-            grpc_timeout(b"99999999H"),
-            Some(Duration::from_secs(99_999_999 * 3600))
-        );
-        for bad in [
-            &b""[..],
-            b"S",
-            b"15",
-            b"-1S",
-            b"1.5S",
-            b"999999999S",
-            b"1s",
-            b"1 S",
-        ] {
-            assert_eq!(grpc_timeout(bad), None, "{bad:?}");
         }
     }
 }

@@ -127,6 +127,22 @@ impl Times {
     }
 }
 
+/// What a message answers.
+#[derive(Clone, Copy, Default)]
+pub struct Answer {
+    pub rows: usize,
+    pub since: Option<u64>, // when it was given, where that is to be known
+}
+
+impl Answer {
+    /// Its message, or the end of it, is given to HTTP/2 next.
+    pub fn begins(self, times: &Times) {
+        if let Some(since) = self.since {
+            times.answered(since, self.rows.max(1));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,6 +24,8 @@ _COUNTERS = (
     ("connections_ended", "Connections that ended badly or were not taken, by why", "why",
      {"turned_away": "turned_away", "failed": "failed", "tls": "tls_failed"}),
     ("bytes", "Bytes received and sent", "direction", {"in": "bytes_in", "out": "bytes_out"}),
+    ("unary_steps", "Unary steps, by what the wire made of them; some are rows first, and calls in the end", "as",
+     {"row": "step_rows", "call": "step_events"}),
     ("tls_handshakes", "Handshakes done, by version of TLS", "version", {"1.2": "tls_1_2", "1.3": "tls_1_3"}),
     ("refused", "Calls and connections that the wire itself refused, by reason", "reason", {
         "token_missing": "refused_no_token", "token_unknown": "refused_unknown_token",

@@ -29,6 +29,8 @@ _SHARED_RUN = 2  # most consecutive steps of one session in such a batch; they r
 _SHARED_MIN = 64  # rows of such a batch in any case
 _LATELY_S = 1.0  # a stream of few rows counts as there for so long after its last one
 
+_CALL = np.uint32(1 << 31)  # and more: the row came in a unary call; 0: its stream is the server's own
+
 _Wanted: TypeAlias = Callable[[Steps, NDArray[np.intp]], NDArray[np.bool_]]
 
 
@@ -90,7 +92,7 @@ class Scheduler:
             if (kept := runs < run_max).sum() < len(places):
                 places, rows = places[kept], rows[kept]
         if len(places) > rows_max:
-            rank = occurrence(columns.streams[places])
+            rank = occurrence(_sharers(columns.streams[places], rows))
             chosen = np.sort(np.argsort(rank, kind="stable")[:rows_max])
             places, rows = places[chosen], rows[chosen]
         busy[rows] = True
@@ -189,6 +191,12 @@ def batch_of(steps: Steps, repeated: bool = True) -> Batch:
     order = np.lexsort((wave, steps.rows))
     ends = np.append(steps.rows[order][1:] != steps.rows[order][:-1], True)
     return Batch(steps, waves, np.sort(order[ends]))
+
+
+def _sharers(streams: NDArray[np.uint32], rows: NDArray[np.int32]) -> NDArray[np.uint32]:
+    """Who shares a batch: streams, and of steps that came without one their sessions."""
+    without = (streams == 0) | (streams >= _CALL)
+    return np.where(without, rows.astype(np.uint32) | _CALL, streams)
 
 
 def _unique(rows: NDArray[np.int32], size: int) -> bool:

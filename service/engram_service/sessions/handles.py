@@ -10,6 +10,7 @@ The places of all streams stand in two columns, each stream's in a segment, so t
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,7 @@ class Handles:
 
     def __init__(self, table: HandleTable, number: int) -> None:
         table.make(number)
+        self.on_end: Callable[[int], None] = lambda handle: None
         self._table = table
         self._number = number
         self._start = int(table._starts[number])
@@ -116,6 +118,7 @@ class Handles:
         if self.row_of(handle) >= 0:
             self._table.rows[self._start + place] = why
             self._free.append(place)
+            self.on_end(handle)
 
     def rows_of(self, handles: NDArray[np.uint32]) -> NDArray[np.int32]:
         """Session-table rows; negative where a handle is unknown or void."""

@@ -72,12 +72,19 @@ class Share:
     @contextlib.contextmanager
     def unary(self, rows: int) -> Iterator[None]:
         """Room for the rows of a call without a stream while it lasts. Raises ResourceExhaustedError."""
-        self.take(rows)
-        self._unary_rows += rows
+        self.take_unary(rows)
         try:
             yield
         finally:
-            self._unary_rows -= rows
+            self.give_unary(rows)
+
+    def take_unary(self, rows: int) -> None:
+        """The same until `give_unary`. Raises ResourceExhaustedError."""
+        self.take(rows)
+        self._unary_rows += rows
+
+    def give_unary(self, rows: int) -> None:
+        self._unary_rows -= rows
 
     def forget_room(self) -> None:
         """Limits may have changed: count again."""

@@ -1,7 +1,8 @@
 """The streams of clients: who has which sessions open, and what of theirs is in flight. Event loop only.
 
 A stream's id is 20 bits of number, which is used again, and bits that count the uses; wire/ gives them. What every batch asks about
-streams stands in columns by number. Stream 0 is the server's own, for steps that come without a stream.
+streams stands in columns by number. Stream 0 is the server's own, for steps that come without a stream; where a row of it has CALL
+in its stream's id, the rest is the number of the unary call that brought it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from engram.v1 import stream_pb2
 from engram_service.auth.tokens import Caller
 from engram_service.errors import ResourceExhaustedError
 from engram_service.sessions.handles import Handles, HandleTable
-from engram_service.wire.base import NUMBER_BITS, Wire
+from engram_service.wire.base import CALL, NUMBER_BITS, Wire
 
 LOCAL = 0
 _NUMBER = np.uint32((1 << NUMBER_BITS) - 1)
@@ -93,7 +94,7 @@ class Streams:
         return len(self._of) - (LOCAL in self._of)
 
     def get(self, stream_id: int) -> Stream | None:
-        return self._of.get(stream_id)
+        return self._of.get(LOCAL if stream_id & CALL else stream_id)
 
     def all(self) -> list[Stream]:
         """The clients' ones."""
@@ -128,40 +129,49 @@ class Streams:
 
     def rows_of(self, ids: NDArray[np.uint32], handles: NDArray[np.uint32]) -> NDArray[np.int32]:
         """Rows of the session table that these handles of streams name; negative where they name none. The streams are there."""
-        return self.handles.rows_of(ids & _NUMBER, handles)
+        return self.handles.rows_of(_numbers(ids), handles)
 
     def here(self, ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which of these streams are there."""
         numbers = ids & _NUMBER
         inside = numbers < len(self._ids)
         there: NDArray[np.bool_] = inside & (self._ids[np.where(inside, numbers, 0)] == ids)
-        return there
+        return there | (ids >= CALL)
 
     def in_flight_of(self, stream_id: int) -> int:
-        return int(self._rows[stream_id & _NUMBER_INT]) if stream_id in self._of else 0
+        stream = self.get(stream_id)
+        return 0 if stream is None else int(self._rows[stream.id & _NUMBER_INT])
 
     def arrived(self, ids: NDArray[np.uint32]) -> None:
         """A row for each, which is in flight from now on. The streams are there."""
         if len(ids) == 1:
-            self._rows[ids.item(0) & _NUMBER_INT] += 1
+            self._rows[_number(ids.item(0))] += 1
         else:
-            np.add.at(self._rows, ids & _NUMBER, 1)
+            np.add.at(self._rows, _numbers(ids), 1)
         self.in_flight += len(ids)
 
     def answered(self, ids: NDArray[np.uint32]) -> None:
         """A row for each, which is answered, or given up. Of streams that have ended nothing is in flight."""
         if len(ids) == 1:
-            number = ids.item(0) & _NUMBER_INT
-            if self._ids.item(number) == ids.item(0):
+            number = _number(ids.item(0))
+            if self._ids.item(number) == ids.item(0) or ids.item(0) & CALL:
                 self._rows[number] -= 1
                 self.in_flight -= 1
             return
-        numbers = ids & _NUMBER
-        same = self._ids[numbers] == ids
+        numbers = _numbers(ids)
+        same = (self._ids[numbers] == ids) | (ids >= CALL)
         if not same.all():
             numbers = numbers[same]
         np.subtract.at(self._rows, numbers, 1)
         self.in_flight -= len(numbers)
+
+
+def _number(stream_id: int) -> int:
+    return LOCAL if stream_id & CALL else stream_id & _NUMBER_INT
+
+
+def _numbers(ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    return np.where(ids < CALL, ids & _NUMBER, np.uint32(LOCAL)).astype(np.uint32, copy=False)
 
 
 def event_frame(kind: stream_pb2.EventFrame.Type, handles: NDArray[Any] | None = None) -> stream_pb2.StreamResponse:

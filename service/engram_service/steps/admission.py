@@ -40,7 +40,8 @@ from engram_service.steps.frames import classify, classify_frames, column, read_
 from engram_service.steps.refusals import RETRY_MS, Refused, bad_handles, errors_frame, fates, gaps, held
 from engram_service.steps.repeats import Asked, Repeats, acknowledged
 from engram_service.steps.room import Room
-from engram_service.wire.base import ADMITTED, FEEDBACK, FIRST, NOT_ACKNOWLEDGED, PREFILL, Arrived, Wire
+from engram_service.steps.unary_rows import UnaryRows
+from engram_service.wire.base import ADMITTED, CALL, FEEDBACK, FIRST, NOT_ACKNOWLEDGED, PREFILL, Arrived, Wire
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Admission:
     def __init__(
         self, settings: Settings, table: SessionTable, catalog: Catalog, wire: Wire, streams: Streams, shares: Shares,
         scheduler: Scheduler, residency: Residency, repeats: Repeats, answers: Answers, condition: Condition,
-        pauses: Pauses, metrics: Metrics, backlog: Backlog, advances: Advances,
+        pauses: Pauses, metrics: Metrics, backlog: Backlog, advances: Advances, unary: UnaryRows,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._table = table
@@ -88,8 +89,9 @@ class Admission:
         self._condition = condition
         self._pauses = pauses
         self._metrics = metrics
-        self._room = Room(settings, streams, backlog)
+        self._room = Room(settings, streams, backlog, condition, shares, unary)
         self._advances = advances
+        self._unary = unary
         self._takes: dict[int, Rows] = {}  # by model
         self.on_admit: Callable[[], None] = lambda: None
 
@@ -97,13 +99,14 @@ class Admission:
 
     def admit(self, arrived: Arrived, now: float) -> None:
         """Rows of any streams, in the order in which they came. Never raises."""
-        try:
-            if len(arrived) > 1 or not self._admit_one(arrived, now):
-                self._admit_all(arrived, now)
-        except Exception as error:
-            log.exception("rows could not be let in")
-            failed = InternalError("INTERNAL", f"the server failed on this frame: {type(error).__name__}")
-            self._refuse(arrived, self._streams.here(arrived.streams), failed)
+        for part in self._unary.rounds(arrived) if len(arrived) > 1 else [arrived]:
+            try:
+                if len(part) > 1 or not self._admit_one(part, now):
+                    self._admit_all(part, now)
+            except Exception as error:
+                log.exception("rows could not be let in")
+                failed = InternalError("INTERNAL", f"the server failed on this frame: {type(error).__name__}")
+                self._refuse(part, self._streams.here(part.streams), failed)
 
     def _admit_one(self, arrived: Arrived, now: float) -> bool:
         """The usual single row of a client with one session, at a fraction of what columns cost. False: something about it is not
@@ -114,6 +117,9 @@ class Admission:
             return False
         served, acked = self._catalog.models[table.model.item(row)], arrived.acknowledged.item(0)
         takes, timeout_ms = self._inputs_of(served), arrived.timeouts_ms.item(0)
+        if not seq and arrived.streams.item(0) & CALL:  # the next one
+            seq, acked = table.admitted.item(row) + 1, table.applied.item(row)
+            arrived.seqs[0], arrived.acknowledged[0] = seq, acked
         acked = min(acked, table.applied.item(row)) if acked != _NOT_ACKNOWLEDGED else 0
         acked = max(acked, table.acked.item(row))
         unusual = (
@@ -147,9 +153,15 @@ class Admission:
                 return
         self._streams.arrived(arrived.streams)
         rows = self._streams.rows_of(arrived.streams, arrived.handles)
+        if arrived.streams.max() >= CALL and not (kept := self._unary.number(arrived, rows)).all():
+            arrived, rows = _only(arrived, kept), rows[kept]
         self._acknowledge(rows, arrived.acknowledged)
-        if (closed := self._without_room(arrived)).any():
-            arrived, rows = _only(arrived, ~closed), rows[~closed]
+        fits = np.ones(len(rows), np.bool_)
+        for frame, refusal in self._room.refusals(arrived, rows):
+            self._refuse(arrived, frame, refusal)
+            fits[frame] = False
+        if not fits.all():
+            arrived, rows = _only(arrived, fits), rows[fits]
         known = rows >= 0
         if not known.all():
             refused = [(mask, refusal) for mask, refusal in bad_handles(rows)]
@@ -341,30 +353,6 @@ class Admission:
 
     def _width(self, model: int) -> int:
         return self._inputs_of(self._catalog.models[model]).nbytes
-
-    # Room
-
-    def _without_room(self, arrived: Arrived) -> NDArray[np.bool_]:
-        """Refuses rows for which there is no room, frame by frame; which they are."""
-        none = np.zeros(len(arrived), np.bool_)
-        timeouts = arrived.timeouts_ms[arrived.timeouts_ms > 0]
-        least = int(timeouts.min()) if len(timeouts) else 0
-        tight = self._condition.draining or self._streams.in_flight > self._room.rows_max(least)
-        if not tight and not self._shares.limited:
-            return none
-        starts = np.flatnonzero(arrived.flags & FIRST)
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(arrived)], strict=True):
-            number, count = arrived.streams.item(start), end - start
-            stream = self._streams.get(number)
-            try:
-                self._condition.check_open()
-                self._room.check(number, 0, arrived.timeouts_ms.item(start), count)
-                if stream is not None:
-                    self._shares.of(stream.tenant).take(count, count)
-            except ServiceError as refusal:
-                self._refuse(arrived, slice(start, end), refusal)
-                none[start:end] = True
-        return none
 
     # Single frames
 

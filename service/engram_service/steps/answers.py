@@ -17,7 +17,8 @@ from engram_service.observability.metrics import Metrics
 from engram_service.sessions.streams import LOCAL, Stream, Streams
 from engram_service.sessions.table import NO_STREAM, SessionTable
 from engram_service.steps.refusals import Refused, errors_frame, fates
-from engram_service.wire.base import Wire
+from engram_service.steps.unary_rows import UnaryRows
+from engram_service.wire.base import CALL, Wire
 
 
 class Caller(Protocol):
@@ -46,11 +47,13 @@ class Asking(Protocol):
 class Answers:
     """The way back of rows, each of which is in flight until it passes here."""
 
-    def __init__(self, wire: Wire, streams: Streams, table: SessionTable, metrics: Metrics) -> None:
+    def __init__(self, wire: Wire, streams: Streams, table: SessionTable, metrics: Metrics, unary: UnaryRows
+    ) -> None:  # fmt: skip
         self._wire = wire
         self._streams = streams
         self._table = table
         self._metrics = metrics
+        self._unary = unary
         self.local: Caller | None = None
         self.count = 0  # rows that were answered with outputs, ever
         self.given = 0.0  # when the last of them were given to the wire, monotonic
@@ -62,6 +65,7 @@ class Answers:
         """Answers steps of sessions. outputs: uint8 [n, output_nbytes]; None: these wanted none."""
         self.count += len(streams)
         self._streams.answered(streams)
+        self._unary.answered(streams)
         if len(streams) == 1 and streams.item(0) != LOCAL:
             row = rows.item(0)
             durable = self._table.durable[rows] if self._table.interval.item(row) else None
@@ -92,6 +96,12 @@ class Answers:
         """Refuses the rows that a mask of `refused` has, each with the first that has it."""
         for mask, refusal in refused:
             self._metrics.rows_refused.labels(refusal.reason).inc(int(mask.sum()))
+        if (calls := streams >= CALL).any():
+            self._unary.refuse(
+                streams[calls], handles[calls], seqs[calls], [(mask[calls], why) for mask, why in refused]
+            )
+            streams, handles, seqs = streams[~calls], handles[~calls], seqs[~calls]
+            refused = [(mask[~calls], refusal) for mask, refusal in refused]
         for stream in np.unique(streams).tolist():
             mine = streams == stream
             known = self._streams.get(stream)

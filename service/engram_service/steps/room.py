@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
-from engram_service.errors import ResourceExhaustedError
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_service.condition import Condition
+from engram_service.errors import ResourceExhaustedError, ServiceError
+from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Streams
 from engram_service.settings import Settings
 from engram_service.steps.backlog import Backlog
+from engram_service.steps.unary_rows import UnaryRows
+from engram_service.wire.base import CALL, FIRST, Arrived
 
 
 class Room:
     """Of the whole server."""
 
-    def __init__(self, settings: Settings, streams: Streams, backlog: Backlog) -> None:
+    def __init__(
+        self, settings: Settings, streams: Streams, backlog: Backlog, condition: Condition, shares: Shares, unary: UnaryRows
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._streams = streams
         self._backlog = backlog
+        self._condition = condition
+        self._shares = shares
+        self._unary = unary
+
+    def refusals(self, arrived: Arrived, rows: NDArray[np.int32]) -> Iterator[tuple[slice, ServiceError]]:
+        """The frames for which there is none, and why; each is refused before the next one is looked at. `rows`: of the session
+        table; those of unary calls are there."""
+        timeouts = arrived.timeouts_ms[arrived.timeouts_ms > 0]
+        least = int(timeouts.min()) if len(timeouts) else 0
+        tight = self._condition.draining or self._streams.in_flight > self.rows_max(least)
+        if not tight and not self._shares.limited:
+            return
+        starts = np.flatnonzero(arrived.flags & FIRST).tolist()
+        for start, end in itertools.pairwise([*starts, len(arrived)]):
+            number, count = arrived.streams.item(start), end - start
+            stream = self._streams.get(number)
+            try:
+                self._condition.check_open()
+                self.check(number, 0, arrived.timeouts_ms.item(start), count)
+                if number & CALL:
+                    self._unary.take(number, rows.item(start))
+                elif stream is not None:
+                    self._shares.of(stream.tenant).take(count, count)
+            except ServiceError as refusal:
+                yield slice(start, end), refusal
 
     def check(self, stream: int, rows: int, timeout_ms: int, counted: int = 0) -> None:
         """Room for more rows of a stream, or for those that are `counted` already. Raises ResourceExhaustedError."""

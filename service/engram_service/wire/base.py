@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from engram_service.auth.tokens import Caller
 from engram_service.errors import ServiceError
+from engram_service.rows import Rows
 
+CALL = 1 << 31  # in a stream's id: a row of the server's own stream (number 0) that a unary call brought
 NUMBER_BITS = 20  # of a stream's id; a number is used again, and the bits above it count the uses
 NOT_ACKNOWLEDGED = np.uint64(0xFFFFFFFFFFFFFFFF)
 FIRST = 0x80  # in `flags`: the row begins a frame
@@ -27,7 +29,8 @@ READ, COMPLETE, TAKEN, ADMITTED = range(4)  # in `times`: the first bytes of the
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """Rows of StepsFrames, of any streams, each stream's in order."""
+    """Rows of StepsFrames, of any streams, each stream's in order. Of unary calls each has CALL and the call's number for a stream;
+    its seq is 0 where the caller wants the next step."""
 
     streams: NDArray[np.uint32]
     handles: NDArray[np.uint32]
@@ -93,13 +96,23 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A unary Step, whole."""
+    """A unary Step, whole, that is no row."""
 
     call: int
     caller: Caller
     peer: str
     data: bytes
     timeout_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepModel:
+    """What must be known of a model to read and answer unary steps."""
+
+    name: str
+    version: str
+    takes: Rows
+    gives: Rows
 
 
 Event: TypeAlias = Begin | Message | HalfClose | End | Step
@@ -144,4 +157,14 @@ class Wire(Protocol):
         """Sends a frame that answers so many rows."""
 
     def finish(self, stream: int, refusal: ServiceError | None = None) -> None:
-        """Ends a stream behind what was sent to it; None: with OK."""
+        """Ends a stream behind what was sent to it; None: with OK. A row of a unary call is refused so."""
+
+    def know(self, key: str, handle: int, model: StepModel) -> None:
+        """Unary steps of this session may be rows from now on, with this handle of the server's own stream."""
+
+    def forget(self, handle: int) -> None:
+        """This handle is void: unary steps of its session are events."""
+
+    def again(self, stream: int, given: bool, numbered: bool) -> bool:
+        """Makes an event of a unary call's row after all, where the caller has given its seq and `given`, or has given none and
+        `numbered`. False: it is to be refused."""

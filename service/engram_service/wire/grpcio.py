@@ -37,6 +37,7 @@ from engram_service.wire.base import (
     Event,
     HalfClose,
     Message,
+    StepModel,
     trace_of,
 )
 
@@ -253,6 +254,17 @@ class GrpcioWire:
     def finish(self, stream: int, refusal: ServiceError | None = None) -> None:
         if (call := self._calls.get(stream)) is not None:
             call.end(refusal)
+
+    # Unary steps, which do not pass here
+
+    def know(self, key: str, handle: int, model: StepModel) -> None:
+        """They are gRPC's calls."""
+
+    def forget(self, handle: int) -> None:
+        """So no handle is known."""
+
+    def again(self, stream: int, given: bool, numbered: bool) -> bool:
+        return False
 
 
 def _usual(data: bytes, settings: Settings) -> stream_pb2.StepsFrame | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import engram_native
 import numpy as np
@@ -14,14 +15,15 @@ from google.protobuf.message import Message as Proto
 from numpy.typing import NDArray
 
 from engram import __version__
-from engram_service.auth.access import Access
+from engram_service.auth.access import RIGHT_OF, Access
+from engram_service.auth.tenants import id_of, tenant_of
 from engram_service.auth.tls import Pems
 from engram_service.auth.tokens import Caller, missing, unknown
 from engram_service.errors import ResourceExhaustedError, ServiceError, UnavailableError
 from engram_service.observability.stages import EDGES
 from engram_service.protocols.engram.status import status_of
 from engram_service.settings import Settings
-from engram_service.wire.base import Arrived, Begin, End, Event, HalfClose, Message, Step, trace_of
+from engram_service.wire.base import Arrived, Begin, End, Event, HalfClose, Message, Step, StepModel, trace_of
 
 _MESSAGE_MARGIN = 2  # the wire itself refuses, without a reason, what is so many times over the limit
 _HEADER_NBYTES = 16 << 10
@@ -54,6 +56,7 @@ class NativeWire:
             frame_rows=settings.frame_rows_max, rows=settings.stream_rows_max, inbox_nbytes=_INBOX_NBYTES,
             handshake_s=_HANDSHAKE_S, idle_s=_IDLE_S, keepalive_s=_KEEPALIVE_S, head=head, relay=relay,
             relayed=settings.calls_max, refusals={name: _told(refusal) for name, refusal in _REFUSALS.items()}, edges=EDGES,
+            step_s=settings.step_timeout_s,
         )  # fmt: skip
         self.tokens_changed()
         if pems is not None:
@@ -122,11 +125,23 @@ class NativeWire:
         else:
             self._wire.finish(stream, *_told(refusal))
 
+    def know(self, key: str, handle: int, model: StepModel) -> None:
+        self._wire.know(tenant_of(key), id_of(key), handle, _told_of(model))
+
+    def forget(self, handle: int) -> None:
+        self._wire.forget(handle)
+
+    def again(self, stream: int, given: bool, numbered: bool) -> bool:
+        return self._wire.again(stream, given, numbered)
+
     def tokens_changed(self) -> None:
         """Tells the wire which tokens there are. Those that have expired it knows too: their callers are told so."""
         book = self._access.tokens.book
+        callers = None if book is None else book.callers
+        may = [one for one in (callers or {}).values() if RIGHT_OF["Step"] in one.rights]
+        self._wire.set_steppers(None if callers is None else {one.number: (one.tenant, one.expires) for one in may})
         self._wire.set_tokens(
-            None if book is None else {bytes.fromhex(digest): one.number for digest, one in book.callers.items()}
+            None if callers is None else {bytes.fromhex(digest): one.number for digest, one in callers.items()}
         )
 
     async def stop(self, grace_s: float) -> None:
@@ -182,3 +197,12 @@ _REFUSALS: dict[str, ServiceError] = {
 def _told(refusal: ServiceError) -> tuple[int, str, bytes]:
     status = status_of(refusal)
     return status.code, status.message, status.SerializeToString()
+
+
+@lru_cache(256)
+def _told_of(model: StepModel) -> engram_native.StepModel:
+    takes, gives = (
+        (rows.nbytes, all(spec.dtype == "float32" for spec in rows.specs)) for rows in (model.takes, model.gives)
+    )
+    shape = list(model.gives.shape(1))
+    return engram_native.StepModel(model.name, model.version, takes=takes, gives=gives, shape=shape)

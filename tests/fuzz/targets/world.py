@@ -52,6 +52,7 @@ from engram_service.steps.backlog import Backlog
 from engram_service.steps.commits import Commits
 from engram_service.steps.flushes import Flushes
 from engram_service.steps.repeats import Repeats
+from engram_service.steps.unary_rows import UnaryRows
 from engram_service.steps.withdrawal import Withdrawal
 from engram_service.store import RecordLayout, Store, StoreSettings
 from engram_service.supervision import Supervisor
@@ -118,7 +119,8 @@ async def _made() -> World:
     access, condition, pauses = Access(Tokens(None), Audit(metrics)), Condition(metrics), Pauses(metrics, Health())
     scheduler, pins, wire = Scheduler(8), Pins(table, condition.late), GrpcioWire(settings, access)
     streams = Streams(wire, settings.streams_max)
-    answers = Answers(wire, streams, table, metrics)
+    rows = UnaryRows(wire, streams, table, shares)
+    answers = Answers(wire, streams, table, metrics, rows)
     flushes = Flushes(table, Commits(store, table, metrics, lambda session: None))
     residency = Residency(
         settings, table, catalog, store, pins, condition, supervisor, metrics, flushes.add, answers.durable
@@ -129,7 +131,7 @@ async def _made() -> World:
     residency.losses = ownership
     admission = Admission(
         settings, table, catalog, wire, streams, shares, scheduler, residency, repeats, answers, condition, pauses,
-        metrics, Backlog(), Advances(),
+        metrics, Backlog(), Advances(), rows,
     )  # fmt: skip
     calls, holds = StoreCalls(residency), Holds(table, pins, residency, ownership, condition)
     sessions = Sessions(

@@ -1,6 +1,8 @@
 """Steps for clients without a stream: one stream of the server's own carries them, and answers go back to the calls.
 
-A call is found again by handle and seq. A handle names one session only, also when that is gone: a late answer reaches nobody else.
+The native wire is told which sessions this stream has, and makes rows of their usual steps by itself (steps/unary_rows.py): here
+are the others. A call of those is found again by handle and seq. A handle names one session only, also when that is gone: a late
+answer reaches nobody else.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from engram_service.auth.tokens import Caller
 from engram_service.catalog import Catalog
 from engram_service.condition import Condition
 from engram_service.errors import AbortedError, InternalError, of_detail
+from engram_service.rows import rows_of
 from engram_service.sessions.handles import ENDED
 from engram_service.sessions.opening import Sessions, Wanted
 from engram_service.sessions.residency import Residency
@@ -28,7 +31,7 @@ from engram_service.sessions.table import NO_STREAM, SessionTable
 from engram_service.settings import Settings
 from engram_service.steps.admission import Admission
 from engram_service.steps.refusals import taken_over
-from engram_service.wire.base import FEEDBACK, PREFILL
+from engram_service.wire.base import FEEDBACK, PREFILL, StepModel
 
 CLIENT_ID = 1  # of all unary callers: a session without a stream belongs to whoever steps it
 _TRIES = 3
@@ -92,7 +95,10 @@ class UnaryStream:
         self._residency = residency
         self._shares = shares
         self._condition = condition
+        self._wire = streams.wire
         self._stream = streams.add(LOCAL, Caller())
+        self._stream.handles.on_end = self._wire.forget
+        self._opens: dict[str, asyncio.Event] = {}  # under way, by key
         self._calls: dict[tuple[int, int], list[_Call]] = {}  # by handle and seq: several that ask for the same step
 
     async def step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
@@ -128,7 +134,10 @@ class UnaryStream:
     async def _step(self, asked: Asked) -> tuple[int, NDArray[np.uint8]]:
         table = self._table
         row = self._held(asked.session_id)
-        if row is None or self._doubtful(row, asked.seq):
+        while row is None and (opening := self._opens.get(asked.session_id)) is not None:
+            await opening.wait()
+            row = self._held(asked.session_id)
+        if row is None or self._doubtful(row, asked):
             await self._open(asked)
             row = self._held(asked.session_id)
         if row is None:  # somebody has opened it meanwhile
@@ -158,20 +167,33 @@ class UnaryStream:
         row = self._table.find(key)
         return row if row is not None and self._table.stream.item(row) == self._stream.id else None
 
-    def _doubtful(self, row: int, seq: int) -> bool:
-        """Whether a step seems to be repeated or ahead: another server may have had the session since, or a new one of its
-        name. The next step needs no such doubt: its commit fails."""
+    def _doubtful(self, row: int, asked: Asked) -> bool:
+        """Whether a step seems to be repeated or ahead, or of another model: another server may have had the session since, or a
+        new one of its name. The next step needs no such doubt: its commit fails."""
         admitted, applied = self._table.admitted.item(row), self._table.applied.item(row)
-        return seq not in (0, admitted + 1) and admitted == applied
+        bundle = self._catalog.models[self._table.model.item(row)].bundle
+        other = asked.model != bundle.name or asked.version not in ("", bundle.version)
+        return other or (asked.seq not in (0, admitted + 1) and admitted == applied)
 
     async def _open(self, asked: Asked) -> None:
         wanted = Wanted(
             asked.model, asked.version, tenant_of(asked.session_id), [asked.session_id], False, CLIENT_ID, 0, False,
             shared=True, constants=asked.constants,
         )  # fmt: skip
-        opened = await self._sessions.open(self._stream, wanted, asked.timeout_s)
+        done = self._opens[asked.session_id] = asyncio.Event()
+        try:
+            opened = await self._sessions.open(self._stream, wanted, asked.timeout_s)
+        finally:
+            done.set()
+            if self._opens.get(asked.session_id) is done:
+                del self._opens[asked.session_id]
         if opened.errors:
             raise opened.errors[0]
+        if (row := self._held(asked.session_id)) is not None:
+            bundle = self._catalog.models[self._table.model.item(row)].bundle
+            takes, gives = rows_of(bundle.schema.inputs), rows_of(bundle.schema.outputs)
+            model = StepModel(bundle.name, bundle.version, takes, gives)
+            self._wire.know(asked.session_id, self._table.handle.item(row), model)
 
     def _frame(self, asked: Asked, handle: int, first: int, input_nbytes: int) -> stream_pb2.StepsFrame:
         """The rows of a call. What came before them has arrived: a caller without a stream waits for each answer."""
