@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -98,30 +99,37 @@ async def serve(settings: Settings, spawned: Spawned) -> None:
         if (ready := await _ready(data, stop)) is None:
             await data.stop(0.0)
             return
-        begin["with"]["settings"]["listen"] = (
-            f"{settings.listen.rpartition(':')[0]}:{ready.port}"  # of the next one too
-        )
         health.clear("server")
         _announce(settings, http.address, ready)
-
-        look = asyncio.Event()
-        signals.on_reload = look.set
-        supervisor.run("models watch", lambda: watch_models(settings, data, look))
-        supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
-        tokens.tokens.on_change = partial(_tell_tokens, tokens, data)
-        if certificate is not None:
-            supervisor.run("certificate watch", lambda: _watch_certificate(certificate, data))
-        if ready.wire == "python":
-            supervisor.run("readiness", lambda: _tell_readiness(health, data))
+        _watch(settings, data, ready, tokens, certificate, signals, health, supervisor)
         await stop.wait()
         log.info("draining")
         health.fail("server", "it is going away")
-        deadline = asyncio.get_running_loop().time() + settings.drain_timeout_s
+        deadline = time.monotonic() + settings.drain_timeout_s
         await data.stop(settings.drain_timeout_s)
         await handlers.finish(deadline)
         await server.stop(_STOP_GRACE_S)
         await supervisor.cancel()
     log.info("stopped")
+
+
+def _watch(
+    settings: Settings, data: DataProcess, ready: Ready, tokens: TokensFile, certificate: Certificate | None, signals: Signals,
+    health: Health, supervisor: Supervisor,
+) -> None:  # fmt: skip
+    """What goes on all the time: files are looked after, and what is new in them is told to the data process."""
+    data.begin["with"]["settings"]["listen"] = (
+        f"{settings.listen.rpartition(':')[0]}:{ready.port}"  # of the next one too
+    )
+    look = asyncio.Event()
+    signals.on_reload = look.set
+    supervisor.run("models watch", lambda: watch_models(settings, data, look))
+    supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
+    tokens.tokens.on_change = partial(_tell_tokens, tokens, data)
+    if certificate is not None:
+        supervisor.run("certificate watch", lambda: _watch_certificate(certificate, data))
+    if ready.wire == "python":
+        supervisor.run("readiness", lambda: _tell_readiness(health, data))
 
 
 def _wire(settings: Settings) -> str:

@@ -29,7 +29,6 @@ from engram_service.pauses import Pauses
 from engram_service.protocols.engram.looks import Looks
 from engram_service.protocols.engram.stream import StreamHandler
 from engram_service.protocols.engram.unary import UnaryHandlers
-from engram_service.queries import Queries
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.onnx_graphs import OnnxGraphs
 from engram_service.runtimes.watchdog import Watchdog
@@ -169,7 +168,7 @@ def _serve(catalog: Catalog, path: Path) -> None:
     bundle = load_bundle(path)
     runtime = OnnxGraphs(Arena(bundle, SLOTS, WINDOW), None, Watchdog())  # type: ignore[arg-type]
     layout = RecordLayout(bundle.fingerprint, bundle.state_nbytes, bundle.schema.output_nbytes, runtime.code)
-    served = Served(len(catalog.models), bundle, runtime, layout, Queries(bundle), 512)
+    served = Served(len(catalog.models), bundle, runtime, layout, 512)
     catalog.models.append(served)
     catalog._by_key[bundle.name, bundle.version] = served
     catalog._versions[bundle.name] = [bundle.version]
