@@ -20,7 +20,7 @@ LONG_LEFT = {  # and may only shrink
     "native/src/wire/relay.rs": 550,
     "native/src/wire/server.rs": 746,
     "service/engram_service/sessions/opening.py": 422,
-    "service/engram_service/steps/admission.py": 440,
+    "service/engram_service/steps/admission.py": 409,
     "service/engram_service/store/store.py": 586,
 }
 

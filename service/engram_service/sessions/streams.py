@@ -124,6 +124,13 @@ class Streams:
         self._ids[number], self._rows[number] = _NOBODY, 0
         stream.handles.forget()
 
+    @property
+    def columns(self) -> list[NDArray[Any]]:
+        """Ids and rows in flight by number; where each stream's places begin, and how many it has used; of all places the rows
+        of the session table, and the handles. Other arrays, once there are more."""
+        places = self.handles
+        return [self._ids, self._rows, places.starts, places.counts, places.rows, places.names]
+
     # Rows, by the id of their stream
 
     def rows_of(self, ids: NDArray[np.uint32], handles: NDArray[np.uint32]) -> NDArray[np.int32]:
@@ -132,9 +139,9 @@ class Streams:
 
     def here(self, ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which of these streams are there."""
-        numbers = ids & _NUMBER
-        inside = numbers < len(self._ids)
-        there: NDArray[np.bool_] = inside & (self._ids[np.where(inside, numbers, 0)] == ids)
+        there: NDArray[np.bool_] = (
+            self._ids.take(ids & _NUMBER, mode="clip") == ids
+        )  # whose number is beyond, is no other's
         return there
 
     def in_flight_of(self, stream_id: int) -> int:
@@ -158,7 +165,7 @@ class Streams:
             return
         numbers = ids & _NUMBER
         same = self._ids[numbers] == ids
-        if not same.all():
+        if np.count_nonzero(same) < len(ids):
             numbers = numbers[same]
         np.subtract.at(self._rows, numbers, 1)
         self.in_flight -= len(numbers)
