@@ -102,6 +102,60 @@ class Wire:
     def close(self, grace_s: float = 0.0) -> None: ...
 
 @final
+class Usual:
+    """What rows of steps that are like most are checked against, and are let in with one call."""
+
+    def __init__(
+        self,
+        ids: NDArray[np.uint32],
+        in_flight: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.uint32],
+        rows: NDArray[np.int32],
+        handles: NDArray[np.uint32],
+        model: NDArray[np.int16],
+        slot: NDArray[np.int32],
+        opening: NDArray[np.uint8],
+        admitted: NDArray[np.uint64],
+        applied: NDArray[np.uint64],
+        acked: NDArray[np.uint64],
+    ) -> None: ...
+    def admit(
+        self,
+        calls: NDArray[np.uint32],
+        handles: NDArray[np.uint32],
+        seqs: NDArray[np.uint64],
+        acknowledged: NDArray[np.uint64],
+        flags: NDArray[np.uint8],
+        input_nbytes: NDArray[np.uint32],
+        found: NDArray[np.int32],
+        model: int,
+        window: int,
+        width: int,
+    ) -> bool: ...
+
+@final
+class RecordSource:
+    """Where a model's records are made of: columns of the session table, and of the model's arena."""
+
+    def __init__(
+        self,
+        tags: NDArray[np.uint8],
+        tokens: NDArray[np.uint8],
+        ttl_ms: NDArray[np.uint64],
+        acked: NDArray[np.uint64],
+        epoch: NDArray[np.uint64],
+        slot: NDArray[np.int32],
+        states: list[NDArray[np.uint8]],
+        outputs: NDArray[np.uint8],
+        window: int,
+        state_nbytes: int,
+        fingerprint: int,
+        runtime: int,
+        prefix: bytes,
+    ) -> None: ...
+
+@final
 class CommitLink:
     """One connection for commits, of one thread. A commit is one `send`, or several of which the last one counts or waits; then
     `progress` until it is True; then `verdicts`. Whatever raises an OSError ends the link."""
@@ -126,6 +180,17 @@ class CommitLink:
         wait: bytes = b"",
         more: bool = False,
     ) -> None: ...
+    def commit(
+        self,
+        source: RecordSource,
+        rows: NDArray[np.int32],
+        seqs: NDArray[np.uint64],
+        states: list[NDArray[np.uint8]],
+        now_ms: int,
+        counting_key: bytes = b"",
+        wait: bytes = b"",
+        timeout_s: float = 0.0,
+    ) -> tuple[int, int | None, list[int]] | None: ...
     def progress(self, timeout_s: float = 0.0) -> bool: ...
     def verdicts(self) -> tuple[bytes | None, list[tuple[int, bytes]], int | None, list[int]]: ...
     def close(self) -> None: ...

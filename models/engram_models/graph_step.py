@@ -80,6 +80,10 @@ class GraphStep:
         self._outcomes = [*schema.outputs, *schema.changing]
         self._inputs = self._checked("inputs", self._session.get_inputs(), self._given)
         self._outputs = self._checked("outputs", self._session.get_outputs(), self._outcomes)
+        # What `run` comes down to, without its checks of what a graph on another device was recorded with.
+        self._call = getattr(self._session, "_sess", self._session).run
+        self._shapes: tuple[int, list[tuple[int, ...]]] = (0, [])  # of outcomes, for the number of rows that came last
+        self._constant = len(schema.changing) < len(schema.state)
         self._raw = any(spec.dtype == "bfloat16" for spec in [*self._given, *self._outcomes])
         self._whole = not schema.shared and batching.floor is not None
 
@@ -96,7 +100,10 @@ class GraphStep:
             outcomes = self._fitting(self._run(given, options), rows)
         else:
             outcomes = self._parted(given, rows, options)
-        outputs, changed = outcomes[: len(self.schema.outputs)], iter(outcomes[len(self.schema.outputs) :])
+        outputs, after = outcomes[: len(self.schema.outputs)], outcomes[len(self.schema.outputs) :]
+        if not self._constant:
+            return outputs, after
+        changed = iter(after)
         specs = self.schema.state
         return outputs, [old if s.role == "constant" else next(changed) for old, s in zip(states, specs, strict=True)]
 
@@ -131,15 +138,16 @@ class GraphStep:
     def _run(self, values: Sequence[NDArray[Any]], options: Any) -> list[NDArray[Any]]:
         if self._raw:
             return self._run_raw(values, options)
-        results: list[NDArray[Any]] = self._session.run(
-            self._outputs, dict(zip(self._inputs, values, strict=True)), options
-        )
+        results: list[NDArray[Any]] = self._call(self._outputs, dict(zip(self._inputs, values, strict=True)), options)
         return results
 
     def _fitting(self, results: list[NDArray[Any]], rows: int) -> list[NDArray[Any]]:
         """The results, if they are of so many rows: a graph may have shapes that follow from numbers. Raises GraphError."""
-        for result, spec in zip(results, self._outcomes, strict=True):
-            wanted = spec.shape if spec.shared else (rows, *spec.shape)
+        known, shapes = self._shapes
+        if known != rows:
+            shapes = [spec.shape if spec.shared else (rows, *spec.shape) for spec in self._outcomes]
+            self._shapes = rows, shapes
+        for result, spec, wanted in zip(results, self._outcomes, shapes, strict=True):
             if result.shape != wanted:
                 raise GraphError(f"the graph's {spec.name} came out as {list(result.shape)}, not {list(wanted)}")
         return results

@@ -1,6 +1,8 @@
 //! What Engram does for each message: HTTP/2 connections in, columns of rows out. What it does for each batch is Python.
 
+mod columns;
 pub mod commits;
+mod usual;
 pub mod wire;
 
 use pyo3::prelude::*;
@@ -13,6 +15,8 @@ fn engram_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<wire::StepModel>()?;
     module.add_class::<commits::CommitLink>()?;
     module.add_class::<commits::TlsStream>()?;
+    module.add_class::<commits::RecordSource>()?;
+    module.add_class::<usual::Usual>()?;
     module.add_function(wrap_pyfunction!(commits::pack_records, module)?)?;
     Ok(())
 }

@@ -53,7 +53,7 @@ class Rows:
 
     def faults(self, rows: NDArray[np.uint8], non_finite: bool) -> list[Fault]:
         """What is wrong with contiguous rows uint8 [n, nbytes]; nothing as a rule. With `non_finite`, NaN and infinity are not."""
-        if self._whole is not None and (non_finite or np.isfinite(rows.view(self._whole)).all()):
+        if self._whole is not None and (non_finite or _all(np.isfinite(rows.view(self._whole)))):
             return []
         faults: list[Fault] = []
         if not non_finite and (bad := self._not_finite(rows)) is not None:
@@ -134,6 +134,11 @@ def _joined(tensors: Iterable[tuple[slice, TensorSpec]], dtypes: Sequence[str]) 
         else:
             joined.append((at, spec.dtype))
     return joined
+
+
+def _all(mask: NDArray[np.bool_]) -> bool:
+    """As mask.all(), which takes several times as long for few."""
+    return bool(np.count_nonzero(mask) == mask.size)
 
 
 def _some(bad: NDArray[np.bool_]) -> NDArray[np.bool_] | None:

@@ -11,13 +11,14 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import redis
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -397,6 +398,135 @@ def test_records_are_those_of_python(
     out = np.full_like(expected, 255)
     native.pack_records(out, layout.fingerprint, layout.runtime, *numbers, counts, blocks, outputs, now_ms)
     assert np.array_equal(out, expected)
+
+
+@dataclass
+class Sessions:
+    """Columns of a session table and of an arena, random."""
+
+    layout: RecordLayout
+    table: list[NDArray[Any]]  # tags, tokens, ttl_ms, acked, epoch, slot
+    states: list[NDArray[np.uint8]]
+    outputs: NDArray[np.uint8]
+
+    @classmethod
+    def random(cls, generator: np.random.Generator, rows: int, widths: list[int], window: int, size: int) -> Sessions:
+        letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+        layout = RecordLayout(generator.bytes(32).hex(), sum(widths), size, runtime=int(generator.integers(256)))
+        slots = rows + 3
+        table = [generator.choice(letters, (rows, 22)), generator.choice(letters, (rows, 16)),
+                 generator.integers(10_000, 2**40, rows, np.uint64), generator.integers(0, 40, rows, np.uint64),
+                 generator.integers(0, 2**64, rows, np.uint64),
+                 generator.permutation(slots)[:rows].astype(np.int32)]  # fmt: skip
+        states = [generator.integers(0, 256, (slots, width), np.uint8) for width in widths]
+        return cls(layout, table, states, generator.integers(0, 256, (slots, window, size), np.uint8))
+
+    def source(self, states: list[NDArray[np.uint8]]) -> Any:
+        layout, window = self.layout, self.outputs.shape[1]
+        facts = (window, layout.state_nbytes, layout.fingerprint, layout.runtime, META_PREFIX)
+        return native.RecordSource(*self.table, states, self.outputs, *facts)
+
+    def record(self, row: int, seq: int, now_ms: int) -> bytes:
+        """As the NumPy of steps/records.py and record.py has it."""
+        acked, slot, window = self.table[3][row], int(self.table[5][row]), self.outputs.shape[1]
+        count = min(max(seq - int(acked), 1) if seq >= acked else window, window, seq)
+        capacity = 1
+        while capacity < count:
+            capacity *= 2
+        outputs = np.zeros((1, capacity, self.layout.output_nbytes), np.uint8)
+        for k in range(count):
+            outputs[0, k] = self.outputs[slot, (seq - count + 1 + k) % window]
+        states = [state[slot : slot + 1] for state in self.states]
+        one = [np.array([value], np.uint64) for value in (seq, acked, self.table[4][row])]
+        return self.layout.pack(*one[:2], one[2], states, np.array([count], np.uint32), outputs, now_ms)[0].tobytes()
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 40),
+    widths=st.lists(st.integers(1, 40), max_size=3),
+    kept=st.tuples(st.sampled_from((1, 3, 8, 32)), st.integers(0, 20)),
+    seed=st.integers(0, 2**32 - 1),
+    elsewhere=st.booleans(),
+)
+def test_records_are_put_together_from_columns(
+    process: RedisProcess, rows: int, widths: list[int], kept: tuple[int, int], seed: int, elsewhere: bool
+) -> None:
+    generator = np.random.default_rng(seed)
+    sessions = Sessions.random(generator, rows, widths, *kept)
+    source = sessions.source([] if elsewhere else sessions.states)
+    some = generator.permutation(rows)[: max(1, rows // 2)].astype(np.int32)
+    seqs = np.where(
+        generator.random(len(some)) < 0.9, sessions.table[3][some] + generator.integers(0, 40, len(some)), 0
+    )
+    seqs = seqs.astype(np.uint64)
+    states = [state[sessions.table[5][some]] for state in sessions.states] if elsewhere else []
+    keys = [record_key(bytes(sessions.table[0][row]), bytes(sessions.table[1][row])) for row in some]
+    store = process.client
+    store.mset(dict.fromkeys(keys, b"before"))
+    connection = connected(process)
+    link = native.CommitLink(connection._sock.detach())
+    before = int(store.get(COUNTER) or 0)
+    nbytes, counter, waited = link.commit(source, some, seqs, states, 77, COUNTER, b"", WAIT_S)
+    expected = [sessions.record(int(row), int(seq), 77) for row, seq in zip(some, seqs, strict=True)]
+    assert store.mget(keys) == expected and (nbytes, counter, waited) == (sum(map(len, expected)), before + 1, [])
+    for key, row in zip(keys, some, strict=True):
+        assert 0 <= int(sessions.table[2][row]) - store.pttl(key) < 60_000
+    store.delete(keys[0])
+    assert link.commit(source, some, seqs, states, 78, COUNTER, b"", WAIT_S) is None, "one is not there"
+    assert link.progress() and link.verdicts()[0] == b"0" + b"+" * (len(some) - 1)
+    assert store.mget(keys[1:]) == [
+        sessions.record(int(row), int(seq), 78) for row, seq in list(zip(some, seqs, strict=True))[1:]
+    ]
+
+
+def test_columns_may_change_once_a_commit_is_sent(process: RedisProcess, link_to: MakeLink) -> None:
+    """However little of it the kernel has taken."""
+    generator = np.random.default_rng(3)
+    sessions = Sessions.random(generator, 300, [40_000], 4, 8)
+    source, rows = sessions.source(sessions.states), np.arange(300, dtype=np.int32)
+    seqs = sessions.table[3] + np.uint64(1)
+    keys = [record_key(bytes(tag), bytes(token)) for tag, token in zip(*sessions.table[:2], strict=True)]
+    process.client.mset(dict.fromkeys(keys, b"before"))
+    expected = [sessions.record(row, int(seqs[row]), 5) for row in range(300)]
+    link = link_to(process)
+    process.pause()
+    try:
+        assert link.commit(source, rows, seqs, [], 5, COUNTER) is None and link.wants_write
+        for column in (*sessions.table, *sessions.states, sessions.outputs, seqs):
+            column[:] = 1
+    finally:
+        process.go_on()
+    assert link.progress(WAIT_S) and link.verdicts()[0] is None
+    assert process.client.mget(keys) == expected
+
+
+def test_sessions_that_do_not_fit_are_refused(process: RedisProcess, link_to: MakeLink) -> None:
+    sessions = Sessions.random(np.random.default_rng(4), 5, [16, 8], 4, 8)
+    source, link = sessions.source(sessions.states), link_to(process)
+    one, seq = np.zeros(1, np.int32), np.ones(1, np.uint64)
+    for rows, seqs, why in (
+        (one + 5, seq, "no slot"),
+        (one - 1, seq, "no slot"),
+        (one, seq[:0], "seqs has"),
+        (one.astype(np.int64), seq, "rows is no column"),
+        (np.zeros((1, 2), np.int32), seq, "no slot"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            link.commit(source, rows, seqs, [], 1)
+    for slot in (8, -1, 2**31 - 1):
+        sessions.table[5][0] = slot
+        with pytest.raises(ValueError, match="no slot"):
+            link.commit(source, one, seq, [], 1)
+    sessions.table[5][0] = 0
+    with pytest.raises(ValueError, match="states of"):
+        link.commit(sessions.source([]), one, seq, [sessions.states[0][:1]], 1)
+    with pytest.raises(ValueError, match="do not fit together"):
+        sessions.source(sessions.states[:1])
+    with pytest.raises(ValueError, match="do not fit together"):
+        native.RecordSource(*sessions.table, [], sessions.outputs, 3, 24, 0, 0, b"")
+    assert link.commit(source, one, seq, [], 1, b"", b"", WAIT_S) is None, "nothing was sent of what was refused"
+    assert link.progress() and link.verdicts()[0] == b"0"
 
 
 def test_records_of_another_length_are_refused() -> None:

@@ -46,17 +46,37 @@ async def read(self, *arguments):
 Residency._read = read
 """
 FAILING_PACK = """
-from engram_service.steps import commits
+from engram_service.steps.commits import Commits
 
-real, calls = commits.pack_records, []
+real, calls = Commits._source, []
 
-def pack_records(*arguments):
+def source(self, *arguments):
     calls.append(1)
     if len(calls) in (2, 4):
         raise MemoryError
-    return real(*arguments)
+    return real(self, *arguments)
 
-commits.pack_records = pack_records
+Commits._source = source
+"""
+FAILING_JOB = """
+from engram_service.steps import commits
+from engram_service.store.lines import NativeLine
+
+pack, write, calls = commits.pack_records, NativeLine.write, []
+
+def begin(self, *arguments):
+    calls.append(1)
+    if len(calls) != 2:
+        return write(self, *arguments)
+    write(self, *arguments[:-1], 0.0)
+    return False
+
+def pack_records(*arguments):
+    if len(calls) == 2:
+        raise MemoryError
+    return pack(*arguments)
+
+NativeLine.write, commits.pack_records = begin, pack_records
 """
 FAILING_LOOK = """
 from engram_service.store import Store, StoreUnavailableError
@@ -218,6 +238,19 @@ def test_a_commit_that_cannot_be_put_together_holds_nobody(
         assert raw.step(interval, 1) == expected
         assert np.frombuffer(raw.next("durable").durable_seqs, np.uint64).tolist() == [0], "the flush failed"
         assert np.frombuffer(raw.next("durable").durable_seqs, np.uint64).tolist() == [1], "and was tried again"
+        assert server.series()["engram_rows_in_flight"] == 0
+
+
+def test_a_commit_that_was_begun_and_cannot_be_gone_on_with_is_waited_for(
+    server_with: Callable[..., ServerProcess], connect: Connect
+) -> None:
+    server = server_with()
+    server.faults = FAILING_JOB
+    with server:
+        raw = connect(server)
+        (handle,) = np.frombuffer(raw.open("one").handles, np.uint32).tolist()
+        for seq in (1, 2, 3):
+            assert raw.step(handle, seq)
         assert server.series()["engram_rows_in_flight"] == 0
 
 

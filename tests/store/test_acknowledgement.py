@@ -17,7 +17,7 @@ from engram_service.store import Store, StoreError, StoreUnavailableError, Verdi
 _NO_EXTENSION = pytest.mark.skipif(
     find_spec("engram_native") is None, reason="engram_native is not here: make install builds it"
 )
-WAYS = ["committer", "python", pytest.param("native", marks=_NO_EXTENSION)]
+WAYS = ["committer", "python", *(pytest.param(way, marks=_NO_EXTENSION) for way in ("native", "columns"))]
 
 MakeHolder = Callable[..., Any]
 OpenStore = Callable[..., Store]

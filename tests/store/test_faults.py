@@ -25,7 +25,7 @@ from engram_service.store.private import PrivateRedis, PrivateSettings
 _NO_EXTENSION = pytest.mark.skipif(
     find_spec("engram_native") is None, reason="engram_native is not here: make install builds it"
 )
-WAYS = ["committer", "python", pytest.param("native", marks=_NO_EXTENSION)]
+WAYS = ["committer", "python", *(pytest.param(way, marks=_NO_EXTENSION) for way in ("native", "columns"))]
 OVER = ["unix", "tls"]
 
 MakeHolder = Callable[..., Any]
@@ -45,6 +45,20 @@ def test_a_commit_whose_answer_is_lost_is_settled_once(
     wire.lose_answer_to(b"\r\nXX\r\n")
     assert commit(2).wait() == [OK, OK]
     assert wire.lost == 1 and owner.stored() == [2, 2]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_line_whose_connection_was_lost_goes_on_by_itself(
+    open_store: OpenStore, wire: Any, holder: MakeHolder, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it is the first commit over a connection that is lost, or a later one."""
+    owner = holder(open_store(wire.url), "a", "b").claim()
+    for seq in range(1, 13):
+        if seq % 4 in (1, 2):
+            wire.lose_answer_to(b"\r\nXX\r\n")
+        assert owner.commit_by(way, seq).wait() == [OK, OK]
+    assert wire.lost == 6 and owner.stored() == [12, 12]
+    assert "not foreseen" not in caplog.text
 
 
 @pytest.mark.promise(3)

@@ -9,6 +9,7 @@ use super::replies::{Replies, Verdicts};
 use super::stream::Stream;
 
 const CHUNK: usize = 128 << 10; // of commands, packed at once: stays in a cache, and the kernel takes about as much
+const KEPT: usize = 4 << 20; // a buffer that had to be longer is given back
 const INPUT: usize = 64 << 10;
 const LOOK: Duration = Duration::from_millis(10); // while it writes, it looks so often for replies
 
@@ -99,12 +100,20 @@ impl<R: Rows> Link<R> {
         }
     }
 
+    /// A chunk, once the one before is written.
     fn pack(&mut self) {
+        if self.out.capacity() > KEPT {
+            self.out = Vec::with_capacity(CHUNK + (16 << 10));
+        }
         self.out.clear();
         self.written = 0;
+        self.pack_until(CHUNK);
+    }
+
+    fn pack_until(&mut self, size: usize) {
         while let Some(rows) = self.blocks.get_mut(self.at.0) {
             for row in self.at.1..rows.len() {
-                if self.out.len() >= CHUNK {
+                if self.out.len() >= size {
                     self.at.1 = row;
                     return;
                 }
@@ -113,6 +122,15 @@ impl<R: Rows> Link<R> {
             self.at = (self.at.0 + 1, 0);
         }
         self.out.append(&mut self.end);
+    }
+
+    /// Packs what is left, whose columns may change from now on.
+    pub fn pack_rest(&mut self) {
+        if self.at.0 < self.blocks.len() {
+            self.out.drain(..self.written);
+            self.written = 0;
+            self.pack_until(usize::MAX);
+        }
     }
 
     /// Lets go of rows that are packed. Apart from `write`, for a column is given back to Python with the interpreter's lock.

@@ -1,14 +1,15 @@
 //! Commits as Python sees them: one call packs and sends the rows of a commit, another takes what Redis says of them.
 
+mod commands;
 mod link;
 mod records;
 mod replies;
+mod source;
 mod stream;
 mod tls;
 mod trust;
 
 use parking_lot::Mutex;
-use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::{PyConnectionError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -17,110 +18,35 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::columns::Column;
+use commands::{Sets, Tail, counting, head};
 use link::{Link, Rows};
 use records::{HEADER, Place, Shared};
+use replies::Verdicts as Replied;
+pub use source::RecordSource;
+use source::Records;
 use stream::{Socket, Stream};
 pub use tls::TlsStream;
 
-/// A column of rows in Python's memory, which its owner leaves as it is while it is used here.
-struct Column<T: Element> {
-    buffer: PyBuffer<T>,
-    rows: usize,
-    width: usize,  // values of a row, whatever its shape
-    stride: isize, // bytes from a row to the next
+/// What a link sends: commands of rows that were packed before, or of records that are put together as they are sent.
+enum Block {
+    Sets(Sets),
+    Records(Records),
 }
 
-// The buffer belongs to Python's object until it is dropped, and is only read.
-unsafe impl<T: Element> Send for Column<T> {}
-
-impl<T: Element> Column<T> {
-    /// Rows may lie apart, values of a row may not.
-    fn new(array: &Bound<PyAny>, name: &str) -> PyResult<Self> {
-        let wrong = |why: &str| PyValueError::new_err(format!("{name} {why}"));
-        let buffer =
-            PyBuffer::<T>::get(array).map_err(|error| wrong(&format!("is no column: {error}")))?;
-        let (Some(&rows), Some(&stride)) = (buffer.shape().first(), buffer.strides().first())
-        else {
-            return Err(wrong("is one number"));
-        };
-        let width = buffer.shape()[1..].iter().product();
-        let mut expected = size_of::<T>() as isize;
-        for (&size, &stride) in buffer.shape()[1..].iter().zip(&buffer.strides()[1..]).rev() {
-            if size > 1 && width > 0 && stride != expected {
-                return Err(wrong("has rows whose values do not lie side by side"));
-            }
-            expected *= size as isize;
-        }
-        Ok(Column {
-            buffer,
-            rows,
-            width,
-            stride,
-        })
-    }
-
-    fn of(array: &Bound<PyAny>, name: &str, rows: usize, width: Option<usize>) -> PyResult<Self> {
-        let column = Self::new(array, name)?;
-        if column.rows != rows || width.is_some_and(|width| width != column.width) {
-            let (had, wide) = (column.rows, column.width);
-            return Err(PyValueError::new_err(format!(
-                "{name} has {had} rows of {wide}"
-            )));
-        }
-        Ok(column)
-    }
-
-    fn row(&self, row: usize) -> &[T] {
-        if row >= self.rows || self.width == 0 {
-            return &[]; // whose pointer may be null
-        }
-        // Inside the buffer, for its shape and strides say so; `new` has seen to it that the row's values lie side by side.
-        unsafe {
-            let start = self
-                .buffer
-                .buf_ptr()
-                .cast::<u8>()
-                .offset(row as isize * self.stride);
-            std::slice::from_raw_parts(start.cast(), self.width)
-        }
-    }
-}
-
-/// Rows to write: `SET key record XX PX ttl`.
-struct Sets {
-    tags: Column<u8>,
-    tokens: Column<u8>,
-    records: Column<u8>,
-    ttls: Column<u64>,
-    head: Vec<u8>,   // until the tag
-    middle: Vec<u8>, // between token and record
-    ttl: Option<u64>,
-    tail: Vec<u8>, // behind the record, with that ttl
-}
-
-impl Rows for Sets {
+impl Rows for Block {
     fn len(&self) -> usize {
-        self.records.rows
+        match self {
+            Block::Sets(sets) => sets.len(),
+            Block::Records(records) => records.len(),
+        }
     }
 
     fn put(&mut self, row: usize, out: &mut Vec<u8>) {
-        let ttl = self.ttls.row(row)[0];
-        if self.ttl != Some(ttl) {
-            let digits = ttl.to_string();
-            self.tail = format!(
-                "\r\n$2\r\nXX\r\n$2\r\nPX\r\n${}\r\n{digits}\r\n",
-                digits.len()
-            )
-            .into_bytes();
-            self.ttl = Some(ttl);
+        match self {
+            Block::Sets(sets) => sets.put(row, out),
+            Block::Records(records) => records.put(row, out),
         }
-        out.extend_from_slice(&self.head);
-        out.extend_from_slice(self.tags.row(row));
-        out.extend_from_slice(b"}:");
-        out.extend_from_slice(self.tokens.row(row));
-        out.extend_from_slice(&self.middle);
-        out.extend_from_slice(self.records.row(row));
-        out.extend_from_slice(&self.tail);
     }
 }
 
@@ -137,7 +63,7 @@ type Verdicts<'py> = (
 /// Whatever raises an OSError ends the link: nobody knows what of the commit arrives, where `in_doubt` says that some may.
 #[pyclass]
 pub struct CommitLink {
-    link: Option<Link<Sets>>,
+    link: Option<Link<Block>>,
     failed: String,
     in_doubt: bool,
 }
@@ -178,9 +104,7 @@ impl CommitLink {
         let tags = Column::of(tags, "tags", records.rows, None)?;
         let tokens = Column::of(tokens, "tokens", records.rows, None)?;
         let ttls = Column::of(ttl_ms, "ttl_ms", records.rows, Some(1))?;
-        let key = prefix.len() + tags.width + 2 + tokens.width;
-        let mut head = format!("*6\r\n$3\r\nSET\r\n${key}\r\n").into_bytes();
-        head.extend_from_slice(prefix);
+        let head = head(prefix, tags.width, tokens.width);
         let middle = format!("\r\n${}\r\n", records.width).into_bytes();
         let sets = Sets {
             tags,
@@ -189,36 +113,58 @@ impl CommitLink {
             ttls,
             head,
             middle,
-            ttl: None,
-            tail: Vec::new(),
+            tail: Tail::default(),
         };
-        let mut counting = Vec::new();
-        if !counting_key.is_empty() {
-            counting = format!("*2\r\n$4\r\nINCR\r\n${}\r\n", counting_key.len()).into_bytes();
-            counting.extend_from_slice(counting_key);
-            counting.extend_from_slice(b"\r\n");
-        }
-        let link = self.open()?;
-        if link.replies.sealed() {
-            return Err(PyValueError::new_err(
-                "the commit before is not over: ask for its verdicts",
-            ));
-        }
-        link.add(sets, &counting, wait);
+        let link = self.fresh()?;
+        link.add(Block::Sets(sets), &counting(counting_key), wait);
         if more {
             return Ok(());
         }
         self.working(|link| python.detach(|| link.write()))
     }
 
+    /// The records of these rows of the session table, at these seqs, sent as `send` does, and waited for so long: their bytes, the
+    /// counter and the numbers that answer `wait`, where all of it is written; else None, and `progress` goes on with it. `states` of the rows,
+    /// where the source has none. What the source's columns have is read before this returns.
+    #[pyo3(signature = (source, rows, seqs, states, now_ms, counting_key=&b""[..], wait=&b""[..], timeout_s=0.0))]
+    #[expect(clippy::too_many_arguments)]
+    fn commit(
+        &mut self,
+        python: Python,
+        source: &Bound<RecordSource>,
+        rows: &Bound<PyAny>,
+        seqs: &Bound<PyAny>,
+        states: Vec<Bound<PyAny>>,
+        now_ms: u64,
+        counting_key: &[u8],
+        wait: &[u8],
+        timeout_s: f64,
+    ) -> PyResult<Option<Written>> {
+        let records = Records::new(&source.get().0, rows, seqs, &states, now_ms)?;
+        let (time, nbytes) = (duration(timeout_s), records.nbytes);
+        let link = self.fresh()?;
+        link.add(Block::Records(records), &counting(counting_key), wait);
+        let done = self.working(|link| {
+            python.detach(|| {
+                let done = link.progress(time)?;
+                link.pack_rest();
+                Ok(done)
+            })
+        })?;
+        let link = self.open()?;
+        if !done || !link.replies.all_written() {
+            return Ok(None);
+        }
+        let Replied {
+            counter, waited, ..
+        } = link.verdicts();
+        Ok(Some((nbytes, counter, waited)))
+    }
+
     /// Sends what is left and takes replies, for at most so long; whether all replies are there.
     #[pyo3(signature = (timeout_s=0.0))]
     fn progress(&mut self, python: Python, timeout_s: f64) -> PyResult<bool> {
-        let time = Duration::from_secs_f64(if timeout_s > 0.0 {
-            timeout_s.min(86400.0)
-        } else {
-            0.0
-        });
+        let time = duration(timeout_s);
         let done = self.working(|link| python.detach(|| link.progress(time)))?;
         if !done {
             python.check_signals()?;
@@ -279,11 +225,22 @@ impl CommitLink {
         }
     }
 
-    fn open(&mut self) -> PyResult<&mut Link<Sets>> {
+    fn open(&mut self) -> PyResult<&mut Link<Block>> {
         let failed = &self.failed;
         self.link
             .as_mut()
             .ok_or_else(|| PyConnectionError::new_err(failed.clone()))
+    }
+
+    /// The link, at the beginning of a commit.
+    fn fresh(&mut self) -> PyResult<&mut Link<Block>> {
+        let link = self.open()?;
+        if link.replies.sealed() {
+            return Err(PyValueError::new_err(
+                "the commit before is not over: ask for its verdicts",
+            ));
+        }
+        Ok(link)
     }
 
     fn end(&mut self, why: &str) {
@@ -293,7 +250,7 @@ impl CommitLink {
         }
     }
 
-    fn working<T>(&mut self, work: impl FnOnce(&mut Link<Sets>) -> io::Result<T>) -> PyResult<T> {
+    fn working<T>(&mut self, work: impl FnOnce(&mut Link<Block>) -> io::Result<T>) -> PyResult<T> {
         let link = self.open()?;
         let outcome = work(link);
         link.release();
@@ -302,6 +259,17 @@ impl CommitLink {
         }
         Ok(outcome?)
     }
+}
+
+/// Bytes of records, the counter, where it counted, and the numbers that answer the wait.
+type Written = (usize, Option<i64>, Vec<i64>);
+
+fn duration(seconds: f64) -> Duration {
+    Duration::from_secs_f64(if seconds > 0.0 {
+        seconds.min(86400.0)
+    } else {
+        0.0
+    })
 }
 
 /// Factors of the longest record so far: any other's are its first ones.
@@ -347,8 +315,7 @@ pub fn pack_records(
     let outputs = Column::<u8>::of(outputs, "outputs", rows, None)?;
     let state_nbytes: usize = states.iter().map(|state| state.width).sum();
     let needed = HEADER + state_nbytes + outputs.width;
-    if out.buffer.readonly() || !out.buffer.is_c_contiguous() || width != needed.next_multiple_of(8)
-    {
+    if !out.is_written_in_place() || width != needed.next_multiple_of(8) {
         return Err(PyValueError::new_err(format!(
             "out is no writable array of records of {needed} bytes"
         )));
@@ -377,7 +344,7 @@ pub fn pack_records(
                 .chain([outputs.row(row)]);
             // Inside the buffer, which is writable and contiguous; its owner leaves it alone meanwhile.
             let record = unsafe {
-                let start = out.buffer.buf_ptr().cast::<u8>().add(row * width);
+                let start = out.start().cast::<u8>().add(row * width);
                 std::slice::from_raw_parts_mut(start, width)
             };
             records::pack(record, &shared, &place, parts, &factors);

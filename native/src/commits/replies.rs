@@ -56,6 +56,11 @@ impl Replies {
         self.expected() - self.taken
     }
 
+    /// Whether every row whose reply is there was written.
+    pub fn all_written(&self) -> bool {
+        self.kinds.is_empty()
+    }
+
     /// Takes what is whole of `data`, and says how much that was. An error says in words what is wrong with the rest.
     pub fn take(&mut self, data: &[u8]) -> Result<usize, String> {
         let mut at = 0;

@@ -113,6 +113,15 @@ class Arena:
         kept: NDArray[np.uint8] = self._ring[slots, seqs % np.uint64(self.window)]
         return kept
 
+    @property
+    def output_rows(self) -> NDArray[np.uint8]:
+        """All rings, uint8 [slots, window, output_nbytes]: the output of a step stands at its seq modulo `window`."""
+        return self._ring
+
+    def state_rows(self) -> list[NDArray[np.uint8]]:
+        """The state columns as bytes, uint8 [slots, nbytes] each, in place; none where they are on a device."""
+        return [to_bytes(column) for column in self.state if column.size]
+
     def packed(self, slots: NDArray[np.int32]) -> NDArray[np.uint8]:
         """State rows of slots, uint8 [n, state_nbytes]."""
         packed = np.empty((len(slots), self.state_nbytes), np.uint8)

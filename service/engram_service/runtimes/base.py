@@ -16,12 +16,12 @@ class RuntimeStoppedError(Exception):
     """A batch that took too long was stopped. Nothing of it was applied."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Advanced:
     """What a batch left: rows of bytes, in the order of the slots that were given."""
 
     outputs: NDArray[np.uint8]  # [n, output_nbytes]
-    states: list[NDArray[np.uint8]]  # [n, bytes of a state tensor] each, in schema order
+    states: list[NDArray[np.uint8]]  # [n, bytes of a state tensor] each, in schema order; empty: as the arena has them
 
 
 class Runtime(ABC):

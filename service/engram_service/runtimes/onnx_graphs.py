@@ -23,7 +23,7 @@ class OnnxGraphs(Runtime):
         self._step = step
         self._watchdog = watchdog
         self._changing = [spec.role != "constant" for spec in arena.schema.state]
-        self._one_output = len(arena.schema.outputs) == 1
+        self._one_input, self._one_output = len(arena.schema.inputs) == 1, len(arena.schema.outputs) == 1
 
     @property
     def batching(self) -> str:
@@ -35,9 +35,11 @@ class OnnxGraphs(Runtime):
         index = slots.astype(np.intp)
         if feedback is not None and arena.last is not None:
             inputs = np.where(feedback[:, None], arena.last[index], inputs)
-        given = [
-            from_bytes(block, spec) for block, spec in zip(split(inputs, schema.inputs), schema.inputs, strict=True)
-        ]
+        if self._one_input:
+            given = [from_bytes(inputs, schema.inputs[0])]
+        else:
+            blocks = zip(split(inputs, schema.inputs), schema.inputs, strict=True)
+            given = [from_bytes(block, spec) for block, spec in blocks]
         before = [column.take(index, 0, mode="clip") for column in arena.state]
         run = self._watchdog.begin(arena.bundle)
         try:
@@ -54,4 +56,4 @@ class OnnxGraphs(Runtime):
         rows = to_bytes(outputs[0]) if self._one_output else np.concatenate([to_bytes(one) for one in outputs], 1)
         if arena.last is not None:
             arena.last[index] = rows
-        return Advanced(rows, [to_bytes(new) for new in after])
+        return Advanced(rows, [])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: made for every batch, and that costs twice as much
 class Steps:
     """Steps of one model, those of a session in order of seq."""
 
@@ -131,3 +131,11 @@ def occurrence(values: NDArray[Any]) -> NDArray[np.intp]:
     result = np.empty(len(values), np.intp)
     result[order] = np.arange(len(values)) - np.repeat(starts, lengths)
     return result
+
+
+def distinct(rows: NDArray[np.int32], size: int) -> bool:
+    """Whether no row, of a table of this size, stands twice."""
+    places = np.arange(len(rows))
+    at = np.empty(size, np.intp)
+    at[rows] = places
+    return bool(np.count_nonzero(at[rows] == places) == len(rows))

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_service.scheduling.columns import Steps, Waiting, joined, occurrence
+from engram_service.scheduling.columns import Steps, Waiting, distinct, joined, occurrence
 
 FIXED_ROWS = 50  # a batch of one row takes about as long as so many rows more
 
@@ -34,7 +34,7 @@ _CALL = np.uint32(1 << 31)  # and more: the row came in a unary call; 0: its str
 _Wanted: TypeAlias = Callable[[Steps, NDArray[np.intp]], NDArray[np.bool_]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
     """One call of the model: rows in the order in which they were taken, and the waves in which they run.
 
@@ -86,7 +86,7 @@ class Scheduler:
         if not len(places):
             return None
         rows_max, run_max = self._bounds(model, columns.streams[places], rows_max, now)
-        repeated = len(places) > 1 and not _unique(rows, len(busy))
+        repeated = len(places) > 1 and not distinct(rows, len(busy))
         if repeated:
             runs = occurrence(rows)
             if (kept := runs < run_max).sum() < len(places):
@@ -104,7 +104,10 @@ class Scheduler:
             return not busy.item(whole.rows.item(0)) and whole.deadlines.item(0) >= now
         few = len(whole) <= min(rows_max, _MANY)
         return (
-            few and not busy[whole.rows].any() and _unique(whole.rows, len(busy)) and bool(whole.deadlines.min() >= now)
+            few
+            and not np.count_nonzero(busy[whole.rows])
+            and distinct(whole.rows, len(busy))
+            and not np.count_nonzero(whole.deadlines < now)
         )
 
     def models(self) -> list[int]:
@@ -176,10 +179,14 @@ class Scheduler:
 
     def _most(self, model: int, streams: NDArray[np.uint32], now: float) -> int:
         """The most rows that one of these streams has; whether one has few of them is noted."""
-        counts = np.unique(streams, return_counts=True)[1] if len(streams) > _FEW else None
-        if counts is None or counts.min() <= _FEW:
+        rows = len(streams)
+        if rows <= _FEW or (rows <= _MANY and np.count_nonzero(streams == streams[0]) <= _FEW):
             self._few_at[model] = now
-        return len(streams) if counts is None else int(counts.max())
+            return rows  # or less, and none has many
+        counts = np.unique(streams, return_counts=True)[1]
+        if counts.min() <= _FEW:
+            self._few_at[model] = now
+        return int(counts.max())
 
 
 def batch_of(steps: Steps, repeated: bool = True) -> Batch:
@@ -197,11 +204,3 @@ def _sharers(streams: NDArray[np.uint32], rows: NDArray[np.int32]) -> NDArray[np
     """Who shares a batch: streams, and of steps that came without one their sessions."""
     without = (streams == 0) | (streams >= _CALL)
     return np.where(without, rows.astype(np.uint32) | _CALL, streams)
-
-
-def _unique(rows: NDArray[np.int32], size: int) -> bool:
-    """Whether no row stands twice."""
-    places = np.arange(len(rows))
-    at = np.empty(size, np.intp)
-    at[rows] = places
-    return bool((at[rows] == places).all())

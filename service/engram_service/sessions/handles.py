@@ -36,33 +36,33 @@ class HandleTable:
         self.names = np.zeros(1024, np.uint32)
         self._high = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)  # starts of segments that nobody has, by length
-        self._starts = np.zeros(64, np.int64)  # by the number of a stream
-        self._counts = np.zeros(64, np.uint32)  # places that the stream has used
+        self.starts = np.zeros(64, np.int64)  # by the number of a stream
+        self.counts = np.zeros(64, np.uint32)  # places that the stream has used
 
     def rows_of(self, numbers: NDArray[np.uint32], handles: NDArray[np.uint32]) -> NDArray[np.int32]:
         """Session-table rows of these handles of streams; negative where a handle is unknown or void."""
         places = handles & _PLACE
-        known = places < self._counts[numbers]
-        if not known.all():
+        known = places < self.counts[numbers]
+        if np.count_nonzero(known) < len(known):
             places = np.where(known, places, np.uint32(0))
-        at = self._starts[numbers] + places
+        at = self.starts[numbers] + places
         known &= self.names[at] == handles
         rows = self.rows[at]
-        return rows if known.all() else np.where(known, rows, UNKNOWN).astype(np.int32)
+        return rows if np.count_nonzero(known) == len(known) else np.where(known, rows, UNKNOWN).astype(np.int32)
 
     def make(self, number: int) -> None:
         """A stream with this number begins."""
-        if number >= len(self._starts):
-            more = max(2 * len(self._starts), number + 1)
-            self._starts, self._counts = (
+        if number >= len(self.starts):
+            more = max(2 * len(self.starts), number + 1)
+            self.starts, self.counts = (
                 np.concatenate([column, np.zeros(more - len(column), column.dtype)])
-                for column in (self._starts, self._counts)
+                for column in (self.starts, self.counts)
             )
-        self._counts[number] = 0
-        self._starts[number] = self.segment(_SEGMENT_MIN)
+        self.counts[number] = 0
+        self.starts[number] = self.segment(_SEGMENT_MIN)
 
     def moved(self, number: int, start: int, count: int) -> None:
-        self._starts[number], self._counts[number] = start, count
+        self.starts[number], self.counts[number] = start, count
 
     def segment(self, length: int) -> int:
         """The start of a free segment."""
@@ -87,7 +87,7 @@ class Handles:
         self.on_end: Callable[[int], None] = lambda handle: None
         self._table = table
         self._number = number
-        self._start = int(table._starts[number])
+        self._start = int(table.starts[number])
         self._length = _SEGMENT_MIN
         self._count = 0
         self._free: deque[int] = deque()

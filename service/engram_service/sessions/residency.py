@@ -90,9 +90,11 @@ class Residency:
     def want(self, served: Served, rows: NDArray[np.int32]) -> None:
         """Sees to it that these sessions get a slot; until then they are busy and their steps wait."""
         table = self._table
-        missing = rows[(table.slot[rows] == NO_SLOT) & ~table.busy[rows]]
+        absent = table.slot[rows] == NO_SLOT
+        if not np.count_nonzero(absent):
+            return
+        missing = np.unique(rows[absent & ~table.busy[rows]])
         if len(missing):
-            missing = np.unique(missing)
             self._pins.hold(missing)
             self._wanting.setdefault(served.index, deque()).extend(missing.tolist())
             self.serve_wanting()
@@ -283,7 +285,7 @@ class Residency:
     def on_flushed(self, sessions: References, seqs: NDArray[np.uint64], verdict: Verdict) -> None:
         table, rows = self._table, sessions.rows  # which were pinned until now
         table.flushing[rows] = False
-        self._lost = np.setdiff1d(self._lost, rows)
+        self._lost = np.setdiff1d(self._lost, rows) if len(self._lost) else self._lost
         self._pins.release(rows[~table.interval[rows]])
         if not verdict.ok:
             self.losses.lose_when_free(sessions, verdict)

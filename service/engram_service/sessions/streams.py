@@ -125,6 +125,13 @@ class Streams:
         self._ids[number], self._rows[number] = _NOBODY, 0
         stream.handles.forget()
 
+    @property
+    def columns(self) -> list[NDArray[Any]]:
+        """Ids and rows in flight by number; where each stream's places begin, and how many it has used; of all places the rows
+        of the session table, and the handles. Other arrays, once there are more."""
+        places = self.handles
+        return [self._ids, self._rows, places.starts, places.counts, places.rows, places.names]
+
     # Rows, by the id of their stream
 
     def rows_of(self, ids: NDArray[np.uint32], handles: NDArray[np.uint32]) -> NDArray[np.int32]:
@@ -133,10 +140,9 @@ class Streams:
 
     def here(self, ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which of these streams are there."""
-        numbers = ids & _NUMBER
-        inside = numbers < len(self._ids)
-        there: NDArray[np.bool_] = inside & (self._ids[np.where(inside, numbers, 0)] == ids)
-        return there | (ids >= CALL)
+        # Whose number is beyond them is no other's.
+        there: NDArray[np.bool_] = (self._ids.take(ids & _NUMBER, mode="clip") == ids) | (ids >= CALL)
+        return there
 
     def in_flight_of(self, stream_id: int) -> int:
         stream = self.get(stream_id)
@@ -160,7 +166,7 @@ class Streams:
             return
         numbers = _numbers(ids)
         same = (self._ids[numbers] == ids) | (ids >= CALL)
-        if not same.all():
+        if np.count_nonzero(same) < len(ids):
             numbers = numbers[same]
         np.subtract.at(self._rows, numbers, 1)
         self.in_flight -= len(numbers)

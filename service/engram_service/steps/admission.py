@@ -25,13 +25,13 @@ from engram_service.errors import (
 )
 from engram_service.observability.metrics import Metrics
 from engram_service.pauses import Pauses
-from engram_service.rows import Rows, rows_of
-from engram_service.scheduling.columns import Steps
+from engram_service.rows import rows_of
+from engram_service.scheduling.columns import Steps, distinct
 from engram_service.scheduling.scheduler import Scheduler
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Stream, Streams
-from engram_service.sessions.table import NO_SLOT, SessionTable
+from engram_service.sessions.table import SessionTable
 from engram_service.settings import Settings
 from engram_service.steps.advance import Advances
 from engram_service.steps.answers import Answers
@@ -41,6 +41,7 @@ from engram_service.steps.refusals import RETRY_MS, Refused, bad_handles, errors
 from engram_service.steps.repeats import Asked, Repeats, acknowledged
 from engram_service.steps.room import Room
 from engram_service.steps.unary_rows import UnaryRows
+from engram_service.steps.usual import Usual
 from engram_service.wire.base import ADMITTED, CALL, FEEDBACK, FIRST, NOT_ACKNOWLEDGED, PREFILL, Arrived, Wire
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ _NOT_ACKNOWLEDGED = int(NOT_ACKNOWLEDGED)
 _NO_FLAGS = np.zeros(1, np.uint8)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Rows:
     """Rows that have come for one model, with inputs of its width."""
 
@@ -92,7 +93,9 @@ class Admission:
         self._room = Room(settings, streams, backlog, condition, shares, unary)
         self._advances = advances
         self._unary = unary
-        self._takes: dict[int, Rows] = {}  # by model
+        self._usual = Usual(
+            settings, table, catalog, streams, shares, scheduler, condition, pauses, self._room, wire.name == "native"
+        )
         self.on_admit: Callable[[], None] = lambda: None
 
     # Rows that the wire brings as columns
@@ -101,53 +104,18 @@ class Admission:
         """Rows of any streams, in the order in which they came. Never raises."""
         for part in self._unary.rounds(arrived) if len(arrived) > 1 else [arrived]:
             try:
-                if len(part) > 1 or not self._admit_one(part, now):
+                if self._usual.admit(part, now):
+                    self.on_admit()
+                else:
                     self._admit_all(part, now)
             except Exception as error:
                 log.exception("rows could not be let in")
                 failed = InternalError("INTERNAL", f"the server failed on this frame: {type(error).__name__}")
                 self._refuse(part, self._streams.here(part.streams), failed)
 
-    def _admit_one(self, arrived: Arrived, now: float) -> bool:
-        """The usual single row of a client with one session, at a fraction of what columns cost. False: something about it is not
-        usual, and nothing was done."""
-        table, stream, seq = self._table, self._streams.get(arrived.streams.item(0)), arrived.seqs.item(0)
-        row = -1 if stream is None else stream.handles.row_of(arrived.handles.item(0))
-        if row < 0 or arrived.flags.item(0) != FIRST or self._condition.draining or self._shares.limited:
-            return False
-        served, acked = self._catalog.models[table.model.item(row)], arrived.acknowledged.item(0)
-        takes, timeout_ms = self._inputs_of(served), arrived.timeouts_ms.item(0)
-        if not seq and arrived.streams.item(0) & CALL:  # the next one
-            seq, acked = table.admitted.item(row) + 1, table.applied.item(row)
-            arrived.seqs[0], arrived.acknowledged[0] = seq, acked
-        acked = min(acked, table.applied.item(row)) if acked != _NOT_ACKNOWLEDGED else 0
-        acked = max(acked, table.acked.item(row))
-        unusual = (
-            seq != table.admitted.item(row) + 1
-            or seq > acked + served.arena.window
-            or table.opening.item(row)
-            or table.slot.item(row) == NO_SLOT
-            or len(arrived.inputs) != takes.nbytes
-            or self._streams.in_flight >= self._room.rows_max(timeout_ms)
-            or self._pauses.refusal(served.index) is not None
-        )
-        if unusual:
-            return False
-        inputs = arrived.inputs.reshape(1, -1)
-        if takes.faults(inputs, served.bundle.allows_non_finite):
-            return False
-        table.acked[row], table.admitted[row] = acked, seq
-        self._streams.arrived(arrived.streams)
-        deadline = now + (timeout_ms / 1000 if timeout_ms else self._settings.step_timeout_s)
-        arrived.times[0, ADMITTED] = time.monotonic()
-        steps = Steps(np.array([row], np.int32), arrived.streams, arrived.handles, arrived.seqs, _NO_FLAGS,
-                      np.array([deadline]), arrived.times, inputs)  # fmt: skip
-        self._scheduler.add(served.index, steps)
-        self.on_admit()
-        return True
-
     def _admit_all(self, arrived: Arrived, now: float) -> None:
-        if not (here := self._streams.here(arrived.streams)).all():  # a stream that was refused goes on for a moment
+        here = self._streams.here(arrived.streams)
+        if np.count_nonzero(here) < len(here):  # a stream that was refused goes on for a moment
             arrived = _only(arrived, here)
             if not len(arrived):
                 return
@@ -160,20 +128,21 @@ class Admission:
         for frame, refusal in self._room.refusals(arrived, rows):
             self._refuse(arrived, frame, refusal)
             fits[frame] = False
-        if not fits.all():
+        if np.count_nonzero(fits) < len(fits):
             arrived, rows = _only(arrived, fits), rows[fits]
         known = rows >= 0
-        if not known.all():
+        if np.count_nonzero(known) < len(rows):
             refused = [(mask, refusal) for mask, refusal in bad_handles(rows)]
             self._answers.refuse(arrived.streams, arrived.handles, arrived.seqs, refused)
             arrived, rows = _only(arrived, known), rows[known]
         if not len(rows):
             return
-        deadlines = self._deadlines(arrived.timeouts_ms, now)
+        deadlines = self._usual.deadlines(arrived.timeouts_ms, now)
         models = self._table.model[rows]
         first = models.item(0)
         width = self._width(first)
-        if (models == first).all() and (arrived.input_nbytes == width).all():
+        alike = (models == first) & (arrived.input_nbytes == width)
+        if np.count_nonzero(alike) == len(rows):
             inputs = arrived.inputs.reshape(-1, width)
             self._admit(self._catalog.models[first], _rows(arrived, rows, deadlines, inputs), [], now)
         else:
@@ -196,7 +165,7 @@ class Admission:
                 n = int(np.flatnonzero(bad)[0])
                 message = (
                     f"column inputs has {arrived.input_nbytes[n]} bytes a row; for model {served.reference},"
-                    f" a row of {self._inputs_of(served)} is {width} bytes"
+                    f" a row of {self._usual.inputs_of(served)} is {width} bytes"
                 )
                 self._refuse(arrived, bad, InvalidArgumentError("INVALID_INPUT_WIDTH", message))
             good = np.flatnonzero(mine & ~other & (arrived.input_nbytes == width))
@@ -231,7 +200,7 @@ class Admission:
                 rows if columns.source is None else stream.handles.rows_of(column(frame.handles, np.uint32, "handles"))
             )
             self._acknowledge(own, columns.acked)
-        deadlines = self._deadlines(np.full(len(columns), frame.timeout_ms, np.uint32), now)
+        deadlines = self._usual.deadlines(np.full(len(columns), frame.timeout_ms, np.uint32), now)
         times = np.full((len(columns), 4), now)
         came = _Rows(rows, streams, columns.handles, columns.seqs, columns.flags, deadlines, times, inputs)
         self._admit(served, came, refused, now)
@@ -246,6 +215,9 @@ class Admission:
     def _admit(self, served: Served, came: _Rows, refused: Refused, now: float) -> None:
         table, rows, seqs = self._table, came.rows, came.seqs
         self._refuse_unfit(served, came, refused)
+        if not refused and self._all_next(rows, seqs):
+            self._let_in(served, came, slice(None), now)
+            return
         out = np.zeros(len(rows), np.bool_)
         for mask, _ in refused:
             out |= mask
@@ -265,6 +237,11 @@ class Admission:
         if len(again := np.flatnonzero(classes.repeated)):  # which may be of steps that came with them
             self._repeat(served, came, again)
 
+    def _all_next(self, rows: NDArray[np.int32], seqs: NDArray[np.uint64]) -> bool:
+        """Whether each row is the next step of a session of its own."""
+        due = seqs == self._table.admitted[rows] + np.uint64(1)
+        return np.count_nonzero(due) == len(rows) and distinct(rows, len(self._table.model))
+
     def _let_in(self, served: Served, came: _Rows, good: NDArray[np.intp] | slice, now: float) -> None:
         """These rows wait for their batch from now on."""
         table, rows, seqs, times = self._table, came.rows, came.seqs, came.times[good]
@@ -274,6 +251,7 @@ class Admission:
                       times, came.inputs[good])  # fmt: skip
         # Rows of one session stand in order, so the last assignment is the greatest seq.
         table.admitted[steps.rows] = steps.seqs
+        self._usual.latest = served
         self._residency.want(served, steps.rows)
         self._scheduler.add(served.index, steps)
         self.on_admit()
@@ -281,11 +259,11 @@ class Admission:
     def _refuse_unfit(self, served: Served, came: _Rows, refused: Refused) -> None:
         """Rows that no session could take: seq 0, inputs that are not finite, too many unacknowledged steps."""
         table, rows, seqs = self._table, came.rows, came.seqs
-        if not seqs.all():
+        if np.count_nonzero(seqs) < len(seqs):
             refused.append((seqs == 0, InvalidArgumentError("INVALID_SEQ", "seq counts from 1; 0 is not a step")))
-        takes, gives = self._inputs_of(served), served.bundle.schema.outputs
+        takes, gives = self._usual.inputs_of(served), served.bundle.schema.outputs
         fed = (came.flags & FEEDBACK).astype(np.bool_)
-        if fed.any() and not served.bundle.schema.generates:
+        if np.count_nonzero(fed) and not served.bundle.schema.generates:
             sizes = f"gives {rows_of(gives)} and takes {takes}"
             message = f"model {served.reference} {sizes}: it cannot run on its own output"
             refused.append((fed, FailedPreconditionError("CANNOT_GENERATE", message)))
@@ -293,17 +271,17 @@ class Admission:
             if (bad & ~fed).any():
                 refused.append((bad & ~fed, InvalidArgumentError(reason, f"{what}; nothing was applied")))
         known = rows >= 0
-        safe = rows if known.all() else np.where(known, rows, 0)
+        safe = rows if np.count_nonzero(known) == len(rows) else np.where(known, rows, 0)
         window = served.arena.window
         full = seqs > table.acked[safe] + np.uint64(window)
-        if full.any() and (full := full & (seqs > table.admitted[safe]) & known).any():
+        if np.count_nonzero(full) and (full := full & (seqs > table.admitted[safe]) & known).any():
             message = (
                 f"{window} outputs of this session are not acknowledged, the limit; acknowledge those that have arrived"
             )
             refused.append((full, ResourceExhaustedError("REPLY_WINDOW_FULL", message, retry_after_ms=RETRY_MS)))
         if pause := self._pauses.refusal(served.index):
             refused.append(((seqs > table.admitted[safe]) & known, pause))
-        if (opening := table.opening[safe] & known).any():
+        if np.count_nonzero(opening := table.opening[safe] & known):
             refused.append((opening, held()))
 
     def _repeat(self, served: Served, came: _Rows, index: NDArray[np.intp]) -> None:
@@ -330,8 +308,8 @@ class Admission:
     def _acknowledge(self, rows: NDArray[np.int32], acked: NDArray[Any]) -> None:
         table = self._table
         told = (rows >= 0) & (acked != NOT_ACKNOWLEDGED)
-        if not told.all():
-            if not told.any():
+        if (count := np.count_nonzero(told)) < len(told):
+            if not count:
                 return
             rows, acked = rows[told], acked[told]
         if len(rows) == 1:
@@ -339,20 +317,8 @@ class Admission:
         else:
             np.maximum.at(table.acked, rows, np.minimum(acked, table.applied[rows]))
 
-    def _deadlines(self, timeouts_ms: NDArray[np.uint32], now: float) -> NDArray[np.float64]:
-        if not timeouts_ms.any():
-            return np.full(len(timeouts_ms), now + self._settings.step_timeout_s)
-        return now + np.where(timeouts_ms > 0, timeouts_ms / 1000, self._settings.step_timeout_s)
-
-    def _inputs_of(self, served: Served) -> Rows:
-        """What input rows of a model are made of."""
-        found = self._takes.get(served.index)
-        if found is None:
-            found = self._takes[served.index] = Rows(served.bundle.schema.inputs)
-        return found
-
     def _width(self, model: int) -> int:
-        return self._inputs_of(self._catalog.models[model]).nbytes
+        return self._usual.inputs_of(self._catalog.models[model]).nbytes
 
     # Single frames
 
@@ -372,7 +338,7 @@ class Admission:
         self, served: Served, frame: stream_pb2.StepsFrame, flags: NDArray[np.uint8], source: NDArray[np.intp] | None
     ) -> NDArray[np.uint8]:  # fmt: skip
         """Input rows as bytes, uint8 [n, input_nbytes]."""
-        takes = self._inputs_of(served)
+        takes = self._usual.inputs_of(served)
         if frame.dtype and len(takes.specs) == 1 and frame.dtype != takes.specs[0].dtype:
             message = f"model {served.reference} takes {takes.specs[0].dtype}, not {frame.dtype}"
             raise InvalidArgumentError("INVALID_INPUT_DTYPE", message)

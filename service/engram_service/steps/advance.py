@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +18,27 @@ class Advance:
     served: Served
     batch: Batch
     outputs: NDArray[np.uint8]  # [rows, output_nbytes]
-    states: list[NDArray[np.uint8]]  # new states of the sessions in `last`, by tensor; empty: as the arena has them
-    last: NDArray[np.intp]  # of each session that was computed: its last row
+    sessions: NDArray[np.int32]  # that were computed; from its commit on, those of the commit
+    seqs: NDArray[np.uint64]  # their last ones
+    states: list[NDArray[np.uint8]]  # their new states, by tensor; empty: as the arena has them
     good: NDArray[np.intp] | None  # rows that were computed; None: all
     error: Exception | None  # why others were not
     started: float
     computed: float
-    committing: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # rows of the commit's sessions
+    whole: bool  # all rows of the batch are of `sessions`
     unanswered: int = 0
     answered: NDArray[np.bool_] | None = None  # rows that were answered by a deadline
+
+    def keep(self, mask: NDArray[np.bool_]) -> None:
+        """Goes on with these of the sessions."""
+        self.sessions, self.seqs, self.whole = self.sessions[mask], self.seqs[mask], False
+        self.states = [block[mask] for block in self.states]
+
+    def rows_of(self, sessions: NDArray[np.int32]) -> NDArray[np.intp]:
+        """The rows of the batch that are of these sessions."""
+        if self.whole and len(sessions) == len(self.sessions):
+            return np.arange(len(self.batch))
+        return np.flatnonzero(np.isin(self.batch.steps.rows, sessions))
 
 
 class Advances:

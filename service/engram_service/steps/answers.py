@@ -72,7 +72,7 @@ class Answers:
             self.given = time.monotonic()
             self._wire.answer(streams, handles, seqs, outputs, durable)
             return
-        if not streams.all():
+        if np.count_nonzero(streams) < len(streams):
             mine = streams == LOCAL
             self.given = time.monotonic()
             if self.local is not None:
@@ -81,8 +81,8 @@ class Answers:
                 return
             streams, handles, rows, seqs = streams[~mine], handles[~mine], rows[~mine], seqs[~mine]
             outputs = None if outputs is None else outputs[~mine]
-        durable = self._table.durable[rows] if self._table.interval[rows].any() else None
-        if len(streams) > 1 and (streams[1:] < streams[:-1]).any():  # a stream's rows stand together
+        durable = self._table.durable[rows] if np.count_nonzero(self._table.interval[rows]) else None
+        if len(streams) > 1 and np.count_nonzero(streams[1:] < streams[:-1]):  # a stream's rows stand together
             order = np.argsort(streams, kind="stable")
             streams, handles, seqs = streams[order], handles[order], seqs[order]
             outputs = None if outputs is None else outputs[order]
@@ -130,12 +130,15 @@ class Answers:
 
     def durable(self, sessions: NDArray[Any]) -> None:
         """Interval durability: says to the streams what is safe now."""
-        table = self._table
-        for stream in np.unique(table.stream[sessions]).tolist():
-            if stream in (NO_STREAM, LOCAL):
-                continue
-            mine = sessions[table.stream[sessions] == stream]
-            frame = stream_pb2.DurableFrame(
-                handles=table.handle[mine].tobytes(), durable_seqs=table.durable[mine].tobytes()
-            )
-            self._wire.send(stream, stream_pb2.StreamResponse(durable=frame), 0)
+        table, streams = self._table, self._table.stream[sessions]
+        order = np.argsort(streams, kind="stable")
+        sessions, streams = sessions[order], streams[order]
+        handles, seqs = table.handle[sessions].tobytes(), table.durable[sessions].tobytes()
+        starts = np.flatnonzero(np.append(True, streams[1:] != streams[:-1])[: len(streams)]).tolist()
+        for start, end in zip(starts, [*starts[1:], len(streams)], strict=False):  # none of no sessions
+            stream = streams.item(start)
+            if stream not in (NO_STREAM, LOCAL):
+                frame = stream_pb2.DurableFrame(
+                    handles=handles[4 * start : 4 * end], durable_seqs=seqs[8 * start : 8 * end]
+                )
+                self._wire.send(stream, stream_pb2.StreamResponse(durable=frame), 0)

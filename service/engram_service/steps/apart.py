@@ -15,7 +15,7 @@ from engram_service.runtimes.base import Advanced, Runtime, RuntimeStoppedError
 _FAILURES_MAX = 64  # calls of one batch that may fail; then what is left of it is taken for broken
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Parted:
     """What became of a batch, and which of its rows failed."""
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from engram_service.catalog import Served
 from engram_service.observability.metrics import Metrics
-from engram_service.sessions.table import Reference, References, SessionTable
+from engram_service.sessions.table import Reference, SessionTable
 from engram_service.steps.records import pack_records
-from engram_service.store import CommitJob, Line, MetaFields, Store, Verdict
+from engram_service.store import CommitJob, Line, MetaFields, Source, Store, Verdict
 
 IN_LINE_S = 0.002
 _LINES_MAX = 4
@@ -38,6 +38,7 @@ class Commits:
         self._thread = threading.get_ident()
         self._free: list[Line] = [store.line() for _ in range(_LINES_MAX)]
         self._parked: dict[Line, asyncio.TimerHandle] = {}
+        self._sources: dict[int, tuple[NDArray[np.uint8], Source | None]] = {}  # by model, and of which table
         self.on_free: Callable[[], None] = lambda: None  # a line has come free
 
     def open(self) -> None:
@@ -50,13 +51,53 @@ class Commits:
         """Whether there is no line for another commit."""
         return not self._free
 
-    def job(
-        self, served: Served, sessions: References, seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]], done: Done
+    def send(
+        self, served: Served, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]],
+        done: Done, wait_s: float = IN_LINE_S,
+    ) -> bool:  # fmt: skip
+        """Commits sessions at these seqs, and waits so long for the end. They are pinned until then, and there is a free line.
+
+        states: what the sessions are at; none: as the arena has it. True: all of it is written. Else `done` is told what became of
+        which of them, on the event loop, now or later."""
+        line = self._free[-1]
+        if not states and served.arena.device != "cpu":
+            states = [served.arena.packed(self._table.slot[sessions])]
+        source = self._source(line, served)
+        written = None if source is None else line.write(source, sessions, seqs, states, wait_s)
+        self._metrics.commit_rows.inc(len(sessions))
+        if written:
+            self._metrics.commit_bytes.inc(line.nbytes)
+            return True
+        try:
+            job = self._job(served, sessions, seqs, states, done)
+        except Exception:
+            if line.end():
+                return True
+            raise
+        self._free.pop()
+        line.send(job)
+        if line.ready(wait_s if written is None else 0.0):
+            self._finish(line)
+        else:
+            self._park(line)
+        return False
+
+    def _source(self, line: Line, served: Served) -> Source | None:
+        """What a line writes records of, if it can; made anew when the table has grown."""
+        found = self._sources.get(served.index)
+        if found is None or found[0] is not self._table.tag:
+            arena = served.arena
+            made = line.source(served.layout, self._table, arena.state_rows(), arena.output_rows)
+            found = self._sources[served.index] = self._table.tag, made
+        return found[1]
+
+    def _job(
+        self, served: Served, rows: NDArray[np.int32], seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]],
+        done: Done,
     ) -> CommitJob:  # fmt: skip
-        """The sessions are pinned, until the store has said what became of them; `done` is called on the event loop."""
-        table, rows = self._table, sessions.rows
-        blocks = pack_records(served, table.slot[rows], seqs, table.acked[rows], table.epoch[rows], states)
-        self._metrics.commit_rows.inc(len(rows))
+        table, slots, sessions = self._table, self._table.slot[rows], self._table.refer(rows)
+        states = states or [served.arena.packed(slots)]
+        blocks = pack_records(served, slots, seqs, table.acked[rows], table.epoch[rows], states)
         self._metrics.commit_bytes.inc(sum(block.nbytes for _, block in blocks))
         return CommitJob(
             tags=table.tag[rows],
@@ -64,17 +105,8 @@ class Commits:
             blocks=blocks,
             ttl_ms=table.ttl_ms[rows],
             meta=lambda row: self._meta(sessions.one(row)),
-            done=lambda rows, verdict: self._here(done, rows, verdict),
+            done=lambda places, verdict: self._here(done, places, verdict),
         )
-
-    def send(self, job: CommitJob, wait_s: float = IN_LINE_S) -> None:
-        """Sends a commit, and waits so long for its end. There is a free line."""
-        line = self._free.pop()
-        line.send(job)
-        if line.ready(wait_s):
-            self._finish(line)
-        else:
-            self._park(line)
 
     def _park(self, line: Line) -> None:
         """The rest of the wait is the selector's: it watches one connection after the other."""

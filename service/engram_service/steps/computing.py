@@ -21,27 +21,25 @@ def advance(served: Served, table: SessionTable, batch: Batch) -> Advance:
     started, steps = time.monotonic(), batch.steps
     slots = table.slot[steps.rows]
     feedback = (steps.flags & FEEDBACK).astype(np.bool_) if served.bundle.schema.generates else None
-    if feedback is not None and not feedback.any():
+    if feedback is not None and not np.count_nonzero(feedback):
         feedback = None
     if batch.last is None:
         result = apart.advance(served.runtime, slots, steps.inputs, feedback)
         outputs, states, broken, error = result.done.outputs, result.done.states, result.broken, result.error
-        last: NDArray[np.intp] = np.arange(len(batch))
+        sessions, seqs = steps.rows, steps.seqs
     else:
         outputs, broken, error = _waves(served, batch, slots, feedback)
-        states, last = [], batch.last
+        sessions, seqs, states = steps.rows[batch.last], steps.seqs[batch.last], []
     good = None
     if broken is None:
         served.arena.keep(slots, steps.seqs, outputs)
     else:
-        good, kept = np.flatnonzero(~broken), ~broken[last]
-        last, states = last[kept], [block[kept] for block in states]
+        good, kept = np.flatnonzero(~broken), ~(broken if batch.last is None else broken[batch.last])
+        sessions, seqs, states = sessions[kept], seqs[kept], [block[kept] for block in states]
         served.arena.keep(slots[good], steps.seqs[good], outputs[good])
-    if batch.last is not None:
-        states = [served.arena.packed(slots[last])]
-    table.computed[steps.rows[last]] = steps.seqs[last]
+    table.computed[sessions] = seqs
     return Advance(
-        served, batch, outputs, states, last, good, error, started, time.monotonic(), unanswered=len(batch)
+        served, batch, outputs, sessions, seqs, states, good, error, started, time.monotonic(), broken is None, len(batch)
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class Deadlines:
         steps = advance.batch.steps
         if advance.answered is None:
             advance.answered = np.zeros(len(steps), np.bool_)
-        committing = np.isin(steps.rows, steps.rows[advance.committing])
+        committing = np.isin(steps.rows, advance.sessions)
         late = (steps.deadlines < now) & committing & (self._table.applied[steps.rows] < steps.seqs)
         index = np.flatnonzero(late & ~advance.answered)
         if len(index):

@@ -57,10 +57,10 @@ class Flushes:
             self.on_flushed(sessions[rows], seqs[rows], verdict)
 
         try:
-            states = [served.arena.packed(table.slot[sessions.rows])]
-            job = self._commits.job(served, sessions, seqs, states, done)
+            written = self._commits.send(served, sessions.rows, seqs, [], done, 0.0)
         except Exception:
             log.exception("a flush of %s could not be put together; it is tried again", served.reference)
             self.on_flushed(sessions, table.durable[sessions.rows], Verdict.OK)  # no further than before
             return
-        self._commits.send(job, 0.0)
+        if written:
+            self.on_flushed(sessions, seqs, Verdict.OK)

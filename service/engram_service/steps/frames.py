@@ -76,7 +76,7 @@ def read_columns(frame: stream_pb2.StepsFrame, rows_max: int) -> StepColumns:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Classes:
     """What each row is to its session: exactly one of the four, unless it was refused before."""
 

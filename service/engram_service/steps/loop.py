@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from engram_service.errors import InternalError, ServiceError
 from engram_service.observability.metrics import Metrics
 from engram_service.pauses import Pauses
 from engram_service.runtimes.base import RuntimeStoppedError
+from engram_service.scheduling.columns import Steps
 from engram_service.scheduling.scheduler import Batch, Scheduler
 from engram_service.sessions.ownership import Ownership
 from engram_service.sessions.pins import Pins
@@ -75,9 +77,10 @@ class StepLoop:
         self._due = False  # a turn is going to be
 
     def start(self) -> None:
-        self._admission.on_admit = self._pins.on_release = self._commits.on_free = self._flushes.on_add = self.wake
+        self._admission.on_admit = self._commits.on_free = self._flushes.on_add = self.wake
+        self._pins.on_release = self._released
         self._commits.open()
-        self._wire.start(self.wake)
+        self._wire.start(self.wake, self._arrived)
         self.wake()
 
     def wake(self) -> None:
@@ -86,12 +89,21 @@ class StepLoop:
             self._due = True
             self._loop.call_soon(self.turn)
 
+    def _arrived(self) -> None:
+        if not self._due:
+            self.turn()
+
+    def _released(self) -> None:
+        if self._scheduler.waiting_rows:
+            self.wake()
+
     def turn(self) -> None:
         """All that has come is let in, and one batch of what is ready is computed, committed and answered."""
-        self._due = False
+        self._due = True
         try:
             self._turn(time.monotonic())
         except Exception:  # which the loop tells of; what was let in must not wait for the next that comes
+            self._due = False
             self._loop.call_later(_AGAIN_S, self.wake)
             raise
 
@@ -106,15 +118,19 @@ class StepLoop:
         if arrived is not None and done < len(arrived):
             self._admission.admit(arrived.part(done, len(arrived)), began)
 
+        self._due = False  # what comes ready from here on needs another turn
         batch = self._next_batch(began)
         if batch is not None:
             served, steps = batch
             if (computed := self._advance(served, steps)) is not None:
                 self._answer_volatile(computed)
                 self._commit(computed)
+                self._observe(computed)
+            self._released()
         self._flushes.send()
-        if batch is not None or arrived is not None or events or (self._flushes and not self._commits.full):
+        if self._flushes and not self._commits.full:
             self.wake()
+        if batch is not None or arrived is not None or events:
             self._metrics.loop_busy_seconds.inc(time.monotonic() - began)
 
     def _next_batch(self, now: float) -> tuple[Served, Batch] | None:
@@ -142,7 +158,6 @@ class StepLoop:
             if pause := self._pauses.refusal(served.index):  # what waits would be late
                 self._withdrawal.of_model(served.index, pause)
             return None
-        self._observe(computed)
         if computed.good is not None and computed.error is not None:
             log.warning("rows of a batch of %s failed, the others did not: %s", served.reference, computed.error)
             self._go_back(computed, np.setdiff1d(np.arange(len(batch)), computed.good), failure(served, computed.error))
@@ -150,78 +165,96 @@ class StepLoop:
 
     def _answer_volatile(self, computed: Advance) -> None:
         """Rows of durability interval are answered before they are in Redis."""
-        table, steps = self._table, computed.batch.steps
-        interval = table.interval[steps.rows]
-        if not interval.any():
+        table, sessions, seqs, index = self._table, computed.sessions, computed.seqs, computed.good
+        interval = table.interval[sessions]
+        count = np.count_nonzero(interval)
+        if not count:
             return
-        index = np.flatnonzero(interval) if computed.good is None else computed.good[interval[computed.good]]
-        last = computed.last[interval[computed.last]]
-        sessions = steps.rows[last]
+        if count < len(sessions):
+            sessions, seqs = sessions[interval], seqs[interval]
+            index = computed.rows_of(sessions)
         clean = table.durable[sessions] == table.applied[sessions]
         table.dirty_since[sessions[clean]] = self._residency.clock()
-        self._answer(computed, last, index, computed.computed)
+        self._answer(computed, sessions, seqs, index, computed.computed)
         self._residency.flush_due(computed.served, sessions)
-        kept = ~interval[computed.last]
-        computed.last, computed.states = computed.last[kept], [block[kept] for block in computed.states]
+        computed.keep(~interval)
 
     def _commit(self, computed: Advance) -> None:
         """What is left is answered when Redis has it."""
-        if not len(computed.last):
+        if not len(computed.sessions):
             return
-        steps = computed.batch.steps
-        sessions = self._table.refer(steps.rows[computed.last])
-        computed.committing = computed.last
-
-        def done(rows: NDArray[np.intp], verdict: Verdict) -> None:
-            self._committed(computed, rows, verdict)
-
+        self._advances.add(computed)
         try:
-            job = self._commits.job(computed.served, sessions, steps.seqs[computed.last], computed.states, done)
+            done = partial(self._committed, computed)
+            written = self._commits.send(computed.served, computed.sessions, computed.seqs, computed.states, done)
         except Exception as error:  # out of memory, for one; the sessions must not be held for ever
             log.exception("a commit of %s could not be put together", computed.served.reference)
             why = InternalError("INTERNAL", f"the server failed on the commit of this step: {type(error).__name__}")
-            self._go_back(computed, np.flatnonzero(np.isin(steps.rows, sessions.rows)), why)
+            self._go_back(computed, computed.rows_of(computed.sessions), why)
             return
         computed.states = []
-        self._advances.add(computed)
-        self._commits.send(job)
+        if written:
+            index = None if computed.whole else computed.rows_of(computed.sessions)
+            self._written(computed, computed.sessions, computed.seqs, index)
 
-    def _committed(self, computed: Advance, rows: NDArray[np.intp], verdict: Verdict) -> None:
-        """The store's word on these rows of a batch's commit."""
-        batch, steps = computed.batch, computed.batch.steps
-        last = computed.committing[rows]
-        index = last if batch.last is None else np.flatnonzero(np.isin(steps.rows, steps.rows[last]))
+    def _committed(self, computed: Advance, places: NDArray[np.intp], verdict: Verdict) -> None:
+        """The store's word on these of a commit's sessions."""
+        sessions, seqs = computed.sessions[places], computed.seqs[places]
+        index = computed.rows_of(sessions)
         if verdict.ok:
-            now = time.monotonic()
-            self._scheduler.took(computed.served.index, len(batch), now - computed.started)
-            self._table.durable[steps.rows[last]] = steps.seqs[last]
-            self._answer(computed, last, index, now)
-        else:
-            self._advances.settle(computed, len(index))
-            self._ownership.lose(steps.rows[last], verdict, pinned=True)
-            if computed.answered is not None:
-                index = index[~computed.answered[index]]
-            why = uncommitted(verdict)
-            self._answers.refuse_all(steps[index], why)
-            self._metrics.steps.labels(computed.served.bundle.name, why.reason.lower()).inc(len(index))
+            self._written(computed, sessions, seqs, index)
+            return
+        self._advances.settle(computed, len(index))
+        self._ownership.lose(sessions, verdict, pinned=True)
+        if computed.answered is not None:
+            index = index[~computed.answered[index]]
+        why = uncommitted(verdict)
+        self._answers.refuse_all(computed.batch.steps[index], why)
+        self._metrics.steps.labels(computed.served.bundle.name, why.reason.lower()).inc(len(index))
+
+    def _written(
+        self, computed: Advance, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], index: NDArray[np.intp] | None
+    ) -> None:
+        """These sessions are in Redis: the batch's rows in `index` are theirs (None: all)."""
+        now = time.monotonic()
+        self._table.durable[sessions] = seqs
+        self._answer(computed, sessions, seqs, index, now)
+        self._scheduler.took(computed.served.index, len(computed.batch), now - computed.started)
 
     def _go_back(self, computed: Advance, index: NDArray[np.intp], why: ServiceError) -> None:
         """These rows of a batch are refused, and their sessions are as their records have them."""
         self._advances.settle(computed, len(index))
         self._rollback.of(computed.served, computed.batch.steps[index], why)
 
-    def _answer(self, computed: Advance, last: NDArray[np.intp], index: NDArray[np.intp], durable: float) -> None:
-        """Sends the outputs of the batch's rows in `index`, and lets their sessions, whose last rows are in `last`, go on.
+    def _answer(
+        self, computed: Advance, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], index: NDArray[np.intp] | None,
+        durable: float,
+    ) -> None:  # fmt: skip
+        """Sends the outputs of the batch's rows in `index` (None: all), and lets their sessions go on, which are at `seqs` now.
         `durable`: since when they may be answered."""
-        table, steps, outputs = self._table, computed.batch.steps, computed.outputs
-        sessions, count = steps.rows[last], len(index)
-        table.applied[sessions] = steps.seqs[last]
+        table = self._table
+        answered, given = self._send(computed, index), self._answers.given
+        count = len(computed.batch) if index is None else len(index)
+        table.applied[sessions] = seqs
         table.used[sessions] = self._residency.clock()
+        self._pins.release(sessions)
+        self._repeats.moved_on(sessions)
+        self._advances.settle(computed, count)
+        self._residency.serve_wanting()
+        if len(answered):
+            stages = self._metrics.stage_seconds
+            stages.answered(answered.times, computed.started, computed.computed, durable, given)
+        self._metrics.steps.labels(computed.served.bundle.name, "ok").inc(count)
+
+    def _send(self, computed: Advance, index: NDArray[np.intp] | None) -> Steps:
+        """The outputs of these rows of a batch, and which they were: not those that a deadline has answered."""
+        steps, outputs = computed.batch.steps, computed.outputs
         if computed.answered is not None:
-            index = index[~computed.answered[index]]
-        if len(index) < len(steps):
+            left = ~computed.answered
+            index = np.flatnonzero(left) if index is None else index[left[index]]
+        if index is not None and len(index) < len(steps):
             steps, outputs = steps[index], outputs[index]
-        if not steps.flags.any():
+        if not np.count_nonzero(steps.flags):
             if len(steps):
                 self._answers.outputs(steps.streams, steps.handles, steps.rows, steps.seqs, outputs)
         else:
@@ -229,14 +262,7 @@ class StepLoop:
             for some, own in ((steps[prefill], None), (steps[~prefill], outputs[~prefill])):
                 if len(some):
                     self._answers.outputs(some.streams, some.handles, some.rows, some.seqs, own)
-        if len(steps):
-            stages, given = self._metrics.stage_seconds, self._answers.given
-            stages.answered(steps.times, computed.started, computed.computed, durable, given)
-        self._pins.release(sessions)
-        self._repeats.moved_on(sessions)
-        self._metrics.steps.labels(computed.served.bundle.name, "ok").inc(count)
-        self._advances.settle(computed, count)
-        self._residency.serve_wanting()
+        return steps
 
     def _observe(self, computed: Advance) -> None:
         metrics, name, rows = self._metrics, computed.served.bundle.name, len(computed.batch)

@@ -1,7 +1,7 @@
 """Engram's state in Redis: the records, the claims that fence them, and the commits of every batch."""
 
 from engram_service.store.keys import session_tag
-from engram_service.store.lines import Line
+from engram_service.store.lines import Line, Source
 from engram_service.store.memories import REVISION_NBYTES, MemoryLogs, revision_of
 from engram_service.store.record import OUTPUTS_MAX, TIME_MS_MAX, RecordBlock, RecordLayout, Records
 from engram_service.store.safety import REASONS as UNSAFE
@@ -39,6 +39,7 @@ __all__ = [
     "RecordLayout",
     "Records",
     "SessionInfo",
+    "Source",
     "Store",
     "StoreError",
     "StoreSettings",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 KEPT_MS = (
     30 * 86_400_000
@@ -22,8 +22,7 @@ KEPT_MS = (
 _RUNS_MAX = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """What is known of a counter as one is added to it."""
 
     key: bytes

@@ -27,7 +27,7 @@ FLAGS_KNOWN = PREFILL | FEEDBACK
 READ, COMPLETE, TAKEN, ADMITTED = range(4)  # in `times`: the first bytes of the row's frame, all of them, and so on
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Arrived:
     """Rows of StepsFrames, of any streams, each stream's in order. Of unary calls each has CALL and the call's number for a stream;
     its seq is 0 where the caller wants the next step."""
@@ -134,8 +134,9 @@ class Wire(Protocol):
     def counters(self) -> Mapping[str, int]:
         """What it has counted; observability/wire_metrics.py has the names."""
 
-    def start(self, arrived: Callable[[], None]) -> None:
-        """`arrived` is called on the event loop when there is something to take, after a `take` that found nothing."""
+    def start(self, wake: Callable[[], None], turn: Callable[[], None]) -> None:
+        """When there is something to take, after a `take` that found nothing, either `wake` is called on the event loop, from
+        within another callback, or `turn` is one itself."""
 
     def take(self) -> tuple[Arrived | None, Sequence[tuple[int, Event]]]:
         """All that has come: rows, if there are some, and events, each with how many of these rows came before it."""

@@ -117,8 +117,8 @@ class GrpcioWire:
         address = settings.advertise
         self._greeting = (("engram-server", __version__), *((("engram-address", address),) if address else ()))
 
-    def start(self, arrived: Callable[[], None]) -> None:
-        self._arrived = arrived
+    def start(self, wake: Callable[[], None], turn: Callable[[], None]) -> None:
+        self._arrived = wake
 
     def counters(self) -> dict[str, int]:
         """What is known here of what the native wire counts."""

@@ -77,8 +77,8 @@ class NativeWire:
         """Handshakes from now on are made with these."""
         self._wire.set_tls(*pems)
 
-    def start(self, arrived: Callable[[], None]) -> None:
-        self._loop.add_reader(self._wire.descriptor, arrived)
+    def start(self, wake: Callable[[], None], turn: Callable[[], None]) -> None:
+        self._loop.add_reader(self._wire.descriptor, turn)
 
     def take(self) -> tuple[Arrived | None, Sequence[tuple[int, Event]]]:
         rows, first, events = self._wire.take()
