@@ -10,7 +10,7 @@ import numpy as np
 from engram_service.errors import ServiceError
 from engram_service.patterns.chunks import ChunkError
 from engram_service.protocols.engram.exported import Exported, exported, imported
-from engram_service.protocols.engram.unary import check_id
+from engram_service.sessions.ids import check_id
 from targets import chunks, records
 from targets.world import world
 
@@ -55,7 +55,7 @@ def mend(data: bytes) -> bytes:
 def fuzz_one(data: bytes) -> None:
     try:
         found = imported(data)
-        served = world().catalog.resolve(found.model, found.version)
+        served = world().offers.resolve(found.model, found.version)
         check_id(found.session_id)
     except ServiceError as refusal:
         if refusal.reason not in ("INVALID_EXPORT", "INVALID_SESSION_ID", "MODEL_NOT_FOUND", "VERSION_NOT_FOUND"):

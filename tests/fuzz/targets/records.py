@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engram_service.protocols.engram.unary import _session
 from engram_service.store import RecordLayout, Records, SessionInfo
 from engram_service.store.record import HEADER, checksums, read_headers
 from targets.world import SLOTS, world
@@ -76,4 +77,4 @@ def listed(seq: int, acked: int, commit_ms: int) -> None:
         session_id="a", model="lstm", version="1", fingerprint="f" * 32, token="t" * 16, epoch=1, created_ms=1,
         seq=seq, acked=acked, commit_ms=commit_ms, ttl_ms=1000, record=b"",
     )  # fmt: skip
-    world().unary._session(info)
+    _session(info, on_device=False)

@@ -9,13 +9,13 @@ import asyncio
 import functools
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from engram.v1 import model_pb2
 from engram_models import LSTM, Hopfield, load_bundle, write_bundle
 from engram_service.auth.access import Access
 from engram_service.auth.audit import Audit
@@ -24,11 +24,11 @@ from engram_service.catalog import Catalog, Served
 from engram_service.condition import Condition
 from engram_service.observability.health import Health
 from engram_service.observability.metrics import Metrics
+from engram_service.offers import Offer, Offers
 from engram_service.patterns.memories import Memories
 from engram_service.pauses import Pauses
-from engram_service.protocols.engram.looks import Looks
 from engram_service.protocols.engram.stream import StreamHandler
-from engram_service.protocols.engram.unary import UnaryHandlers
+from engram_service.queries import Queries
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.onnx_graphs import OnnxGraphs
 from engram_service.runtimes.watchdog import Watchdog
@@ -77,12 +77,12 @@ class World:
     ownership: Ownership
     supervisor: Supervisor
     frames: StreamHandler
-    unary: UnaryHandlers
     memories: Memories
     stream: Stream
     other: Stream  # whose sessions nobody else may touch
     lstm: Served
-    hopfield: Served
+    hopfield: Offer
+    offers: Offers
 
     def sent(self, stream: Stream) -> list[tuple[Any, int]]:
         """What the wire would write to a stream: each frame, and how many rows it answers."""
@@ -108,14 +108,15 @@ async def _made() -> World:
     metrics, table = Metrics(), SessionTable()
     settings = Settings(shipped_models=False)
     catalog = Catalog(settings, None, metrics)  # type: ignore[arg-type]
+    offers = Offers()
     torch.manual_seed(5)
     patterns = np.random.default_rng(3).choice([-1, 1], (3, 20))
     with tempfile.TemporaryDirectory() as scratch:
         for cell in (LSTM(4, 6, output_size=4), Hopfield.of(patterns, ["a", "b", "c"])):
-            _serve(catalog, write_bundle(Path(scratch), cell.kind, "1", cell))
+            _serve(catalog, offers, write_bundle(Path(scratch), cell.kind, "1", cell))
     store = Store(StoreSettings("unix:///nowhere", "memory", 0, 100, 1))
     shares, supervisor = Shares(lambda tenant: Limits()), Supervisor(metrics, Health())
-    access, condition, pauses = Access(Tokens(None), Audit(metrics)), Condition(metrics), Pauses(metrics, Health())
+    access, condition, pauses = Access(Tokens(), Audit(metrics)), Condition(metrics), Pauses(metrics, Health())
     scheduler, pins, wire = Scheduler(8), Pins(table, condition.late), GrpcioWire(settings, access)
     streams = Streams(wire, settings.streams_max)
     rows = UnaryRows(wire, streams, table, shares)
@@ -132,7 +133,7 @@ async def _made() -> World:
         settings, table, catalog, wire, streams, shares, scheduler, residency, repeats, answers, condition, pauses,
         metrics, Backlog(), Advances(), rows,
     )  # fmt: skip
-    calls, holds = StoreCalls(residency), Holds(table, pins, residency, ownership, condition)
+    calls, holds = StoreCalls(residency.written_back), Holds(table, pins, residency, ownership, condition)
     sessions = Sessions(
         settings, table, catalog, store, calls, holds, residency, ownership, shares, condition, supervisor, metrics
     )
@@ -142,15 +143,11 @@ async def _made() -> World:
     frames = StreamHandler(
         settings, wire, streams, catalog, admission, sessions, endings, ownership, shares, access, condition, supervisor
     )
-    memories = Memories(catalog.resolve, store, 1 << 20)
-    unary = UnaryHandlers(
-        settings, table, catalog, shares, supervisor, sessions, endings, calls,
-        partial(Looks, settings, table, pins, residency, supervisor), store, None, memories, "cpu",  # type: ignore[arg-type]
-    )  # fmt: skip
+    memories = Memories(offers.resolve, store, 1 << 20)
     stream, other = (begun(wire, streams, frames) for _ in range(2))
     return World(
         asyncio.get_running_loop(), settings, table, catalog, wire, streams, scheduler, admission, repeats, ownership,
-        supervisor, frames, unary, memories, stream, other, *catalog.models,
+        supervisor, frames, memories, stream, other, catalog.models[0], offers.resolve("hopfield"), offers,
     )  # fmt: skip
 
 
@@ -163,7 +160,7 @@ def begun(wire: GrpcioWire, streams: Streams, frames: StreamHandler) -> Stream:
     return stream
 
 
-def _serve(catalog: Catalog, path: Path) -> None:
+def _serve(catalog: Catalog, offers: Offers, path: Path) -> None:
     """As the catalog does, but for the probe and the graph: no step is run here."""
     bundle = load_bundle(path)
     runtime = OnnxGraphs(Arena(bundle, SLOTS, WINDOW), None, Watchdog())  # type: ignore[arg-type]
@@ -172,3 +169,6 @@ def _serve(catalog: Catalog, path: Path) -> None:
     catalog.models.append(served)
     catalog._by_key[bundle.name, bundle.version] = served
     catalog._versions[bundle.name] = [bundle.version]
+    told = model_pb2.Model(name=bundle.name, version=bundle.version, fingerprint=bundle.fingerprint, latest=True)
+    offers._of[bundle.name, bundle.version] = Offer(bundle, layout, Queries(bundle), told)
+    offers._told.append(told)
