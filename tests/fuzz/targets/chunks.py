@@ -14,7 +14,7 @@ from engram_service.store import REVISION_NBYTES
 from targets.mutation import joined, parted
 from targets.world import world
 
-_OWN = world().hopfield.queries.patterns
+_OWN = world().offers.resolve("hopfield").queries.patterns
 _SIZE = world().hopfield.bundle.schema.inputs[0].size
 _BEFORE = 8  # where the digest of the log before stands in a chunk
 

@@ -81,7 +81,7 @@ class World:
     stream: Stream
     other: Stream  # whose sessions nobody else may touch
     lstm: Served
-    hopfield: Offer
+    hopfield: Served
     offers: Offers
 
     def sent(self, stream: Stream) -> list[tuple[Any, int]]:
@@ -147,7 +147,7 @@ async def _made() -> World:
     stream, other = (begun(wire, streams, frames) for _ in range(2))
     return World(
         asyncio.get_running_loop(), settings, table, catalog, wire, streams, scheduler, admission, repeats, ownership,
-        supervisor, frames, memories, stream, other, catalog.models[0], offers.resolve("hopfield"), offers,
+        supervisor, frames, memories, stream, other, *catalog.models, offers,
     )  # fmt: skip
 
 
