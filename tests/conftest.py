@@ -241,10 +241,9 @@ class ServerProcess:
             while time.monotonic() < deadline:
                 if self._process.poll() is not None:
                     raise AssertionError(f"the server ended with {self._process.returncode}\n{self.tail()}")
-                with socket.socket() as probe:  # gRPC would not look again for a while
-                    if probe.connect_ex(("127.0.0.1", self.port)) != 0:
-                        time.sleep(0.01)
-                        continue
+                if not self._listens():  # gRPC would not look again for a while
+                    time.sleep(0.01)
+                    continue
                 try:
                     call(b"", timeout=1.0)
                     return
@@ -253,6 +252,13 @@ class ServerProcess:
                         return  # it is there, and wants to know who asks
                     time.sleep(0.05)
         raise AssertionError(f"the server did not answer within {START_S} s\n{self.tail()}")
+
+    def _listens(self) -> bool:
+        try:
+            socket.create_connection((self.address.rpartition(":")[0].strip("[]"), self.port), 1.0).close()
+            return True
+        except OSError:
+            return False
 
     def channel(self) -> grpc.Channel:
         """A new connection to it."""

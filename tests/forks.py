@@ -59,8 +59,9 @@ class Forks:
 
     def __init__(self) -> None:
         self._environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        before_numpy = {"OPENBLAS_NUM_THREADS": "1", **self._environment}  # as commands/serve.py has it
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._environment
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=before_numpy
         )
         self._begun: list[int] = []
         self._ends: dict[int, int] = {}  # exit codes by process
