@@ -35,6 +35,7 @@ from engram_service.protocols.engram.memory import MemoryHandlers
 from engram_service.protocols.engram.server import Server
 from engram_service.protocols.engram.unary import UnaryHandlers
 from engram_service.protocols.http.server import HttpServer
+from engram_service.runtimes import devices
 from engram_service.sessions.calls import StoreCalls
 from engram_service.settings import SettingError, Settings
 from engram_service.signals import Signals
@@ -66,6 +67,7 @@ async def serve(settings: Settings, spawned: Spawned) -> None:
         signals = Signals(stop, settings.drain_timeout_s, list)
         tokens = TokensFile(Path(settings.tokens_file) if settings.tokens_file else None)
         certificate = Certificate.of(settings)
+        devices.check(settings.device)
         listeners = bound(settings) if _wire(settings) == "native" else []
         for listener in listeners:
             stack.callback(listener.close)

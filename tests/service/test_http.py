@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prometheus_client import generate_latest
 
 import engram
 from engram_models import shipped_models_dir
@@ -194,22 +195,25 @@ def test_the_port_answers_before_models_are_loaded(
         over.set()
 
 
-class Nothing:
-    """Of a server without metrics."""
+class Own:
+    """The metrics of this process."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._registry = metrics.registry
 
     async def text(self) -> bytes:
-        return b""
+        return generate_latest(self._registry)
 
 
 def test_it_begins_again_after_a_failure_and_shows_warnings(caplog: pytest.LogCaptureFixture) -> None:
     metrics, health = Metrics(), Health()
-    server = HttpServer(Settings(http="127.0.0.1:0"), Nothing(), metrics, health, Supervisor(metrics, health))
+    server = HttpServer(Settings(http="127.0.0.1:0"), Own(metrics), metrics, health, Supervisor(metrics, health))
     address = server.address
     try:
         health.warn("redis", "it may\nforget")
         assert get(address, "/readyz") == "ready\nwarning: redis: it may forget\n"
         with pytest.raises(OSError, match=f"http = {address}: Address already in use"):
-            HttpServer(Settings(http=address), Nothing(), metrics, health, Supervisor(metrics, health))
+            HttpServer(Settings(http=address), Own(metrics), metrics, health, Supervisor(metrics, health))
         assert server._server is not None
         server._server.should_exit = True  # nobody has told it to
         deadline = time.monotonic() + WAIT_S

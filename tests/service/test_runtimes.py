@@ -288,12 +288,14 @@ def test_a_model_that_ends_the_process_twice_is_refused_by_name_and_the_others_a
     server: ServerProcess, connect: Connect
 ) -> None:
     server.faults = CRASHING
-    for _ in range(2):
-        server.start()
-        raw = connect(server)
-        raw.steps([opened(raw, "looping")], [1], value(99))
-        assert server.ended() == -signal.SIGSEGV
     with server:
+        for times in (1, 2):
+            raw = connect(server)
+            raw.steps([opened(raw, "looping")], [1], value(99))
+            deadline = time.monotonic() + 20
+            while server.log.read_text().count("ended (signal SIGSEGV)") < times or server.ready() != "ready\n":
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
         raw = connect(server)
         assert np.frombuffer(raw.step(opened(raw, "good"), 1, value(3)), np.float32) == 1
         refused = raw.open("a-looping", model="looping").errors[0].error

@@ -26,7 +26,7 @@ from engram_service.protocols.engram.unary_stream import UnaryStream
 from engram_service.sessions.residency import Residency
 from engram_service.steps.deadlines import Deadlines
 from engram_service.steps.loop import StepLoop
-from engram_service.auth.tokens import Tokens
+from engram_service.auth.tokens import TokensFile
 
 def fails(of, name, times, when=lambda one: True):
     real, left = getattr(of, name), [times]
@@ -41,7 +41,7 @@ fails(Deadlines, "sweep", 3)
 fails(Residency, "beat", 1)
 fails(StepLoop, "_next_batch", 2, lambda loop: loop._scheduler.waiting_rows)
 fails(UnaryStream, "tidy", 1)
-fails(Tokens, "watch", 2)
+fails(TokensFile, "watch", 2)
 """
 FAILED = {"deadlines": 3, "residency": 1, "callback": 2, "unary tidy": 1, "tokens watch": 2}
 

@@ -33,16 +33,23 @@ class Device:
 CPU = Device("cpu")
 
 
-def device_of(name: str) -> Device:
-    """The device of the setting `device`: cpu, cuda, cuda:N or auto. Raises SettingError."""
-    if name == "cpu" or (name == "auto" and not (_has_gpu() and _has_torch())):
-        return CPU
-    if name != "auto" and not re.fullmatch(r"cuda(:\d{1,4})?", name):
+def check(name: str) -> None:
+    """What can be said of the setting `device` without torch. Raises SettingError."""
+    if name in ("cpu", "auto"):
+        return
+    if not re.fullmatch(r"cuda(:\d{1,4})?", name):
         raise SettingError(f"device = {name!r}: it is auto, cpu, cuda or cuda:N")
     if not _has_torch():
         raise SettingError(
             f'device = {name!r}: a GPU needs torch, which is not installed; {_INSTALL}, or set device = "cpu"'
         )
+
+
+def device_of(name: str) -> Device:
+    """The device of the setting `device`: cpu, cuda, cuda:N or auto. Raises SettingError."""
+    check(name)
+    if name == "cpu" or (name == "auto" and not (_has_gpu() and _has_torch())):
+        return CPU
     import torch
 
     if name == "auto" and not torch.cuda.is_available():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import TYPE_CHECKING
 
 from engram_service.errors import InternalError, ServiceError
 from engram_service.protocols.engram.server import Method
 from engram_service.supervision import Supervisor
 from engram_service.wire.base import Step
-from engram_service.wire.native import NativeWire
+
+if TYPE_CHECKING:  # where it is not, this is not used
+    from engram_service.wire.native import NativeWire
 
 
 class StepCalls:
