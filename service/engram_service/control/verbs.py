@@ -86,10 +86,9 @@ class Verbs:
         if row is None or table.stream[row] == NO_STREAM:
             return -1
         session: Reference = table.refer(np.array([row])).one(0)
-        applied = int(table.applied[row])
-        wanted = max(seq, applied)
+        wanted = max(seq, int(table.applied[row]))
         while (row := table.row_of(session)) is not None and int(table.durable[row]) < wanted:
-            if table.interval[row] and int(table.durable[row]) < applied:
+            if table.interval[row] and int(table.durable[row]) < min(wanted, int(table.applied[row])):
                 self._residency.flush(np.array([row]))
             now = time.monotonic()
             if now > deadline:
