@@ -60,6 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     manager, control = map(int, arguments)
     _end_with(manager)
     end = socket.socket(fileno=control)
+    last = end.dup()  # for what is to be said when the loop has closed its own
     try:
         listeners = handed_over(end)
         begin = first(end)["with"]
@@ -71,8 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         asyncio.run(_serve(settings, begin, end, listeners))
     except (SettingError, StoreError, OSError) as error:
         kind = {SettingError: "setting", StoreError: "store"}.get(type(error), "system")
-        end.setblocking(True)
-        end.sendall(framed({"verb": "failed", "with": {"kind": kind, "message": str(error)}}))
+        last.setblocking(True)
+        last.sendall(framed({"verb": "failed", "with": {"kind": kind, "message": str(error)}}))
         return 1
     return 0
 

@@ -139,10 +139,23 @@ def test_a_data_process_whose_manager_is_gone_ends(digits_alone: Sequence[str], 
     made.listener.close()
 
 
-def test_a_data_process_says_what_it_cannot_be_started_for(digits_alone: Sequence[str], redis_process: Any) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "kind", "says"),
+    [
+        ({"cells": "nobody_has:This"}, "setting", "nobody_has"),
+        (
+            {"wire": "python", "listen": "192.0.2.1:1"},
+            "system",
+            "cannot be bound",
+        ),  # which is nobody's; once all else is there
+    ],
+)
+def test_a_data_process_says_what_it_cannot_be_started_for(
+    digits_alone: Sequence[str], redis_process: Any, wrong: dict[str, str], kind: str, says: str
+) -> None:
     spawned = spawn()
     spawned.hand_over([])
-    settings = Settings(redis_url=redis_process.url, models=str(digits_alone[1]), cells="nobody_has:This")
+    settings = Settings(redis_url=redis_process.url, models=str(digits_alone[1]), **wrong)  # type: ignore[arg-type]
     heard: list[dict[str, Any]] = []
 
     async def run() -> None:
@@ -152,7 +165,7 @@ def test_a_data_process_says_what_it_cannot_be_started_for(digits_alone: Sequenc
         async def ignored(**told: Any) -> None:
             pass
 
-        channel = Channel(Supervisor(Metrics(), Health()), {"failed": failed, "health": ignored})
+        channel = Channel(Supervisor(Metrics(), Health()), {"failed": failed, "health": ignored, "models": ignored})
         channel.begin = {
             "verb": "begin", "with": {"settings": asdict(settings), "relay": "/nowhere", "tokens": None, "certificate": None},
         }  # fmt: skip
@@ -161,4 +174,4 @@ def test_a_data_process_says_what_it_cannot_be_started_for(digits_alone: Sequenc
 
     asyncio.run(run())
     assert spawned.process.wait(WAIT_S) == 1
-    assert [one["kind"] for one in heard] == ["setting"] and "nobody_has" in heard[0]["message"]
+    assert [one["kind"] for one in heard] == [kind] and says in heard[0]["message"]
