@@ -29,7 +29,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 import engram
@@ -343,7 +342,6 @@ async def possible(server: LocalServer, small: Small, seconds: float) -> float:
 
 async def offered(server: LocalServer, small: Small, rate: float, seconds: float) -> dict[str, Any]:
     """What becomes of so many steps a second."""
-    process = psutil.Process(server.pid)
     flags = ("--rate", str(rate), "--seconds", str(seconds))
     with beside("crowd", server.address, *flags) as crowd:
         await asyncio.sleep(4 * SETTLE_S)
@@ -351,7 +349,7 @@ async def offered(server: LocalServer, small: Small, rate: float, seconds: float
         memory, end = [], time.monotonic() + max(1.0, seconds - 2 * SETTLE_S)
         while time.monotonic() < end:
             await asyncio.sleep(1.0)
-            memory.append(process.memory_info().rss / 1e6)
+            memory.append(server.memory_mb())
         waits = np.array(small.waits)
         assert crowd.stdout is not None
         told = json.loads(await asyncio.to_thread(crowd.stdout.readline))

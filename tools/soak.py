@@ -260,18 +260,17 @@ def watched(server: Any, clients: Clients, seconds: float) -> list[dict[str, flo
 
 def sample(server: Any, probe: engram.Client, at_s: float) -> dict[str, float]:
     """What server and Redis have at this moment."""
-    import psutil
     import redis
 
-    process = psutil.Process(server.pid)
+    processes = server.processes()
     with redis.Redis(unix_socket_path=str(server.directory / "data" / "redis.sock")) as store:
         memory, stats = store.info("memory"), store.info("clients")
     known = scraped(server.http)
     found = {
-        "s": at_s, "server_rss_mb": process.memory_info().rss / 2**20, "server_files": process.num_fds(),
-        "server_threads": process.num_threads(), "redis_used_mb": memory["used_memory"] / 2**20,
+        "s": at_s, "server_rss_mb": server.memory_mb(), "server_files": sum(one.num_fds() for one in processes),
+        "server_threads": sum(one.num_threads() for one in processes), "redis_used_mb": memory["used_memory"] / 2**20,
         "redis_connections": stats["connected_clients"], "call_ms": statistics.median(calls(probe)),
-        "server_cpu_s": sum(process.cpu_times()[:2]),
+        "server_cpu_s": sum(sum(one.cpu_times()[:2]) for one in processes),
         "sessions_known": sum(known.get(f"engram_sessions:{where}", 0) for where in ("device", "stored")),
     }  # fmt: skip
     return {name: round(float(value), 3) for name, value in found.items()}

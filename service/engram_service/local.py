@@ -105,9 +105,14 @@ class LocalServer:
         self._end_redis()
         self._process = None
 
+    def processes(self) -> list[psutil.Process]:
+        """The server's own, without its Redis."""
+        main = psutil.Process(self.pid)
+        return [one for one in (main, *main.children(recursive=True)) if "redis" not in one.name()]
+
     def memory_mb(self) -> float:
-        """Resident memory of the server process."""
-        return float(psutil.Process(self.pid).memory_info().rss) / 2**20
+        """Resident memory of the server's processes."""
+        return float(sum(one.memory_info().rss for one in self.processes())) / 2**20
 
     def log_tail(self, lines: int = 6) -> str:
         try:
