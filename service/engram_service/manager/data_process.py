@@ -25,9 +25,9 @@ from engram_service.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
-_PING_S = 1.0
-_SILENT_PINGS = 5  # then the process is killed and started again
-_COMPUTING_PINGS = 15  # the same for one that is in a batch, which the watchdog stops after ten seconds
+_LOOK_S = 1.0
+_SILENT_LOOKS = 5  # then the process is killed and started again
+_COMPUTING_LOOKS = 15  # the same for one that is in a batch, which the watchdog stops after ten seconds
 _BACKOFF_S = (0.1, 0.5, 2.0, 10.0)
 _SOUND_S = 30.0  # a process that lived so long is started again at once
 _GRACE_S = 3.0  # beyond the drain's time and what the process itself allows for an operator that does not end
@@ -202,24 +202,29 @@ class DataProcess:
         return await asyncio.to_thread(spawned.process.wait)
 
     async def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Kills a process whose loop does not answer. A manager that was itself stopped meanwhile begins anew."""
-        silent = 0
+        """Kills a process whose loop does not answer. One that is busy may take some turns for it."""
         while not self.ready.done():
-            await asyncio.sleep(_PING_S)
+            await asyncio.sleep(_LOOK_S)
         while not self._stopping.is_set():
-            began = time.monotonic()
-            try:
-                await self._channel.call("ping", _PING_S)
-                silent = 0
-            except TimeoutError:
-                silent = silent + 1 if time.monotonic() - began < 2 * _PING_S else 0
-            except ServiceError:
-                return
-            if silent >= (_COMPUTING_PINGS if self._computes(process.pid) else _SILENT_PINGS):
-                log.error("the data process has not answered for %d s and is killed", silent)
+            if not await self._answers(process):
+                log.error("the data process has not answered for %d s and is killed", _SILENT_LOOKS * _LOOK_S)
                 process.kill()
                 return
-            await asyncio.sleep(max(0.0, began + _PING_S - time.monotonic()))
+            await asyncio.sleep(_LOOK_S)
+
+    async def _answers(self, process: subprocess.Popen[bytes]) -> bool:
+        """Whether it answers, in its time. A manager that was itself stopped meanwhile begins to count anew."""
+        ping, silent = asyncio.ensure_future(self._channel.call("ping")), 0
+        try:
+            while silent < (_COMPUTING_LOOKS if self._computes(process.pid) else _SILENT_LOOKS):
+                began = time.monotonic()
+                if (await asyncio.wait((ping,), timeout=_LOOK_S))[0]:
+                    return True
+                silent = silent + 1 if time.monotonic() - began < 2 * _LOOK_S else 0
+        finally:
+            ping.cancel()
+            await asyncio.gather(ping, return_exceptions=True)  # it may be gone
+        return False
 
     def _computes(self, pid: int) -> bool:
         """Whether it says that a model runs in one of its threads."""
