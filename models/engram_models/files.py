@@ -11,7 +11,9 @@ import os
 import stat
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
 TOML_BYTES_MAX = 1 << 20
 _LASTING = (
@@ -66,6 +68,19 @@ def read_toml(path: Path | str, bytes_max: int = TOML_BYTES_MAX) -> dict[str, An
         raise ValueError("not toml: arrays or tables are nested too deep") from None
     except ValueError as error:  # also a number of more digits than Python reads
         raise ValueError(f"not toml: {str(error).partition('; use sys.')[0]}") from error
+
+
+def stamp_of(*paths: Path) -> Stamp:
+    """Changes when one of these files does, also when another one is put in its place; None for one that is not there."""
+    return tuple(map(_stamp, paths))
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _of_64_bits(content: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ stop, and takes it down in order. The data process has its own (data_process.py)
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import os
 import shutil
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from engram import __version__
+from engram_service.auth import tls
 from engram_service.auth.access import Access
 from engram_service.auth.audit import Audit
-from engram_service.auth.tls import Certificate, Pems
+from engram_service.auth.tls import Certificate
 from engram_service.auth.tokens import TokensFile, told
 from engram_service.manager.data_process import DataProcess, Ready
 from engram_service.manager.listeners import bound
@@ -48,7 +48,6 @@ log = logging.getLogger(__name__)
 _STOP_GRACE_S = 1.0
 _CERTIFICATE_S = 0.25  # between looks at the files
 _READINESS_S = 0.1
-_REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is away for a second
 
 
 async def serve(settings: Settings, spawned: Spawned) -> None:
@@ -95,8 +94,10 @@ async def serve(settings: Settings, spawned: Spawned) -> None:
         server = Server(settings, access, health, handlers, memory_handlers)
         await server.start(relay)
         _expose(metrics, store, memories)
-        _start_store(store, health, data)
+        _start_store(store, data)
 
+        for exposure in settings.exposures():  # said before anybody can come
+            log.warning("%s", exposure)
         supervisor.run("data process", data.run)
         if (ready := await _ready(data, stop)) is None:
             await data.stop(0.0)
@@ -120,14 +121,12 @@ def _watch(
     health: Health, supervisor: Supervisor,
 ) -> None:  # fmt: skip
     """What goes on all the time: files are looked after, and what is new in them is told to the data process."""
-    data.begin["with"]["settings"]["listen"] = (
-        f"{settings.listen.rpartition(':')[0]}:{ready.port}"  # of the next one too
-    )
+    data.begin["settings"]["listen"] = f"{settings.listen.rpartition(':')[0]}:{ready.port}"  # of the next one too
     look = asyncio.Event()
     signals.on_reload = look.set
     supervisor.run("models watch", lambda: watch_models(settings, data, look))
     supervisor.run("tokens watch", lambda: tokens.watch(settings.tokens_poll_s))
-    tokens.tokens.on_change = partial(_tell_tokens, tokens, data)
+    tokens.tokens.on_change = lambda: data.renew("tokens", told(tokens.tokens.book))
     if certificate is not None:
         supervisor.run("certificate watch", lambda: _watch_certificate(certificate, data))
     if ready.wire == "python":
@@ -158,13 +157,10 @@ def _relay(stack: AsyncExitStack) -> str:
 def _begin(settings: Settings, relay: str, tokens: TokensFile, certificate: Certificate | None) -> dict[str, Any]:
     """What a data process is told first."""
     return {
-        "verb": "begin",
-        "with": {
-            "settings": asdict(settings),
-            "relay": relay,
-            "tokens": told(tokens.tokens.book),
-            "certificate": None if certificate is None else _text(certificate.pems),
-        },
+        "settings": asdict(settings),
+        "relay": relay,
+        "tokens": told(tokens.tokens.book),
+        "certificate": None if certificate is None else tls.told(certificate.pems),
     }
 
 
@@ -176,19 +172,12 @@ async def _ready(data: DataProcess, stop: asyncio.Event) -> Ready | None:
     return data.ready.result() if data.ready.done() else None
 
 
-def _tell_tokens(tokens: TokensFile, data: DataProcess) -> None:
-    book = told(tokens.tokens.book)
-    data.begin["with"]["tokens"] = book
-    data.tell("tokens", book=book)
-
-
 async def _watch_certificate(certificate: Certificate, data: DataProcess) -> None:
     """Reads certificate and key again when they have changed; runs until cancelled."""
     while True:
         await asyncio.sleep(_CERTIFICATE_S)
         if await asyncio.to_thread(certificate.fetch) is not None:
-            data.begin["with"]["certificate"] = pems = _text(certificate.pems)
-            data.tell("certificate", certificate=pems)
+            data.renew("certificate", tls.told(certificate.pems))
 
 
 async def _tell_readiness(health: Health, data: DataProcess) -> None:
@@ -198,15 +187,9 @@ async def _tell_readiness(health: Health, data: DataProcess) -> None:
         await asyncio.sleep(_READINESS_S)
 
 
-def _text(pems: Pems) -> list[str | None]:
-    return [None if one is None else base64.b64encode(one).decode() for one in pems]
-
-
 def _announce(settings: Settings, http: str, ready: Ready) -> None:
     where = (settings.listen, ready.port, http, ready.device, ready.wire)
     log.info("engram %s serves on %s (port %d), metrics on %s, device %s, %s wire", __version__, *where)
-    for exposure in settings.exposures():
-        log.warning("%s", exposure)
 
 
 async def _with_redis(
@@ -227,16 +210,13 @@ async def _with_redis(
     return replace(settings, redis_url=private.url, redis_ack=ack)
 
 
-def _start_store(store: Store, health: Health, data: DataProcess) -> None:
+def _start_store(store: Store, data: DataProcess) -> None:
     """Its threads tell of themselves. Raises StoreError."""
 
     def on_loss() -> None:
         data.writing_back = True  # until the data process says that nothing is left
 
-    def on_trouble(why: str) -> None:
-        health.tell("redis", why, 0 if health.failures() else _REDIS_GRACE_S)
-
-    store.on_trouble, store.on_loss = on_trouble, on_loss
+    store.on_loss = on_loss
     store.writing_back = lambda: data.writing_back
     store.start()
 

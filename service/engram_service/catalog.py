@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from engram.v1 import model_pb2
 from engram_models.bundle import (
@@ -28,6 +28,7 @@ from engram_models.bundle import (
     load_bundle,
     version_key,
 )
+from engram_models.files import Stamp, stamp_of
 from engram_models.spec import TensorSpec
 from engram_service.observability.metrics import Metrics
 from engram_service.offers import no_model
@@ -39,7 +40,6 @@ from engram_service.settings import Settings
 from engram_service.store import RecordLayout
 
 _T = TypeVar("_T")
-Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
 log = logging.getLogger(__name__)
 
@@ -236,16 +236,8 @@ class Catalog:
 
 
 def _stamp(ref: BundleRef) -> Stamp:
-    """Changes when the bundle's files do, so that a bundle that failed is tried again once it was mended."""
-    found: list[tuple[int, int, int] | None] = []
-    for name in (MANIFEST, WEIGHTS, GRAPH):
-        try:
-            file = (ref.path / name).stat()
-        except OSError:
-            found.append(None)
-        else:
-            found.append((file.st_mtime_ns, file.st_size, file.st_ino))
-    return tuple(found)
+    """So that a bundle that failed is tried again once it was mended."""
+    return stamp_of(*(ref.path / name for name in (MANIFEST, WEIGHTS, GRAPH)))
 
 
 def _versions(found: Sequence[BundleRef]) -> dict[str, list[str]]:

@@ -22,9 +22,9 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from engram import __version__
+from engram_service.auth import tls
 from engram_service.auth.access import Access
 from engram_service.auth.audit import Audit
-from engram_service.auth.tls import Pems
 from engram_service.auth.tokens import Tokens, heard
 from engram_service.catalog import Catalog
 from engram_service.control.channel import Channel, first, framed
@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 _SWITCH_INTERVAL_S = 0.0002  # other threads share the interpreter: the event loop may not wait long for it
 _STOP_GRACE_S = 1.0
 _LOOK_S = 0.05
-_REDIS_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is away for a second
 _PR_SET_PDEATHSIG = 1
 
 
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     last = end.dup()  # for what is to be said when the loop has closed its own
     try:
         listeners = handed_over(end)
-        begin = first(end)["with"]
+        begin = first(end)
     except EOFError:
         return 1
     settings = Settings(**begin["settings"])
@@ -110,7 +109,7 @@ async def _serve(
         _register_cells(settings)
         catalog = Catalog(settings, loader, metrics)
         stack.callback(catalog.close)
-        pems = _pems(begin["certificate"])
+        pems = None if begin["certificate"] is None else tls.heard(begin["certificate"])
         front = front_of(settings, access, pems, files.connections_max, begin["relay"], listeners)
         path = DataPath(settings, table, catalog, store, front.wire, access, tokens.limits, supervisor, metrics, health)
         stack.callback(path.sessions.close)
@@ -127,7 +126,7 @@ async def _serve(
         supervisor.thread("graphs watch", loader.watchdog.look, loader.watchdog.stopped).start()
         if not await _load_models(catalog, supervisor, health, stop):
             return
-        _start_store(store, path, health, channel)
+        _start_store(store, path, channel)
         path.loop.start()
         gc.collect()
         gc.freeze()  # what is there stays: to look through it for garbage would stop everybody, and torch's objects for 80 ms
@@ -155,13 +154,12 @@ def _channel(
         await channel.call("models", models=_models(catalog))
         return {"errors": errors, "again": catalog.passing}
 
-    async def on_tokens(book: dict[str, Any]) -> None:
-        if (found := heard(book)) is not None:
-            tokens.replace(found)
+    async def on_tokens(**told: Any) -> None:
+        if (book := heard(told["tokens"])) is not None:
+            tokens.replace(book)
 
     async def on_certificate(certificate: list[str | None]) -> None:
-        if (pems := _pems(certificate)) is not None:
-            front.certify(pems)
+        front.certify(tls.heard(certificate))
 
     async def on_readiness(ready: bool) -> None:
         front.tell_ready(ready)
@@ -250,13 +248,12 @@ def _leave(loader: Loader, signals: Signals) -> None:
         time.sleep(_LOOK_S)
 
 
-def _start_store(store: Store, path: DataPath, health: Health, channel: Channel) -> None:
+def _start_store(store: Store, path: DataPath, channel: Channel) -> None:
     """Its threads tell the event loop."""
     loop = asyncio.get_running_loop()
     residency = path.residency
 
     def on_trouble(why: str) -> None:
-        health.tell("redis", why, 0 if health.failures() else _REDIS_GRACE_S)
         loop.call_soon_threadsafe(path.condition.set_trouble, why)
 
     def write_back() -> None:
@@ -293,15 +290,6 @@ def _expose(
     metrics.redis_up.set(1)
     metrics.read_with(metrics.redis_losses, lambda: store.losses)
     metrics.read_with(metrics.device_memory_bytes, arenas if device.is_cpu else device.memory_allocated, device.name)
-
-
-def _pems(certificate: list[str | None] | None) -> Pems | None:
-    """Certificate, key and the CA of clients out of JSON."""
-    if certificate is None:
-        return None
-    first, second, third = (None if one is None else base64.b64decode(one) for one in certificate)
-    assert first is not None and second is not None
-    return first, second, third
 
 
 if __name__ == "__main__":

@@ -36,16 +36,9 @@ _LOOK_S = 0.1
 _LISTING_S = 1.0  # between looks where the kernel has to list all files to say how many there are (Linux before 6.2)
 _SETTLE_S = 0.2  # until gRPC has closed what was ended
 _TOLD_S = 10.0
-_HANDSHAKE_MS = 10_000  # TLS, and the first frames of HTTP/2
-_IDLE_MS = 120_000  # without a call; clients connect again by themselves when they have one
 _FILES = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
 
 Address = tuple[str, int]
-
-
-def connection_options() -> list[tuple[str, int]]:
-    """What gRPC is told, so that connections nobody uses do not stay."""
-    return [("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS), ("grpc.max_connection_idle_ms", _IDLE_MS)]
 
 
 @dataclass(frozen=True, slots=True)

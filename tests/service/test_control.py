@@ -57,10 +57,9 @@ class Manager:
         verbs = {name: heard(name) for name in ("ready", "models", "health", "failed", "writing_back")}
         self._channel = Channel(Supervisor(Metrics(), Health()), verbs)
         begin = {"settings": asdict(self._settings), "relay": "/nowhere", "tokens": None, "certificate": None}
-        self._channel.begin = {"verb": "begin", "with": begin}
         self._spawned.hand_over([self.listener])
         self._spawned.end.setblocking(False)
-        await self._channel.run(self._spawned.end)
+        await self._channel.run(self._spawned.end, begin)
 
     def begun(self, verb: str, **arguments: Any) -> Any:
         """A call, as a future."""
@@ -166,11 +165,9 @@ def test_a_data_process_says_what_it_cannot_be_started_for(
             pass
 
         channel = Channel(Supervisor(Metrics(), Health()), {"failed": failed, "health": ignored, "models": ignored})
-        channel.begin = {
-            "verb": "begin", "with": {"settings": asdict(settings), "relay": "/nowhere", "tokens": None, "certificate": None},
-        }  # fmt: skip
+        begin = {"settings": asdict(settings), "relay": "/nowhere", "tokens": None, "certificate": None}
         spawned.end.setblocking(False)
-        await channel.run(spawned.end)
+        await channel.run(spawned.end, begin)
 
     asyncio.run(run())
     assert spawned.process.wait(WAIT_S) == 1

@@ -6,6 +6,7 @@ two are written one after the other) leave the former ones in force until they d
 
 from __future__ import annotations
 
+import base64
 import logging
 import ssl
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from engram_models.files import is_passing, read_file
+from engram_models.files import Stamp, is_passing, read_file, stamp_of
 from engram_service.settings import SettingError, Settings
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,17 @@ log = logging.getLogger(__name__)
 _FILE_BYTES_MAX = 4 << 20
 Pems = tuple[bytes, bytes, bytes | None]
 """Certificate, key, and the CA of clients."""
-Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+def told(pems: Pems) -> list[str | None]:
+    """As JSON has it, for another process; `heard` reads it."""
+    return [None if one is None else base64.b64encode(one).decode() for one in pems]
+
+
+def heard(told: list[str | None]) -> Pems:
+    certificate, key, clients = (None if one is None else base64.b64decode(one) for one in told)
+    assert certificate is not None and key is not None
+    return certificate, key, clients
 
 
 class Certificate:
@@ -89,15 +100,7 @@ class Certificate:
         return grpc.ssl_server_certificate_configuration([(key, certificate)], roots)
 
     def _look(self) -> Stamp:
-        return tuple(_stamp(path) for path in (self._cert, self._key, self._client_ca) if path is not None)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+        return stamp_of(*(path for path in (self._cert, self._key, self._client_ca) if path is not None))
 
 
 def _why(error: Exception) -> str:

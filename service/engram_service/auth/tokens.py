@@ -33,16 +33,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from engram_models.files import is_passing, read_toml
+from engram_models.files import Stamp, is_passing, read_toml, stamp_of
 from engram_service.auth.tenants import usable_tenant
 from engram_service.errors import UnauthenticatedError
 from engram_service.settings import SettingError
 
 log = logging.getLogger(__name__)
-
-Stamp: TypeAlias = tuple[int, int, int] | None
 
 RIGHTS = {
     "read": "list and look at sessions and memories, recall",
@@ -172,8 +170,9 @@ class TokensFile:
     def __init__(self, path: Path | None) -> None:
         """Reads the file; None: everybody may do everything. Raises SettingError."""
         self._path = path
-        self._stamp = _stamp(path)
-        self._told: tuple[Stamp, str] = (None, "")  # why which file cannot be used, as it was logged
+        self._files = [] if path is None else [path]
+        self._stamp = stamp_of(*self._files)
+        self._told: tuple[Stamp, str] = ((), "")  # why which file cannot be used, as it was logged
         try:
             self.tokens = Tokens(None if path is None else read_book(path))
         except TokensError as error:
@@ -188,7 +187,7 @@ class TokensFile:
     async def reload(self) -> None:
         """Reads the file if it has changed. A bad one leaves what is in force in force."""
         path = self._path
-        stamp = await asyncio.to_thread(_stamp, path)
+        stamp = await asyncio.to_thread(stamp_of, *self._files)
         if path is None or stamp == self._stamp:
             return
         try:
@@ -340,15 +339,6 @@ def _limits(where: str, values: Any) -> Limits:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise TokensError(f"{where}: {name} is a whole number, 0 for no limit")
     return Limits(**values)
-
-
-def _stamp(path: Path | None) -> Stamp:
-    """Changes when the file does, also when another one is put in its place; None: it is not there."""
-    try:
-        found = path.stat() if path is not None else None
-    except OSError:
-        return None
-    return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 def _audit(outcome: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import logging
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,8 +16,6 @@ from typing import Any
 from engram.v1 import error_pb2
 from engram_service.errors import InternalError, ServiceError, UnavailableError, of_detail
 from engram_service.supervision import Supervisor
-
-log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("!I")
 _RETRY_MS = 200
@@ -35,13 +32,12 @@ class Channel:
         self._writer: asyncio.StreamWriter | None = None
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._made = 0
-        self.begin: dict[str, Any] | None = None  # what is sent before anything else
 
-    async def run(self, end: socket.socket) -> None:
-        """Answers calls and takes answers until the other end is closed."""
+    async def run(self, end: socket.socket, begin: dict[str, Any] | None = None) -> None:
+        """Answers calls and takes answers until the other end is closed. `begin` is told before anything else: see `first`."""
         reader, self._writer = await asyncio.open_connection(sock=end)
-        if self.begin is not None:
-            self._send(self.begin)
+        if begin is not None:
+            self.tell("begin", **begin)
         try:
             while True:
                 (nbytes,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
@@ -112,10 +108,10 @@ def framed(message: dict[str, Any]) -> bytes:
 
 
 def first(end: socket.socket) -> dict[str, Any]:
-    """The first message of a blocking socket: what a process is told before it does anything. Raises EOFError."""
+    """What is told before anything else, from a blocking socket. Raises EOFError."""
     (nbytes,) = _LENGTH.unpack(_exactly(end, _LENGTH.size))
-    message: dict[str, Any] = json.loads(_exactly(end, nbytes))
-    return message
+    begin: dict[str, Any] = json.loads(_exactly(end, nbytes))["with"]
+    return begin
 
 
 def _exactly(end: socket.socket, nbytes: int) -> bytes:

@@ -52,7 +52,7 @@ class DataProcess:
         self, spawned: Spawned, begin: dict[str, Any], listeners: Sequence[socket.socket], crashes: Path, offers: Offers,
         health: Health, supervisor: Supervisor,
     ) -> None:  # fmt: skip
-        """`spawned`: the first one. `begin`: what each is told first; whoever changes what is in force changes it here too.
+        """`spawned`: the first one. `begin`: what each is told first.
         `crashes`: where its watchdog says what it runs."""
         self.begin = begin
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
@@ -164,6 +164,11 @@ class DataProcess:
             await self._channel.call("written_back", left_s + _ASK_S, left_s=left_s)
             self.writing_back = False
 
+    def renew(self, name: str, value: Any) -> None:
+        """Something of `begin` is another one from now on, for this process and those that come after it."""
+        self.begin[name] = value
+        self._channel.tell(name, **{name: value})
+
     def tell(self, verb: str, **arguments: Any) -> None:
         """What needs no answer."""
         self._channel.tell(verb, **arguments)
@@ -193,10 +198,9 @@ class DataProcess:
         except OSError:  # it has ended already
             return await asyncio.to_thread(spawned.process.wait)
         spawned.end.setblocking(False)
-        self._channel.begin = self.begin
         watching = asyncio.create_task(self._watch(spawned.process))
         try:
-            await self._channel.run(spawned.end)
+            await self._channel.run(spawned.end, self.begin)
         finally:
             watching.cancel()
         return await asyncio.to_thread(spawned.process.wait)
@@ -206,25 +210,26 @@ class DataProcess:
         while not self.ready.done():
             await asyncio.sleep(_LOOK_S)
         while not self._stopping.is_set():
-            if not await self._answers(process):
-                log.error("the data process has not answered for %d s and is killed", _SILENT_LOOKS * _LOOK_S)
+            if silent := await self._silent(process):
+                log.error("the data process has not answered for %d s and is killed", silent * _LOOK_S)
                 process.kill()
                 return
             await asyncio.sleep(_LOOK_S)
 
-    async def _answers(self, process: subprocess.Popen[bytes]) -> bool:
-        """Whether it answers, in its time. A manager that was itself stopped meanwhile begins to count anew."""
+    async def _silent(self, process: subprocess.Popen[bytes]) -> int:
+        """For how many looks it has not answered, where that is too long; 0: it answers. A manager that was itself stopped
+        meanwhile begins to count anew."""
         ping, silent = asyncio.ensure_future(self._channel.call("ping")), 0
         try:
-            while silent < (_COMPUTING_LOOKS if self._computes(process.pid) else _SILENT_LOOKS):
+            while silent < _SILENT_LOOKS or (silent < _COMPUTING_LOOKS and self._computes(process.pid)):
                 began = time.monotonic()
                 if (await asyncio.wait((ping,), timeout=_LOOK_S))[0]:
-                    return True
+                    return 0
                 silent = silent + 1 if time.monotonic() - began < 2 * _LOOK_S else 0
         finally:
             ping.cancel()
             await asyncio.gather(ping, return_exceptions=True)  # it may be gone
-        return False
+        return silent
 
     def _computes(self, pid: int) -> bool:
         """Whether it says that a model runs in one of its threads."""

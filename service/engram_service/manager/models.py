@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
+from pathlib import Path
 
 from engram_models.bundle import GRAPH, MANIFEST, WEIGHTS, Repository
+from engram_models.files import Stamp, stamp_of
 from engram_service.errors import UnavailableError
 from engram_service.manager.data_process import DataProcess
 from engram_service.settings import Settings
 
-log = logging.getLogger(__name__)
-
-Seen = tuple[tuple[str, int, int, int], ...]
+Seen = tuple[dict[Path, Stamp], list[str]]
 
 
 async def watch_models(settings: Settings, data: DataProcess, look: asyncio.Event) -> None:
     """Every models_poll_s, and when `look` is set; runs until cancelled."""
     repository = Repository(settings.model_directories())
-    before: tuple[Seen, list[str]] | None = None
+    before: Seen | None = None
     again = True  # what failed may not the next time
     while True:
         asked = look.is_set()
@@ -34,13 +32,8 @@ async def watch_models(settings: Settings, data: DataProcess, look: asyncio.Even
             await asyncio.wait_for(look.wait(), settings.models_poll_s or None)
 
 
-def _seen(repository: Repository) -> tuple[Seen, list[str]]:
+def _seen(repository: Repository) -> Seen:
     """The files of all bundles that are there, and what is wrong with the directories."""
     found, errors = repository.scan()
-    seen = []
-    for ref in found:
-        for name in (MANIFEST, WEIGHTS, GRAPH):
-            with contextlib.suppress(OSError):
-                file = os.stat(ref.path / name)
-                seen.append((str(ref.path / name), file.st_mtime_ns, file.st_size, file.st_ino))
-    return tuple(seen), errors
+    stamps = {ref.path: stamp_of(*(ref.path / name for name in (MANIFEST, WEIGHTS, GRAPH))) for ref in found}
+    return stamps, errors

@@ -3,9 +3,10 @@
 from engram_service.store.keys import session_tag
 from engram_service.store.lines import Line, Source
 from engram_service.store.memories import REVISION_NBYTES, MemoryLogs, revision_of
+from engram_service.store.reading import damaged
 from engram_service.store.record import OUTPUTS_MAX, TIME_MS_MAX, RecordBlock, RecordLayout, Records
 from engram_service.store.safety import REASONS as UNSAFE
-from engram_service.store.store import Store, damaged
+from engram_service.store.store import Store
 from engram_service.store.types import (
     ClaimRequest,
     ClaimResult,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from engram_service.errors import DataLossError
 from engram_service.store.keys import meta_key, session_tag
 from engram_service.store.record import HEADER, MAGIC, SEQ_MAX, TIME_MS_MAX
 from engram_service.store.types import ClaimResult, ClaimStatus, DamagedError, SessionInfo
@@ -21,6 +22,11 @@ class Meta:
     token: str
     epoch: int
     created_ms: int
+
+
+def damaged(why: object) -> DataLossError:
+    """What is said of a session that cannot be read."""
+    return DataLossError("RECORD_CORRUPTED", f"the session cannot be used ({why}); close the session to start over")
 
 
 def _reference(text: bytes) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from engram_service.store.keys import META_PREFIX, memory_key, meta_key, record_
 from engram_service.store.lines import Line, line_of
 from engram_service.store.memories import MemoryLogs, revision_of
 from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
-from engram_service.store.reading import claimed, info_of, meta_of
+from engram_service.store.reading import claimed, damaged, info_of, meta_of
 from engram_service.store.record import read_headers
 from engram_service.store.tally import Tally
 from engram_service.store.types import (
@@ -52,6 +52,7 @@ T = TypeVar("T")
 Wanted = Callable[[str, str], bool]  # by session id and model
 
 _CALL_TIMEOUT_S = 5.0
+_GRACE_S = 2.0  # of a server that was ready: a Redis that restarts is away for a second
 _WATCH_S = 0.5
 _WATCH_TIMEOUT_S = 1.0
 _PAGE_S = 0.5
@@ -496,6 +497,7 @@ class Store:
             self._trouble["commit"] = ""  # Redis is there again; commits need not find that out by themselves
         after = self._trouble["commit"] or self._trouble["watch"]
         if after != before:
+            self._health.tell("redis", after, 0 if self._health.failures() else _GRACE_S)
             self.on_trouble(after)
 
     def _tokens(self, keys: Sequence[bytes]) -> list[bytes | DamagedError | None]:
@@ -568,11 +570,6 @@ class Store:
             raise damaged(error) from error
         except (redis.exceptions.RedisError, OSError) as error:
             raise StoreUnavailableError(_why(error)) from error
-
-
-def damaged(why: object) -> DataLossError:
-    """What is said of a session that cannot be read."""
-    return DataLossError("RECORD_CORRUPTED", f"the session cannot be used ({why}); close the session to start over")
 
 
 def _why(error: BaseException) -> str:

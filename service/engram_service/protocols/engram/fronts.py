@@ -11,19 +11,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
-from grpc_health.v1 import health
 
 from engram_service.auth.access import IDENTITY, PEER, Access
 from engram_service.auth.tls import Certificate, Pems
 from engram_service.auth.tokens import Caller
 from engram_service.errors import UnavailableError
 from engram_service.observability.health import Health
-from engram_service.protocols.engram import reflection
 from engram_service.protocols.engram.call import Call
 from engram_service.protocols.engram.gate import Gate
-from engram_service.protocols.engram.health import HealthService
-from engram_service.protocols.engram.probes import Probes
-from engram_service.protocols.engram.server import SERVICE, Method, options, serialized, unary_handler
+from engram_service.protocols.engram.server import SERVICE, Method, add_standard, options, serialized, unary_handler
 from engram_service.protocols.engram.status import abort
 from engram_service.protocols.engram.step_calls import StepCalls
 from engram_service.protocols.engram.stream import StreamHandler
@@ -132,11 +128,8 @@ class GrpcioFront:
             self._wire.handle, request_deserializer=None, response_serializer=serialized
         )
         handlers["Step"] = unary_handler(Method(SERVICE.methods_by_name["Step"], step, self._settings, access), access)
-        probes = Probes(HealthService(self._health, SERVICE.full_name), access.holdback)
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE.full_name, handlers), probes.handlers())
-        )
-        reflection.enable((SERVICE.full_name, health.SERVICE_NAME), self._server)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
+        add_standard(self._server, self._health, access.holdback)
         access.tokens.on_change = handler.tokens_changed
 
     async def start(self) -> int:

@@ -17,8 +17,8 @@ from grpc_health.v1 import health
 
 from engram.v1 import service_pb2
 from engram_service.auth.access import Access
+from engram_service.auth.holdback import Holdback
 from engram_service.auth.tokens import Caller
-from engram_service.descriptors import connection_options
 from engram_service.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ServiceError
 from engram_service.observability.health import Health
 from engram_service.protocols.engram import reflection
@@ -60,8 +60,14 @@ def options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS // 2),
         ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         ("grpc.keepalive_permit_without_calls", 1),
-        *connection_options(),
     ]
+
+
+def add_standard(server: grpc.aio.Server, ready: Health, holdback: Holdback) -> None:
+    """The services that stock clients look for: health and reflection."""
+    probes = Probes(HealthService(ready, SERVICE.full_name), holdback)
+    server.add_generic_rpc_handlers((probes.handlers(),))
+    reflection.enable((SERVICE.full_name, health.SERVICE_NAME), server)
 
 
 class Server:
@@ -78,9 +84,7 @@ class Server:
                 handlers[method.name] = unary_handler(Method(method, handle, settings, access), access)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
         self._holdback = access.holdback
-        probes = Probes(HealthService(ready, SERVICE.full_name), self._holdback)
-        self._server.add_generic_rpc_handlers((probes.handlers(),))
-        reflection.enable((SERVICE.full_name, health.SERVICE_NAME), self._server)
+        add_standard(self._server, ready, self._holdback)
 
     async def start(self, path: str) -> None:
         """Serves on a unix socket. Raises OSError."""
