@@ -62,14 +62,19 @@ impl<T: Element> Column<T> {
         if row >= self.rows || self.width == 0 {
             return &[]; // whose pointer may be null
         }
-        // Inside the buffer, for its shape and strides say so; `new` has seen to it that the row's values lie side by side.
+        // `new` has seen to it that the row's values lie side by side.
+        unsafe { std::slice::from_raw_parts(self.place(row), self.width) }
+    }
+
+    /// Where a row that is there begins.
+    fn place(&self, row: usize) -> *mut T {
+        // Inside the buffer, for its shape and strides say so.
         unsafe {
-            let start = self
-                .buffer
+            self.buffer
                 .buf_ptr()
                 .cast::<u8>()
-                .offset(row as isize * self.stride);
-            std::slice::from_raw_parts(start.cast(), self.width)
+                .offset(row as isize * self.stride)
+                .cast()
         }
     }
 
@@ -113,15 +118,7 @@ impl<T: Element> Column<T> {
     /// Of a column that is writable, by the one thread that uses it; a row that is not there is left alone.
     pub fn set(&self, row: usize, value: T) {
         if row < self.rows && self.width > 0 && !self.buffer.readonly() {
-            // Inside the buffer, as in `row`.
-            unsafe {
-                let place = self
-                    .buffer
-                    .buf_ptr()
-                    .cast::<u8>()
-                    .offset(row as isize * self.stride);
-                place.cast::<T>().write(value);
-            }
+            unsafe { self.place(row).write(value) }
         }
     }
 }
