@@ -567,6 +567,31 @@ def test_floods_cost_a_connection_at_most(loops: Callable[..., Loop], kind: str)
     assert loop.wire.counters()["refused_resets"] == (kind in ("resets", "continuations", "empty data"))
 
 
+def test_calls_that_are_let_go_at_once_are_bounded_however_quickly_they_are_looked_at(loops: Callable[..., Loop]) -> None:
+    loop = loops(resets=10, calls=5)
+    host, port = loop.address.split(":")
+    began = time.monotonic()
+    with socket.create_connection((host, int(port))) as connection, channel(loop) as made:
+        connection.settimeout(WAIT_S)
+        reader = threading.Thread(target=_read_all, args=(connection,))
+        reader.start()
+        connection.sendall(PREFACE)
+        with contextlib.suppress(OSError):
+            for n in range(500):
+                connection.sendall(h2_frame(1, 4, 2 * n + 1, HEAD))
+                loop.until(lambda: loop.wire.counters()["calls"] > 0 or not reader.is_alive())
+                connection.sendall(h2_frame(3, 0, 2 * n + 1, bytes([0, 0, 0, 8])))
+                loop.until(lambda: loop.wire.counters()["calls"] == 0)
+                if not reader.is_alive():
+                    break
+        assert n <= 10 * (1 + time.monotonic() - began) + 1
+        assert loop.wire.counters()["refused_resets"] == 1
+        assert unary(made, b"others are served") == b"others are served"
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        reader.join()
+
+
 def _read_all(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while connection.recv(65536):

@@ -35,7 +35,7 @@ class Loop(threading.Thread):
         self.wire.listen(listener.detach())
         self.answers = answers
         self.rows: list[tuple[int, ...]] = []  # call, handle, seq, acknowledged, flags, timeout, input bytes
-        self.inputs = b""
+        self.inputs = bytearray()
         self.times: list[list[float]] = []
         self.events: list[Any] = []
         self._ended = False
@@ -66,7 +66,7 @@ class Loop(threading.Thread):
                 self.wire.answer(*(column[part] for column in columns[:3]), outputs, np.empty(0, np.uint64))
                 start += nbytes
         self.rows += zip(*(column.tolist() for column in columns), strict=True)
-        self.inputs += inputs.tobytes()
+        self.inputs += memoryview(inputs)
         for event in events:
             if self.answers and event.kind == "message":
                 self.wire.send(event.call, event.data)

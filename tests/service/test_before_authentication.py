@@ -232,6 +232,7 @@ def test_a_flood_of_calls_does_not_become_work(
     peers = [connection(server) for _ in range(3)]
     block = headers(SERVICE + "Stream")
     calls = 3000
+    began = time.monotonic()
     for _ in range(calls // 10):
         for peer in peers:
             with contextlib.suppress(ConnectionError):  # the native wire has had enough of it
@@ -240,7 +241,9 @@ def test_a_flood_of_calls_does_not_become_work(
     with server.channel() as channel:
         metadata = [BEARER] if which == "guarded" else []
         channel.unary_unary(f"{SERVICE}GetServer")(b"", metadata=metadata, timeout=20)
-    assert _looked_at(server) - before < 3 * calls / 5, "of nine thousand"
+    # Of calls that are looked at before they are reset, the native wire lets 200 through, and 200 a second.
+    slow = 3 * 200 * (1 + time.monotonic() - began) if reset else 0
+    assert _looked_at(server) - before < max(3 * calls / 5, slow), "of nine thousand"
     if not all(peer.closed for peer in peers):
         assert peers[0].wait(2 * calls - 1)
         assert all(len(peer.refused) > calls / 2 for peer in peers)

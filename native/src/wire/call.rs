@@ -45,6 +45,12 @@ pub enum Reading {
     Step(Box<Begun>),
 }
 
+/// How a call went.
+pub struct Served {
+    pub whole: bool,          // all of it was sent; false: its caller has gone
+    pub refused: Option<u16>, // the status code for messages that cannot be read
+}
+
 struct Sending {
     respond: SendResponse<Bytes>,
     head: Option<Response<()>>, // until it is sent
@@ -190,7 +196,7 @@ impl Call {
         }
     }
 
-    /// Reads the call and sends what is given to it, until it is over. Returns the status code for messages that cannot be read.
+    /// Reads the call and sends what is given to it, until it is over.
     pub async fn serve(
         &self,
         server: &Server,
@@ -198,7 +204,7 @@ impl Call {
         messages: Messages,
         reading: Reading,
         time: Option<Duration>,
-    ) -> Option<u16> {
+    ) -> Served {
         let mut refused = None;
         let reading = self.read(server, body, messages, reading);
         let late = async {
@@ -231,7 +237,7 @@ impl Call {
             stream.send_reset(Reason::CANCEL);
         }
         // Where all of it was sent and the caller goes on, h2 tells it to stop, behind what was sent; a reset would be before it.
-        refused
+        Served { whole, refused }
     }
 
     /// Returns at the end of what the caller sends. Err: why it makes no sense; None: the caller has gone.

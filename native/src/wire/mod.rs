@@ -1,5 +1,6 @@
 //! The wire as Python sees it: `take` what has come, `answer` rows, `send` and `finish` calls. No object for a row or a frame.
 
+mod allowance;
 mod call;
 mod certificates;
 mod counted;

@@ -139,14 +139,18 @@ impl Relay {
     }
 
     /// Relays a call until it is over. `revoked`: its token is in the table no more.
-    pub async fn serve(&self, call: Relayed, revoked: &Notify, server: &Server) {
+    /// Returns whether the call was answered; false: its caller has gone.
+    pub async fn serve(&self, call: Relayed, revoked: &Notify, server: &Server) -> bool {
         let mut answer = Answer {
             respond: call.respond,
             stream: None,
         };
         let request = match rewritten(call.head, call.identity, &call.peer) {
             Ok(request) => request,
-            Err(status) => return answer.finish(status),
+            Err(status) => {
+                answer.finish(status);
+                return true;
+            }
         };
         let late = async {
             match call.time {
@@ -162,6 +166,7 @@ impl Relay {
             () = late => Err(End::Status(Status::new(4, "the time of the call is up"))),
         };
         // The server behind has been told to stop where it had not come to its end: what it was called with is dropped by now.
+        let whole = !matches!(end, Err(End::Gone));
         match end {
             Ok(()) => {}
             Err(End::Gone) => answer.reset(Reason::CANCEL),
@@ -172,6 +177,7 @@ impl Relay {
             }
             Err(End::Status(status)) => answer.finish(status),
         }
+        whole
     }
 
     async fn exchange(

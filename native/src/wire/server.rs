@@ -19,6 +19,7 @@ use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ProtocolVersion;
 
+use super::allowance::Allowance;
 use super::call::{Call, Reading};
 use super::counted::Counted;
 use super::inbox::{Begun, Happening, Inbox};
@@ -39,6 +40,7 @@ const WINDOW_BEFORE: u32 = 64 << 10; // of a connection whose caller is not know
 const WINDOW_STREAM: u32 = 1 << 20; // afterwards
 const WINDOW_CONNECTION: u32 = 4 << 20;
 const SMALL_FRAMES: usize = 2 * WINDOW_CONNECTION as usize; // an honest client's small DATA frames may fill the window
+const LET_GO: Duration = Duration::from_secs(1); // a call that lived longer was worth its work
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50); // when there is no descriptor for another connection
 
 /// What is allowed. Times are in seconds.
@@ -54,7 +56,7 @@ pub struct Limits {
     pub idle_s: f64,           // without a call
     pub step_s: f64,           // that a unary step may take
     pub keepalive_s: f64, // between questions whether the peer is still there, and until it has answered
-    pub resets: usize,    // of calls that the server has not looked at
+    pub resets: usize, // of calls that the server has not looked at; a second of others, or 2 * calls
     pub frame_rows: usize, // of a frame of steps; one with more, or with more bytes, is Python's to refuse
     pub frame_nbytes: usize,
 }
@@ -410,7 +412,9 @@ async fn serve(server: &Arc<Server>, mut connection: Http, peer: Arc<Peer>) {
         Duration::from_secs_f64(limits.idle_s),
     );
     let mut look = tokio::time::interval_at(Instant::now() + keepalive, keepalive);
-    let under_way = Arc::new(AtomicUsize::new(0));
+    let calls = Arc::new(Calls::default());
+    // Whoever has all of its calls under way may let go of them at once, and begin anew.
+    let mut resets = Allowance::new(limits.resets.max(2 * limits.calls as usize));
     let (mut used, mut known, mut asked, mut going) = (Instant::now(), false, false, false);
     loop {
         let accepted = tokio::select! {
@@ -423,7 +427,7 @@ async fn serve(server: &Arc<Server>, mut connection: Http, peer: Arc<Peer>) {
             _ = look.tick() => {
                 if asked { return } // the peer is gone, and whatever lies between has not said so
                 asked = pings.as_mut().is_some_and(|pings| pings.send_ping(h2::Ping::opaque()).is_ok());
-                if under_way.load(Relaxed) > 0 { used = Instant::now() }
+                if calls.under_way.load(Relaxed) > 0 { used = Instant::now() }
                 if !going && used.elapsed() >= idle { going = true; connection.graceful_shutdown() }
                 continue;
             }
@@ -444,7 +448,13 @@ async fn serve(server: &Arc<Server>, mut connection: Http, peer: Arc<Peer>) {
             Some(Ok(accepted)) => accepted,
         };
         used = Instant::now();
-        if begin(server, request, respond, &peer, &under_way) && !known {
+        if !going && !resets.allows(calls.let_go.load(Relaxed), used) {
+            server.counters.resets.fetch_add(1, Relaxed);
+            going = true;
+            connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+            continue;
+        }
+        if begin(server, request, respond, &peer, &calls) && !known {
             known = true;
             connection.set_target_window_size(WINDOW_CONNECTION);
             let _ = connection.set_initial_window_size(WINDOW_STREAM);
@@ -458,7 +468,7 @@ fn begin(
     request: Request<h2::RecvStream>,
     mut respond: SendResponse<Bytes>,
     peer: &Arc<Peer>,
-    under_way: &Arc<AtomicUsize>,
+    calls: &Arc<Calls>,
 ) -> bool {
     if !strangers::is_grpc(&request) {
         server.counters.bad_head.fetch_add(1, Relaxed);
@@ -490,10 +500,12 @@ fn begin(
     };
     let known = identities.is_none() || read.identity.is_some();
     let id = server.numbers.lock().take();
-    under_way.fetch_add(1, Relaxed);
+    calls.under_way.fetch_add(1, Relaxed);
     let mut over = Over {
         server: server.clone(),
-        under_way: under_way.clone(),
+        calls: calls.clone(),
+        begun: Instant::now(),
+        let_go: false,
         call: None,
         id,
     };
@@ -516,9 +528,9 @@ fn begin(
         };
         let server = server.clone();
         tokio::spawn(async move {
-            let (_over, _place) = (over, place);
+            let (mut over, _place) = (over, place);
             if let Some(relay) = &server.relay {
-                relay.serve(call, &revoked, &server).await;
+                over.let_go = !relay.serve(call, &revoked, &server).await;
             }
         });
         return known;
@@ -564,27 +576,42 @@ fn begin(
         }
     };
     tokio::spawn(async move {
-        let over = over;
+        let mut over = over;
         let (server, body) = (&over.server, request.into_body());
         let serving = call.serve(server, body, messages, reading, read.time);
-        if serving.await.is_some() {
+        let served = serving.await;
+        if served.refused.is_some() {
             server.counters.bad_message.fetch_add(1, Relaxed);
         }
+        // A unary step that its caller has no time for costs nothing but a row.
+        over.let_go = !served.whole && kind != Kind::Step;
     });
     known
+}
+
+/// The calls of a connection.
+#[derive(Default)]
+struct Calls {
+    under_way: AtomicUsize,
+    let_go: AtomicUsize, // by their caller, within a second
 }
 
 /// What is to be done when a call is over, in whichever way.
 struct Over {
     server: Arc<Server>,
-    under_way: Arc<AtomicUsize>,
+    calls: Arc<Calls>,
+    begun: Instant,
+    let_go: bool, // its caller has gone before it was answered
     id: u32,
     call: Option<(Arc<Call>, Kind)>, // None: it is relayed
 }
 
 impl Drop for Over {
     fn drop(&mut self) {
-        self.under_way.fetch_sub(1, Relaxed);
+        self.calls.under_way.fetch_sub(1, Relaxed);
+        if self.let_go && self.begun.elapsed() < LET_GO {
+            self.calls.let_go.fetch_add(1, Relaxed);
+        }
         match (&self.call, &self.server.relay) {
             (Some((call, kind)), _) => {
                 self.server.calls.write().remove(&self.id);
