@@ -567,7 +567,9 @@ def test_floods_cost_a_connection_at_most(loops: Callable[..., Loop], kind: str)
     assert loop.wire.counters()["refused_resets"] == (kind in ("resets", "continuations", "empty data"))
 
 
-def test_calls_that_are_let_go_at_once_are_bounded_however_quickly_they_are_looked_at(loops: Callable[..., Loop]) -> None:
+def test_calls_that_are_let_go_at_once_are_bounded_however_quickly_they_are_looked_at(
+    loops: Callable[..., Loop],
+) -> None:
     loop = loops(resets=10, calls=5)
     host, port = loop.address.split(":")
     began = time.monotonic()

@@ -168,10 +168,13 @@ impl<R: Rows> Link<R> {
     pub fn progress(&mut self, time: Duration) -> io::Result<bool> {
         let mut deadline = None; // the clock is asked only where it must wait
         loop {
-            if self.wants_write() {
+            let wrote = self.wants_write();
+            if wrote {
                 self.write()?;
             }
-            if self.replies.left() > 0 && (self.begun || self.wants_write()) {
+            // Right behind its last byte a commit's replies are not there yet: to look for them would cost a call.
+            let soon = wrote && !self.wants_write() && !time.is_zero();
+            if self.replies.left() > 0 && (self.begun || self.wants_write()) && !soon {
                 self.read()?;
             }
             let writing = self.wants_write(); // also what TLS wants to say, having read

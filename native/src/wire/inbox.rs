@@ -234,8 +234,7 @@ impl Inbox {
         }
     }
 
-    /// All that has come, in place of `columns`, whose memory is used again. Where it is nothing, the descriptor says when there
-    /// is something.
+    /// All that has come, in place of `columns`, whose memory is used again. The descriptor says when there is more.
     pub fn take(&self, columns: &mut Columns) -> (u64, VecDeque<Noted>) {
         columns.clear();
         let (first, noted, nbytes) = {
@@ -244,9 +243,9 @@ impl Inbox {
             let noted = std::mem::take(&mut waiting.noted);
             waiting.since = None;
             let nbytes = std::mem::take(&mut waiting.noted_nbytes) + columns.inputs.len();
-            if columns.len() == 0 && noted.is_empty() && !waiting.asleep {
+            if !waiting.asleep {
                 waiting.asleep = true;
-                let _ = self.reader.lock().read(&mut [0]); // the byte of the last wake
+                let _ = self.reader.lock().read(&mut [0]); // the byte of the wake
             }
             (waiting.rows - columns.len() as u64, noted, nbytes)
         };
@@ -325,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn the_descriptor_is_written_once_until_nothing_is_left() {
+    fn the_descriptor_is_written_once_until_what_came_is_taken() {
         let inbox = Inbox::new(1000).unwrap();
         let mut columns = Columns::default();
         assert!(!readable(&inbox));
@@ -334,12 +333,15 @@ mod tests {
             assert!(readable(&inbox));
         }
         assert_eq!(inbox.take(&mut columns).1.len(), 3);
-        inbox.push(1, Happening::End);
-        assert_eq!(inbox.take(&mut columns).1.len(), 1);
-        assert!(inbox.take(&mut columns).1.is_empty());
-        assert!(!readable(&inbox), "nothing was left, so the next one wakes");
+        assert!(
+            !readable(&inbox),
+            "all of it was taken, so the next one wakes"
+        );
         inbox.push(1, Happening::End);
         assert!(readable(&inbox));
+        assert_eq!(inbox.take(&mut columns).1.len(), 1);
+        assert!(inbox.take(&mut columns).1.is_empty());
+        assert!(!readable(&inbox));
     }
 
     #[test]

@@ -106,7 +106,10 @@ class Arena:
 
     def keep(self, slots: NDArray[Any], seqs: NDArray[np.uint64], outputs: NDArray[np.uint8]) -> None:
         """Keeps outputs, uint8 [n, output_nbytes], as those of steps `seqs`."""
-        self._ring[slots, seqs % np.uint64(self.window)] = outputs
+        if len(slots) == 1:
+            self._ring[slots.item(), seqs.item() % self.window] = outputs[0]
+        else:
+            self._ring[slots, seqs % np.uint64(self.window)] = outputs
 
     def kept(self, slots: NDArray[Any], seqs: NDArray[np.uint64]) -> NDArray[np.uint8]:
         """Outputs of steps that are at most `window` back; slots and seqs broadcast. [..., output_nbytes]"""

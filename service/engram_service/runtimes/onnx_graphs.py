@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_models.graph_step import GraphStep
+from engram_service.places import at
 from engram_service.runtimes.arena import Arena, from_bytes, split, to_bytes
 from engram_service.runtimes.base import Advanced, Runtime, RuntimeStoppedError
 from engram_service.runtimes.watchdog import Watchdog
@@ -32,7 +33,7 @@ class OnnxGraphs(Runtime):
 
     def step(self, slots: NDArray[np.int32], inputs: NDArray[np.uint8], feedback: NDArray[np.bool_] | None) -> Advanced:
         arena, schema = self.arena, self.arena.schema
-        index = slots.astype(np.intp)
+        index = at(slots)
         if feedback is not None and arena.last is not None:
             inputs = np.where(feedback[:, None], arena.last[index], inputs)
         if self._one_input:
@@ -40,7 +41,10 @@ class OnnxGraphs(Runtime):
         else:
             blocks = zip(split(inputs, schema.inputs), schema.inputs, strict=True)
             given = [from_bytes(block, spec) for block, spec in blocks]
-        before = [column.take(index, 0, mode="clip") for column in arena.state]
+        if isinstance(index, slice):
+            before = [column[index] for column in arena.state]  # views, which the graph only reads
+        else:
+            before = [column.take(index, 0, mode="clip") for column in arena.state]
         run = self._watchdog.begin(arena.bundle)
         try:
             outputs, after = self._step(given, before, run.options)

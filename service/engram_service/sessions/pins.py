@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engram_service.errors import ServiceError
+from engram_service.places import at
 from engram_service.sessions.table import References, SessionTable
 
 
@@ -28,7 +29,7 @@ class Pins:
 
     def release(self, rows: NDArray[Any]) -> None:
         """These sessions' next rows may go."""
-        self._table.busy[rows] = False
+        self._table.busy[at(rows)] = False
         self._changed.set()
         self.on_release()
 

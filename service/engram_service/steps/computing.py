@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_service.catalog import Served
+from engram_service.places import at
 from engram_service.scheduling.scheduler import Batch
 from engram_service.sessions.table import SessionTable
 from engram_service.steps import apart
@@ -19,7 +20,7 @@ def advance(served: Served, table: SessionTable, batch: Batch) -> Advance:
     """Runs the batch. The new states are in the arena then, and the outputs are kept there. Raises what the model raised where it
     failed on every row; nothing was written then."""
     started, steps = time.monotonic(), batch.steps
-    slots = table.slot[steps.rows]
+    slots = table.slot[at(steps.rows)]
     feedback = (steps.flags & FEEDBACK).astype(np.bool_) if served.bundle.schema.generates else None
     if feedback is not None and not np.count_nonzero(feedback):
         feedback = None
@@ -37,7 +38,7 @@ def advance(served: Served, table: SessionTable, batch: Batch) -> Advance:
         good, kept = np.flatnonzero(~broken), ~(broken if batch.last is None else broken[batch.last])
         sessions, seqs, states = sessions[kept], seqs[kept], [block[kept] for block in states]
         served.arena.keep(slots[good], steps.seqs[good], outputs[good])
-    table.computed[sessions] = seqs
+    table.computed[at(sessions)] = seqs
     return Advance(
         served, batch, outputs, sessions, seqs, states, good, error, started, time.monotonic(), broken is None, len(batch)
     )  # fmt: skip

@@ -21,6 +21,7 @@ from engram_service.catalog import Catalog, Served
 from engram_service.errors import InternalError, ServiceError
 from engram_service.observability.metrics import Metrics
 from engram_service.pauses import Pauses
+from engram_service.places import at
 from engram_service.runtimes.base import RuntimeStoppedError
 from engram_service.scheduling.columns import Steps
 from engram_service.scheduling.scheduler import Batch, Scheduler
@@ -166,7 +167,7 @@ class StepLoop:
     def _answer_volatile(self, computed: Advance) -> None:
         """Rows of durability interval are answered before they are in Redis."""
         table, sessions, seqs, index = self._table, computed.sessions, computed.seqs, computed.good
-        interval = table.interval[sessions]
+        interval = table.interval[at(sessions)]
         count = np.count_nonzero(interval)
         if not count:
             return
@@ -217,7 +218,7 @@ class StepLoop:
     ) -> None:
         """These sessions are in Redis: the batch's rows in `index` are theirs (None: all)."""
         now = time.monotonic()
-        self._table.durable[sessions] = seqs
+        self._table.durable[at(sessions)] = seqs
         self._answer(computed, sessions, seqs, index, now)
         self._scheduler.took(computed.served.index, len(computed.batch), now - computed.started)
 
@@ -235,8 +236,9 @@ class StepLoop:
         table = self._table
         answered, given = self._send(computed, index), self._answers.given
         count = len(computed.batch) if index is None else len(index)
-        table.applied[sessions] = seqs
-        table.used[sessions] = self._residency.clock()
+        places = at(sessions)
+        table.applied[places] = seqs
+        table.used[places] = self._residency.clock()
         self._pins.release(sessions)
         self._repeats.moved_on(sessions)
         self._advances.settle(computed, count)
