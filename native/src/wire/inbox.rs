@@ -1,6 +1,6 @@
 //! What all calls have brought and Python has not taken: rows of steps as columns, and events.
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::VecDeque;
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -144,7 +144,7 @@ pub struct Inbox {
     nbytes_max: usize,
     nbytes: AtomicUsize,
     freed: Notify,
-    reader: Mutex<PipeReader>,
+    reader: PipeReader,
     writer: PipeWriter,
     descriptor: RawFd,
 }
@@ -154,6 +154,7 @@ impl Inbox {
     pub fn new(nbytes_max: usize) -> std::io::Result<Self> {
         let (reader, writer) = std::io::pipe()?;
         let descriptor = reader.as_raw_fd();
+        unblocked(descriptor)?;
         Ok(Inbox {
             waiting: Mutex::new(Waiting {
                 asleep: true,
@@ -162,7 +163,7 @@ impl Inbox {
             nbytes_max,
             nbytes: AtomicUsize::new(0),
             freed: Notify::new(),
-            reader: Mutex::new(reader),
+            reader,
             writer,
             descriptor,
         })
@@ -180,7 +181,7 @@ impl Inbox {
         waiting.columns.push(call, steps, read, came);
         waiting.rows += steps.rows() as u64;
         self.nbytes.fetch_add(steps.inputs.len(), Ordering::Relaxed);
-        self.wake(&mut waiting);
+        self.wake(waiting);
     }
 
     pub fn push(&self, call: u32, what: Happening) {
@@ -197,7 +198,7 @@ impl Inbox {
         });
         waiting.noted_nbytes += nbytes;
         self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
-        self.wake(&mut waiting);
+        self.wake(waiting);
     }
 
     pub fn depth(&self) -> Depth {
@@ -213,13 +214,13 @@ impl Inbox {
         }
     }
 
-    fn wake(&self, waiting: &mut Waiting) {
+    fn wake(&self, mut waiting: MutexGuard<Waiting>) {
         if waiting.since.is_none() {
             waiting.since = Some(Instant::now());
         }
-        if waiting.asleep {
-            waiting.asleep = false;
-            let _ = (&self.writer).write(&[1]); // one byte at most is in the pipe
+        if std::mem::take(&mut waiting.asleep) {
+            drop(waiting); // or whom it wakes would have to wait for it
+            let _ = (&self.writer).write(&[1]); // a few bytes at most are in the pipe
         }
     }
 
@@ -243,9 +244,8 @@ impl Inbox {
             let noted = std::mem::take(&mut waiting.noted);
             waiting.since = None;
             let nbytes = std::mem::take(&mut waiting.noted_nbytes) + columns.inputs.len();
-            if !waiting.asleep {
-                waiting.asleep = true;
-                let _ = self.reader.lock().read(&mut [0]); // the byte of the wake
+            if !std::mem::replace(&mut waiting.asleep, true) {
+                let _ = (&self.reader).read(&mut [0; 8]); // the byte of the wake; one that is still to come makes an empty turn
             }
             (waiting.rows - columns.len() as u64, noted, nbytes)
         };
@@ -258,6 +258,15 @@ impl Inbox {
         }
         (first, noted)
     }
+}
+
+fn unblocked(descriptor: RawFd) -> std::io::Result<()> {
+    let flags = unsafe { libc::fcntl(descriptor, libc::F_GETFL) };
+    let set = unsafe { libc::fcntl(descriptor, libc::F_SETFL, flags | libc::O_NONBLOCK) };
+    if flags < 0 || set < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 #[cfg(test)]
