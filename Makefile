@@ -22,7 +22,7 @@ CODE := clients/python service models tests tools
 # Where the environment forbids bytecode, each of the processes that a target starts would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install docs proto lint format check proto-lint proto-check native-check types programs test native-test test-cluster test-all learn learn-quick demo bench bench-connections bench-recall bench-arena bench-stored bench-overload bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
+.PHONY: help install docs proto lint format check proto-lint proto-check native-check types programs test native-test test-cluster test-all learn learn-quick demo bench bench-connections bench-sdk bench-recall bench-arena bench-stored bench-overload bench-manager bench-opens bench-start bench-models bench-speech bench-large dist release-check observe simulate soak churn chaos chaos-quick fuzz gpu clean
 
 help:
 	@echo "make install   .venv with everything; the targets below call it themselves"
@@ -37,8 +37,10 @@ help:
 	@echo "make bench-connections  independent connections, one session each, up to 4,096; needs cargo; beside it, where given:"
 	@echo "               AGAINST=DIR, PROTOTYPE=DIR (built), MOSEC=DIR (a venv, made if it is not there), CPP_CLIENT=PATH"
 	@echo "make dist      wheel and sdist;  make release-check  installs both as users do: two servers restarted in turn under load"
+	@echo "make bench-sdk  what a step through the Python SDK takes; AGAINST=DIR, an older checkout, beside it"
 	@echo "make simulate        a load on servers and shards, with failures, calibrated by make bench: docs/scaling.md"
 	@echo "make bench-overload  a greedy client beside a thousand small ones; more load than the machine takes"
+	@echo "make bench-manager  steps beside a busy manager, and beside sessions that open and close; needs cargo"
 	@echo "make bench-opens  thousands of sessions opened at once beside others that step"
 	@echo "make bench-speech  a speech-activity model: sessions in real time;  make bench-large  states of 100 tensors and 0.5 MB"
 	@echo "make bench-start  from 'engram serve' to the first answer, and the server's memory; AGAINST=DIR, an older checkout, beside it"
@@ -156,6 +158,9 @@ bench-connections: $(STAMP) $(NATIVE_STAMP)
 	$(BIN)/python tools/benchmark_connections.py $(if $(AGAINST),--against $(AGAINST)) $(if $(PROTOTYPE),--prototype $(PROTOTYPE)) \
 		$(if $(MOSEC),--mosec $(MOSEC)) $(if $(CPP_CLIENT),--cpp-client $(CPP_CLIENT))
 
+bench-sdk: $(STAMP) $(NATIVE_STAMP)
+	$(BIN)/python tools/benchmark_sdk.py $(if $(AGAINST),--against $(AGAINST))
+
 bench-recall: $(STAMP)
 	$(BIN)/python tools/benchmark_recall.py
 
@@ -167,6 +172,10 @@ bench-stored: $(STAMP)
 
 bench-overload: $(STAMP)
 	$(BIN)/python tools/benchmark_overload.py
+
+bench-manager: $(STAMP) $(NATIVE_STAMP)
+	@cd native && cargo build --release --locked --quiet -p engram-load
+	$(BIN)/python tools/benchmark_manager.py
 
 bench-opens: $(STAMP)
 	$(BIN)/python tools/benchmark_opens.py
