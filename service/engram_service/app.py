@@ -36,6 +36,7 @@ from engram_service.protocols.engram.server import Server
 from engram_service.protocols.engram.unary import UnaryHandlers
 from engram_service.protocols.http.server import HttpServer
 from engram_service.runtimes import devices
+from engram_service.sessions import counts
 from engram_service.sessions.calls import StoreCalls
 from engram_service.settings import SettingError, Settings
 from engram_service.signals import Signals
@@ -45,6 +46,7 @@ from engram_service.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
+_PROCESSES = 1  # that have connections
 _STOP_GRACE_S = 1.0
 _CERTIFICATE_S = 0.25  # between looks at the files
 _READINESS_S = 0.1
@@ -70,6 +72,8 @@ async def serve(settings: Settings, spawned: Spawned) -> None:
         listeners = bound(settings) if _wire(settings) == "native" else []
         for listener in listeners:
             stack.callback(listener.close)
+        page = counts.made(_PROCESSES)
+        stack.callback(os.close, page)
         relay = _relay(stack)
         running = await _with_redis(settings, stack, supervisor, signals)
         store = Store(StoreSettings.of(running), supervisor, health)
@@ -77,7 +81,7 @@ async def serve(settings: Settings, spawned: Spawned) -> None:
         offers = Offers()
         begin = _begin(running, relay, tokens, certificate)
         data = DataProcess(
-            spawned, begin, listeners, settings.cache_directory() / "crashes", offers, health, supervisor
+            spawned, begin, page, listeners, settings.cache_directory() / "crashes", offers, health, supervisor
         )
         stack.callback(data.kill)
         signals.at_once.append(data.kill)
@@ -157,6 +161,7 @@ def _relay(stack: AsyncExitStack) -> str:
 def _begin(settings: Settings, relay: str, tokens: TokensFile, certificate: Certificate | None) -> dict[str, Any]:
     """What a data process is told first."""
     return {
+        "process": 0,
         "settings": asdict(settings),
         "relay": relay,
         "tokens": told(tokens.tokens.book),

@@ -6,11 +6,9 @@ All of them live on the event loop; steps/loop.py says how a step goes through t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from engram_service.auth.access import Access
-from engram_service.auth.tokens import Limits
 from engram_service.catalog import Catalog
 from engram_service.condition import Condition
 from engram_service.observability.health import Health
@@ -52,14 +50,14 @@ class DataPath:
 
     def __init__(
         self, settings: Settings, table: SessionTable, catalog: Catalog, store: Store, wire: Wire, access: Access,
-        limits: Callable[[str], Limits], supervisor: Supervisor, metrics: Metrics, health: Health,
+        shares: Shares, supervisor: Supervisor, metrics: Metrics, health: Health,
     ) -> None:  # fmt: skip
         self._supervisor = supervisor
         self.condition = condition = Condition(metrics)
-        self.shares = shares = Shares(limits)
+        table.counted = shares.count_sessions
         self.scheduler = scheduler = Scheduler(settings.batch_run_max)
         self.advances = advances = Advances()
-        self.streams = streams = Streams(wire, settings.streams_max)
+        self.streams = streams = Streams(wire, shares, settings.streams_max)
         self.pins = pins = Pins(table, condition.late)
         pauses, backlog = Pauses(metrics, health), Backlog()
         unary = UnaryRows(wire, streams, table, shares)

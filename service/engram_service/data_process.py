@@ -40,6 +40,8 @@ from engram_service.protocols.engram.fronts import Front, front_of
 from engram_service.protocols.engram.step import StepHandler
 from engram_service.runtimes.devices import Device, device_of
 from engram_service.runtimes.loader import Loader
+from engram_service.sessions.counts import Column, Page
+from engram_service.sessions.shares import Shares
 from engram_service.sessions.table import NO_SLOT, SessionTable
 from engram_service.settings import SettingError, Settings
 from engram_service.signals import Signals
@@ -61,14 +63,15 @@ def main(arguments: Sequence[str]) -> int:
     end = socket.socket(fileno=control)
     last = end.dup()  # for what is to be said when the loop has closed its own
     try:
-        listeners = handed_over(end)
+        page, listeners = handed_over(end)
         begin = first(end)
     except EOFError:
         return 1
-    settings = Settings(**begin["settings"])
+    settings, column = Settings(**begin["settings"]), Page(page).column(begin["process"])
+    os.close(page)
     set_up(settings.log_level, settings.log_format)
     try:
-        asyncio.run(_serve(settings, begin, end, listeners))
+        asyncio.run(_serve(settings, begin, end, column, listeners))
     except (SettingError, StoreError, OSError) as error:
         kind = {SettingError: "setting", StoreError: "store"}.get(type(error), "system")
         last.setblocking(True)
@@ -86,7 +89,7 @@ def _end_with(manager: int) -> None:
 
 
 async def _serve(
-    settings: Settings, begin: dict[str, Any], end: socket.socket, listeners: Sequence[socket.socket]
+    settings: Settings, begin: dict[str, Any], end: socket.socket, column: Column, listeners: Sequence[socket.socket]
 ) -> None:
     """Serves until SIGTERM, then drains. Raises SettingError, StoreError or OSError if it cannot start."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -96,12 +99,13 @@ async def _serve(
         supervisor = Supervisor(metrics, health)
         supervisor.watch_loop(asyncio.get_running_loop())
         files = Descriptors(metrics, health)
-        settings = files.fitted(settings)
+        streams_max, settings = settings.streams_max, files.fitted(settings)  # of the whole server, and of this process
         device = device_of(settings.device)
         loader = Loader(settings, device)
         signals = Signals(stop, settings.drain_timeout_s, loader.watchdog.running)
         stack.callback(_leave, loader, signals)
         tokens = Tokens(heard(begin["tokens"]))
+        shares = Shares(tokens.limits, tokens.number_of, column, streams_max, settings.sessions_max)
         access = Access(tokens, Audit(metrics))
         store = Store(StoreSettings.of(settings), supervisor, health, watches=False)
         stack.callback(store.close)
@@ -111,7 +115,7 @@ async def _serve(
         stack.callback(catalog.close)
         pems = None if begin["certificate"] is None else tls.heard(begin["certificate"])
         front = front_of(settings, access, pems, files.connections_max, begin["relay"], listeners)
-        path = DataPath(settings, table, catalog, store, front.wire, access, tokens.limits, supervisor, metrics, health)
+        path = DataPath(settings, table, catalog, store, front.wire, access, shares, supervisor, metrics, health)
         stack.callback(path.sessions.close)
         step = StepHandler(settings, catalog, store, path.calls, path.unary)
         tokens.on_change = path.handler.tokens_changed

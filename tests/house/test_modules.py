@@ -19,7 +19,7 @@ LONG_LEFT = {  # and may only shrink
     "native/src/wire/mod.rs": 491,
     "native/src/wire/relay.rs": 550,
     "native/src/wire/server.rs": 713,
-    "service/engram_service/sessions/opening.py": 422,
+    "service/engram_service/sessions/opening.py": 414,
     "service/engram_service/store/store.py": 583,
 }
 

@@ -10,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from engram_service.auth.tenants import UNKNOWN
+from engram_service.auth.tokens import Limits
+from engram_service.sessions import counts
 from engram_service.sessions.handles import HandleTable
+from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Streams
 from engram_service.wire.base import FIRST, NOT_ACKNOWLEDGED, NUMBER_BITS
 
@@ -26,7 +30,7 @@ class World:
     """Two streams with some sessions each, as the server's own columns have them, and a session table."""
 
     def __init__(self, generator: np.random.Generator) -> None:
-        self.streams = Streams(None, 10)  # type: ignore[arg-type]
+        self.streams = Streams(None, _shares(), 10)  # type: ignore[arg-type]
         self.ids = [7, 9 | 3 << NUMBER_BITS]
         self.handles: list[list[int]] = []
         rows = generator.permutation(40).tolist()
@@ -91,6 +95,10 @@ class World:
 
 class _Caller:
     tenant = ""
+
+
+def _shares() -> Shares:
+    return Shares(lambda tenant: Limits(), lambda tenant: UNKNOWN, counts.alone(), 10, 10)
 
 
 @settings(deadline=None, max_examples=400)

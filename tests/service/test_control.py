@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pathlib
 import socket
 import threading
@@ -18,6 +19,7 @@ from engram_service.control.channel import Channel
 from engram_service.manager.spawning import spawn
 from engram_service.observability.health import Health
 from engram_service.observability.metrics import Metrics
+from engram_service.sessions import counts
 from engram_service.settings import Settings
 from engram_service.store import Store, StoreSettings
 from engram_service.supervision import Supervisor
@@ -56,8 +58,16 @@ class Manager:
 
         verbs = {name: heard(name) for name in ("ready", "models", "health", "failed", "writing_back")}
         self._channel = Channel(Supervisor(Metrics(), Health()), verbs)
-        begin = {"settings": asdict(self._settings), "relay": "/nowhere", "tokens": None, "certificate": None}
-        self._spawned.hand_over([self.listener])
+        begin = {
+            "process": 0,
+            "settings": asdict(self._settings),
+            "relay": "/nowhere",
+            "tokens": None,
+            "certificate": None,
+        }
+        page = counts.made(1)
+        self._spawned.hand_over(page, [self.listener])
+        os.close(page)
         self._spawned.end.setblocking(False)
         await self._channel.run(self._spawned.end, begin)
 
@@ -153,7 +163,9 @@ def test_a_data_process_says_what_it_cannot_be_started_for(
     digits_alone: Sequence[str], redis_process: Any, wrong: dict[str, str], kind: str, says: str
 ) -> None:
     spawned = spawn()
-    spawned.hand_over([])
+    page = counts.made(1)
+    spawned.hand_over(page, [])
+    os.close(page)
     settings = Settings(redis_url=redis_process.url, models=str(digits_alone[1]), **wrong)  # type: ignore[arg-type]
     heard: list[dict[str, Any]] = []
 
@@ -165,7 +177,7 @@ def test_a_data_process_says_what_it_cannot_be_started_for(
             pass
 
         channel = Channel(Supervisor(Metrics(), Health()), {"failed": failed, "health": ignored, "models": ignored})
-        begin = {"settings": asdict(settings), "relay": "/nowhere", "tokens": None, "certificate": None}
+        begin = {"process": 0, "settings": asdict(settings), "relay": "/nowhere", "tokens": None, "certificate": None}
         spawned.end.setblocking(False)
         await channel.run(spawned.end, begin)
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_models.files import Stamp, is_passing, read_toml, stamp_of
-from engram_service.auth.tenants import usable_tenant
+from engram_service.auth.tenants import UNKNOWN, TenantNumbers, usable_tenant
 from engram_service.errors import UnauthenticatedError
 from engram_service.settings import SettingError
 
@@ -97,6 +97,7 @@ class Book:
     callers: Mapping[str, Caller]  # by hash
     tenants: Mapping[str, Limits]
     limits: Limits  # of the other tenants
+    numbers: Mapping[str, int] = field(default_factory=dict)  # of tenants (auth/tenants.py); none: they get some
 
 
 class Tokens:
@@ -108,11 +109,12 @@ class Tokens:
         self._numbers: dict[str, int] = {}  # by digest; a number is never given to another token
         self.asked_for = book is not None
         """Whether callers need one."""
+        self._tenants = TenantNumbers()
         self._put(book or Book({}, {}, Limits()))
 
     @property
     def book(self) -> Book | None:
-        """What is in force, its callers with their numbers; None: nobody needs a token."""
+        """What is in force, its callers and tenants with their numbers; None: nobody needs a token."""
         return self._book if self.asked_for else None
 
     def replace(self, book: Book) -> None:
@@ -139,6 +141,10 @@ class Tokens:
     def limits(self, tenant: str) -> Limits:
         return self._book.tenants.get(tenant, self._book.limits)
 
+    def number_of(self, tenant: str) -> int:
+        """Under which it is counted what the tenant has."""
+        return self._book.numbers.get(tenant, UNKNOWN)
+
     async def expire(self, poll_s: float) -> None:
         """Says every so often that a token may have expired; runs until cancelled."""
         while self.asked_for:
@@ -147,7 +153,8 @@ class Tokens:
 
     def _put(self, book: Book) -> None:
         callers = {digest: self._named(caller) for digest, caller in book.callers.items()}
-        self._book = replace(book, callers=callers)
+        numbers = book.numbers or self._tenants.of(caller.tenant for caller in callers.values())
+        self._book = replace(book, callers=callers, numbers=numbers)
         self._by_number = {caller.number: caller for caller in callers.values()}
 
     def _named(self, caller: Caller) -> Caller:
@@ -225,6 +232,7 @@ def told(book: Book | None) -> dict[str, Any] | None:
         "callers": callers,
         "tenants": {name: asdict(limits) for name, limits in book.tenants.items()},
         "limits": asdict(book.limits),
+        "numbers": dict(book.numbers),
     }
 
 
@@ -235,7 +243,8 @@ def heard(told: dict[str, Any] | None) -> Book | None:
         digest: Caller(tenant, token, frozenset(rights), _NEVER if expires is None else expires, digest, number)
         for number, digest, tenant, token, rights, expires in told["callers"]
     }
-    return Book(callers, {name: Limits(**limits) for name, limits in told["tenants"].items()}, Limits(**told["limits"]))
+    tenants = {name: Limits(**limits) for name, limits in told["tenants"].items()}
+    return Book(callers, tenants, Limits(**told["limits"]), told["numbers"])
 
 
 def missing() -> UnauthenticatedError:

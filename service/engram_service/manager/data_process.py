@@ -19,6 +19,7 @@ from engram_service.errors import ServiceError
 from engram_service.manager.spawning import Spawned, spawn
 from engram_service.observability.health import Health
 from engram_service.offers import Offers
+from engram_service.sessions.counts import Page
 from engram_service.settings import SettingError
 from engram_service.store import StoreError
 from engram_service.supervision import Supervisor
@@ -49,15 +50,16 @@ class DataProcess:
     """One, of `engram_service.data_process`. Event loop only."""
 
     def __init__(
-        self, spawned: Spawned, begin: dict[str, Any], listeners: Sequence[socket.socket], crashes: Path, offers: Offers,
-        health: Health, supervisor: Supervisor,
+        self, spawned: Spawned, begin: dict[str, Any], page: int, listeners: Sequence[socket.socket], crashes: Path,
+        offers: Offers, health: Health, supervisor: Supervisor,
     ) -> None:  # fmt: skip
-        """`spawned`: the first one. `begin`: what each is told first.
+        """`spawned`: the first one. `begin`: what each is told first. `page`: the file of counts (sessions/counts.py).
         `crashes`: where its watchdog says what it runs."""
         self.begin = begin
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         """Of the first one. Raises what it says that it cannot be started for."""
         self.writing_back = False  # Redis has lost data, and sessions are still to be written to it
+        self._page, self._counts = page, Page(page)
         self._listeners = listeners
         self._crashes = crashes
         self._offers = offers
@@ -85,6 +87,7 @@ class DataProcess:
             code = await self._told_and_watched(spawned)
             if self._stopping.is_set():
                 return
+            self._counts.clear(self.begin["process"])
             if not self.ready.done() and (self._failed or code >= 0):
                 ended = OSError(f"the data process ended ({_told(code)}) before it was ready")
                 self.ready.set_exception(self._failed or ended)
@@ -194,7 +197,7 @@ class DataProcess:
     async def _told_and_watched(self, spawned: Spawned) -> int:
         """Tells it what it shall do, and returns how it ended."""
         try:
-            spawned.hand_over(self._listeners)
+            spawned.hand_over(self._page, self._listeners)
         except OSError:  # it has ended already
             return await asyncio.to_thread(spawned.process.wait)
         spawned.end.setblocking(False)

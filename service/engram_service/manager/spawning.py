@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LISTENERS_MAX = 64  # a name may have many addresses
+_FILES_MAX = 65  # a name may have many addresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,10 @@ class Spawned:
     process: subprocess.Popen[bytes]
     end: socket.socket
 
-    def hand_over(self, listeners: Sequence[socket.socket]) -> None:
-        """Gives it these listening sockets: what it waits for first. Raises OSError where it is gone."""
-        socket.send_fds(self.end, [b"\0"], [one.fileno() for one in listeners])
+    def hand_over(self, page: int, listeners: Sequence[socket.socket]) -> None:
+        """Gives it the page of counts (sessions/counts.py) and these listening sockets: what it waits for first. Raises OSError
+        where it is gone."""
+        socket.send_fds(self.end, [b"\0"], [page, *(one.fileno() for one in listeners)])
 
     def stop(self) -> None:
         """Ends it before it was told anything."""
@@ -39,9 +40,9 @@ def spawn() -> Spawned:
     return Spawned(process, ours)
 
 
-def handed_over(end: socket.socket) -> list[socket.socket]:
-    """In the data process: the listening sockets. Raises EOFError where the manager is gone."""
-    data, files, _, _ = socket.recv_fds(end, 1, _LISTENERS_MAX)
+def handed_over(end: socket.socket) -> tuple[int, list[socket.socket]]:
+    """In the data process: the page of counts, and the listening sockets. Raises EOFError where the manager is gone."""
+    data, files, _, _ = socket.recv_fds(end, 1, _FILES_MAX)
     if not data:
         raise EOFError
-    return [socket.socket(fileno=file) for file in files]
+    return files[0], [socket.socket(fileno=file) for file in files[1:]]

@@ -124,7 +124,6 @@ class Sessions:
         # mostly wait for Redis, and large ones go one after the other.
         self._pool = ThreadPoolExecutor(_OPENING_THREADS, "open")
         self._large = ThreadPoolExecutor(1, "open-large")
-        self._opening = 0  # sessions that are being opened, and are not in the table yet
         self._last: dict[tuple[int, str], set[str]] = {}  # by stream and key: `outdone` of the last open under way
 
     def close(self) -> None:
@@ -142,9 +141,6 @@ class Sessions:
         if wanted.ttl_ms > _TTL_MS_MAX:
             raise InvalidArgumentError("INVALID_ARGUMENT", f"ttl_ms is {wanted.ttl_ms}; give at most {_TTL_MS_MAX}")
         new = {key for key in wanted.ids if self._table.find(key) is None}
-        if len(self._table) + self._opening + len(new) > self._settings.sessions_max:
-            message = f"this server has {self._settings.sessions_max} sessions, its limit"
-            raise ResourceExhaustedError("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
         if len(stream.handles) + stream.opening + len(wanted.ids) > PLACES_MAX:
             message = f"this stream has {len(stream.handles)} sessions open, and may have {PLACES_MAX}; use another one"
             raise ResourceExhaustedError("TOO_MANY_SESSIONS", message, retry_after_ms=1000)
@@ -154,10 +150,9 @@ class Sessions:
         result = Opened.refused(len(ids), ids, None)
         result.errors = {i: refusal for i, refusal in enumerate(check_ids(ids)) if refusal is not None}
         good = [i for i in range(len(ids)) if i not in result.errors]
-        share = self._shares.of(wanted.tenant)
         with (
-            share.sessions(self._table.count_of(wanted.tenant), len(new)) as entered,
-            self._room(stream, len(ids), new),
+            self._shares.of(wanted.tenant).sessions(len(new)) as entered,
+            self._room(stream, len(ids)),
             self._in_order(stream, wanted) as outdone,
         ):
             seen = await self._seen(stream, wanted, [ids[i] for i in good], deadline)
@@ -170,7 +165,6 @@ class Sessions:
                 there = {ids[place] for place in good[piece] if self._table.find(ids[place]) is not None} & new
                 entered(len(there))
                 new -= there  # which are counted in the table from now on
-                self._opening -= len(there)
         return result
 
     @contextlib.contextmanager
@@ -190,15 +184,13 @@ class Sessions:
                     del self._last[place]
 
     @contextlib.contextmanager
-    def _room(self, stream: Stream, handles: int, new: set[str]) -> Iterator[None]:
-        """What is being opened counts as if it were there; `new` is what is not yet."""
+    def _room(self, stream: Stream, handles: int) -> Iterator[None]:
+        """What is being opened counts as if it were there."""
         stream.opening += handles
-        self._opening += len(new)
         try:
             yield
         finally:
             stream.opening -= handles
-            self._opening -= len(new)
 
     async def _open(
         self, stream: Stream, wanted: Wanted, served: Served, places: Sequence[int], seen: tuple[int, list[str]],

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.v1 import stream_pb2
+from engram_service.auth.tenants import SERVER
 from engram_service.auth.tokens import Caller
-from engram_service.errors import ResourceExhaustedError
 from engram_service.sessions.handles import Handles, HandleTable
+from engram_service.sessions.shares import Shares, too_many_streams
 from engram_service.wire.base import CALL, NUMBER_BITS, Wire
 
 LOCAL = 0
@@ -81,14 +82,19 @@ class Stream:
 class Streams:
     """All of them, by id."""
 
-    def __init__(self, wire: Wire, streams_max: int) -> None:
+    def __init__(self, wire: Wire, shares: Shares, streams_max: int) -> None:
+        """`streams_max`: of this process."""
         self.wire = wire
         self.handles = HandleTable()
         self.in_flight = 0  # rows of all streams
+        self._shares = shares
+        shares.on_limited = self._limited
         self._streams_max = streams_max
         self._of: dict[int, Stream] = {}
         self._ids = np.full(64, _NOBODY, np.uint32)  # by number
         self._rows = np.zeros(64, np.int64)  # in flight
+        self._tenants = np.full(64, SERVER, np.int32)  # whose stream it is; rows of calls are counted by shares.py
+        self._by_tenant: NDArray[np.int64] | None = None  # rows in flight, while there are limits on them
 
     def __len__(self) -> int:
         return len(self._of) - (LOCAL in self._of)
@@ -102,18 +108,21 @@ class Streams:
 
     def add(self, stream_id: int, caller: Caller, peer: str = "", trace: str = "") -> Stream:
         """Raises ResourceExhaustedError."""
-        if stream_id != LOCAL and len(self) >= self._streams_max:
-            limit = self._streams_max
-            raise ResourceExhaustedError(
-                "TOO_MANY_STREAMS", f"this server has {limit} streams, its limit", retry_after_ms=1000
-            )
+        tenant = SERVER
+        if stream_id != LOCAL:
+            if len(self) >= self._streams_max:
+                raise too_many_streams(self._streams_max)
+            share = self._shares.of(caller.tenant)
+            share.take_stream()
+            tenant = share.number
         number = stream_id & _NUMBER_INT
         if number >= len(self._ids):
             more = max(len(self._ids), number + 1 - len(self._ids))
             self._ids = np.concatenate([self._ids, np.full(more, _NOBODY, np.uint32)])
             self._rows = np.concatenate([self._rows, np.zeros(more, np.int64)])
+            self._tenants = np.concatenate([self._tenants, np.full(more, SERVER, np.int32)])
         stream = self._of[stream_id] = Stream(stream_id, self, caller, peer, trace)
-        self._ids[number], self._rows[number] = stream_id, 0
+        self._ids[number], self._rows[number], self._tenants[number] = stream_id, 0, tenant
         return stream
 
     def remove(self, stream: Stream) -> None:
@@ -121,7 +130,11 @@ class Streams:
         stream.end()
         number = stream.id & _NUMBER_INT
         del self._of[stream.id]
+        if stream.id != LOCAL:
+            self._shares.of(stream.tenant).give_stream()
         self.in_flight -= int(self._rows[number])
+        if self._by_tenant is not None:
+            self._by_tenant[self._tenants[number]] -= self._rows[number]
         self._ids[number], self._rows[number] = _NOBODY, 0
         stream.handles.forget()
 
@@ -151,9 +164,15 @@ class Streams:
     def arrived(self, ids: NDArray[np.uint32]) -> None:
         """A row for each, which is in flight from now on. The streams are there."""
         if len(ids) == 1:
-            self._rows[_number(ids.item(0))] += 1
+            number = _number(ids.item(0))
+            self._rows[number] += 1
+            if self._by_tenant is not None:
+                self._by_tenant[self._tenants[number]] += 1
         else:
-            np.add.at(self._rows, _numbers(ids), 1)
+            numbers = _numbers(ids)
+            np.add.at(self._rows, numbers, 1)
+            if self._by_tenant is not None:
+                np.add.at(self._by_tenant, self._tenants[numbers], 1)
         self.in_flight += len(ids)
 
     def answered(self, ids: NDArray[np.uint32]) -> None:
@@ -163,13 +182,28 @@ class Streams:
             if self._ids.item(number) == ids.item(0) or ids.item(0) & CALL:
                 self._rows[number] -= 1
                 self.in_flight -= 1
+                if self._by_tenant is not None:
+                    self._by_tenant[self._tenants[number]] -= 1
             return
         numbers = _numbers(ids)
         same = (self._ids[numbers] == ids) | (ids >= CALL)
         if np.count_nonzero(same) < len(ids):
             numbers = numbers[same]
         np.subtract.at(self._rows, numbers, 1)
+        if self._by_tenant is not None:
+            np.subtract.at(self._by_tenant, self._tenants[numbers], 1)
         self.in_flight -= len(numbers)
+
+    def to_check(self, ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
+        """Of which of these streams more rows may have come than their tenants may have in flight: of calls it is not known."""
+        found: NDArray[np.bool_] = (ids >= CALL) | self._shares.over(self._tenants[_numbers(ids)])
+        return found
+
+    def _limited(self, limited: bool) -> None:
+        """Rows are counted by tenant from now on, or no longer."""
+        rows = self._shares.column.rows
+        (np.add if limited else np.subtract).at(rows, self._tenants, self._rows)
+        self._by_tenant = rows if limited else None
 
 
 def _number(stream_id: int) -> int:

@@ -7,6 +7,7 @@ columns are as narrow as they can be.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -122,7 +123,8 @@ class SessionTable:
         self.ids: list[str | None] = []
         self._row_of: dict[str, int] = {}
         self._free: list[int] = []
-        self._of_tenant: Counter[str] = Counter()
+        self.counted: Callable[[str, int], None] = lambda tenant, more: None
+        """Is told how many sessions of a tenant came, or went."""
         self._generation = np.zeros(capacity, np.uint32)  # of each row: how often it has been freed
         for name, (dtype, shape, unused) in _COLUMNS.items():
             setattr(self, name, np.full((capacity, *shape), unused, dtype))
@@ -159,10 +161,6 @@ class SessionTable:
 
     # Rows
 
-    def count_of(self, tenant: str) -> int:
-        """How many of the sessions are a tenant's."""
-        return self._of_tenant[tenant]
-
     def id_of(self, row: int) -> str:
         session_id = self.ids[row]
         if session_id is None:
@@ -180,7 +178,7 @@ class SessionTable:
                 self._grow()
             self.ids.append(session_id)
         self._row_of[session_id] = row
-        self._of_tenant[tenant_of(session_id)] += 1
+        self.counted(tenant_of(session_id), 1)
         return row
 
     def pinned(self, rows: NDArray[Any]) -> NDArray[np.bool_]:
@@ -193,11 +191,14 @@ class SessionTable:
         if self.pinned(rows).any():
             raise RuntimeError("a session that is in a batch or being flushed was to be forgotten")
         self._generation[rows] += np.uint32(1)
+        went: Counter[str] = Counter()
         for row in rows.tolist():
             session_id = self.id_of(row)
             del self._row_of[session_id]
-            self._of_tenant[tenant_of(session_id)] -= 1
+            went[tenant_of(session_id)] += 1
             self.ids[row] = None
+        for tenant, count in went.items():
+            self.counted(tenant, -count)
         for name, (_, _, unused) in _COLUMNS.items():
             getattr(self, name)[rows] = unused
         self._free.extend(rows.tolist())

@@ -82,7 +82,6 @@ class Admission:
         self._catalog = catalog
         self._wire = wire
         self._streams = streams
-        self._shares = shares
         self._scheduler = scheduler
         self._residency = residency
         self._repeats = repeats
@@ -188,13 +187,12 @@ class Admission:
             refused = bad_handles(rows)
             served = self._model_of(rows, refused)
             inputs = self._read_inputs(served, frame, columns.flags, columns.source)
-            self._shares.of(stream.tenant).take(len(columns))
+            streams = np.full(len(columns), stream.id, np.uint32)
+            self._room.arrive(stream, streams)
         except ServiceError as refusal:
             self._refuse_frame(stream, frame, refusal)
             return
-        streams = np.full(len(columns), stream.id, np.uint32)
         self._wire.expect(stream.id, len(columns))
-        self._streams.arrived(streams)
         if columns.acked is not None:
             own = (
                 rows if columns.source is None else stream.handles.rows_of(column(frame.handles, np.uint32, "handles"))

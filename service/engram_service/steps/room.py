@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from engram_service.condition import Condition
 from engram_service.errors import ResourceExhaustedError, ServiceError
 from engram_service.sessions.shares import Shares
-from engram_service.sessions.streams import Streams
+from engram_service.sessions.streams import Stream, Streams
 from engram_service.settings import Settings
 from engram_service.steps.backlog import Backlog
 from engram_service.steps.unary_rows import UnaryRows
@@ -40,8 +39,11 @@ class Room:
         tight = self._condition.draining or self._streams.in_flight > self.rows_max(least)
         if not tight and not self._shares.limited:
             return
-        starts = np.flatnonzero(arrived.flags & FIRST).tolist()
-        for start, end in itertools.pairwise([*starts, len(arrived)]):
+        starts = np.flatnonzero(arrived.flags & FIRST)
+        frames = np.stack([starts, np.append(starts[1:], len(arrived))], axis=1)
+        if not tight:
+            frames = frames[self._streams.to_check(arrived.streams[starts])]
+        for start, end in frames.tolist():
             number, count = arrived.streams.item(start), end - start
             stream = self._streams.get(number)
             try:
@@ -50,9 +52,18 @@ class Room:
                 if number & CALL:
                     self._unary.take(number, rows.item(start))
                 elif stream is not None:
-                    self._shares.of(stream.tenant).take(count, count)
+                    self._shares.of(stream.tenant).check_rows()
             except ServiceError as refusal:
                 yield slice(start, end), refusal
+
+    def arrive(self, stream: Stream, rows: NDArray[np.uint32]) -> None:
+        """Rows of a stream, which are in flight from now on. Raises ResourceExhaustedError, and then they are not."""
+        self._streams.arrived(rows)
+        try:
+            self._shares.of(stream.tenant).check_rows()
+        except ResourceExhaustedError:
+            self._streams.answered(rows)
+            raise
 
     def check(self, stream: int, rows: int, timeout_ms: int, counted: int = 0) -> None:
         """Room for more rows of a stream, or for those that are `counted` already. Raises ResourceExhaustedError."""

@@ -19,7 +19,7 @@ from engram.v1 import model_pb2
 from engram_models import LSTM, Hopfield, load_bundle, write_bundle
 from engram_service.auth.access import Access
 from engram_service.auth.audit import Audit
-from engram_service.auth.tokens import Caller, Limits, Tokens
+from engram_service.auth.tokens import Caller, Tokens
 from engram_service.catalog import Catalog, Served
 from engram_service.condition import Condition
 from engram_service.observability.health import Health
@@ -33,6 +33,7 @@ from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.onnx_graphs import OnnxGraphs
 from engram_service.runtimes.watchdog import Watchdog
 from engram_service.scheduling.scheduler import Scheduler
+from engram_service.sessions import counts
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.ending import Endings
 from engram_service.sessions.holds import Holds
@@ -115,10 +116,12 @@ async def _made() -> World:
         for cell in (LSTM(4, 6, output_size=4), Hopfield.of(patterns, ["a", "b", "c"])):
             _serve(catalog, offers, write_bundle(Path(scratch), cell.kind, "1", cell))
     store = Store(StoreSettings("unix:///nowhere", "memory", 0, 100, 1))
-    shares, supervisor = Shares(lambda tenant: Limits()), Supervisor(metrics, Health())
-    access, condition, pauses = Access(Tokens(), Audit(metrics)), Condition(metrics), Pauses(metrics, Health())
+    tokens, supervisor = Tokens(), Supervisor(metrics, Health())
+    shares = Shares(tokens.limits, tokens.number_of, counts.alone(), settings.streams_max, settings.sessions_max)
+    table.counted = shares.count_sessions
+    access, condition, pauses = Access(tokens, Audit(metrics)), Condition(metrics), Pauses(metrics, Health())
     scheduler, pins, wire = Scheduler(8), Pins(table, condition.late), GrpcioWire(settings, access)
-    streams = Streams(wire, settings.streams_max)
+    streams = Streams(wire, shares, settings.streams_max)
     rows = UnaryRows(wire, streams, table, shares)
     answers = Answers(wire, streams, table, metrics, rows)
     flushes = Flushes(table, Commits(store, table, metrics, lambda session: None))

@@ -113,7 +113,7 @@ class StreamHandler:
 
     def tokens_changed(self) -> None:
         """Puts out those whose token has been revoked, has expired or has lost its right; the others go on."""
-        self._shares.forget_room()
+        self._shares.renew()
         for stream in self._streams.all():
             try:
                 renewed = self._access.renewed(stream.caller, "Stream")
@@ -140,13 +140,10 @@ class StreamHandler:
         caller = begun.caller
         try:
             self._condition.check_open()
-            share = self._shares.of(caller.tenant)
-            share.check_stream()
             stream = self._streams.add(begun.stream, caller, begun.peer, begun.trace)
         except ServiceError as refusal:
             self._wire.finish(begun.stream, refusal)
             return
-        share.streams.add(stream)
         self._opens[stream] = _Open()
         log.info("stream opened", extra=_told(stream, caller))
 
@@ -154,7 +151,6 @@ class StreamHandler:
         for task, slow in self._opens.pop(stream).tasks.items():
             if not slow.finished:
                 task.cancel()
-        self._shares.of(stream.tenant).streams.discard(stream)
         self._ownership.disconnect(stream)
         log.info("stream ended", extra=_told(stream, stream.caller))
 
