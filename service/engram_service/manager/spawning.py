@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_FILES_MAX = 65  # a name may have many addresses
+_FILES_MAX = 65  # the page of counts, and a socket for each address that a name has
 
 
 @dataclass(frozen=True, slots=True)
