@@ -167,7 +167,7 @@ class Streams:
             number = _number(ids.item(0))
             self._rows[number] += 1
             if self._by_tenant is not None:
-                self._by_tenant[self._tenants[number]] += 1
+                self._by_tenant[self._tenants.item(number)] += 1
         else:
             numbers = _numbers(ids)
             np.add.at(self._rows, numbers, 1)
@@ -183,7 +183,7 @@ class Streams:
                 self._rows[number] -= 1
                 self.in_flight -= 1
                 if self._by_tenant is not None:
-                    self._by_tenant[self._tenants[number]] -= 1
+                    self._by_tenant[self._tenants.item(number)] -= 1
             return
         numbers = _numbers(ids)
         same = (self._ids[numbers] == ids) | (ids >= CALL)

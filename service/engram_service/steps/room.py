@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -16,6 +17,8 @@ from engram_service.settings import Settings
 from engram_service.steps.backlog import Backlog
 from engram_service.steps.unary_rows import UnaryRows
 from engram_service.wire.base import CALL, FIRST, Arrived
+
+_FEW = 8  # frames; to look at each of so many costs less than at all at once
 
 
 class Room:
@@ -40,10 +43,13 @@ class Room:
         if not tight and not self._shares.limited:
             return
         starts = np.flatnonzero(arrived.flags & FIRST)
-        frames = np.stack([starts, np.append(starts[1:], len(arrived))], axis=1)
-        if not tight:
-            frames = frames[self._streams.to_check(arrived.streams[starts])]
-        for start, end in frames.tolist():
+        frames: Iterator[tuple[int, int]] = itertools.pairwise([*starts.tolist(), len(arrived)])
+        if not tight and len(starts) > _FEW:
+            to_check = self._streams.to_check(arrived.streams[starts])
+            if not to_check.any():
+                return
+            frames = itertools.compress(frames, to_check.tolist())
+        for start, end in frames:
             number, count = arrived.streams.item(start), end - start
             stream = self._streams.get(number)
             try:
