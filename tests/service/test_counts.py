@@ -137,7 +137,8 @@ def another(page: int) -> Iterator[Callable[[int], Other]]:
 @pytest.mark.promise(6)
 def test_a_limit_is_of_all_processes_together(page: int, another: Callable[[int], Other]) -> None:
     own, other = Page(page), another(1)
-    acme = shares_of(own, 0).of("acme")
+    shares = shares_of(own, 0)
+    acme = shares.of("acme")
 
     assert other.take(STREAMS, ACME, 2)
     acme.take_stream()
@@ -157,6 +158,9 @@ def test_a_limit_is_of_all_processes_together(page: int, another: Callable[[int]
     acme.take_unary(4)
     with pytest.raises(ResourceExhaustedError, match="rows_max"):
         acme.take_unary(1)
+    assert shares.over(np.array([3, ACME])).tolist() == [False, False]
+    assert other.take(ROWS, ACME, 1)
+    assert shares.over(np.array([3, ACME])).tolist() == [False, True]
 
     other.kill()
     with pytest.raises(ResourceExhaustedError):
