@@ -10,7 +10,7 @@ import pytest
 from house.test_house import PACKAGES, ROOT, _modules
 
 LINES_MAX = 400
-LONG_LEFT = {  # and may only shrink
+LONG_LEFT: dict[str, int] = {  # and may only shrink
     "clients/python/engram/_blocking.py": 516,
     "clients/python/engram/_client.py": 595,
     "clients/python/engram/_core.py": 567,
@@ -18,7 +18,6 @@ LONG_LEFT = {  # and may only shrink
     "native/src/wire/call.rs": 410,
     "native/src/wire/mod.rs": 491,
     "native/src/wire/relay.rs": 550,
-    "native/src/wire/server.rs": 713,
     "service/engram_service/sessions/opening.py": 414,
     "service/engram_service/store/store.py": 583,
 }
