@@ -122,3 +122,15 @@ impl<T: Element> Column<T> {
         }
     }
 }
+
+/// The bytes of a column whose rows lie side by side; its owner leaves them as they are while they are used here.
+pub fn bytes_of<T: Element>(buffer: &PyBuffer<T>) -> PyResult<&[u8]> {
+    if !buffer.is_c_contiguous() {
+        return Err(PyValueError::new_err("a column is not contiguous"));
+    }
+    if buffer.len_bytes() == 0 {
+        return Ok(&[]); // whose pointer may be null
+    }
+    // Held by the buffer, contiguous, and of so many bytes.
+    Ok(unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.len_bytes()) })
+}

@@ -1,6 +1,7 @@
 //! The wire as Python sees it: `take` what has come, `answer` rows, `send` and `finish` calls. No object for a row or a frame.
 
 mod allowance;
+mod answers;
 mod call;
 mod certificates;
 mod counted;
@@ -22,7 +23,6 @@ mod strangers;
 mod timeout;
 mod times;
 
-use http::{HeaderMap, HeaderName, HeaderValue};
 use parking_lot::Mutex;
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyOSError, PyValueError};
@@ -37,16 +37,16 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 
-use call::Call;
+use crate::columns::bytes_of;
+use answers::Answers;
 use certificates::tls_config;
 pub use event::Event;
 use inbox::Columns;
 use refusals::Refusals;
 use relay::Relay;
 pub use requests::StepModel;
-use server::{Limits, Listener, Server};
+use server::{Limits, Listener, Server, header_map};
 use status::Status;
-use steps::CALL;
 use times::{Answer, Written};
 
 /// Connections of gRPC clients, ended in threads of their own.
@@ -94,18 +94,6 @@ impl Wire {
         edges: Vec<f64>,
         step_s: f64,
     ) -> PyResult<Self> {
-        let times = [handshake_s, idle_s, keepalive_s, step_s];
-        if times.iter().any(|time| !(0.001..=1e9).contains(time))
-            || edges.iter().any(|edge| !(0.0..=1e9).contains(edge))
-            || !edges.is_sorted()
-            || threads == 0
-            || rows == 0
-            || connections == 0
-            || relayed == 0
-            || relayed.max(connections) > Semaphore::MAX_PERMITS
-        {
-            return Err(PyValueError::new_err("a limit is out of range"));
-        }
         let limits = Limits {
             connections,
             calls,
@@ -121,6 +109,14 @@ impl Wire {
             frame_rows,
             frame_nbytes,
         };
+        if !limits.possible()
+            || edges.iter().any(|edge| !(0.0..=1e9).contains(edge))
+            || !edges.is_sorted()
+            || threads == 0
+            || !(1..=Semaphore::MAX_PERMITS).contains(&relayed)
+        {
+            return Err(PyValueError::new_err("a limit is out of range"));
+        }
         let refusals = refusals
             .into_iter()
             .map(|(name, (code, message, details))| {
@@ -135,7 +131,13 @@ impl Wire {
         let refusals = Refusals::new(refusals).map_err(PyValueError::new_err)?;
         let relay = relay.map(|path| Relay::new(path, relayed));
         let written = Written::new(&edges);
-        let server = Server::new(limits, header_map(head)?, refusals, relay, written)?;
+        let server = Server::new(
+            limits,
+            header_map(head).map_err(|error| PyValueError::new_err(error.to_string()))?,
+            refusals,
+            relay,
+            written,
+        )?;
         let runtime = Builder::new_multi_thread()
             .worker_threads(threads)
             .enable_all()
@@ -163,15 +165,7 @@ impl Wire {
             .as_ref()
             .ok_or_else(|| PyOSError::new_err("the wire is closed"))?;
         let _entered = runtime.enter();
-        let listener = if is_unix(descriptor)? {
-            let listener = std::os::unix::net::UnixListener::from(owned);
-            listener.set_nonblocking(true)?;
-            Listener::Unix(tokio::net::UnixListener::from_std(listener)?)
-        } else {
-            let listener = std::net::TcpListener::from(owned);
-            listener.set_nonblocking(true)?;
-            Listener::Tcp(tokio::net::TcpListener::from_std(listener)?)
-        };
+        let listener = Listener::new(owned)?;
         runtime.spawn(server::listen(self.server.clone(), listener));
         Ok(())
     }
@@ -292,7 +286,14 @@ impl Wire {
         let ids = calls.to_vec(python)?;
         let (handles, seqs) = (bytes_of(&handles)?, bytes_of(&seqs)?);
         let (outputs, durable) = (bytes_of(&outputs)?, bytes_of(&durable)?);
-        python.detach(|| self.answer_rows(&ids, handles, seqs, outputs, durable));
+        let answers = Answers {
+            ids: &ids,
+            handles,
+            seqs,
+            outputs,
+            durable,
+        };
+        python.detach(|| answers.send(&self.server));
         Ok(())
     }
 
@@ -354,30 +355,7 @@ impl Wire {
             Some(relay) => (relay.now() as u64, relay.ever.load(Relaxed)),
             None => (0, 0),
         };
-        let ever = [
-            ("accepted", &counters.accepted),
-            ("turned_away", &counters.turned_away),
-            ("failed", &counters.failed),
-            ("unauthenticated", &counters.unauthenticated),
-            ("bytes_in", &counters.bytes_in),
-            ("bytes_out", &counters.bytes_out),
-            ("tls_1_2", &counters.tls_1_2),
-            ("tls_1_3", &counters.tls_1_3),
-            ("tls_failed", &counters.tls_failed),
-            ("steps", &counters.steps),
-            ("step_rows", &counters.step_rows),
-            ("step_events", &counters.step_events),
-            ("answers", &counters.answers),
-            ("refused_no_token", &counters.no_token),
-            ("refused_unknown_token", &counters.unknown_token),
-            ("refused_token_revoked", &counters.token_revoked),
-            ("refused_too_many_calls", &counters.too_many_calls),
-            ("refused_no_relay", &counters.no_relay),
-            ("refused_head", &counters.bad_head),
-            ("refused_message", &counters.bad_message),
-            ("refused_resets", &counters.resets),
-        ];
-        let mut all = HashMap::from(ever.map(|(name, count)| (name, count.load(Relaxed))));
+        let mut all = HashMap::from(counters.ever());
         all.extend([
             ("connections", counters.connections.load(Relaxed) as u64),
             ("streams", counters.streams.load(Relaxed) as u64),
@@ -408,85 +386,4 @@ impl Wire {
             });
         }
     }
-}
-
-impl Wire {
-    fn answer_rows(
-        &self,
-        ids: &[u32],
-        handles: &[u8],
-        seqs: &[u8],
-        outputs: &[u8],
-        durable: &[u8],
-    ) {
-        let width = outputs.len().checked_div(ids.len()).unwrap_or(0);
-        let since = Some(times::now());
-        let calls = self.server.calls.read();
-        let (mut start, mut answers) = (0, 0);
-        for run in ids.chunk_by(|one, next| one == next) {
-            let end = start + run.len();
-            if run[0] & CALL != 0 {
-                // Each of them has a call, and each call has one.
-                for (row, id) in (start..end).zip(run) {
-                    let seq = seqs[8 * row..].first_chunk().copied().unwrap_or_default();
-                    let output = &outputs[width * row..width * (row + 1)];
-                    let call = calls.get(&(id & !CALL));
-                    let heard = |call: &Arc<Call>| call.stepped(u64::from_le_bytes(seq), output);
-                    answers += u64::from(call.is_some_and(heard));
-                }
-            } else if let Some(call) = calls.get(&run[0]) {
-                let durable = if durable.is_empty() {
-                    durable
-                } else {
-                    &durable[8 * start..8 * end]
-                };
-                let message = frames::outputs(
-                    &handles[4 * start..4 * end],
-                    &seqs[8 * start..8 * end],
-                    &outputs[width * start..width * end],
-                    durable,
-                );
-                let rows = run.len();
-                call.send(message, Answer { rows, since });
-                answers += run.len() as u64;
-            }
-            start = end;
-        }
-        self.server.counters.answers.fetch_add(answers, Relaxed);
-    }
-}
-
-/// The memory of a column, which its owner leaves as it is while it is used here.
-fn bytes_of<T: pyo3::buffer::Element>(buffer: &PyBuffer<T>) -> PyResult<&[u8]> {
-    if !buffer.is_c_contiguous() {
-        return Err(PyValueError::new_err("a column is not contiguous"));
-    }
-    if buffer.len_bytes() == 0 {
-        return Ok(&[]); // whose pointer may be null
-    }
-    // Held by the buffer, contiguous, and of so many bytes.
-    Ok(unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.len_bytes()) })
-}
-
-fn header_map(head: Vec<(String, String)>) -> PyResult<HeaderMap> {
-    let mut headers = HeaderMap::new();
-    for (name, value) in head {
-        let name =
-            HeaderName::try_from(name).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        headers.insert(
-            name,
-            HeaderValue::try_from(value)
-                .map_err(|error| PyValueError::new_err(error.to_string()))?,
-        );
-    }
-    Ok(headers)
-}
-
-fn is_unix(descriptor: RawFd) -> std::io::Result<bool> {
-    let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
-    let mut length = std::mem::size_of_val(&address) as libc::socklen_t;
-    if unsafe { libc::getsockname(descriptor, (&raw mut address).cast(), &raw mut length) } != 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    Ok(i32::from(address.ss_family) == libc::AF_UNIX)
 }

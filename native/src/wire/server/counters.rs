@@ -46,4 +46,32 @@ impl Counters {
             self.unauthenticated.fetch_add(1, Relaxed);
         }
     }
+
+    /// What is counted ever, by the names that Python has for it.
+    pub fn ever(&self) -> [(&'static str, u64); 21] {
+        let counts = [
+            ("accepted", &self.accepted),
+            ("turned_away", &self.turned_away),
+            ("failed", &self.failed),
+            ("unauthenticated", &self.unauthenticated),
+            ("bytes_in", &self.bytes_in),
+            ("bytes_out", &self.bytes_out),
+            ("tls_1_2", &self.tls_1_2),
+            ("tls_1_3", &self.tls_1_3),
+            ("tls_failed", &self.tls_failed),
+            ("steps", &self.steps),
+            ("step_rows", &self.step_rows),
+            ("step_events", &self.step_events),
+            ("answers", &self.answers),
+            ("refused_no_token", &self.no_token),
+            ("refused_unknown_token", &self.unknown_token),
+            ("refused_token_revoked", &self.token_revoked),
+            ("refused_too_many_calls", &self.too_many_calls),
+            ("refused_no_relay", &self.no_relay),
+            ("refused_head", &self.bad_head),
+            ("refused_message", &self.bad_message),
+            ("refused_resets", &self.resets),
+        ];
+        counts.map(|(name, count)| (name, count.load(Relaxed)))
+    }
 }

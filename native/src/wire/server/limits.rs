@@ -1,5 +1,7 @@
 //! What peers are allowed.
 
+use tokio::sync::Semaphore;
+
 /// What is allowed. Times are in seconds.
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -16,4 +18,14 @@ pub struct Limits {
     pub resets: usize, // of calls that the server has not looked at; a second of others, or 2 * calls
     pub frame_rows: usize, // of a frame of steps; one with more, or with more bytes, is Python's to refuse
     pub frame_nbytes: usize,
+}
+
+impl Limits {
+    /// Whether a server can keep them.
+    pub fn possible(&self) -> bool {
+        let times = [self.handshake_s, self.idle_s, self.keepalive_s, self.step_s];
+        times.iter().all(|time| (0.001..=1e9).contains(time))
+            && self.rows > 0
+            && (1..=Semaphore::MAX_PERMITS).contains(&self.connections)
+    }
 }

@@ -1,6 +1,7 @@
 //! Connections are taken from listening sockets, up to as many as allowed.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -17,6 +18,30 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50); // when there is no de
 pub enum Listener {
     Tcp(TcpListener),
     Unix(UnixListener),
+}
+
+impl Listener {
+    /// Within a runtime, which waits for its connections.
+    pub fn new(descriptor: OwnedFd) -> io::Result<Self> {
+        Ok(if is_unix(descriptor.as_raw_fd())? {
+            let listener = std::os::unix::net::UnixListener::from(descriptor);
+            listener.set_nonblocking(true)?;
+            Listener::Unix(UnixListener::from_std(listener)?)
+        } else {
+            let listener = std::net::TcpListener::from(descriptor);
+            listener.set_nonblocking(true)?;
+            Listener::Tcp(TcpListener::from_std(listener)?)
+        })
+    }
+}
+
+fn is_unix(descriptor: RawFd) -> io::Result<bool> {
+    let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let mut length = std::mem::size_of_val(&address) as libc::socklen_t;
+    if unsafe { libc::getsockname(descriptor, (&raw mut address).cast(), &raw mut length) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(i32::from(address.ss_family) == libc::AF_UNIX)
 }
 
 /// Takes connections until the server drains.

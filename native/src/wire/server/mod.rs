@@ -27,7 +27,7 @@ pub use counters::Counters;
 pub use limits::Limits;
 pub use listener::{Listener, Socket, listen};
 pub use peer::Peer;
-pub use response::refused;
+pub use response::{header_map, refused};
 
 use super::call::Call;
 use super::inbox::{Begun, Happening, Inbox};

@@ -1,6 +1,6 @@
 //! Heads of responses.
 
-use http::{HeaderMap, HeaderValue, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Response};
 
 use crate::wire::status::Status;
 
@@ -25,4 +25,13 @@ pub fn response(head: &HeaderMap) -> Response<()> {
         .headers_mut()
         .insert("content-type", HeaderValue::from_static("application/grpc"));
     response
+}
+
+/// Metadata as Python has it. Err: what of it makes no sense.
+pub fn header_map(head: Vec<(String, String)>) -> Result<HeaderMap, http::Error> {
+    let mut headers = HeaderMap::new();
+    for (name, value) in head {
+        headers.insert(HeaderName::try_from(name)?, HeaderValue::try_from(value)?);
+    }
+    Ok(headers)
 }
