@@ -16,7 +16,6 @@ LONG_LEFT: dict[str, int] = {  # and may only shrink
     "clients/python/engram/_core.py": 567,
     "models/engram_models/bundle.py": 408,
     "native/src/wire/call.rs": 410,
-    "native/src/wire/relay.rs": 550,
     "service/engram_service/sessions/opening.py": 414,
     "service/engram_service/store/store.py": 583,
 }
