@@ -189,8 +189,8 @@ def test_a_claim_does_not_start_a_session_over_when_redis_came_back_empty(
 ) -> None:
     owner = holder(store, "a").claim()
     owner.commit(1)
-    store._closed.set()  # without the watcher, which might see it first and hold claims back in the core
-    store._watcher.join()
+    store._watch.ended.set()  # without the watcher, which might see it first and hold claims back in the core
+    store._watch.thread.join()
     redis_process.lose_data()
     redis_process.start()
     with pytest.raises(StoreUnavailableError, match="lost its data"):
@@ -207,10 +207,10 @@ def test_what_was_on_its_way_when_redis_lost_its_data_does_not_meet_the_empty_on
     owner = holder(store, "a").claim()
     owner.commit(1)
     tags, tokens = owner.tags, np.array([list(token.encode()) for token in owner.tokens], np.uint8)
-    store._closed.set()  # without the watcher, which might see it first
-    store._watcher.join()
+    store._watch.ended.set()  # without the watcher, which might see it first
+    store._watch.thread.join()
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_check_generation", lambda: False)
+        patch.setattr(store._watch, "check_generation", lambda: False)
         redis_process.lose_data()
         redis_process.start()
         with pytest.raises(StoreUnavailableError, match="lost its data"):

@@ -22,9 +22,9 @@ FENCED = (Verdict.FENCED, Verdict.FENCED_LATE)  # what had been sent to the Redi
 @pytest.fixture
 def quiet(store: Store) -> Store:
     """A store whose watcher has ended: what is found is found by what is asked."""
-    store._closed.set()
-    store._watcher.join()
-    store._closed.clear()
+    store._watch.ended.set()
+    store._watch.thread.join()
+    store._watch.ended.clear()
     return store
 
 

@@ -52,7 +52,7 @@ def test_what_is_said_of_a_redis(
 def test_one_that_becomes_unsafe_is_noticed_and_one_that_is_safe_again_too(
     start_redis: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
-    from engram_service.store import store as module
+    from engram_service.store import watch as module
 
     monkeypatch.setattr(module, "_SAFETY_S", 0.0)
     process, health = start_redis(), Health()
@@ -128,7 +128,7 @@ def test_a_managed_redis_that_hides_things_is_not_accused() -> None:
 def test_what_cannot_be_checked_is_said_once(store: Store, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(safety, "look", lambda client: ({}, "could not be checked of Redis: its role"))
     for _ in range(3):
-        store._check_safety()
+        store._watch.check_safety()
     assert caplog.text.count("could not be checked") == 1
 
 
