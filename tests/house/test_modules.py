@@ -15,7 +15,6 @@ LONG_LEFT: dict[str, int] = {  # and may only shrink
     "clients/python/engram/_client.py": 595,
     "clients/python/engram/_core.py": 567,
     "models/engram_models/bundle.py": 408,
-    "service/engram_service/sessions/opening.py": 414,
 }
 
 

@@ -15,21 +15,14 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from engram.v1 import model_pb2
 from engram_service.auth.tenants import tenant_of
 from engram_service.catalog import Catalog, Served
 from engram_service.condition import Condition
 from engram_service.errors import (
-    DataLossError,
-    FailedPreconditionError,
     InvalidArgumentError,
-    NotFoundError,
     ResourceExhaustedError,
     ServiceError,
     UnavailableError,
@@ -37,67 +30,27 @@ from engram_service.errors import (
 from engram_service.observability.metrics import Metrics
 from engram_service.sessions.calls import StoreCalls
 from engram_service.sessions.constants import starting_state
+from engram_service.sessions.entering import Entering
 from engram_service.sessions.handles import PLACES_MAX, TAKEN_OVER
 from engram_service.sessions.holds import Holds
 from engram_service.sessions.ids import check_ids
 from engram_service.sessions.ownership import Ownership
+from engram_service.sessions.requests import Opened, Wanted
 from engram_service.sessions.residency import Residency
-from engram_service.sessions.shares import Shares, stored_full
+from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Stream
-from engram_service.sessions.table import NO_STREAM, SessionTable
+from engram_service.sessions.table import SessionTable
 from engram_service.settings import Settings
 from engram_service.steps.refusals import taken_over
-from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store, damaged, session_tag
+from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store
 from engram_service.supervision import Supervisor
 
-VOID_HANDLE = 0xFFFFFFFF
 _IDS_MAX = 4096  # of one OpenFrame
 _TTL_MS_MAX = 100 * 365 * 86_400_000  # a hundred years: Redis and calendars count no further than they must
 _SLICE = 32  # sessions that are opened between two batches
 _SMALL = 8  # sessions; an open of more of them is large
 _OPENING_THREADS = 4
 _TOKEN_NBYTES = 8
-
-
-@dataclass(slots=True)
-class Wanted:
-    """What an OpenFrame or AttachFrame asks for."""
-
-    model: str
-    version: str
-    tenant: str
-    ids: Sequence[str]  # keys, all of this tenant
-    interval: bool
-    client_id: int
-    ttl_ms: int
-    attach: bool
-    confirms: bool = False  # the client can be asked whether it is still there
-    shared: bool = False  # whoever opens the session on this stream opens it for all that do
-    constants: Sequence[model_pb2.Constant] = ()  # of the sessions that this makes
-    start: NDArray[np.uint8] | None = None  # the state that they begin with; None: the model's initial one
-
-
-@dataclass(slots=True)
-class Opened:
-    """What became of it, row by row."""
-
-    handles: NDArray[np.uint32]
-    seqs: NDArray[np.uint64]
-    acked: NDArray[np.uint64]
-    created: NDArray[np.uint8]
-    ids: list[str]
-    served: Served | None = None
-    losses: int = 0  # of the store, before the claims
-    errors: dict[int, ServiceError] = field(default_factory=dict)
-
-    @classmethod
-    def refused(cls, count: int, ids: list[str], refusal: ServiceError | None) -> Opened:
-        """Every row refused; with no refusal, every row still open."""
-        zeros = np.zeros(count, np.uint64)
-        errors = {} if refusal is None else dict.fromkeys(range(count), refusal)
-        return cls(
-            np.full(count, VOID_HANDLE, np.uint32), zeros, zeros.copy(), np.zeros(count, np.uint8), ids, errors=errors
-        )
 
 
 class Sessions:
@@ -111,12 +64,10 @@ class Sessions:
         self._settings = settings
         self._table = table
         self._catalog = catalog
-        self._residency = residency
-        self._ownership = ownership
+        self._entering = Entering(table, catalog, residency, ownership, shares, metrics)
         self._shares = shares
         self._condition = condition
         self._supervisor = supervisor
-        self._metrics = metrics
         self._store = store
         self._calls = calls
         self._holds = holds
@@ -238,7 +189,7 @@ class Sessions:
         held = [keys[n] for n in done if claims[n].status in (ClaimStatus.CREATED, ClaimStatus.CARRIED)]
         await self._holds.dismiss(held, deadline, TAKEN_OVER)
         result.losses = losses
-        self._apply(stream, wanted, served, [asked[n][0] for n in done], [requests[n] for n in done],
+        self._entering.enter(stream, wanted, served, [asked[n][0] for n in done], [requests[n] for n in done],
                     [claims[n] for n in done], result)  # fmt: skip
         return [asked[n] for n in again]
 
@@ -294,121 +245,3 @@ class Sessions:
             )
             for n, session_id in enumerate(ids)
         ]  # fmt: skip
-
-    def _apply(
-        self, stream: Stream, wanted: Wanted, served: Served, good: Sequence[int], requests: Sequence[ClaimRequest],
-        claims: Sequence[ClaimResult], result: Opened,
-    ) -> None:  # fmt: skip
-        """Enters the claims into the table. One OpenedFrame speaks of one model version: that of its first session."""
-        if stream.ended:
-            self._forget([request.session_id for request in requests])
-            return
-        members: list[int] = []
-        version = result.served
-        for k, claim in enumerate(claims):
-            try:
-                own = self._version_of(wanted, served, claim)
-                version = version or own
-                if own is not version:
-                    message = f"the session is on {own.reference}, others of this frame on {version.reference}; open it by itself"
-                    raise FailedPreconditionError(
-                        "SESSION_OF_OTHER_MODEL", message, model=wanted.model, version=own.bundle.version
-                    )
-                members.append(k)
-            except ServiceError as refusal:
-                result.errors[good[k]] = refusal
-                self._forget([requests[k].session_id])
-        if version is not None:
-            self._enter(stream, wanted, version, [good[k] for k in members], [requests[k] for k in members],
-                        [claims[k] for k in members], result)  # fmt: skip
-            result.served = version
-
-    def _version_of(self, wanted: Wanted, served: Served, claim: ClaimResult) -> Served:
-        """The model version that a claimed session is on. Raises ServiceError if the claim failed or it cannot be served."""
-        match claim.status:
-            case ClaimStatus.CREATED:
-                return served
-            case ClaimStatus.NOT_FOUND if not wanted.attach:
-                raise stored_full(self._shares.of(wanted.tenant).stored_max)
-            case ClaimStatus.NOT_FOUND:
-                raise NotFoundError("SESSION_NOT_FOUND", "there is no such session; it was closed or has expired")
-            case ClaimStatus.TAKEN_OVER:
-                raise taken_over()
-            case ClaimStatus.DAMAGED:
-                raise damaged(claim.why)
-            case ClaimStatus.OTHER_MODEL:
-                asked = wanted.model + (f"/{wanted.version}" if wanted.version else "")
-                own = f"{claim.model}/{claim.version}"
-                message = f"the session is one of {own}, not of {asked}; close it, move it, or use another id"
-                raise FailedPreconditionError(
-                    "SESSION_OF_OTHER_MODEL", message, model=claim.model, version=claim.version
-                )
-            case ClaimStatus.CARRIED:
-                pass
-        version = self._catalog.resolve(wanted.model, claim.version)
-        if version.bundle.fingerprint != claim.fingerprint:
-            message = (
-                f"the session was written by other weights of {version.reference}"
-                f" (fingerprint {claim.fingerprint[:8]}, served {version.bundle.fingerprint[:8]}); serve those or move the session"
-            )
-            raise FailedPreconditionError("FINGERPRINT_MISMATCH", message)
-        return version
-
-    def _enter(
-        self, stream: Stream, wanted: Wanted, served: Served, places: Sequence[int], requests: Sequence[ClaimRequest],
-        claims: Sequence[ClaimResult], result: Opened,
-    ) -> None:  # fmt: skip
-        table = self._table
-        records = served.layout.unpack([claim.record for claim in claims])
-        sound = [k for k in range(len(claims)) if k not in records.errors]
-        for k, reason in records.errors.items():
-            message = f"the session's record cannot be used ({reason}); close the session to start over"
-            result.errors[places[k]] = DataLossError("RECORD_CORRUPTED", message)
-            self._forget([requests[k].session_id])
-        if not sound:
-            return
-        requests, claims = [requests[k] for k in sound], [claims[k] for k in sound]
-        at = np.array([places[k] for k in sound])
-        rows = self._rows([request.session_id for request in requests])
-        table.tag[rows] = _characters([session_tag(request.session_id) for request in requests])
-        table.token[rows] = _characters([request.token.encode() for request in requests])
-        table.epoch[rows] = [claim.epoch for claim in claims]
-        table.created_ms[rows] = [claim.created_ms for claim in claims]
-        table.ttl_ms[rows] = [request.ttl_ms for request in requests]
-        table.client_id[rows], table.losses[rows] = wanted.client_id, result.losses
-        table.handle[rows] = result.handles[at] = [stream.handles.name(row) for row in rows.tolist()]
-        result.created[at] = [claim.status is ClaimStatus.CREATED for claim in claims]
-        kept = records.only(sound)
-        table.model[rows] = served.index
-        table.stream[rows] = stream.id
-        table.interval[rows] = wanted.interval
-        for name in ("admitted", "computed", "applied", "durable"):
-            getattr(table, name)[rows] = kept.seq
-        table.acked[rows] = kept.acked
-        table.used[rows] = table.touched[rows] = self._residency.clock()
-        result.seqs[at], result.acked[at] = kept.seq, kept.acked
-        begun = np.flatnonzero(~kept.initial & (kept.seq == 0))
-        self._residency.starts.enter(served, rows[begun], kept.states[begun])
-        advanced = np.flatnonzero(kept.seq > 0)
-        if len(advanced):
-            self._residency.place_if_room(served, rows[advanced], kept.only(advanced.tolist()))
-        new = int(result.created[at].sum())
-        self._metrics.sessions_opened.labels("created").inc(new)
-        self._metrics.sessions_opened.labels("carried_on").inc(len(rows) - new)
-
-    def _rows(self, session_ids: Sequence[str]) -> NDArray[np.int32]:
-        return np.array([self._table.add(session_id) for session_id in session_ids], np.int32)
-
-    def _forget(self, session_ids: Sequence[str]) -> None:
-        """After a claim that led to nothing here: what this server may have thought of these sessions is out of date."""
-        table = self._table
-        known = [row for session_id in session_ids if (row := table.find(session_id)) is not None]
-        rows = np.array(known, np.int32)
-        rows = rows[(table.stream[rows] == NO_STREAM) & ~table.pinned(rows)]
-        if len(rows):
-            self._ownership.dismiss(rows)
-
-
-def _characters(texts: Sequence[bytes]) -> NDArray[np.uint8]:
-    """Texts of equal length, uint8 [n, length]."""
-    return np.frombuffer(b"".join(texts), np.uint8).reshape(len(texts), -1)

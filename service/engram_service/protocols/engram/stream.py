@@ -24,8 +24,9 @@ from engram_service.condition import Condition
 from engram_service.errors import InternalError, InvalidArgumentError, ServiceError, UnauthenticatedError
 from engram_service.sessions.ending import Asked, Endings
 from engram_service.sessions.ids import new_id
-from engram_service.sessions.opening import Opened, Sessions, Wanted
+from engram_service.sessions.opening import Sessions
 from engram_service.sessions.ownership import Ownership
+from engram_service.sessions.requests import Opened, Wanted
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Stream, Streams, event_frame
 from engram_service.settings import Settings

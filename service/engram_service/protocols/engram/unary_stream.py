@@ -23,7 +23,8 @@ from engram_service.condition import Condition
 from engram_service.errors import AbortedError, InternalError, of_detail
 from engram_service.rows import rows_of
 from engram_service.sessions.handles import ENDED
-from engram_service.sessions.opening import Sessions, Wanted
+from engram_service.sessions.opening import Sessions
+from engram_service.sessions.requests import Wanted
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import LOCAL, Streams
