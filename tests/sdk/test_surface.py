@@ -50,10 +50,10 @@ def test_blocking_client_has_the_same_names() -> None:
 
     assert names(engram.Client) ^ names(engram.AsyncClient) == {"aclose", "close", "options"}
     assert names(engram.BlockingSession) == names(engram.Session)
-    from engram import _blocking, _manage
+    from engram import _blocking_manage, _manage
 
-    assert names(_blocking.BlockingSessions) == names(_manage.Sessions)
-    assert names(_blocking.BlockingModels) == names(_manage.Models)
+    assert names(_blocking_manage.BlockingSessions) == names(_manage.Sessions)
+    assert names(_blocking_manage.BlockingModels) == names(_manage.Models)
 
 
 def test_import_is_cheap() -> None:

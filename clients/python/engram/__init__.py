@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from engram._version import __version__
 
 if TYPE_CHECKING:
-    from engram._blocking import BlockingSession, Client
+    from engram._blocking import Client
+    from engram._blocking_session import BlockingSession
     from engram._client import AsyncClient
     from engram._errors import (
         AbortedError,
@@ -94,7 +95,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "_blocking": ("BlockingSession", "Client"),
+    "_blocking": ("Client",),
+    "_blocking_session": ("BlockingSession",),
     "_client": ("AsyncClient",),
     "_options": ("ClientOptions",),
     "_patterns": ("Patterns", "Recall", "Recreation", "Stored"),

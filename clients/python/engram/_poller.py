@@ -1,4 +1,4 @@
-"""gRPC's one poller of this process: who may use it, and how several event loops share it. Used by _link.py and _blocking.py.
+"""gRPC's one poller of this process: who may use it, and how several event loops share it. Used by _link.py and _loop_thread.py.
 
 gRPC for asyncio has one thread that polls, and every event loop on which there is a channel reads what it found from one
 socket. So there are three things to see to:
