@@ -1,4 +1,4 @@
-"""Constants of sessions (a sample rate, a language): what a caller gives at `open`, as the OpenFrame has it. Used by _client.py.
+"""Constants of sessions (a sample rate, a language): what a caller gives at `open`, as the OpenFrame has it. Used by _opening.py.
 
 A model's constants are state tensors of role constant. They are set when a session is created, and no step changes them.
 """

@@ -1,6 +1,6 @@
 """The stream to a server, kept up: connects, attaches, reads, writes, and starts anew when the stream is lost.
 
-_client.py makes one. All logic of steps is in _core.py; here is only what waits for the network.
+_connected.py makes one. All logic of steps is in _core.py; here is only what waits for the network.
 """
 
 from __future__ import annotations
