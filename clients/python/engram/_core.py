@@ -7,28 +7,30 @@
 
 Everything runs on one event loop. The parts: _table.py (sessions as columns), _outbox.py (what is to be sent), _log.py
 (what was sent and is not settled), _calls.py (who waits), _state.py (all of these together), _recovery.py (refused rows, resends,
-replays), _fates.py (sent steps whose callers were told of a failure).
+replays), _fates.py (sent steps whose callers were told of a failure), _answers.py (answers), _handles.py (sessions by handle).
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engram._answers import Answers, FrameError
 from engram._calls import Answer, Call, Gather
 from engram._errors import DataLossError, DeadlineExceededError, EngramError, Fate, make_error, of_detail
 from engram._fates import OpenStep, row_bytes
 from engram._frames import acknowledge_frame, steps_frames
+from engram._handles import Handles
 from engram._log import Part
 from engram._options import ClientOptions
 from engram._recovery import Recovery
 from engram._state import ClientState
-from engram._table import HANDLE_PLACE, VOID_HANDLE
+from engram._table import VOID_HANDLE
 from engram.v1 import stream_pb2
 
 _BY_EVENT = {
@@ -44,10 +46,6 @@ _BY_EVENT = {
 _PRECISE_S = 1.0  # shorter timeouts of single steps get a timer each
 
 
-class FrameError(Exception):
-    """The server sent what cannot be, or refused a whole frame: the stream is given up and taken up again."""
-
-
 class Core(ClientState):
     """See the module. `wake` is called when there may be something to send; `draining` when the server goes away,
     `attach` when it shall be asked whose these sessions are."""
@@ -60,9 +58,9 @@ class Core(ClientState):
         self.recovery = Recovery(self)
         self._draining = draining
         self._attach = attach
-        self._by_place = np.full(64, -1, np.int64)  # see _slots
+        self._handles = Handles(self.table)
+        self._answers = Answers(self, self.recovery, self._handles)
         self._live_max = 1024
-        self._early_parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any] | None]] = []
 
     # Callers
 
@@ -261,199 +259,25 @@ class Core(ClientState):
         """An answer to rows, or an event. Raises FrameError where it cannot be one."""
         kind = response.WhichOneof("frame")
         if kind == "outputs":
-            self._on_outputs(response.outputs)
+            self._answers.outputs(response.outputs)
         elif kind == "errors":
             self._on_errors(response.errors)
         elif kind == "durable":
-            self._on_durable(response.durable)
+            self._answers.durable(response.durable)
         elif kind == "event":
             self._on_event(response.event)
-
-    def _slots(self, handles: bytes) -> NDArray[np.int64]:
-        """Slots by handle; -1 where no session has it now. The low bits of a handle are a small number that is used again."""
-        numbers = np.frombuffer(handles, "<u4")
-        places = numbers & HANDLE_PLACE
-        if len(places) and int(places.max()) >= len(self._by_place):
-            places = np.where(places < len(self._by_place), places, 0)
-        slots: NDArray[np.int64] = self._by_place[places]
-        known = (slots >= 0) & (self.table.handle[slots] == numbers)
-        return slots if known.all() else np.where(known, slots, -1)
-
-    def _on_outputs(self, frame: stream_pb2.OutputsFrame) -> None:
-        slots, seqs = self._slots(frame.handles), np.frombuffer(frame.seqs, "<i8")
-        if not len(slots):
-            return
-        known = slots >= 0
-        values: NDArray[Any] | None = None
-        if frame.outputs:
-            model = int(self.table.model[slots[np.argmax(known)]])
-            values = self.models[model].output.decode(frame.outputs, len(slots))
-        if frame.durable_seqs:
-            # Says too, where the durability was left to the server, that it is the interval one.
-            self.table.interval[slots[known]] = True
-            self._raise_durable(slots, np.frombuffer(frame.durable_seqs, "<i8"))
-        if not known.all():
-            slots, seqs = slots[known], seqs[known]
-            values = None if values is None else values[known]
-        if len(slots) == 1 and self._accept_one(int(slots[0]), int(seqs[0]), values):
-            pass
-        elif bool((seqs == self.table.confirmed[slots] + 1).all()):
-            # Each row is its session's next: so no session has two.
-            self._accept(slots, seqs, values)
-        else:
-            self._sort_out(slots, seqs, values)
-        while self._early_parts and self._retry_early():
-            pass
-        self.log.trim()
-        if self.outbox.pending:
-            self.wake()
-
-    def _sort_out(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> bool:
-        """Takes the rows that come next in their sessions, keeps those that came early, drops those that came twice."""
-        order = np.lexsort((seqs, slots))
-        slots, seqs = slots[order], seqs[order]
-        values = None if values is None else values[order]
-        new = seqs > self.table.confirmed[slots]
-        if not new.all():
-            slots, seqs, values = slots[new], seqs[new], None if values is None else values[new]
-        if not len(slots):
-            return False
-        starts = np.flatnonzero(np.concatenate(([True], slots[1:] != slots[:-1])))
-        rank = np.arange(len(slots)) - np.repeat(starts, np.diff(np.append(starts, len(slots))))
-        next_one = seqs == self.table.confirmed[slots] + 1 + rank
-        if next_one.all():
-            self._accept(slots, seqs, values)
-            return True
-        # Prefills and other rows come in frames of their own, and may overtake one another.
-        early = ~next_one
-        self._early_parts.append((slots[early], seqs[early], None if values is None else values[early]))
-        np.maximum.at(self.table.seen, slots[early], seqs[early])
-        if next_one.any():
-            self._accept(slots[next_one], seqs[next_one], None if values is None else values[next_one])
-        return bool(next_one.any())
-
-    def _retry_early(self) -> bool:
-        parts, self._early_parts = self._early_parts, []
-        progress = [self._sort_out(*part) for part in parts]
-        return any(progress)
-
-    def _accept(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> None:
-        """Rows in order, each its session's next after the one before."""
-        table = self.table
-        table.confirmed[slots] = seqs
-        fresh = seqs > table.answered[slots]
-        if fresh.all():
-            table.answered[slots] = seqs
-            self._deliver(slots, seqs, values)
-        elif fresh.any():
-            # The others were answered before a crash and are only replayed.
-            fresh_slots, fresh_seqs = slots[fresh], seqs[fresh]
-            table.answered[fresh_slots] = fresh_seqs
-            self._deliver(fresh_slots, fresh_seqs, None if values is None else values[fresh])
-        parked = slots[table.parked[slots]]
-        if len(parked):
-            self.outbox.wake(parked.tolist())
-            self.wake()
-        if self.recovery.active:
-            held = slots[table.held[slots]]
-            if len(held):
-                np.maximum.at(table.seen, slots, seqs)
-                self.recovery.progressed(np.unique(held).tolist())
-
-    def _accept_one(self, slot: int, seq: int, values: NDArray[Any] | None) -> bool:
-        """What `_accept` does, for one row of a session with nothing special about it; whether that was so. A client of one
-        session has such frames alone, and the array operations would be most of what they cost."""
-        table = self.table
-        if seq != table.confirmed[slot] + 1 or seq <= table.answered[slot] or table.held[slot] or table.parked[slot]:
-            return False
-        table.confirmed[slot] = table.answered[slot] = seq
-        identity, at = int(table.head_call[slot]), int(table.head_at[slot] + seq - table.head_first[slot])
-        if seq == table.head_last[slot]:
-            table.head_call[slot] = 0
-            if table.more[slot]:
-                self.next_span(slot)
-        call = self.calls[identity]
-        unwanted = call.settle(np.array([at]), values)
-        if self.doubts:
-            self._tell_doubts(unwanted, values, np.array([slot]), np.array([seq]))
-        self.closed_rows(call)
-        return True
-
-    def _deliver(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> None:
-        table = self.table
-        while len(slots):
-            in_head = (seqs <= table.head_last[slots]) & (table.head_call[slots] != 0)
-            if in_head.all():
-                self._deliver_heads(slots, seqs, values)
-                return
-            if not in_head.any():
-                raise FrameError("an answer to a step that was not sent")
-            self._deliver_heads(slots[in_head], seqs[in_head], None if values is None else values[in_head])
-            rest = ~in_head
-            slots, seqs, values = slots[rest], seqs[rest], None if values is None else values[rest]
-
-    def _deliver_heads(self, slots: NDArray[np.int64], seqs: NDArray[np.int64], values: NDArray[Any] | None) -> None:
-        table = self.table
-        calls = table.head_call[slots]
-        at = table.head_at[slots] + (seqs - table.head_first[slots])
-        if bool((calls == calls[0]).all()):
-            self._settle(int(calls[0]), at, values, slots, seqs)
-        else:
-            order = np.argsort(calls, kind="stable")
-            cuts = np.flatnonzero(np.diff(calls[order])) + 1
-            for group in np.split(order, cuts):
-                some = None if values is None else values[group]
-                self._settle(int(calls[group[0]]), at[group], some, slots[group], seqs[group])
-        ended = slots[seqs == table.head_last[slots]]
-        table.head_call[ended] = 0
-        for slot in ended[table.more[ended]].tolist():
-            self.next_span(slot)
-
-    def _settle(
-        self, identity: int, at: NDArray[np.int64], values: NDArray[Any] | None, slots: NDArray[np.int64],
-        seqs: NDArray[np.int64],
-    ) -> None:  # fmt: skip
-        call = self.calls[identity]
-        unwanted = call.settle(at, values)
-        if self.doubts:
-            self._tell_doubts(unwanted, values, slots, seqs)
-        self.closed_rows(call)
-
-    def _tell_doubts(
-        self, unwanted: Sequence[int] | None, values: NDArray[Any] | None, slots: NDArray[np.int64],
-        seqs: NDArray[np.int64],
-    ) -> None:  # fmt: skip
-        """Steps were answered; those at the places `unwanted` nobody waits for."""
-        if unwanted is None:
-            self.doubts.passed(slots, seqs)
-        else:
-            index = np.array(unwanted)
-            self.doubts.passed(np.delete(slots, index), np.delete(seqs, index))
-            self.doubts.answered(slots[index], seqs[index], None if values is None else values[index])
-        self.let_on()
 
     def _on_errors(self, frame: stream_pb2.ErrorsFrame) -> None:
         errors = [of_detail(detail) for detail in frame.errors]
         if not frame.handles:
             raise FrameError(f"the server could not use a frame: {errors[0] if errors else 'no reason given'}")
-        slots = self._slots(frame.handles).tolist()
+        slots = self._handles.slots(frame.handles).tolist()
         seqs = np.frombuffer(frame.seqs, "<i8").tolist()
         indexes = np.frombuffer(frame.error_indexes, "<u4").tolist()
         for slot, seq, index in zip(slots, seqs, indexes, strict=True):
             if slot >= 0:
                 self.recovery.refused(slot, seq, errors[index])
         self.recovery.settle_refusals()
-
-    def _on_durable(self, frame: stream_pb2.DurableFrame) -> None:
-        slots = self._slots(frame.handles)
-        self._raise_durable(slots, np.frombuffer(frame.durable_seqs, "<i8"))
-        self.log.trim()
-        if self.outbox.pending:
-            self.wake()
-
-    def _raise_durable(self, slots: NDArray[np.int64], seqs: NDArray[np.int64]) -> None:
-        known = slots >= 0
-        np.maximum.at(self.table.durable, slots[known], seqs[known])
 
     def _on_event(self, frame: stream_pb2.EventFrame) -> None:
         if frame.type == stream_pb2.EventFrame.TYPE_DRAINING:
@@ -463,7 +287,7 @@ class Core(ClientState):
         told = _BY_EVENT.get(frame.type)
         if told is None:
             return
-        slots = self._slots(frame.handles)
+        slots = self._handles.slots(frame.handles)
         if frame.type == stream_pb2.EventFrame.TYPE_TAKEN_OVER:
             self.dispute(slots[slots >= 0])
             return
@@ -487,13 +311,7 @@ class Core(ClientState):
         table = self.table
         if not len(slots):
             return
-        places = handles & HANDLE_PLACE
-        top = int(places.max())
-        if top >= len(self._by_place):
-            more = np.full(max(top + 1, 2 * len(self._by_place)) - len(self._by_place), -1, np.int64)
-            self._by_place = np.concatenate([self._by_place, more])
-        self._by_place[places] = slots
-        table.handle[slots] = handles
+        self._handles.enter(handles, slots)
         table.confirmed[slots] = np.minimum(table.answered[slots], seqs)
         safe = np.where(table.interval[slots], table.durable[slots], table.answered[slots])
         self.recovery.said(slots, seqs)
@@ -518,11 +336,10 @@ class Core(ClientState):
     def lost(self) -> None:
         """The stream is gone: nothing is on its way any more."""
         table = self.table
-        table.handle[: table.count] = VOID_HANDLE
+        self._handles.clear()
         table.held[1 : table.count] = True
         table.seen[: table.count] = 0
-        self._by_place.fill(-1)
-        self._early_parts.clear()
+        self._answers.lost()
         self.due.clear()  # in the log, and sent again from there
         self.recovery.reset()
 

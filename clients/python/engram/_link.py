@@ -17,7 +17,8 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from engram._core import Core, FrameError
+from engram._answers import FrameError
+from engram._core import Core
 from engram._errors import (
     RETRYABLE,
     AccessDeniedError,
