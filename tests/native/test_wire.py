@@ -350,6 +350,28 @@ def test_a_stream_is_read_no_further_than_its_rows_may_be_under_way(loops: Calla
         assert seqs.tolist() == list(range(1, 20_001))
 
 
+def test_rows_of_a_stream_go_back_in_one_frame_wherever_they_stand(loops: Callable[..., Loop]) -> None:
+    loop = loops(answers=False)
+    with channel(loop) as made:
+        calls = [stream(made, iter([frame([1, 2], [seq, seq], bytes(8))]), timeout=WAIT_S) for seq in (5, 6)]
+        loop.until(lambda: len(loop.rows) == 4 and loop.kinds().count("half_close") == 2)
+        rows = np.array(loop.rows, np.uint64)[[3, 0, 1, 2]]
+        streams = rows[:, 0].astype(np.uint32)
+        outputs = rows[:, 1].astype(np.uint8)[:, None]  # its handle
+        loop.wire.answer(
+            streams, rows[:, 1].astype(np.uint32), rows[:, 2].copy(), outputs, rows[:, 2].copy()
+        )  # fmt: skip
+        for number in np.unique(streams).tolist():
+            loop.wire.finish(number)
+        for call, seq in zip(calls, (5, 6), strict=True):
+            (response,) = call
+            handles = np.frombuffer(response.outputs.handles, np.uint32)
+            assert sorted(handles.tolist()) == [1, 2]
+            assert np.frombuffer(response.outputs.outputs, np.uint8).tolist() == handles.tolist()
+            assert np.frombuffer(response.outputs.seqs, np.uint64).tolist() == [seq, seq]
+            assert np.frombuffer(response.outputs.durable_seqs, np.uint64).tolist() == [seq, seq]
+
+
 def test_who_does_not_read_answers_is_not_read(loops: Callable[..., Loop]) -> None:
     """Its answers wait for its window, count as rows under way, and so bound what is kept for it."""
     loop = loops(rows=50)

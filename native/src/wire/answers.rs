@@ -1,4 +1,4 @@
-//! Answers of rows, as columns: those of a stream that stand together go back in one frame, those of unary steps each to its call.
+//! Answers of rows, as columns: those of a stream go back in one frame, those of unary steps each to its call.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -21,6 +21,22 @@ pub struct Answers<'a> {
 impl Answers<'_> {
     /// Gives each to its call, where that is not over.
     pub fn send(&self, server: &Server) {
+        let Some(order) = apart(self.ids) else {
+            return self.send_runs(server);
+        };
+        let width = self.outputs.len().checked_div(self.ids.len());
+        Answers {
+            ids: &order.iter().map(|&row| self.ids[row]).collect::<Vec<_>>(),
+            handles: &ordered(self.handles, 4, &order),
+            seqs: &ordered(self.seqs, 8, &order),
+            outputs: &ordered(self.outputs, width.unwrap_or(0), &order),
+            durable: &ordered(self.durable, 8, &order),
+        }
+        .send_runs(server);
+    }
+
+    /// Where a call's rows stand together.
+    fn send_runs(&self, server: &Server) {
         let Answers {
             ids,
             handles,
@@ -62,5 +78,50 @@ impl Answers<'_> {
             start = end;
         }
         server.counters.answers.fetch_add(answers, Relaxed);
+    }
+}
+
+/// An order in which the rows of each call stand together, as they came; None: they do already.
+fn apart(ids: &[u32]) -> Option<Vec<usize>> {
+    let runs = ids.chunk_by(|one, next| one == next);
+    let mut heads: Vec<u32> = runs.map(|run| run[0]).collect();
+    if heads.is_sorted() {
+        return None; // and no two are equal, for runs are as long as can be
+    }
+    heads.sort_unstable();
+    if heads.windows(2).all(|two| two[0] != two[1]) {
+        return None;
+    }
+    let mut order: Vec<usize> = (0..ids.len()).collect();
+    order.sort_by_key(|&row| ids[row]);
+    Some(order)
+}
+
+/// A column's rows, of so many bytes each, in an order; of a column that is empty none.
+fn ordered(column: &[u8], width: usize, order: &[usize]) -> Vec<u8> {
+    if column.is_empty() {
+        return vec![];
+    }
+    let rows = order
+        .iter()
+        .map(|&row| &column[width * row..width * (row + 1)]);
+    rows.flatten().copied().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_put_in_order_only_where_a_call_has_some_apart() {
+        for together in [&[][..], &[7], &[3, 3, 9], &[9, 3, 3, 4]] {
+            assert_eq!(apart(together), None);
+        }
+        assert_eq!(apart(&[9, 3, 9, 4, 3]), Some(vec![1, 4, 3, 0, 2]));
+        assert_eq!(
+            ordered(&[1, 1, 2, 2, 3, 3], 2, &[2, 0, 1]),
+            [3, 3, 1, 1, 2, 2]
+        );
+        assert!(ordered(&[], 8, &[0]).is_empty());
     }
 }

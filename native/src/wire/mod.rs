@@ -265,7 +265,7 @@ impl Wire {
     }
 
     /// Answers rows of streams: calls and handles (uint32), seqs (uint64), outputs (uint8 [rows, nbytes], or empty for rows that
-    /// want none), durable seqs (uint64, or empty). Rows of one call that stand together go in one frame. Raises ValueError.
+    /// want none), durable seqs (uint64, or empty). Rows of one stream go in one frame, in their order. Raises ValueError.
     fn answer(
         &self,
         python: Python,

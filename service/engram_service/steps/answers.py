@@ -82,11 +82,6 @@ class Answers:
             streams, handles, rows, seqs = streams[~mine], handles[~mine], rows[~mine], seqs[~mine]
             outputs = None if outputs is None else outputs[~mine]
         durable = self._table.durable[rows] if np.count_nonzero(self._table.interval[rows]) else None
-        if len(streams) > 1 and np.count_nonzero(streams[1:] < streams[:-1]):  # a stream's rows stand together
-            order = np.argsort(streams, kind="stable")
-            streams, handles, seqs = streams[order], handles[order], seqs[order]
-            outputs = None if outputs is None else outputs[order]
-            durable = None if durable is None else durable[order]
         self.given = time.monotonic()
         self._wire.answer(streams, handles, seqs, outputs, durable)
 

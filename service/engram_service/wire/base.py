@@ -146,7 +146,7 @@ class Wire(Protocol):
         outputs: NDArray[np.uint8] | None, durable: NDArray[np.uint64] | None,
     ) -> None:  # fmt: skip
         """Answers rows. outputs: uint8 [rows, nbytes]; None: they wanted none. durable: seqs; None: each row is durable.
-        Of streams that are over nothing is sent."""
+        Those of one stream go in one frame, in their order. Of streams that are over nothing is sent."""
 
     def written(self) -> tuple[Sequence[int], float]:
         """How long answers took from `answer` to the kernel: rows by bucket of stages.EDGES, and seconds in all."""

@@ -218,6 +218,11 @@ class GrpcioWire:
         outputs: NDArray[np.uint8] | None, durable: NDArray[np.uint64] | None,
     ) -> None:  # fmt: skip
         since = time.monotonic()
+        if np.count_nonzero(streams[1:] < streams[:-1]):  # a stream's rows stand together
+            order = np.argsort(streams, kind="stable")
+            streams, handles, seqs = streams[order], handles[order], seqs[order]
+            outputs = None if outputs is None else outputs[order]
+            durable = None if durable is None else durable[order]
         starts = np.flatnonzero(np.append(True, streams[1:] != streams[:-1]))
         ends = np.append(starts[1:], len(streams))
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
