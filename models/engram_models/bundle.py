@@ -12,7 +12,6 @@ outputs and then the new values of the state tensors that are not constant, in s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -29,13 +28,13 @@ from safetensors import SafetensorError
 
 from engram_models.check import CheckError, CheckVector
 from engram_models.files import is_passing, read_file, read_toml
+from engram_models.fingerprints import IMPORTED, fingerprint, graph_digest
 from engram_models.spec import Schema, TensorSpec
 from engram_models.tensor_file import StoredTensor, Tensors, read_tensors
 
 _T = TypeVar("_T")
 
 FORMAT = 2
-IMPORTED = "onnx"  # the kind of models that are their graph, and no cell of ours
 ONE_BY_ONE, ANY = "one-by-one", "any"
 MANIFEST, WEIGHTS, GRAPH = "model.toml", "weights.safetensors", "step.onnx"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -193,10 +192,13 @@ def shipped_models_dir() -> Path:
     return Path(__file__).parent / "bundles"
 
 
-def load_bundle(path: Path) -> Bundle:
-    """Reads a bundle and verifies its files against each other; runs nothing. Raises BundleError, whatever is wrong with it."""
+def load_bundle(path: Path, whole: bool = True) -> Bundle:
+    """Reads a bundle and verifies its files against each other; runs nothing. Raises BundleError, whatever is wrong with it.
+
+    Not `whole`: reads neither weights nor graph, for whoever has it verified by another process; nothing of it is proved then.
+    """
     try:
-        return _load(path)
+        return _load(path, whole)
     except BundleError:
         raise
     except Exception as error:  # a file may be wrong in ways that nobody has thought of
@@ -210,48 +212,24 @@ def initial_value(spec: TensorSpec) -> NDArray[Any]:
     return np.full(spec.shape, spec.initial, spec.np_dtype)
 
 
-def fingerprint(kind: str, config: Mapping[str, Any], schema: Schema, graph: str, tensors: Tensors) -> str:
-    """BLAKE2b over schema, equations and numbers, 32 hex digits.
-
-    A cell's equations are its kind and config; a model that is its graph has them there. What computes it does not matter.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    tables = [[spec_table(spec) for spec in specs] for specs in (schema.inputs, schema.outputs, schema.state)]
-    equations: list[Any] = [kind, graph] if kind == IMPORTED else [kind, dict(config)]
-    digest.update(json.dumps([*equations, tables], sort_keys=True).encode())
-    for key in sorted(key for key in tensors if not key.startswith("check.")):
-        digest.update(f"{key} {tensors[key].text}".encode())
-        digest.update(np.ascontiguousarray(tensors[key].values).tobytes())
-    return digest.hexdigest()
-
-
-def graph_digest(graph: bytes) -> str:
-    return hashlib.blake2b(graph, digest_size=16).hexdigest()
-
-
-def spec_table(spec: TensorSpec) -> dict[str, Any]:
-    table: dict[str, Any] = {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
-    if spec.role:
-        table |= {"role": spec.role, "initial": float(spec.initial)}
-    return {**table, "shared": True} if spec.shared else table
-
-
-def _load(path: Path) -> Bundle:
+def _load(path: Path, whole: bool) -> Bundle:
     manifest = _manifest(path / MANIFEST)
     step = _step_table(path / MANIFEST, manifest["step"])
     schema = _schema(path / MANIFEST, manifest)
-    tensors = _tensors(path / WEIGHTS)
+    tensors = _tensors(path / WEIGHTS, () if whole else ("initial.", "check."))
     for key, tensor in tensors.items():
         if not key.startswith(("weight.", "initial.", "check.")):
             raise BundleError(f"{path}: {key} is not a weight, an initial value or part of the check vector")
         if not key.startswith("check.") and not tensor.finite:
             raise BundleError(f"{path}: {key} has NaN or infinity")
-    found = fingerprint(manifest["kind"], manifest["config"], schema, step["graph"], tensors)
+    found: str = manifest["fingerprint"]
+    if whole:
+        found = fingerprint(manifest["kind"], manifest["config"], schema, step["graph"], tensors)
     if manifest["fingerprint"] != found:
         raise BundleError(f"{path}: fingerprint {manifest['fingerprint']} is recorded, {found} is what the files give")
-    if step["graph"]:
+    if step["graph"] and whole:
         _read_graph(path, step["graph"])
-    elif manifest["kind"] == IMPORTED:
+    elif not step["graph"] and manifest["kind"] == IMPORTED:
         raise BundleError(f"{path}: a bundle of kind {IMPORTED} must name its graph")
     try:
         check = CheckVector.read(schema, tensors)
@@ -371,8 +349,8 @@ def _initials(path: Path, schema: Schema, tensors: Tensors) -> dict[str, NDArray
     return initials
 
 
-def _tensors(path: Path) -> dict[str, StoredTensor]:
-    return _read(path, lambda bytes_max: read_tensors(path, bytes_max))
+def _tensors(path: Path, prefixes: tuple[str, ...] = ()) -> dict[str, StoredTensor]:
+    return _read(path, lambda bytes_max: read_tensors(path, bytes_max, prefixes))
 
 
 def _read_graph(path: Path, digest: str) -> bytes:

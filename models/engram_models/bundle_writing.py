@@ -17,18 +17,15 @@ from engram_models.bundle import (
     ANY,
     FORMAT,
     GRAPH,
-    IMPORTED,
     MANIFEST,
     NAME,
     NAME_RULE,
     ONE_BY_ONE,
     WEIGHTS,
     BundleError,
-    fingerprint,
-    graph_digest,
-    spec_table,
 )
 from engram_models.check import CheckVector
+from engram_models.fingerprints import IMPORTED, fingerprint, graph_digest, spec_table
 from engram_models.spec import Schema
 from engram_models.tensor_file import StoredTensor, Tensors, write_tensors
 

@@ -11,7 +11,7 @@ import os
 import stat
 import tomllib
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
@@ -26,6 +26,8 @@ _LASTING = (
     errno.EFBIG,
     errno.EACCES,
 )
+# Without O_NONBLOCK the open itself would wait for a pipe's other end.
+_READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _READ_BYTES = 1 << 30  # of one system call
 _KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
@@ -35,8 +37,7 @@ _KINDS = {
 
 def read_file(path: Path | str, bytes_max: int) -> bytes:
     """The content. Raises OSError, whose strerror says what is wrong, for whatever is no regular file of at most so many bytes."""
-    # Without O_NONBLOCK the open itself would wait for a pipe's other end.
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    file = os.open(path, _READING)
     try:
         left = _checked_size(os.fstat(file), path, bytes_max)
         parts = []
@@ -50,6 +51,17 @@ def read_file(path: Path | str, bytes_max: int) -> bytes:
     finally:
         os.close(file)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def open_regular(path: Path | str, bytes_max: int) -> BinaryIO:
+    """For who reads parts of it. Raises OSError as `read_file` does."""
+    file = os.open(path, _READING)
+    try:
+        _checked_size(os.fstat(file), path, bytes_max)
+    except OSError:
+        os.close(file)
+        raise
+    return os.fdopen(file, "rb")
 
 
 def require_regular(path: Path | str) -> None:

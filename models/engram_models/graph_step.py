@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from engram_models.batching import Batching
 from engram_models.spec import Schema, TensorSpec
 
 Arrays = Sequence[NDArray[Any]]
 
 _FATAL = 4  # of ONNX Runtime's levels of logging: what is wrong comes as an exception too
+_SMALL_BYTES = 1 << 20  # copied within a millisecond
+_WRITE_BYTES = 1 << 24
+_OWN_FILES = "/proc/self/fd"
 _BFLOAT16 = 16  # of onnx's numbers of types
 _ONNX_TYPES = {"float32": "float", "float64": "double"}  # others are called alike
 
@@ -24,37 +29,18 @@ class GraphError(Exception):
     """A graph that ONNX Runtime does not take, or that is not what its schema says. One line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Batching:
-    """How many rows are given to a graph at once: a multiple of `floor`, or where there is none, `tile` each time."""
-
-    floor: int | None = 1
-    tile: int = 1
-
-    def cut(self, rows: int) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, padded rows) of each call that together cover `rows`."""
-        if self.floor is not None:
-            yield 0, rows, -(-rows // self.floor) * self.floor
-            return
-        for start in range(0, rows, self.tile):
-            yield start, min(start + self.tile, rows), self.tile
-
-    @property
-    def text(self) -> str:
-        if self.floor == 1:
-            return "any number of rows at once: a row has the same bits in each"
-        if self.floor is not None:
-            return (
-                f"any number of rows at once, filled up to a multiple of {self.floor}: a row has the same bits in each"
-            )
-        return (
-            "one by one"
-            if self.tile == 1
-            else f"always {self.tile} rows at once, filled up: a row has the same bits in each"
-        )
-
-
-ALONE = Batching(None, 1)
+@contextlib.contextmanager
+def _given_as(graph: bytes) -> Iterator[bytes | str]:
+    """A large graph as the path of a file in memory, where there are such: bytes are copied by ONNX Runtime while it has the
+    interpreter's lock, and every other thread of the process stands still."""
+    if len(graph) <= _SMALL_BYTES or not os.path.isdir(_OWN_FILES) or not hasattr(os, "memfd_create"):
+        yield graph
+        return
+    with open(os.memfd_create("graph"), "wb", 0) as file:
+        left = memoryview(graph)
+        while left:
+            left = left[file.write(left[:_WRITE_BYTES]) :]
+        yield f"{_OWN_FILES}/{file.fileno()}"
 
 
 class GraphStep:
@@ -73,7 +59,8 @@ class GraphStep:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = _FATAL
         try:
-            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            with _given_as(graph) as given:
+                self._session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # it has many, and no common root
             raise GraphError(f"ONNX Runtime does not take it: {_line(error)}") from error
         self._given = [*schema.inputs, *schema.state]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import deserialize
 from safetensors.numpy import save_file
 
-from engram_models.files import read_file
+from engram_models.files import open_regular, read_file
 from engram_models.spec import NP_DTYPES
 
 _STORED = {
@@ -19,6 +21,7 @@ _STORED = {
     "I64": "int64", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _BFLOAT16_EXPONENT = 0x7F80
+_HEADER_BYTES_MAX = 100_000_000  # as the library has it
 
 
 class StoredTensor(NamedTuple):
@@ -41,10 +44,12 @@ class StoredTensor(NamedTuple):
 Tensors = Mapping[str, StoredTensor]
 
 
-def read_tensors(path: Path, bytes_max: int) -> dict[str, StoredTensor]:
-    """Raises OSError, and SafetensorError or ValueError where the content is something else."""
+def read_tensors(path: Path, bytes_max: int, prefixes: tuple[str, ...] = ()) -> dict[str, StoredTensor]:
+    """Those whose names begin with one of `prefixes`, or all. Raises OSError, and SafetensorError or ValueError where the content
+    is something else."""
+    data = _part(path, bytes_max, prefixes) if prefixes else read_file(path, bytes_max)
     tensors: dict[str, StoredTensor] = {}
-    for name, stored in deserialize(read_file(path, bytes_max)):  # type: ignore[no-untyped-call]
+    for name, stored in deserialize(data):  # type: ignore[no-untyped-call]
         dtype = _STORED.get(stored["dtype"])
         if dtype is None:
             raise ValueError(f"{name} is of type {stored['dtype']}, which is not one of {', '.join(NP_DTYPES)}")
@@ -53,6 +58,29 @@ def read_tensors(path: Path, bytes_max: int) -> dict[str, StoredTensor]:
             raise ValueError(f"{name} has bytes that are neither true nor false")
         tensors[name] = StoredTensor(dtype, values)
     return tensors
+
+
+def _part(path: Path, bytes_max: int, prefixes: tuple[str, ...]) -> bytes:
+    """The content of a smaller file, which has these tensors alone; the others are not read."""
+    with open_regular(path, bytes_max) as file:
+        length = int.from_bytes(_exactly(file, 8), "little")
+        if length > _HEADER_BYTES_MAX:
+            raise ValueError(f"its header has {length} bytes; at most {_HEADER_BYTES_MAX} are read")
+        header, parts, at = {}, [], 0
+        for name, table in json.loads(_exactly(file, length)).items():
+            if name.startswith(prefixes):
+                begin, end = table["data_offsets"]
+                file.seek(8 + length + begin)
+                parts.append(_exactly(file, end - begin))
+                header[name] = table | {"data_offsets": [at, at := at + end - begin]}
+    named = json.dumps(header).encode()
+    return b"".join((len(named).to_bytes(8, "little"), named, *parts))
+
+
+def _exactly(file: BinaryIO, nbytes: int) -> bytes:
+    if nbytes < 0 or nbytes > os.fstat(file.fileno()).st_size or len(data := file.read(nbytes)) < nbytes:
+        raise ValueError("it ends before its tensors do")
+    return data
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:

@@ -22,6 +22,7 @@ from engram_service.auth.access import Access
 from engram_service.auth.audit import Audit
 from engram_service.auth.tls import Certificate
 from engram_service.auth.tokens import TokensFile, told
+from engram_service.examiner import Examiner
 from engram_service.manager.data_process import DataProcess, Ready
 from engram_service.manager.listeners import bound
 from engram_service.manager.metrics import Gathered
@@ -78,10 +79,12 @@ async def serve(settings: Settings, spawned: Spawned) -> None:
         running = await _with_redis(settings, stack, supervisor, signals)
         store = Store(StoreSettings.of(running), supervisor, health)
         stack.callback(store.close)
-        offers = Offers()
+        examiner = Examiner(settings)
+        stack.callback(examiner.stop)
+        offers = Offers(examiner.taken)
         begin = _begin(running, relay, tokens, certificate)
         data = DataProcess(
-            spawned, begin, page, listeners, settings.cache_directory() / "crashes", offers, health, supervisor
+            spawned, begin, page, listeners, settings.cache_directory() / "crashes", offers, examiner, health, supervisor
         )
         stack.callback(data.kill)
         signals.at_once.append(data.kill)

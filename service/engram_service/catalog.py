@@ -1,8 +1,8 @@
 """The models that are served: bundles from the repository, each with its runtime and its record layout.
 
 Models keep their index for the life of the process, so that columns may hold it; a version whose directory goes away stays
-served for the sessions on it. Files are looked at, loaded and probed in a thread of their own; what is wrong with one keeps that
-one from being served and disturbs no other.
+served for the sessions on it. The manager reads and examines them (examiner.py); here they are loaded, in a thread. What is wrong
+with one keeps that one from being served and disturbs no other.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import onnxruntime
 
 from engram.v1 import model_pb2
 from engram_models.bundle import (
@@ -25,14 +27,15 @@ from engram_models.bundle import (
     BundleError,
     BundleRef,
     Repository,
-    load_bundle,
     version_key,
 )
+from engram_models.examination import Examination
 from engram_models.files import Stamp, stamp_of
 from engram_models.spec import TensorSpec
+from engram_service.errors import ServiceError
+from engram_service.examiner import Examiner
 from engram_service.observability.metrics import Metrics
 from engram_service.offers import no_model
-from engram_service.queries import Queries
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.base import Runtime
 from engram_service.runtimes.loader import Loader
@@ -90,9 +93,12 @@ class Catalog:
         self._stamps: dict[int, Stamp] = {}  # by index: of the files, when they were last compared with what is served
         self._replaced: dict[int, str] = {}  # by index: what is to be said where they are not
         self._told: list[str] = []  # what was wrong with the directories at the last look
+        self._examiner = Examiner(settings)
         self._lock = asyncio.Lock()
         self._since: float | None = None  # when the bundle that is being loaded was begun
         self._pool = ThreadPoolExecutor(1, "load")
+        self.ask: Callable[..., Awaitable[Any]] | None = None
+        """Has the manager examine bundles, so that this process's steps do not feel it. Where nobody does, it is done here."""
         self.on_change: Callable[[], None] = lambda: None
         """Called when another model is served."""
 
@@ -168,6 +174,7 @@ class Catalog:
     def close(self) -> None:
         """Whatever is being loaded is given up."""
         self._loader.stop()
+        self._examiner.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _compare(self, ref: BundleRef, served: Served) -> None:
@@ -176,8 +183,8 @@ class Catalog:
         if stamp == self._stamps.get(served.index):
             return
         try:
-            there = await self._in_thread(load_bundle, ref.path)
-            same = (there.fingerprint, there.graph) == (served.bundle.fingerprint, served.bundle.graph)
+            there = await self._examined(ref.path)
+            same = (there["fingerprint"], there["graph"]) == (served.bundle.fingerprint, served.bundle.graph)
         except BundleError as error:
             if error.passing:
                 return
@@ -199,7 +206,12 @@ class Catalog:
             return
         self._since = time.monotonic()
         try:
-            served = await self._in_thread(self._build, ref, len(self.models), behind)
+            bundle = await self._in_thread(self._loader.look, ref.path)
+            rows_max = self._loader.rows_max(bundle) if self._loader.runs_graph(bundle) else 0
+            found = await self._examined(ref.path, rows_max, behind)
+            served = await self._in_thread(self._build, bundle, found, len(self.models))
+            if await self._in_thread(_stamp, ref) != stamp or found["fingerprint"] != bundle.fingerprint:
+                raise BundleError(f"{ref.path}: its files were changed while it was loaded", passing=True)
         except Exception as error:  # whatever it is, it is this bundle's
             why = str(error) if isinstance(error, BundleError) else f"{type(error).__name__}: {error}"
             passing = isinstance(error, BundleError) and error.passing
@@ -224,14 +236,24 @@ class Catalog:
             runtime.batching,
         )
 
+    async def _examined(self, path: Path, rows_max: int = 0, behind: int = 0) -> dict[str, Any]:
+        """See Examiner. Raises BundleError."""
+        asked = {"path": str(path), "rows_max": rows_max, "onnx_runtime": onnxruntime.__version__, "behind": behind}
+        try:
+            found: dict[str, Any] = await (self.ask or self._examiner.examine)(**asked)
+        except ServiceError:  # a manager that does not know how
+            found = await self._examiner.examine(**asked)
+        if "refused" in found:
+            raise BundleError(found["refused"], found["passing"])
+        return found
+
     async def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
-    def _build(self, ref: BundleRef, index: int, behind: int) -> Served:
-        runtime = self._loader.load(ref.path, behind)
-        bundle = runtime.arena.bundle
+    def _build(self, bundle: Bundle, found: dict[str, Any], index: int) -> Served:
+        probed = Examination(found["floor"], found["tile"], found["row_s"]) if "floor" in found else None
+        runtime = self._loader.load(bundle, probed)
         layout = RecordLayout(bundle.fingerprint, bundle.schema.state_nbytes, bundle.schema.output_nbytes, runtime.code)
-        Queries(bundle)  # which the manager answers: what its weights do not fit is not served
         return Served(index, bundle, runtime, layout, self._loader.rows_max(bundle, runtime.row_s))
 
 

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from engram import __version__
@@ -124,10 +125,12 @@ async def _serve(
         channel = _channel(path, table, store, metrics, catalog, tokens, front, supervisor)
         supervisor.once("control", _until_gone(channel, end))
         _tell_health(health, channel)
+        catalog.ask = partial(channel.call, "examine")
         catalog.on_change = lambda: channel.tell("models", models=_models(catalog))
         _expose(metrics, table, catalog, path, store, device)
 
         supervisor.thread("graphs watch", loader.watchdog.look, loader.watchdog.stopped).start()
+        await channel.there.wait()
         if not await _load_models(catalog, supervisor, health, stop):
             return
         _start_store(store, path, channel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ class Offer:
 class Offers:
     """Models by name and version. Event loop only, but for `resolve`."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[Path, str], tuple[Bundle, Queries] | None] = lambda *_: None) -> None:
+        """`read`: what was just read of a bundle, by path and fingerprint."""
+        self._read = read
         self._told: list[model_pb2.Model] = []
         self._of: dict[tuple[str, str], Offer] = {}
         self._turn = asyncio.Lock()
@@ -51,7 +53,7 @@ class Offers:
                 before = self._of.get(key)
                 try:
                     if before is None or before.bundle.fingerprint != description.fingerprint:
-                        offer = await asyncio.to_thread(_offer, Path(model["path"]), description)
+                        offer = await self._made(Path(model["path"]), description)
                     else:
                         offer = Offer(before.bundle, before.layout, before.queries, description)
                 except (BundleError, OSError) as error:
@@ -60,6 +62,16 @@ class Offers:
                 known[key] = offer
                 told.append(description)
             self._of, self._told = known, told
+
+    async def _made(self, path: Path, description: model_pb2.Model) -> Offer:
+        """Raises BundleError, OSError."""
+        if (read := self._read(path, description.fingerprint)) is None:
+            read = await asyncio.to_thread(_read, path)
+        bundle, queries = read
+        if bundle.fingerprint != description.fingerprint:
+            raise BundleError(f"{path}: the files are not those that are served, which stay until a restart")
+        layout = RecordLayout(bundle.fingerprint, bundle.schema.state_nbytes, bundle.schema.output_nbytes)
+        return Offer(bundle, layout, queries, description)
 
     def resolve(self, name: str, version: str = "") -> Offer:
         """The named version, or the latest. Raises NotFoundError."""
@@ -87,10 +99,6 @@ def no_model(name: str, version: str, served: Sequence[tuple[str, str]]) -> NotF
     return NotFoundError("VERSION_NOT_FOUND", told, model=name)
 
 
-def _offer(path: Path, description: model_pb2.Model) -> Offer:
-    """Raises BundleError, OSError."""
+def _read(path: Path) -> tuple[Bundle, Queries]:
     bundle = load_bundle(path)
-    if bundle.fingerprint != description.fingerprint:
-        raise BundleError(f"{path}: the files are not those that are served, which stay until a restart")
-    layout = RecordLayout(bundle.fingerprint, bundle.schema.state_nbytes, bundle.schema.output_nbytes)
-    return Offer(bundle, layout, Queries(bundle), description)
+    return bundle, Queries(bundle)

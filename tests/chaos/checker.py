@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from chaos.histories import ANSWER, ASKED, CLOSED, CLOSING, FINAL, MODEL, OPENED, PREFILLED, SETTLED, digest, inputs
 from engram_models.bundle import Bundle, Repository, load_bundle, shipped_models_dir, version_key
 from engram_models.check import Step
-from engram_models.examination import checked_step, examine
+from engram_models.examination import examine
+from engram_models.inspection import checked_step
 
 _BATCH_MAX = 256
 _GPU_TILE = 256  # batches of the reference are multiples of this there

@@ -31,8 +31,8 @@ from hypothesis.stateful import (
 import engram
 from engram.v1 import session_pb2
 from engram_models import LSTM, Bundle, GraphStep, Hopfield, PatternMemory, load_bundle, write_bundle
-from engram_models.examination import checked_step
-from engram_models.graph_step import Batching
+from engram_models.batching import Batching
+from engram_models.inspection import checked_step
 from engram_models.patterns import own_memory
 
 SIZE, OWN = 20, 3

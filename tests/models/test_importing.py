@@ -19,9 +19,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 
+from engram_models.batching import ALONE, Batching
 from engram_models.bundle import Bundle, load_bundle
 from engram_models.commands import models
-from engram_models.graph_step import ALONE, Batching, GraphStep
+from engram_models.graph_step import GraphStep
 from engram_models.importing.flags import Flags
 from engram_models.importing.interface import Interface
 from engram_models.importing.pairing import pair_states

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from zoo import Case, Net
 
+from engram_models.batching import ALONE, Batching
 from engram_models.check import CHECK_ROWS, CHECK_STEPS
-from engram_models.graph_step import ALONE, Batching, GraphStep
+from engram_models.graph_step import GraphStep
 from engram_models.importing.arrays import read_arrays
 from engram_models.importing.errors import ImportRefusedError
 from engram_models.importing.proof import Proof, prove, verify

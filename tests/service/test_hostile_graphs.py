@@ -16,11 +16,12 @@ from looping import write_looping
 from onnx import TensorProto, helper
 from robots import write
 
+from engram_models.batching import ALONE, Batching
 from engram_models.bundle import load_bundle
 from engram_models.bundle_writing import write_graph_bundle
 from engram_models.check import CHECK_ROWS, CHECK_STEPS, CheckVector
 from engram_models.examination import TILE_ROWS, Examination, examine
-from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
+from engram_models.graph_step import GraphError, GraphStep
 from engram_models.spec import Schema, TensorSpec
 from engram_service.runtimes import findings
 from engram_service.runtimes.devices import CPU
@@ -219,10 +220,10 @@ def test_what_no_examination_finds_is_found_out_again(
     bundle = load_bundle(write(tmp_path / "models"))
     monkeypatch.setattr(findings, "examine", lambda *_: Examination(None, TILE_ROWS))
     known = Findings(tmp_path / "cache")
-    known.of(bundle, 64)
+    known.of(bundle, 64, "1")
     (file,) = (tmp_path / "cache").iterdir()
     file.write_text(kept)
-    assert known.of(bundle, 64) == Examination(None, TILE_ROWS)
+    assert known.of(bundle, 64, "1") == Examination(None, TILE_ROWS)
 
 
 @pytest.mark.parametrize("kept", ["[" * 100_000, "[]", '{"f": 1e999}', '{"f": []}', "\x00"])
@@ -254,8 +255,8 @@ def test_a_slow_model_is_not_probed_for_ever(rounds: float, expected: Examinatio
 
 def test_a_model_that_is_slow_by_the_row_is_served_one_by_one_in_short_batches(tmp_path: Path) -> None:
     loader = Loader(Settings(cache_dir=str(tmp_path / "cache")), CPU)
-    runtime = loader.load(write_heavy(tmp_path / "models"))
-    bundle = runtime.arena.bundle
+    bundle = loader.look(write_heavy(tmp_path / "models"))
+    runtime = loader.load(bundle, examine(bundle, loader.rows_max(bundle)))
     assert runtime.batching == "one by one"
     assert 1 <= loader.rows_max(bundle, runtime.row_s) < 1024 == loader.rows_max(bundle)
 

@@ -21,9 +21,10 @@ from looping import write_looping, write_pooling
 from numpy.typing import NDArray
 from robots import SCHEMA, graph, step, write
 
+from engram_models.batching import ALONE, Batching
 from engram_models.bundle import BundleError, load_bundle
 from engram_models.examination import TILE_ROWS, Examination
-from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
+from engram_models.graph_step import GraphError, GraphStep
 from engram_models.spec import Schema, TensorSpec
 from engram_service import pauses
 from engram_service.observability.health import Health
@@ -330,16 +331,16 @@ def test_what_was_found_out_is_kept_and_what_cannot_be_read_is_found_out_again(
 ) -> None:
     bundle = load_bundle(write(tmp_path / "models"))
     kept = Findings(tmp_path / "cache")
-    assert kept.of(bundle, 64) == Examination(1, 1)
+    assert kept.of(bundle, 64, "1") == Examination(1, 1)
     monkeypatch.setattr(findings, "examine", lambda *_: Examination(None, TILE_ROWS))
-    assert kept.of(bundle, 64) == Examination(1, 1), "not looked at again"
+    assert kept.of(bundle, 64, "1") == Examination(1, 1), "not looked at again"
     assert kept.of(bundle, 65) == Examination(None, TILE_ROWS), "other batches were not tried"
     for file in (tmp_path / "cache").iterdir():
         file.write_text('{"floor": ')
-    assert kept.of(bundle, 64) == Examination(None, TILE_ROWS)
+    assert kept.of(bundle, 64, "1") == Examination(None, TILE_ROWS)
     unusable = tmp_path / "file"
     unusable.write_text("")
-    assert Findings(unusable / "cache").of(bundle, 64) == Examination(None, TILE_ROWS)
+    assert Findings(unusable / "cache").of(bundle, 64, "1") == Examination(None, TILE_ROWS)
 
 
 @pytest.mark.parametrize("batching", [Batching(), Batching(4), Batching(None, 5), ALONE])

@@ -87,7 +87,7 @@ def _row(ref: BundleRef, latest: dict[str, str], errors: list[str]) -> dict[str,
 
 
 def _show(args: argparse.Namespace) -> int:
-    from engram_models.bundle import IMPORTED
+    from engram_models.fingerprints import IMPORTED
 
     bundle = _load(args)
     described = _described(bundle)
@@ -162,7 +162,7 @@ def _examined_on_torch(bundle: Bundle, args: argparse.Namespace) -> dict[str, An
     except ImportError as error:
         install = "torch is not installed, and this needs it: pip install 'engram[torch]'"
         raise BundleError(f"{bundle.reference} on {args.device}: {install}") from error
-    from engram_models.graph_step import Batching
+    from engram_models.batching import Batching
     from engram_models.probe import batch_floor
 
     floor = batch_floor(CellStep(load_cell(bundle, args.device)), bundle.schema, bundle.check, args.batch_max)

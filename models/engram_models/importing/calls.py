@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from engram_models.graph_step import ALONE, Batching, GraphError, GraphStep
+from engram_models.batching import ALONE, Batching
+from engram_models.graph_step import GraphError, GraphStep
 from engram_models.importing.errors import ImportRefusedError, shown
 from engram_models.importing.numbers import Array, of_floats
 from engram_models.spec import Schema, TensorSpec

@@ -14,6 +14,10 @@ class ImportRefusedError(Exception):
         super().__init__(line if len(line) <= LINE_MAX else f"{line[:LINE_MAX]}...")
 
 
+class KilledError(ImportRefusedError):
+    """The process that looked at it was killed, and it is not known for what."""
+
+
 def shown(name: object) -> str:
     """A name from somebody's file as it may be printed: quoted, short, without control characters."""
     text = name if isinstance(name, str) else repr(name)

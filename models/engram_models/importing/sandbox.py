@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_models.files import read_file
-from engram_models.importing.errors import ImportRefusedError, shown
+from engram_models.importing.errors import ImportRefusedError, KilledError, shown
 
 MEMORY_BYTES = 2 << 30  # beyond what the libraries take and beside MEMORY_PER_BYTE of the model
 MEMORY_PER_BYTE = 6  # the file, what is parsed of it, prepacked weights, and a copy of each on the way
@@ -50,13 +50,14 @@ def run(
     seconds: float = SECONDS,
     progress: Callable[[str], None] | None = None,
     stopped: threading.Event | None = None,
+    niceness: int = 0,
 ) -> Any:
     """What `call` (`module:function`) returns, which is JSON, of `folder` and `arguments`, JSON too. Raises ImportRefusedError.
 
     What the function says with `report` comes to `progress`, line by line. Once `stopped` is set, it is ended at once.
     """
     (folder / "answer.json").unlink(missing_ok=True)
-    limits = {"memory_bytes": memory_bytes, "seconds": seconds}
+    limits = {"memory_bytes": memory_bytes, "seconds": seconds, "niceness": niceness}
     (folder / "call.json").write_text(
         json.dumps({"call": call, "arguments": dict(arguments), **limits}, allow_nan=False)
     )
@@ -130,7 +131,11 @@ def _answer(folder: Path, code: int, memory_bytes: int) -> Any:
         return answer["result"]
     if "refused" in answer:
         raise ImportRefusedError(answer["refused"])
-    if answer.get("memory") or code in (-signal.SIGKILL, -signal.SIGXFSZ):
+    if code == -signal.SIGKILL:
+        raise KilledError(
+            f"its process was killed: it needs more than {memory_bytes >> 20} MB of memory, or somebody did"
+        )
+    if answer.get("memory") or code == -signal.SIGXFSZ:
         raise ImportRefusedError(f"it needs more than {memory_bytes >> 20} MB of memory to run and was stopped")
     if code < 0:
         raise ImportRefusedError(f"it crashed the process that ran it ({signal.Signals(-code).name})")
@@ -139,6 +144,7 @@ def _answer(folder: Path, code: int, memory_bytes: int) -> Any:
 
 def _main(folder: Path) -> None:
     asked = json.loads((folder / "call.json").read_text())
+    os.nice(asked["niceness"])
     module, _, name = asked["call"].partition(":")
     function = getattr(importlib.import_module(module), name)
     _limit(asked["memory_bytes"], asked["seconds"])

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from engram_models.bundle import load_bundle
-from engram_models.examination import checked_step
+from engram_models.inspection import checked_step
 from engram_service.bench.ceiling import Ceiling
 from engram_service.bench.types import Plain
 from engram_service.runtimes.arena import Arena
@@ -60,7 +61,7 @@ def share(path: Path, plain: Plain, input_shape: tuple[int, ...], rows: int, win
     rows = min(rows, ROWS_MAX)
     bundle, settings = load_bundle(path), Settings()
     findings = Findings(settings.cache_directory() / "examinations")
-    step = checked_step(bundle, findings.of(bundle, settings.batch_rows_max).batching)
+    step = checked_step(bundle, findings.of(bundle, settings.batch_rows_max, onnxruntime.__version__).batching)
     runtime = OnnxGraphs(Arena(bundle, ROWS_MAX, _WINDOW), step, Watchdog())
     pair = [Ceiling(one, input_shape, rows, window_s, 1) for one in (Alone(runtime), plain)]
     shares, rates = [], []

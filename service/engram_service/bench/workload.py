@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_models import Repository, TensorSpec, load_bundle, shipped_models_dir
-from engram_models.bundle import IMPORTED
+from engram_models.fingerprints import IMPORTED
 from engram_models.spec import Schema
 from engram_service.bench.load import input_pool
 from engram_service.bench.plain_onnx import Arrays, PlainOnnx, lstm_graph

@@ -32,12 +32,14 @@ class Channel:
         self._writer: asyncio.StreamWriter | None = None
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._made = 0
+        self.there = asyncio.Event()  # the other end
 
     async def run(self, end: socket.socket, begin: dict[str, Any] | None = None) -> None:
         """Answers calls and takes answers until the other end is closed. `begin` is told before anything else: see `first`."""
         reader, self._writer = await asyncio.open_connection(sock=end)
         if begin is not None:
             self.tell("begin", **begin)
+        self.there.set()
         try:
             while True:
                 (nbytes,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
@@ -45,6 +47,7 @@ class Channel:
         except (asyncio.IncompleteReadError, OSError):
             pass
         finally:
+            self.there.clear()
             self._writer.close()
             self._writer = None
             for waiting in self._asked.values():
@@ -88,6 +91,7 @@ class Channel:
 
     async def _answer(self, message: dict[str, Any]) -> None:
         answer: dict[str, Any] = {}
+        asker = self._writer
         try:
             answer["result"] = await self._verbs[message["verb"]](**message["with"])
         except ServiceError as refusal:
@@ -97,7 +101,7 @@ class Channel:
             answer["refusal"] = _packed(InternalError("INTERNAL", why))
             raise
         finally:
-            if "number" in message and answer and self._writer is not None:
+            if "number" in message and answer and self._writer is not None and self._writer is asker:
                 self._send(answer | {"number": message["number"]})
 
 

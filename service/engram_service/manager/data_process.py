@@ -16,6 +16,7 @@ from typing import Any
 
 from engram_service.control.channel import Channel
 from engram_service.errors import ServiceError
+from engram_service.examiner import Examiner
 from engram_service.manager.spawning import Spawned, spawn
 from engram_service.observability.health import Health
 from engram_service.offers import Offers
@@ -51,7 +52,7 @@ class DataProcess:
 
     def __init__(
         self, spawned: Spawned, begin: dict[str, Any], page: int, listeners: Sequence[socket.socket], crashes: Path,
-        offers: Offers, health: Health, supervisor: Supervisor,
+        offers: Offers, examiner: Examiner, health: Health, supervisor: Supervisor,
     ) -> None:  # fmt: skip
         """`spawned`: the first one. `begin`: what each is told first. `page`: the file of counts (sessions/counts.py).
         `crashes`: where its watchdog says what it runs."""
@@ -67,7 +68,7 @@ class DataProcess:
         self._supervisor = supervisor
         verbs: dict[str, Callable[..., Awaitable[Any]]] = {
                  "ready": self._on_ready, "models": offers.hear, "health": self._on_health, "failed": self._on_failed,
-                 "writing_back": self._on_writing_back}  # fmt: skip
+                 "writing_back": self._on_writing_back, "examine": examiner.examine}  # fmt: skip
         self._channel = Channel(supervisor, verbs)
         self._spawned = spawned
         self._stopping = asyncio.Event()

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from engram_models.bundle import Bundle
 from engram_models.examination import TILE_ROWS, Examination, examine
@@ -33,16 +32,17 @@ class Findings:
         self._directory = directory
         self.stopped = threading.Event()  # ends an examination that is under way
 
-    def of(self, bundle: Bundle, rows_max: int, behind: int = 0) -> Examination:
-        """Kept, or found now, in a process of its own. `behind`: models that wait for this one. Raises BundleError."""
-        file = self._directory / f"{_key(bundle, rows_max)}.json"
+    def of(self, bundle: Bundle, rows_max: int, onnx_runtime: str, behind: int = 0, niceness: int = 0) -> Examination:
+        """Kept, or found now, in a process of its own. `onnx_runtime`: the version of who is to run it. `behind`: models that wait
+        for this one. Raises BundleError."""
+        file = self._directory / f"{_key(bundle, rows_max, onnx_runtime)}.json"
         try:
             return _kept(Examination(**json.loads(read_file(file, _BYTES_MAX))))
         except (OSError, ValueError, TypeError, RecursionError):
             pass
         told = "model %s is examined, in a process of its own; models to be looked at after it: %d"
         log.info(told, bundle.reference, behind)
-        examination = examine(bundle, rows_max, self.stopped)
+        examination = examine(bundle, rows_max, self.stopped, niceness)
         self._keep(file, examination)
         return examination
 
@@ -66,9 +66,9 @@ def _kept(found: Examination) -> Examination:
     return found
 
 
-def _key(bundle: Bundle, rows_max: int) -> str:
+def _key(bundle: Bundle, rows_max: int, onnx_runtime: str) -> str:
     what = (
-        _FORMAT, bundle.fingerprint, bundle.graph, bundle.batch, rows_max, onnxruntime.__version__, np.__version__, _processor(),
+        _FORMAT, bundle.fingerprint, bundle.graph, bundle.batch, rows_max, onnx_runtime, np.__version__, _processor(),
     )  # fmt: skip
     return hashlib.blake2b(json.dumps(what, allow_nan=False).encode(), digest_size=16).hexdigest()
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from engram_models.bundle import IMPORTED, Bundle, BundleError, load_bundle
-from engram_models.examination import checked_step
-from engram_models.graph_step import Batching, GraphStep
+from engram_models.batching import Batching
+from engram_models.bundle import Bundle, BundleError, load_bundle
+from engram_models.examination import Examination
+from engram_models.fingerprints import IMPORTED
+from engram_models.graph_step import GraphStep
+from engram_models.inspection import checked_step
 from engram_service.runtimes.arena import Arena
 from engram_service.runtimes.base import Runtime
 from engram_service.runtimes.devices import Device
-from engram_service.runtimes.findings import Findings
 from engram_service.runtimes.watchdog import CRASHES_MAX, Crashes, Watchdog
 from engram_service.settings import Settings
 from engram_service.store import OUTPUTS_MAX
@@ -31,35 +33,37 @@ class Loader:
     def __init__(self, settings: Settings, device: Device) -> None:
         self._settings = settings
         self._device = device
-        cache = settings.cache_directory()
-        self._findings = Findings(cache / "examinations")
-        self._crashes = Crashes(cache / "crashes")
+        self._crashes = Crashes(settings.cache_directory() / "crashes")
         self.watchdog = Watchdog(self._crashes)
 
-    def load(self, path: Path, behind: int = 0) -> Runtime:
-        """`behind`: bundles that wait for this one. Raises BundleError."""
-        bundle = load_bundle(path)
+    def look(self, path: Path) -> Bundle:
+        """What is said of a bundle, which is still to be examined. Raises BundleError, also where it may not be loaded here."""
+        bundle = load_bundle(path, whole=False)
         crashes = self._crashes.of(bundle)
         if crashes >= CRASHES_MAX:
             raise BundleError(
                 f"{path}: it has ended this server's process {crashes} times and is not served any more; remove it, or mend it, "
                 f"or have the count begin anew: delete {self._crashes.file}"
             )
-        if not self._device.is_cpu and bundle.kind != IMPORTED:
-            return self._on_gpu(bundle)
-        if bundle.graph:
-            found = self._findings.of(bundle, self.rows_max(bundle), behind)
+        return bundle
+
+    def runs_graph(self, bundle: Bundle) -> bool:
+        """Whether its step is to run on ONNX Runtime."""
+        return bool(bundle.graph) and (self._device.is_cpu or bundle.kind == IMPORTED)
+
+    def load(self, bundle: Bundle, found: Examination | None) -> Runtime:
+        """`found`: of a bundle whose graph is to be run. Raises BundleError."""
+        if found is not None:
             step = self._checked(bundle, found.batching)
             from engram_service.runtimes.onnx_graphs import OnnxGraphs
 
             runtime = OnnxGraphs(self._arena(bundle), step, self.watchdog)
             runtime.row_s = found.row_s
             return runtime
-        return self._plug_in(bundle)
+        return self._plug_in(bundle) if self._device.is_cpu else self._on_gpu(bundle)
 
     def stop(self) -> None:
         """Whatever is being loaded ends soon, with an error."""
-        self._findings.stopped.set()
         self.watchdog.stop()
 
     def _checked(self, bundle: Bundle, batching: Batching) -> GraphStep:

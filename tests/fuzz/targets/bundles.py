@@ -22,7 +22,8 @@ from engram_models import (
     cell_bundles,
     write_bundle,
 )
-from engram_models.bundle import GRAPH, MANIFEST, WEIGHTS, graph_digest
+from engram_models.bundle import GRAPH, MANIFEST, WEIGHTS
+from engram_models.fingerprints import graph_digest
 from targets.mutation import joined, parted
 
 _MEMORY = Path("/dev/shm")
