@@ -73,7 +73,7 @@ def _part(path: Path, bytes_max: int, prefixes: tuple[str, ...]) -> bytes:
                 file.seek(8 + length + begin)
                 parts.append(_exactly(file, end - begin))
                 header[name] = table | {"data_offsets": [at, at := at + end - begin]}
-    named = json.dumps(header).encode()
+    named = json.dumps(header, allow_nan=False).encode()
     return b"".join((len(named).to_bytes(8, "little"), named, *parts))
 
 

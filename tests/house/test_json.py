@@ -18,7 +18,9 @@ from engram_models import json_text as models_json
 ROOT = Path(__file__).resolve().parents[2]
 HELPERS = {"clients/python/engram/_json.py", "models/engram_models/json_text.py"}
 # Not for readers of JSON: digests of what decides a result, and toml, whose plain values are written alike.
-NO_OUTPUT = {f"models/engram_models/{name}.py" for name in ("bundle", "bundle_writing", "training/recipe")}
+NO_OUTPUT = {
+    f"models/engram_models/{name}.py" for name in ("bundle", "bundle_writing", "fingerprints", "training/recipe")
+}
 
 
 def _files() -> list[str]:
