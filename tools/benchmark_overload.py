@@ -4,8 +4,8 @@ docs/benchmarks/overload.md and .json.
 W. A thousand sessions of ten clients each step once a second. Beside them, in turns: nothing; a process that only burns the
 processor; two kinds of greedy client with all the steps in flight that they are let have. Then it is measured what the server can
 do, and half as much, as much and twice as much is offered, at a fixed rate, whatever is answered: what is answered in time, what
-is refused, how much memory that costs, and how soon it is over. All share this machine; what competes with the server for it runs
-with niceness 10.
+is refused, how much memory that costs, and how soon it is over. At last one session steps without a pause while other
+models come, are examined and loaded. All share this machine; what competes with the server for it runs with niceness 10.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ CROWD_PERIOD_S, DEADLINE_S = 0.02, 0.3
 _CHANNEL = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
 LOADS = (0.5, 1.0, 2.0)  # of what was measured to be possible
 ROUNDS, SETTLE_S, NICENESS = 5, 2.0, 10
+LOADING_ROUNDS, LOADING_HIDDEN = 3, (256, 1024, 2048)
 BESIDE = {
     "nothing": "",
     "a burner": "burn",
@@ -63,6 +64,9 @@ def main() -> int:
         "--seconds", type=float, default=8.0, help="of each phase (default: 8); twice the load lasts 8 times as long"
     )
     parser.add_argument("--out", type=Path, default=DIRECTORY, help="directory of overload.md and overload.json")
+    parser.add_argument(
+        "--loading", action="store_true", help="measure the coming of models alone; keep the rest of the page"
+    )
     parser.add_argument("--beside", choices=("burn", "wide", "long", "crowd"), help=argparse.SUPPRESS)
     parser.add_argument("--address", default="", help=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -71,6 +75,9 @@ def main() -> int:
         os.nice(NICENESS)
         return burn() if args.beside == "burn" else asyncio.run(compete(args))
     gc.freeze()  # clients of the SDK have no torch to look through for garbage, as this process has
+    if args.loading:
+        found = json.loads((args.out / "overload.json").read_text())
+        return written(args.out, found | {"loading": while_models_come(args.seconds)})
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as scratch:
         directory = Path(scratch)
         write_w(directory / "models")
@@ -81,9 +88,13 @@ def main() -> int:
             print(greedy, file=sys.stderr, flush=True)
             overload = asyncio.run(overloaded(server, args.seconds))
     found = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "greedy": greedy, "overload": overload}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "overload.json").write_text(json_text(found, indent=2) + "\n")
-    (args.out / "overload.md").write_text(page(found))
+    return written(args.out, found | {"loading": while_models_come(args.seconds)})
+
+
+def written(directory: Path, found: dict[str, Any]) -> int:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "overload.json").write_text(json_text(found, indent=2) + "\n")
+    (directory / "overload.md").write_text(page(found))
     print(page(found))
     return 0
 
@@ -363,6 +374,81 @@ async def offered(server: LocalServer, small: Small, rate: float, seconds: float
     }
 
 
+def while_models_come(seconds: float) -> dict[str, Any]:
+    """The steps of one session that never waits, while nothing comes and while bundles of several sizes do."""
+    with tempfile.TemporaryDirectory(prefix="engram-bench-") as scratch:
+        directory = Path(scratch)
+        write_w(directory / "models")
+        coming = {
+            hidden: [_staged(directory / "staged", hidden, number) for number in range(LOADING_ROUNDS)]
+            for hidden in LOADING_HIDDEN
+        }
+        flags = ("--shipped-models", "false", "--log-level", "warning", "--models-poll-s", "0.2")
+        cache = ("--cache-dir", str(directory / "cache"))
+        with LocalServer(directory / "server", directory / "models", (*flags, *cache)) as server:
+            return asyncio.run(_while_models_come(server, directory / "models", coming, seconds))
+
+
+async def _while_models_come(
+    server: LocalServer, models: Path, coming: dict[int, list[Path]], seconds: float
+) -> dict[str, Any]:
+    rows: dict[str, list[tuple[float, float, float, float]]] = {}
+    stamps: list[float] = []
+
+    async def steps(session: engram.Session) -> None:
+        while True:
+            await session.step(INPUTS[0])
+            stamps.append(time.perf_counter())
+
+    async with engram.AsyncClient(server.address) as client:
+        (session,) = await client.open_many(W, ["steady"], durability="interval")
+        stepping = asyncio.create_task(steps(session))
+        await asyncio.sleep(SETTLE_S)
+        for number in range(LOADING_ROUNDS):
+            for hidden in (0, *coming):
+                before = await _loaded(server)
+                await asyncio.sleep(0.5)
+                begun = len(stamps)
+                if hidden:
+                    path = coming[hidden][number]
+                    nbytes = sum(file.stat().st_size for file in path.iterdir())
+                    (models / path.parent.name).mkdir()
+                    path.rename(models / path.parent.name / path.name)
+                    while await _loaded(server) == before:
+                        await asyncio.sleep(0.5)
+                else:
+                    await asyncio.sleep(seconds)
+                gaps = 1000 * np.diff(stamps[begun:])
+                name = f"a model of {nbytes / 1e6:.0f} MB" if hidden else "nothing"
+                found = float(np.median(gaps)), float(np.quantile(gaps, 0.99)), float(gaps.max()), gaps.sum() / 1000
+                rows.setdefault(name, []).append(found)
+        stepping.cancel()
+    fields = ("p50_ms", "p99_ms", "longest_ms", "seconds")
+    medians = {name: np.median(found, 0).tolist() for name, found in rows.items()}
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}", "rounds": LOADING_ROUNDS,
+        "coming": {name: dict(zip(fields, values, strict=True)) for name, values in medians.items()},
+    }  # fmt: skip
+
+
+def _staged(directory: Path, hidden: int, number: int) -> Path:
+    """A bundle like W's of this size, with weights of its own."""
+    from engram_models import bundle_from_torch, write_bundle
+    from engram_service.bench.plain_torch import lstm_modules
+
+    draw, bound = np.random.default_rng(hidden + number), hidden**-0.5
+    shapes = {
+        "weight_ih": (4 * hidden, 64), "weight_hh": (4 * hidden, hidden), "bias_ih": (4 * hidden,), "bias_hh": (4 * hidden,),
+        "head.weight": (16, hidden), "head.bias": (16,),
+    }  # fmt: skip
+    weights = {name: draw.uniform(-bound, bound, shape).astype(np.float32) for name, shape in shapes.items()}
+    return write_bundle(directory, f"lstm-{hidden}-{number}", "1", bundle_from_torch(*lstm_modules(weights)))
+
+
+async def _loaded(server: LocalServer) -> float:
+    return (await _scraped(server, 'outcome="loaded"')).get("engram_model_loads_total", 0.0)
+
+
 async def _scraped(server: LocalServer, label: str = "") -> dict[str, float]:
     """What the server's metrics are, summed over their labels, or over those with this value."""
     found: dict[str, float] = {}
@@ -417,6 +503,18 @@ def page(found: dict[str, Any]) -> str:
         f"{', '.join(f'{value:,.0f}' for value in last['rss_mb_thirds'])} MB",
         f"- {over['recovered_s']:.2f} s after it, half of the small ones' steps took at most twice the usual time again", "",
     ]  # fmt: skip
+    if loading := found.get("loading"):
+        lines += [
+            f"Models that come, measured on {loading['date']}: one session (W, interval durability, the Python SDK) steps without a",
+            "pause while a bundle is put into the directory of models, read, examined and loaded; medians of "
+            f"{loading['rounds']} rounds, of",
+            "the longest times too. The goal is that loading stops steps for no more than 20 ms.", "",
+            "| what comes | from step to step: p50 ms | p99 ms | the longest ms | looked at for s |", "|---|---:|---:|---:|---:|",
+            *(
+                f"| {name} | {row['p50_ms']:.2f} | {row['p99_ms']:.1f} | {row['longest_ms']:.1f} | {row['seconds']:.0f} |"
+                for name, row in loading["coming"].items()
+            ), "",
+        ]  # fmt: skip
     return "\n".join(lines)
 
 
