@@ -505,8 +505,8 @@ def page(found: dict[str, Any]) -> str:
     ]  # fmt: skip
     if loading := found.get("loading"):
         lines += [
-            f"Models that come, measured on {loading['date']}: one session (W, interval durability, the Python SDK) steps without a",
-            "pause while a bundle is put into the directory of models, read, examined and loaded; medians of "
+            f"Models that come, measured on {loading['date']}: one session (W, interval durability, the Python SDK) steps without",
+            "a pause while a bundle is put into the directory of models, read, examined and loaded; medians of "
             f"{loading['rounds']} rounds, of",
             "the longest times too. The goal is that loading stops steps for no more than 20 ms.", "",
             "| what comes | from step to step: p50 ms | p99 ms | the longest ms | looked at for s |", "|---|---:|---:|---:|---:|",

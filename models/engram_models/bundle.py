@@ -12,11 +12,12 @@ outputs and then the new values of the state tensors that are not constant, in s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from safetensors import SafetensorError
 from engram_models.check import CheckError, CheckVector
 from engram_models.files import is_passing, read_file, read_toml
 from engram_models.fingerprints import IMPORTED, fingerprint, graph_digest
+from engram_models.memory_files import OPEN_FILES, copied, has_memory_files, memory_bytes, open_in_memory
 from engram_models.spec import Schema, TensorSpec
 from engram_models.tensor_file import StoredTensor, Tensors, read_tensors
 
@@ -43,7 +45,6 @@ TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./:-]{0,127}")
 SIZE_MAX = 1 << 40  # numbers of a tensor, so that no size overflows; what memory is there for, the service says
 TENSORS_MAX = 4096
 _MEMORY_SHARE = 4  # files may have that part (1/n) of the machine's memory: they are there twice while they are loaded
-_CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 _KEYS: dict[str, type] = {
     "format": int, "kind": str, "description": str, "allows_non_finite": bool, "fingerprint": str,
     "config": dict, "step": dict, "input": list, "output": list, "state": list,
@@ -115,6 +116,18 @@ class Bundle:
     def read_graph(self) -> bytes:
         """Raises BundleError where it is not the one that the manifest names."""
         return _read_graph(self.path, self.graph)
+
+    @contextlib.contextmanager
+    def graph_file(self) -> Iterator[bytes | str]:
+        """The same for whoever gives it to ONNX Runtime while others of this process's threads are busy: as the path of a copy in
+        memory, where there are such. Bytes of many megabytes are copied, and freed, under the interpreter's lock."""
+        if not has_memory_files():
+            yield self.read_graph()
+            return
+        with open_in_memory() as copy:
+            if _read(self.path / GRAPH, lambda bytes_max: copied(self.path / GRAPH, copy, bytes_max)) != self.graph:
+                raise _other_graph(self.path)
+            yield f"{OPEN_FILES}/{copy.fileno()}"
 
     def read_weights(self) -> dict[str, StoredTensor]:
         """A cell's parameters by their names in the cell. Raises BundleError."""
@@ -356,13 +369,17 @@ def _tensors(path: Path, prefixes: tuple[str, ...] = ()) -> dict[str, StoredTens
 def _read_graph(path: Path, digest: str) -> bytes:
     graph = _read(path / GRAPH, lambda bytes_max: read_file(path / GRAPH, bytes_max))
     if graph_digest(graph) != digest:
-        raise BundleError(f"{path / GRAPH}: it is not the graph that {MANIFEST} names")
+        raise _other_graph(path)
     return graph
+
+
+def _other_graph(path: Path) -> BundleError:
+    return BundleError(f"{path / GRAPH}: it is not the graph that {MANIFEST} names")
 
 
 def _read(path: Path, read: Callable[[int], _T]) -> _T:
     try:
-        return read(_memory_bytes() // _MEMORY_SHARE)
+        return read(memory_bytes() // _MEMORY_SHARE)
     except FileNotFoundError as error:
         link = f"; it is a link to {shown(Path(os.readlink(path)))}" if path.is_symlink() else ""
         raise BundleError(f"{path}: no such file{link}") from error
@@ -374,13 +391,3 @@ def _read(path: Path, read: Callable[[int], _T]) -> _T:
 
 def _unreadable(path: Path, error: OSError) -> BundleError:
     return BundleError(f"{path}: {error.strerror}", is_passing(error))
-
-
-def _memory_bytes() -> int:
-    """Of the machine, or of the container."""
-    own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = _CGROUP_MEMORY.read_text().strip()
-    except OSError:
-        return own
-    return min(own, int(limit)) if limit.isdigit() else own

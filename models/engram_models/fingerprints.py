@@ -20,7 +20,7 @@ def fingerprint(kind: str, config: Mapping[str, Any], schema: Schema, graph: str
 
     A cell's equations are its kind and config; a model that is its graph has them there. What computes it does not matter.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest = new_digest()
     tables = [[spec_table(spec) for spec in specs] for specs in (schema.inputs, schema.outputs, schema.state)]
     equations: list[Any] = [kind, graph] if kind == IMPORTED else [kind, dict(config)]
     digest.update(json.dumps([*equations, tables], sort_keys=True).encode())
@@ -32,7 +32,13 @@ def fingerprint(kind: str, config: Mapping[str, Any], schema: Schema, graph: str
 
 
 def graph_digest(graph: bytes) -> str:
-    return hashlib.blake2b(graph, digest_size=16).hexdigest()
+    digest = new_digest()
+    digest.update(graph)
+    return digest.hexdigest()
+
+
+def new_digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
 
 
 def spec_table(spec: TensorSpec) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,29 +16,12 @@ from engram_models.spec import Schema, TensorSpec
 Arrays = Sequence[NDArray[Any]]
 
 _FATAL = 4  # of ONNX Runtime's levels of logging: what is wrong comes as an exception too
-_SMALL_BYTES = 1 << 20  # copied within a millisecond
-_WRITE_BYTES = 1 << 24
-_OWN_FILES = "/proc/self/fd"
 _BFLOAT16 = 16  # of onnx's numbers of types
 _ONNX_TYPES = {"float32": "float", "float64": "double"}  # others are called alike
 
 
 class GraphError(Exception):
     """A graph that ONNX Runtime does not take, or that is not what its schema says. One line."""
-
-
-@contextlib.contextmanager
-def _given_as(graph: bytes) -> Iterator[bytes | str]:
-    """A large graph as the path of a file in memory, where there are such: bytes are copied by ONNX Runtime while it has the
-    interpreter's lock, and every other thread of the process stands still."""
-    if len(graph) <= _SMALL_BYTES or not os.path.isdir(_OWN_FILES) or not hasattr(os, "memfd_create"):
-        yield graph
-        return
-    with open(os.memfd_create("graph"), "wb", 0) as file:
-        left = memoryview(graph)
-        while left:
-            left = left[file.write(left[:_WRITE_BYTES]) :]
-        yield f"{_OWN_FILES}/{file.fileno()}"
 
 
 class GraphStep:
@@ -50,8 +31,8 @@ class GraphStep:
     up to what `batching` says with rows that are there already. Safe to be called by several threads at once.
     """
 
-    def __init__(self, graph: bytes, schema: Schema, batching: Batching = Batching()) -> None:
-        """Raises GraphError."""
+    def __init__(self, graph: bytes | str, schema: Schema, batching: Batching = Batching()) -> None:
+        """`graph`: itself, or the path of its file. Raises GraphError."""
         self.schema = schema
         self.batching = batching
         options = onnxruntime.SessionOptions()
@@ -59,8 +40,7 @@ class GraphStep:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = _FATAL
         try:
-            with _given_as(graph) as given:
-                self._session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # it has many, and no common root
             raise GraphError(f"ONNX Runtime does not take it: {_line(error)}") from error
         self._given = [*schema.inputs, *schema.state]

@@ -26,7 +26,8 @@ _WORTH = 4  # a tile that costs so many rows alone is not worth it
 def checked_step(bundle: Bundle, batching: Batching, options: Any = None) -> GraphStep:
     """The bundle's step, after it has computed what was recorded; `options` are those of GraphStep. Raises BundleError."""
     try:
-        step = GraphStep(bundle.read_graph(), bundle.schema, batching)
+        with bundle.graph_file() as graph:
+            step = GraphStep(graph, bundle.schema, batching)
         bundle.check.verify(bundle.schema, lambda inputs, states: step(inputs, states, options), bundle.tolerance)
     except (GraphError, CheckError) as error:
         raise BundleError(f"{bundle.path}: {error}") from error

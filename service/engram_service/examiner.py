@@ -43,11 +43,14 @@ class Examiner:
     def _examined(self, path: Path, rows_max: int, onnx_runtime: str, behind: int) -> dict[str, Any]:
         self._read.pop(path, None)
         try:
-            bundle = load_bundle(path)
-            read = bundle, Queries(bundle)  # what its weights do not fit is not served
+            bundle = load_bundle(path, whole=False)
+            asked = rows_max and bundle.graph
+            if not asked or self._findings.kept(bundle, rows_max, onnx_runtime) is not None:
+                bundle = load_bundle(path)  # else whoever examines it reads all of it
             found = {"fingerprint": bundle.fingerprint, "graph": bundle.graph}
-            if rows_max and bundle.graph:
+            if asked:
                 found |= asdict(self._findings.of(bundle, rows_max, onnx_runtime, behind, _NICENESS))
+            read = bundle, Queries(bundle)  # what its weights do not fit is not served
         except Exception as error:  # whatever it is, it is this bundle's
             why = str(error) if isinstance(error, BundleError) else f"{type(error).__name__}: {error}"
             return {"refused": why, "passing": isinstance(error, BundleError) and error.passing}

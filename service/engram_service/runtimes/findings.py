@@ -35,16 +35,23 @@ class Findings:
     def of(self, bundle: Bundle, rows_max: int, onnx_runtime: str, behind: int = 0, niceness: int = 0) -> Examination:
         """Kept, or found now, in a process of its own. `onnx_runtime`: the version of who is to run it. `behind`: models that wait
         for this one. Raises BundleError."""
-        file = self._directory / f"{_key(bundle, rows_max, onnx_runtime)}.json"
-        try:
-            return _kept(Examination(**json.loads(read_file(file, _BYTES_MAX))))
-        except (OSError, ValueError, TypeError, RecursionError):
-            pass
+        if (kept := self.kept(bundle, rows_max, onnx_runtime)) is not None:
+            return kept
         told = "model %s is examined, in a process of its own; models to be looked at after it: %d"
         log.info(told, bundle.reference, behind)
         examination = examine(bundle, rows_max, self.stopped, niceness)
-        self._keep(file, examination)
+        self._keep(self._file(bundle, rows_max, onnx_runtime), examination)
         return examination
+
+    def kept(self, bundle: Bundle, rows_max: int, onnx_runtime: str) -> Examination | None:
+        try:
+            data = read_file(self._file(bundle, rows_max, onnx_runtime), _BYTES_MAX)
+            return _kept(Examination(**json.loads(data)))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+
+    def _file(self, bundle: Bundle, rows_max: int, onnx_runtime: str) -> Path:
+        return self._directory / f"{_key(bundle, rows_max, onnx_runtime)}.json"
 
     def _keep(self, file: Path, examination: Examination) -> None:
         try:
