@@ -21,7 +21,16 @@ import engram
 ServerProcess = Any
 
 ENDLESS = 1e15
-HASTY = "from engram_models import examination\nexamination._SECONDS = 3.0\n"
+HASTY = """
+from engram_models.importing import sandbox
+
+real = sandbox.run
+
+def run(call, folder, arguments, memory_bytes, seconds, **more):
+    return real(call, folder, arguments, memory_bytes, 3.0 if "hanging" in arguments["path"] else seconds, **more)
+
+sandbox.run = run
+"""
 
 
 class Serving:
