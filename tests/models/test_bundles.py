@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engram_models import LSTM, BundleError, Cell, Repository, load_bundle, load_cell, version_key, write_bundle
+from engram_models.bundle import WEIGHTS, Bundle
 from engram_models.examination import examine
 
 
@@ -215,3 +219,35 @@ def test_the_earlier_directory_wins(tmp_path: Path, bundle_path: Path) -> None:
     other = write_bundle(tmp_path / "other", "small", "1", LSTM(1, 1))
     refs, _ = Repository([tmp_path / "other", bundle_path.parent.parent]).scan()
     assert [ref.path for ref in refs if ref.name == "small"] == [other]
+
+
+def test_a_bundle_is_read_without_its_weights(bundle_path: Path) -> None:
+    """And whatever is wrong with the file that has them, it is a BundleError."""
+    whole, part = load_bundle(bundle_path), load_bundle(bundle_path, whole=False)
+    for item in fields(Bundle):
+        if item.name not in ("check", "initials"):
+            assert getattr(whole, item.name) == getattr(part, item.name)
+    for one, other in zip(
+        (*whole.check.inputs, *whole.check.before), (*part.check.inputs, *part.check.before), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert part.read_weights().keys() == whole.read_weights().keys()
+    file = bundle_path / WEIGHTS
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = next(name for name in header if name.startswith("check."))
+
+    def with_offsets(*offsets: object) -> bytes:
+        named = json.dumps(header | {name: header[name] | {"data_offsets": offsets}}).encode()
+        return len(named).to_bytes(8, "little") + named + data[8 + length :]
+
+    wrong = [
+        b"", data[:7], data[:100], b"\xff" * 8 + data[8:], (2).to_bytes(8, "little") + b"[]", data[:8] + b"[" * length,
+        with_offsets(-8, 8), with_offsets(8, 0), with_offsets(0, 1 << 70), with_offsets(1 << 70, 1 << 71), with_offsets("0", "8"),
+        with_offsets(0), with_offsets(0, 4),
+    ]  # fmt: skip
+    for content in wrong:
+        file.write_bytes(content)
+        with pytest.raises(BundleError):
+            load_bundle(bundle_path, whole=False)

@@ -334,7 +334,7 @@ def test_what_was_found_out_is_kept_and_what_cannot_be_read_is_found_out_again(
     assert kept.of(bundle, 64, "1") == Examination(1, 1)
     monkeypatch.setattr(findings, "examine", lambda *_: Examination(None, TILE_ROWS))
     assert kept.of(bundle, 64, "1") == Examination(1, 1), "not looked at again"
-    assert kept.of(bundle, 65) == Examination(None, TILE_ROWS), "other batches were not tried"
+    assert kept.of(bundle, 65, "1") == Examination(None, TILE_ROWS), "other batches were not tried"
     for file in (tmp_path / "cache").iterdir():
         file.write_text('{"floor": ')
     assert kept.of(bundle, 64, "1") == Examination(None, TILE_ROWS)
