@@ -84,16 +84,8 @@ async def serve(settings: Settings, spawned: Spawned) -> None:
         offers = Offers(examiner.taken)
         begin = _begin(running, relay, tokens, certificate)
         data = DataProcess(
-            spawned,
-            begin,
-            page,
-            listeners,
-            settings.cache_directory() / "crashes",
-            offers,
-            examiner,
-            health,
-            supervisor,
-        )
+            spawned, begin, page, listeners, settings.cache_directory() / "crashes", offers, examiner, health, supervisor
+        )  # fmt: skip
         stack.callback(data.kill)
         signals.at_once.append(data.kill)
         gathered.data = data
