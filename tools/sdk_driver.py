@@ -1,4 +1,4 @@
-"""Steps through the SDK that it finds, for benchmark_sdk.py: `sdk_driver.py ADDRESS MODEL SECONDS` prints figures as JSON.
+"""Steps through the SDK that it finds, for benchmark_sdk.py: `sdk_driver.py ADDRESS MODEL SECONDS` prints its figures, one a line.
 
 A process of its own, for the SDK may be an older checkout's.
 """
@@ -6,7 +6,6 @@ A process of its own, for the SDK may be an older checkout's.
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
 
@@ -20,11 +19,9 @@ INPUT = np.zeros(64, np.float32)
 
 def main() -> None:
     address, model, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
-    print(
-        json.dumps(
-            {"blocking_ms": blocking(address, model, seconds), **asyncio.run(in_asyncio(address, model, seconds))}
-        )
-    )
+    figures = {"blocking_ms": blocking(address, model, seconds), **asyncio.run(in_asyncio(address, model, seconds))}
+    for name, value in figures.items():
+        print(name, value)
 
 
 def blocking(address: str, model: str, seconds: float) -> float:

@@ -50,7 +50,6 @@ log = logging.getLogger(__name__)
 _PROCESSES = 1  # that have connections
 _STOP_GRACE_S = 1.0
 _CERTIFICATE_S = 0.25  # between looks at the files
-_READINESS_S = 0.1
 
 
 async def serve(settings: Settings, spawned: Spawned) -> None:
@@ -137,7 +136,7 @@ def _watch(
     if certificate is not None:
         supervisor.run("certificate watch", lambda: _watch_certificate(certificate, data))
     if ready.wire == "python":
-        supervisor.run("readiness", lambda: _tell_readiness(health, data))
+        supervisor.run("health", lambda: _tell_health(health, data))
 
 
 def _wire(settings: Settings) -> str:
@@ -188,11 +187,21 @@ async def _watch_certificate(certificate: Certificate, data: DataProcess) -> Non
             data.renew("certificate", tls.told(certificate.pems))
 
 
-async def _tell_readiness(health: Health, data: DataProcess) -> None:
-    """For the fallback, which answers for gRPC's health itself; runs until cancelled."""
-    while True:
-        data.tell("readiness", ready=not health.failures())
-        await asyncio.sleep(_READINESS_S)
+async def _tell_health(health: Health, data: DataProcess) -> None:
+    """Whenever something changes; for the fallback, which answers for gRPC's health itself. Runs until cancelled."""
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+    def on_change() -> None:
+        loop.call_soon_threadsafe(changed.set)
+
+    health.on_change = on_change
+    try:
+        while True:
+            changed.clear()
+            data.tell("health", **health.told())
+            await changed.wait()
+    finally:
+        health.on_change = lambda: None
 
 
 def _announce(settings: Settings, http: str, ready: Ready) -> None:

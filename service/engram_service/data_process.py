@@ -168,12 +168,12 @@ def _channel(
     async def on_certificate(certificate: list[str | None]) -> None:
         front.certify(tls.heard(certificate))
 
-    async def on_readiness(ready: bool) -> None:
-        front.tell_ready(ready)
+    async def on_health(**told: Any) -> None:
+        front.hear(told)
 
     verbs = Verbs(table, store, path.holds, path.pins, path.residency, metrics, reload)
     names = ("ping", "holds", "flush", "release", "dismiss", "reload", "metrics", "written_back")
-    told = {"tokens": on_tokens, "certificate": on_certificate, "readiness": on_readiness}
+    told = {"tokens": on_tokens, "certificate": on_certificate, "health": on_health}
     channel = Channel(supervisor, {name: getattr(verbs, name) for name in names} | told)
     return channel
 

@@ -71,7 +71,9 @@ class Health:
     def told(self) -> dict[str, Any]:
         """All of it as JSON has it, for another process."""
         with self._lock:
-            return {"failures": dict(self._failures), "warnings": dict(self._warnings)}
+            own = {"failures": dict(self._failures), "warnings": dict(self._warnings)}
+            others = [other.told() for other in self._others.values()]
+        return {what: {name: why for one in (*others, own) for name, why in one[what].items()} for what in own}
 
     def hear(self, process: str, told: dict[str, Any]) -> None:
         """What another process of this server says counts as if it were said here, until it says otherwise."""

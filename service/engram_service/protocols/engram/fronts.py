@@ -31,7 +31,7 @@ from engram_service.wire.grpcio import GrpcioWire
 if TYPE_CHECKING:
     from engram_service.wire.native import NativeWire
 
-_NOT_READY = "the server is not ready"
+_MANAGER, _NOT_READY = "manager", "the server is not ready"
 
 Step = Callable[[Any, Call], Awaitable[Any]]
 
@@ -51,8 +51,8 @@ class Front(Protocol):
     def certify(self, pems: Pems) -> None:
         """Another certificate is in force."""
 
-    def tell_ready(self, ready: bool) -> None:
-        """Whether the server can do its work, as the manager has it."""
+    def hear(self, told: dict[str, Any]) -> None:
+        """Whether the server can do its work, as the manager has it: Health.told."""
 
     async def stop(self, grace_s: float) -> None:
         """What was sent has so long to leave."""
@@ -93,7 +93,7 @@ class NativeFront:
     def certify(self, pems: Pems) -> None:
         self._wire.certify(pems)
 
-    def tell_ready(self, ready: bool) -> None:
+    def hear(self, told: dict[str, Any]) -> None:
         """Health is relayed."""
 
     async def stop(self, grace_s: float) -> None:
@@ -111,7 +111,7 @@ class GrpcioFront:
         self._certificate = Certificate.of(settings)
         self._wire = GrpcioWire(settings, access)
         self._health = Health()
-        self.tell_ready(False)
+        self._health.fail(_MANAGER, _NOT_READY)  # until it says more
         self._server = grpc.aio.server(interceptors=[Gate(access, settings.calls_max)], options=options(settings))
         self._channel: grpc.aio.Channel | None = None
 
@@ -151,8 +151,9 @@ class GrpcioFront:
     def certify(self, pems: Pems) -> None:
         """It looks at the files itself, at each handshake."""
 
-    def tell_ready(self, ready: bool) -> None:
-        self._health.tell("server", "" if ready else _NOT_READY)
+    def hear(self, told: dict[str, Any]) -> None:
+        self._health.hear(_MANAGER, told)
+        self._health.clear(_MANAGER)
 
     async def stop(self, grace_s: float) -> None:
         self._access.holdback.release()
