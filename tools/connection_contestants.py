@@ -109,8 +109,9 @@ def older(scratch: Path, tree: Path, weights: Path) -> Iterator[Target]:
     path = os.pathsep.join(str(tree.resolve() / package) for package in PACKAGES)
     variables = {"PYTHONPATH": path, "XDG_CACHE_HOME": str(scratch / "older-cache")}
     models = scratch / "older-models"
-    command = [sys.executable, "-c", WRITE, str(weights), str(models), W]
-    subprocess.run(command, check=True, env={**os.environ, **variables}, cwd=scratch, stdout=subprocess.DEVNULL)
+    if not models.exists():
+        command = [sys.executable, "-c", WRITE, str(weights), str(models), W]
+        subprocess.run(command, check=True, env={**os.environ, **variables}, cwd=scratch, stdout=subprocess.DEVNULL)
     with LocalServer(scratch / "older", models, FLAGS, variables) as running:
         yield Target(running.address, (running.pid,))
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from engram_models.bundle import Bundle, BundleError, load_bundle
+from engram_service.niceness import NICENESS
 from engram_service.queries import Queries
 from engram_service.runtimes.findings import Findings
 from engram_service.settings import Settings
-
-_NICENESS = 5  # steps go before; and yet a machine that they fill leaves a quarter of a processor
 
 
 class Examiner:
@@ -49,7 +48,7 @@ class Examiner:
                 bundle = load_bundle(path)  # else whoever examines it reads all of it
             found = {"fingerprint": bundle.fingerprint, "graph": bundle.graph}
             if asked:
-                found |= asdict(self._findings.of(bundle, rows_max, onnx_runtime, behind, _NICENESS))
+                found |= asdict(self._findings.of(bundle, rows_max, onnx_runtime, behind, NICENESS))
             read = bundle, Queries(bundle)  # what its weights do not fit is not served
         except Exception as error:  # whatever it is, it is this bundle's
             why = str(error) if isinstance(error, BundleError) else f"{type(error).__name__}: {error}"

@@ -19,6 +19,7 @@ from engram.v1 import memory_pb2 as pb
 from engram_models import LABEL_BYTES_MAX, PatternMemory, Recalled
 from engram_service.auth.tenants import tenant_of
 from engram_service.errors import FailedPreconditionError, InvalidArgumentError
+from engram_service.niceness import give_way
 from engram_service.observability.metrics import Metrics
 from engram_service.offers import Offer, Offers
 from engram_service.patterns.chunks import width_of
@@ -55,8 +56,8 @@ class MemoryHandlers:
         workers = settings.memory_workers
         self._turns = Turns("calls on memories", workers, workers, *limits)
         self._query_turns = Turns("calls that compute", 1, 1, *limits)
-        self._patterns = ThreadPoolExecutor(workers, "memory")
-        self._queries = ThreadPoolExecutor(1, "query")
+        self._patterns = ThreadPoolExecutor(workers, "memory", give_way)
+        self._queries = ThreadPoolExecutor(1, "query", give_way)
 
     def close(self) -> None:
         for pool in (self._patterns, self._queries):

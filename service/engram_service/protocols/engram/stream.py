@@ -22,6 +22,7 @@ from engram_service.auth.tokens import Caller
 from engram_service.catalog import Catalog
 from engram_service.condition import Condition
 from engram_service.errors import InternalError, InvalidArgumentError, ServiceError, UnauthenticatedError
+from engram_service.pacing import Pacing
 from engram_service.sessions.ending import Asked, Endings
 from engram_service.sessions.ids import new_id
 from engram_service.sessions.opening import Sessions
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 _OPENS_MAX = 64  # opens and closes of one stream that may wait for the store at once
 _OPEN_NBYTES = 1024  # an open or close counts as a row under way for each of these that its frame has
 _LOOK_S = 0.005
+_BEGUN_MAX = 8  # opens and closes in a round of the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class StreamHandler:
         self._condition = condition
         self._supervisor = supervisor
         self._opens: dict[Stream, _Open] = {}
+        self._pacing = Pacing(_BEGUN_MAX)
         self.calls: Calls | None = None
 
     def event(self, event: Event) -> None:
@@ -169,6 +172,7 @@ class StreamHandler:
 
         async def in_turn() -> None:
             async with opens.turns:
+                await self._pacing.turn()
                 await slow.work()
 
         def ended(task: asyncio.Task[None]) -> None:

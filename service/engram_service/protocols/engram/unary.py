@@ -26,6 +26,7 @@ from engram_service.errors import (
     no_session,
 )
 from engram_service.manager.data_process import DataProcess
+from engram_service.niceness import give_way
 from engram_service.observability.metrics import Metrics
 from engram_service.offers import Offer, Offers
 from engram_service.patterns.chunks import ChunkError
@@ -70,7 +71,7 @@ class UnaryHandlers:
         self._turns = Turns("calls", _THREADS, _TENANT_CALLS, *_CALLS_WAITING)
         self._lists = Turns("listings", _LISTS, _TENANT_LISTS, *_LISTS_WAITING)
         self._looks = Looks(settings, data, supervisor, self._with_record)
-        self._pool = ThreadPoolExecutor(_THREADS + _LISTS, "manage")
+        self._pool = ThreadPoolExecutor(_THREADS + _LISTS, "manage", give_way)
 
     async def finish(self, deadline: float) -> None:
         """What was begun and goes on by itself is done when this returns, or the deadline (seconds, monotonic) has come."""
