@@ -67,14 +67,32 @@ def _part(path: Path, bytes_max: int, prefixes: tuple[str, ...]) -> bytes:
         if length > _HEADER_BYTES_MAX:
             raise ValueError(f"its header has {length} bytes; at most {_HEADER_BYTES_MAX} are read")
         header, parts, at = {}, [], 0
-        for name, table in json.loads(_exactly(file, length)).items():
+        for name, table in _header(_exactly(file, length)).items():
             if name.startswith(prefixes):
-                begin, end = table["data_offsets"]
+                begin, end = _place(table)
                 file.seek(8 + length + begin)
                 parts.append(_exactly(file, end - begin))
                 header[name] = table | {"data_offsets": [at, at := at + end - begin]}
     named = json.dumps(header, allow_nan=False).encode()
     return b"".join((len(named).to_bytes(8, "little"), named, *parts))
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(data)
+    except RecursionError:
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table of tensors")
+    return header
+
+
+def _place(table: Any) -> tuple[int, int]:
+    """Where a tensor begins and ends."""
+    match table:
+        case {"data_offsets": [int(begin), int(end)]} if 0 <= begin <= end:
+            return begin, end
+    raise ValueError("its header does not say where a tensor is")
 
 
 def _exactly(file: BinaryIO, nbytes: int) -> bytes:
