@@ -223,6 +223,28 @@ def test_a_session_that_stays_is_listed_whatever_comes_and_goes(store: Store, ho
     assert max(Counter(found).values()) <= 2
 
 
+def test_a_session_that_is_taken_over_while_it_is_looked_at_is_found(
+    store: Store, holder: MakeHolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record goes to another key between the look at its hash and that at its record."""
+    holder(store, "a", "b").claim()
+    commands = store._commands
+    pipelined, others = commands.pipelined, [holder(store, "a"), holder(store, "b")]
+
+    def overtaken(keys: Any, *more: Any, **named: Any) -> list[Any]:
+        answers = pipelined(keys, *more, **named)
+        if others and any(bytes(key).endswith(b"}") for key in keys):  # the hashes were read
+            monkeypatch.setattr(commands, "pipelined", pipelined)
+            others.pop().claim()
+            monkeypatch.setattr(commands, "pipelined", overtaken)
+        return answers
+
+    monkeypatch.setattr(commands, "pipelined", overtaken)
+    assert sorted(info.session_id for info in store.page(0, 100)[1]) == ["a", "b"]
+    others.append(holder(store, "a"))
+    assert store.describe("a") is not None and not others
+
+
 def test_a_listing_may_want_some_alone(store: Store, holder: MakeHolder) -> None:
     holder(store, *(f"a-{n}" for n in range(300))).claim()
     holder(store, "b-1", "b-2").claim(model="other")

@@ -22,6 +22,7 @@ _PAGE_S = 0.5
 _DESCRIBED_AT_ONCE = 250
 _CURSORS = 2**64
 _NODES_MAX = 4096  # of a cluster; a page's cursor is a node's cursor and its place
+_LOOKS = 3  # at a session whose record is not where its hash says
 
 
 class Listing:
@@ -86,9 +87,10 @@ class Listing:
 
     def _describe(
         self, keys: Sequence[bytes], with_record: bool, wanted: Wanted = lambda session_id, model: True,
-        damaged: Callable[[bytes, DamagedError], None] | None = None,
+        damaged: Callable[[bytes, DamagedError], None] | None = None, looks: int = _LOOKS,
     ) -> list[SessionInfo]:  # fmt: skip
-        """Sessions by their hashes. What is damaged is given to `damaged`, or raised."""
+        """Sessions by their hashes. What is damaged is given to `damaged`, or raised. A record goes with its claim to another key:
+        one that was taken over between the look at its hash and that at its record is looked at again."""
 
         def sound(found: list[tuple[bytes, Any]]) -> Iterator[tuple[bytes, Any]]:
             for key, value in found:
@@ -116,7 +118,10 @@ class Listing:
             (key, info_of(meta, records[n], headers[n], int(times[n]), with_record))
             for n, (key, meta) in enumerate(known)
         ]
-        return [info for _, info in sound(found) if info is not None]
+        infos = list(sound(found))
+        gone = [key for key, info in infos if info is None]
+        again = self._describe(gone, with_record, wanted, damaged, looks - 1) if gone and looks > 1 else []
+        return [info for _, info in infos if info is not None] + again
 
     def _leave_out(self, key: bytes, why: DamagedError) -> None:
         log.warning(
