@@ -22,6 +22,7 @@ from engram_service.auth.access import Access
 from engram_service.auth.audit import Audit
 from engram_service.auth.tls import Certificate
 from engram_service.auth.tokens import TokensFile, told
+from engram_service.control.health import tell_health
 from engram_service.examiner import Examiner
 from engram_service.manager.data_process import DataProcess, Ready
 from engram_service.manager.listeners import bound
@@ -136,7 +137,7 @@ def _watch(
     if certificate is not None:
         supervisor.run("certificate watch", lambda: _watch_certificate(certificate, data))
     if ready.wire == "python":
-        supervisor.run("health", lambda: _tell_health(health, data))
+        tell_health(health, data.tell)  # the fallback answers for gRPC's health itself
 
 
 def _wire(settings: Settings) -> str:
@@ -185,23 +186,6 @@ async def _watch_certificate(certificate: Certificate, data: DataProcess) -> Non
         await asyncio.sleep(_CERTIFICATE_S)
         if await asyncio.to_thread(certificate.fetch) is not None:
             data.renew("certificate", tls.told(certificate.pems))
-
-
-async def _tell_health(health: Health, data: DataProcess) -> None:
-    """Whenever something changes; for the fallback, which answers for gRPC's health itself. Runs until cancelled."""
-    loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-    def on_change() -> None:
-        loop.call_soon_threadsafe(changed.set)
-
-    health.on_change = on_change
-    try:
-        while True:
-            changed.clear()
-            data.tell("health", **health.told())
-            await changed.wait()
-    finally:
-        health.on_change = lambda: None
 
 
 def _announce(settings: Settings, http: str, ready: Ready) -> None:

@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -29,6 +28,7 @@ from engram_service.auth.audit import Audit
 from engram_service.auth.tokens import Tokens, heard
 from engram_service.catalog import Catalog
 from engram_service.control.channel import Channel, first, framed
+from engram_service.control.health import tell_health
 from engram_service.control.verbs import Verbs
 from engram_service.data_path import DataPath
 from engram_service.descriptors import Descriptors
@@ -124,7 +124,7 @@ async def _serve(
 
         channel = _channel(path, table, store, metrics, catalog, tokens, front, supervisor)
         supervisor.once("control", _until_gone(channel, end))
-        _tell_health(health, channel)
+        tell_health(health, channel.tell)
         catalog.ask = partial(channel.call, "examine")
         catalog.on_change = lambda: channel.tell("models", models=_models(catalog))
         _expose(metrics, table, catalog, path, store, device)
@@ -184,21 +184,6 @@ async def _until_gone(channel: Channel, end: socket.socket) -> None:
     await channel.run(end)
     log.warning("the manager is gone")
     os._exit(1)
-
-
-def _tell_health(health: Health, channel: Channel) -> None:
-    loop = asyncio.get_running_loop()
-
-    def tell() -> None:
-        channel.tell("health", **health.told())
-
-    def changed() -> None:
-        if threading.current_thread() is threading.main_thread():
-            tell()
-        elif not loop.is_closed():
-            loop.call_soon_threadsafe(tell)
-
-    health.on_change = changed
 
 
 def _models(catalog: Catalog) -> list[dict[str, str]]:
