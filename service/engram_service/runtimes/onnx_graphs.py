@@ -44,6 +44,7 @@ class OnnxGraphs(Runtime):
         if isinstance(index, slice):
             before = [column[index] for column in arena.state]  # views, which the graph only reads
         else:
+            index = index.astype(np.intp)  # once, and not for each column
             before = [column.take(index, 0, mode="clip") for column in arena.state]
         run = self._watchdog.begin(arena.bundle)
         try:
