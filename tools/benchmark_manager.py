@@ -17,22 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from alongside import alongside
 from benchmark_connections import LOAD, write_reference
 from connection_contestants import FLAGS
 
 import engram
 from engram._json import json_text
-from engram_models import bundle_from_torch, write_bundle
-from engram_service.bench.plain_torch import lstm_modules
 from engram_service.bench.report import machine
-from engram_service.bench.workload import W, weights_w, write_w
+from engram_service.bench.workload import W, weights_w, write_lstm, write_w
 from engram_service.local import LocalServer
 from engram_service.protocols.http.get import get
 
@@ -87,20 +85,8 @@ def driven(server: LocalServer, reference: Path, seconds: float, rate: float = 0
     return found
 
 
-@contextmanager
-def running(what: str, server: LocalServer, models: Path) -> Iterator[subprocess.Popen[bytes] | None]:
-    if what == QUIET:
-        yield None
-        return
-    command = [sys.executable, __file__, "--beside", what, server.address, server.http, str(models)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+def running(what: str, server: LocalServer, models: Path) -> AbstractContextManager[subprocess.Popen[str] | None]:
+    return nullcontext() if what == QUIET else alongside("--beside", what, server.address, server.http, str(models))
 
 
 # What runs beside the steps, in a process of its own, until it is ended
@@ -135,19 +121,17 @@ async def scrape(http: str) -> None:
 
 async def bring_models(client: engram.AsyncClient, models: Path) -> None:
     """One version of a model after the other, each with weights of its own, and each is served before the next; two are kept."""
-    generator = np.random.default_rng()
     while True:
-        version = await asyncio.to_thread(_bring, models, generator)
+        version = await asyncio.to_thread(_bring, models)
         async with asyncio.timeout(LOADED_S):
             while version not in [one.version for one in await client.models.list() if one.name == OTHER]:
                 await asyncio.sleep(SCRAPE_S)
         await asyncio.sleep(VERSION_S)
 
 
-def _bring(models: Path, generator: np.random.Generator) -> str:
-    weights = {name: generator.standard_normal(one.shape, np.float32) for name, one in weights_w().items()}
+def _bring(models: Path) -> str:
     version = str(time.time_ns())
-    write_bundle(models, OTHER, version, bundle_from_torch(*lstm_modules(weights)), "of benchmark_manager.py")
+    write_lstm(models, OTHER, version, weights_w(seed=time.time_ns()))
     for old in sorted((models / OTHER).iterdir())[:-2]:
         shutil.rmtree(old)
     return version

@@ -13,13 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from alongside import alongside
 
 import engram
 from engram._json import json_text
@@ -68,20 +68,8 @@ async def open_and_close(address: str) -> int:
             print(len(sessions), flush=True)
 
 
-@contextmanager
-def opening(address: str) -> Iterator[subprocess.Popen[str] | None]:
-    if not address:
-        yield None
-        return
-    command = [sys.executable, __file__, "--open", address]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+def opening(address: str) -> AbstractContextManager[subprocess.Popen[str] | None]:
+    return alongside("--open", address) if address else nullcontext()
 
 
 async def measure(own: str, other: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -30,13 +29,14 @@ from typing import Any
 
 import grpc
 import numpy as np
+from alongside import alongside
 from numpy.typing import NDArray
 
 import engram
 from engram._json import json_text
 from engram.v1 import stream_pb2
 from engram_service.bench.report import machine
-from engram_service.bench.workload import W, write_w
+from engram_service.bench.workload import W, weights_w, write_lstm, write_w
 from engram_service.local import LocalServer
 from engram_service.protocols.http.get import get
 
@@ -226,15 +226,8 @@ class Crowd:
             self._free[handles] = True
 
 
-@contextlib.contextmanager
-def beside(kind: str, address: str, *more: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, __file__, "--beside", kind, "--address", address, *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+def beside(kind: str, address: str, *more: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    return alongside("--beside", kind, "--address", address, *more, says=False)
 
 
 # What is measured
@@ -381,7 +374,10 @@ def while_models_come() -> dict[str, Any]:
         directory = Path(scratch)
         write_w(directory / "models")
         coming = {
-            hidden: [_staged(directory / "staged", hidden, number) for number in range(LOADING_ROUNDS)]
+            hidden: [
+                write_lstm(directory / "staged", f"lstm-{hidden}-{number}", "1", weights_w(hidden, hidden + number))
+                for number in range(LOADING_ROUNDS)
+            ]
             for hidden in LOADING_HIDDEN
         }
         flags = ("--shipped-models", "false", "--log-level", "warning", "--models-poll-s", "0.2")
@@ -428,20 +424,6 @@ async def _while_models_come(server: LocalServer, models: Path, coming: dict[int
         "date": f"{datetime.now(UTC):%Y-%m-%d}", "rounds": LOADING_ROUNDS,
         "coming": {name: dict(zip(fields, values, strict=True)) for name, values in medians.items()},
     }  # fmt: skip
-
-
-def _staged(directory: Path, hidden: int, number: int) -> Path:
-    """A bundle like W's of this size, with weights of its own."""
-    from engram_models import bundle_from_torch, write_bundle
-    from engram_service.bench.plain_torch import lstm_modules
-
-    draw, bound = np.random.default_rng(hidden + number), hidden**-0.5
-    shapes = {
-        "weight_ih": (4 * hidden, 64), "weight_hh": (4 * hidden, hidden), "bias_ih": (4 * hidden,), "bias_hh": (4 * hidden,),
-        "head.weight": (16, hidden), "head.bias": (16,),
-    }  # fmt: skip
-    weights = {name: draw.uniform(-bound, bound, shape).astype(np.float32) for name, shape in shapes.items()}
-    return write_bundle(directory, f"lstm-{hidden}-{number}", "1", bundle_from_torch(*lstm_modules(weights)))
 
 
 async def _loaded(server: LocalServer) -> float:

@@ -76,24 +76,28 @@ def device_of(name: str) -> str:
     return name if name != "auto" else "cuda:0" if gpu() else "cpu"
 
 
-def weights_w() -> dict[str, NDArray[np.float32]]:
-    """W's weights, named and laid out as torch's modules have them, gates i f g o."""
-    generator, bound = np.random.default_rng(SEED), HIDDEN**-0.5
+def weights_w(hidden: int = HIDDEN, seed: int = SEED) -> dict[str, NDArray[np.float32]]:
+    """W's weights, or those of one like it, named and laid out as torch's modules have them, gates i f g o."""
+    generator, bound = np.random.default_rng(seed), hidden**-0.5
     shapes = {
-        "weight_ih": (4 * HIDDEN, INPUT), "weight_hh": (4 * HIDDEN, HIDDEN), "bias_ih": (4 * HIDDEN,), "bias_hh": (4 * HIDDEN,),
-        "head.weight": (OUTPUT, HIDDEN), "head.bias": (OUTPUT,),
+        "weight_ih": (4 * hidden, INPUT), "weight_hh": (4 * hidden, hidden), "bias_ih": (4 * hidden,), "bias_hh": (4 * hidden,),
+        "head.weight": (OUTPUT, hidden), "head.bias": (OUTPUT,),
     }  # fmt: skip
     return {name: generator.uniform(-bound, bound, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def write_w(directory: Path) -> Path:
     """Writes W's bundle into the repository `directory`; returns the bundle's path. With torch, as its users do."""
-    if not has_torch():
-        return _write_without_torch(directory, weights_w())
+    weights = weights_w()
+    return write_lstm(directory, W, "1", weights) if has_torch() else _write_without_torch(directory, weights)
+
+
+def write_lstm(directory: Path, name: str, version: str, weights: Mapping[str, NDArray[np.float32]]) -> Path:
+    """Writes a bundle of weights that are named as W's are. With torch."""
     from engram_models import bundle_from_torch, write_bundle
     from engram_service.bench.plain_torch import lstm_modules
 
-    return write_bundle(directory, W, "1", bundle_from_torch(*lstm_modules(weights_w())), _DESCRIPTION)
+    return write_bundle(directory, name, version, bundle_from_torch(*lstm_modules(weights)), _DESCRIPTION)
 
 
 def workload_w(device: str = "cpu") -> Workload:
