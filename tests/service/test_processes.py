@@ -114,6 +114,31 @@ def test_a_data_process_that_cannot_hear_ends_with_its_manager(server: ServerPro
     server.start()  # which finds the Redis that the other has left
 
 
+@pytest.mark.parametrize("spawned", [True, False], ids=["while the next one starts", "before the next one is started"])
+def test_a_server_that_is_ended_without_a_data_process_has_nothing_to_finish(
+    server: ServerProcess, spawned: bool
+) -> None:
+    first = server.data_pid
+    os.kill(first, signal.SIGKILL)
+    if spawned:
+        until(lambda: data_pid(server) not in (0, first))
+    else:
+        until(lambda: "is being started again" in server.tail())
+    assert server.stop() == 0
+    assert "draining" in server.tail() and "before all was done" not in server.tail()
+
+
+def test_a_data_process_that_dies_as_it_drains_is_told(server: ServerProcess) -> None:
+    with engram.Client(server.address) as client:
+        client.open("digits-reader", "s").step(INPUTS[0])
+        os.kill(server.data_pid, signal.SIGSTOP)  # it cannot begin to drain
+        server.terminate()
+        time.sleep(0.5)
+        os.kill(server.data_pid, signal.SIGKILL)
+        assert server.stop() == 1
+    assert "ended (signal SIGKILL) before all was done" in server.tail()
+
+
 def test_management_goes_on_without_a_data_process(server: ServerProcess) -> None:
     """What needs none of its knowledge is answered from Redis; over the wire nothing can be asked while it is gone."""
     with engram.Client(server.address) as client:

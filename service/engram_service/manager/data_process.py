@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class DataProcess:
         self._channel = Channel(supervisor, verbs)
         self._spawned = spawned
         self._stopping = asyncio.Event()
+        self._serving = False  # the one that is there may have accepted something
         self._failed: Exception | None = None
         health.fail(_NAME, "it is being started")
 
@@ -86,8 +88,9 @@ class DataProcess:
         while not self._stopping.is_set():
             began = time.monotonic()
             code = await self._told_and_watched(spawned)
-            if self._stopping.is_set():
+            if self._stopping.is_set():  # `stop` tells of it
                 return
+            self._serving = False
             self._counts.clear(self.begin["process"])
             if not self.ready.done() and (self._failed or code >= 0):
                 ended = OSError(f"the data process ended ({_told(code)}) before it was ready")
@@ -99,13 +102,16 @@ class DataProcess:
             self._health.fail(_NAME, why)
             self._health.hear(_NAME, Health().told())
             log.error("the data process %s; what was accepted and is not answered may be sent again", why)
-            await asyncio.sleep(wait_s)
-            spawned = self._spawned = spawn()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait_s)
+            if not self._stopping.is_set():
+                spawned = self._spawned = spawn()
 
     async def stop(self, drain_s: float) -> None:
-        """It finishes what it accepted, and ends; where it does not in its time, it is ended. Raises OSError where it died."""
+        """It finishes what it accepted, and ends; where it does not in its time, it is ended. Raises OSError where it died before,
+        having accepted something."""
         self._stopping.set()
-        process = self._spawned.process
+        process, serving = self._spawned.process, self._serving
         process.terminate()
         try:
             await asyncio.wait_for(asyncio.to_thread(process.wait), drain_s + _GRACE_S)
@@ -113,7 +119,7 @@ class DataProcess:
             log.warning("the data process does not end and is killed; its steps are not answered and may be sent again")
             process.kill()
         else:
-            if process.returncode and self.ready.done():
+            if process.returncode and serving:
                 raise OSError(f"the data process ended ({_told(process.returncode)}) before all was done")
 
     def kill(self) -> None:
@@ -181,6 +187,7 @@ class DataProcess:
 
     async def _on_ready(self, port: int, device: str, wire: str) -> None:
         self._health.clear(_NAME)
+        self._serving = True
         if not self.ready.done():
             self.ready.set_result(Ready(port, device, wire))
         else:
