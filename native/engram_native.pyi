@@ -128,10 +128,12 @@ class Usual:
         acknowledged: NDArray[np.uint64],
         flags: NDArray[np.uint8],
         input_nbytes: NDArray[np.uint32],
+        inputs: NDArray[np.uint8],
         found: NDArray[np.int32],
         model: int,
         window: int,
         width: int,
+        floats: int,
     ) -> bool: ...
 
 @final
@@ -228,3 +230,16 @@ def pack_records(
     outputs: NDArray[np.uint8],
     now_ms: int,
 ) -> None: ...
+def seize(busy: NDArray[np.uint8], rows: NDArray[np.int32], deadlines: NDArray[np.float64], now: float) -> bool:
+    """places.py says what this does, and `keep`."""
+
+def keep(
+    rings: NDArray[np.uint8],
+    window: int,
+    slots: NDArray[np.int32],
+    seqs: NDArray[np.uint64],
+    outputs: NDArray[np.uint8],
+) -> None: ...
+def leave(ids: NDArray[np.uint32], in_flight: NDArray[np.int64], calls: NDArray[np.uint32]) -> int:
+    """Takes a row off `in_flight`, by the number of its stream, for each of these ids, but for streams that have ended; how many
+    it were."""

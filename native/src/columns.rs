@@ -115,6 +115,17 @@ impl<T: Element> Column<T> {
         self.row(row)[0]
     }
 
+    /// Of a column that is writable, by the one thread that uses it: these values of a row, from its value `at` on. False: the row,
+    /// or so much of it, is not there.
+    pub fn put(&self, row: usize, at: usize, values: &[T]) -> bool {
+        let fits = row < self.rows && at + values.len() <= self.width && !self.buffer.readonly();
+        if fits {
+            // Values are of another column: where both are the same memory, `copy` is still defined.
+            unsafe { std::ptr::copy(values.as_ptr(), self.place(row).add(at), values.len()) }
+        }
+        fits
+    }
+
     /// Of a column that is writable, by the one thread that uses it; a row that is not there is left alone.
     pub fn set(&self, row: usize, value: T) {
         if row < self.rows && self.width > 0 && !self.buffer.readonly() {

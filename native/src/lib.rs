@@ -1,5 +1,7 @@
-//! What Engram does for each message: HTTP/2 connections in, columns of rows out. What it does for each batch is Python.
+//! What Engram does for each message: HTTP/2 connections in, columns of rows out. What it does for each batch is Python, but for
+//! loops over the batch's rows.
 
+mod batches;
 mod columns;
 pub mod commits;
 mod usual;
@@ -18,5 +20,8 @@ fn engram_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<commits::RecordSource>()?;
     module.add_class::<usual::Usual>()?;
     module.add_function(wrap_pyfunction!(commits::pack_records, module)?)?;
+    module.add_function(wrap_pyfunction!(batches::seize, module)?)?;
+    module.add_function(wrap_pyfunction!(batches::keep, module)?)?;
+    module.add_function(wrap_pyfunction!(batches::leave, module)?)?;
     Ok(())
 }

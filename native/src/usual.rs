@@ -1,5 +1,6 @@
 //! Rows of steps that are like most: all of them are let in at once, or none, and then Python looks at each.
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::columns::Column;
@@ -86,8 +87,8 @@ impl Usual {
     }
 
     /// Lets these rows in, if all are of the model and the next steps of their sessions, which have slots and room for outputs, with
-    /// inputs of this width, and no flags; `found` gets their sessions' rows. What they acknowledge is noted in any case. False:
-    /// nothing else was done.
+    /// inputs of this width, finite where they are floats of so many bytes (0: they are not looked at), and no flags; `found` gets
+    /// their sessions' rows. What they acknowledge is noted in any case. False: nothing else was done.
     #[expect(clippy::too_many_arguments)]
     fn admit(
         &self,
@@ -97,10 +98,12 @@ impl Usual {
         acknowledged: &Bound<PyAny>,
         flags: &Bound<PyAny>,
         input_nbytes: &Bound<PyAny>,
+        inputs: &Bound<PyAny>,
         found: &Bound<PyAny>,
         model: i16,
         window: u64,
         width: u32,
+        floats: usize,
     ) -> PyResult<bool> {
         let calls = Column::numbers(calls, "calls", None)?;
         let count = Some(calls.rows);
@@ -113,6 +116,9 @@ impl Usual {
             calls,
         };
         let found = Column::<i32>::numbers(found, "found", count)?.writable()?;
+        if !finite(&Column::<u8>::new(inputs, "inputs")?, floats)? {
+            return Ok(false);
+        }
         let wanted = Wanted {
             model,
             window,
@@ -135,6 +141,38 @@ impl Usual {
         }
         Ok(true)
     }
+}
+
+/// Whether all of these bytes, as floats of so many bytes each, are finite: no exponent has all of its bits set.
+fn finite(bytes: &Column<u8>, nbytes: usize) -> PyResult<bool> {
+    let rows = 0..bytes.rows;
+    match nbytes {
+        0 => Ok(true),
+        2 => Ok(rows.into_iter().all(|row| {
+            let halves = bytes.row(row).chunks_exact(2);
+            all(halves.map(|half| u16::from_le_bytes([half[0], half[1]]) & 0x7C00 != 0x7C00))
+        })),
+        4 => Ok(rows.into_iter().all(|row| {
+            let words = bytes.row(row).chunks_exact(4);
+            all(words.map(|word| {
+                let bits = u32::from_le_bytes(word.try_into().expect("four bytes"));
+                bits & 0x7F80_0000 != 0x7F80_0000
+            }))
+        })),
+        8 => Ok(rows.into_iter().all(|row| {
+            let words = bytes.row(row).chunks_exact(8);
+            all(words
+                .map(|word| f64::from_le_bytes(word.try_into().expect("eight bytes")).is_finite()))
+        })),
+        _ => Err(PyValueError::new_err(format!(
+            "there are no floats of {nbytes} bytes"
+        ))),
+    }
+}
+
+/// Without an end before the last one, so that many are looked at at once.
+fn all(good: impl Iterator<Item = bool>) -> bool {
+    good.fold(true, |all, one| all & one)
 }
 
 impl Usual {

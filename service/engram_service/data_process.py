@@ -16,8 +16,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     os.close(page)
     set_up(settings.log_level, settings.log_format)
     try:
-        asyncio.run(_serve(settings, begin, end, column, listeners))
+        with asyncio.Runner(loop_factory=_loop_factory(native=bool(listeners))) as runner:
+            runner.run(_serve(settings, begin, end, column, listeners))
     except (SettingError, StoreError, OSError) as error:
         kind = {SettingError: "setting", StoreError: "store"}.get(type(error), "system")
         last.setblocking(True)
@@ -87,6 +88,18 @@ def _end_with(manager: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != manager:
         os._exit(1)
+
+
+def _loop_factory(native: bool) -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's, where it is here: a turn of the step loop costs less on it. The fallback's gRPC does not go well with it
+    (docs/sdk.md)."""
+    factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    if native:
+        with suppress(ImportError):  # it has no wheel for this platform
+            import uvloop
+
+            factory = uvloop.new_event_loop
+    return factory
 
 
 async def _serve(

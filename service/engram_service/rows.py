@@ -37,6 +37,8 @@ class Rows:
         self._bools = _joined(zip(self.slices, specs, strict=True), ("bool",))
         whole = len(self._floats) == 1 and self._floats[0][0] == slice(0, self.nbytes)
         self._whole = np.dtype(self._floats[0][1]) if whole and self._floats[0][1] != "bfloat16" else None
+        self.float_nbytes = 0 if self._whole is None else self._whole.itemsize
+        """Of a number, where the whole row is of such as NumPy has."""
 
     def __str__(self) -> str:
         """float32[8] of one tensor; obs float32[12], gap float32[] of several."""

@@ -63,10 +63,12 @@ def test_the_models_know_neither_the_server_nor_the_sdk() -> None:
 
 def test_the_scheduler_is_pure() -> None:
     """Decisions stay apart from effects: the modules that pick the rows of a batch import no torch, gRPC or Redis."""
-    modules = (PACKAGES["engram_service"] / "scheduling").glob("*.py")
-    names = {name for module in modules for name in _imports(_parsed(module))}
+    service = PACKAGES["engram_service"]
+    names = {name for module in (service / "scheduling").glob("*.py") for name in _imports(_parsed(module))}
+    own = {name for name in names if name.startswith("engram")}
+    assert all(name.startswith(("engram_service.scheduling", "engram_service.places")) for name in own)
+    names |= set(_imports(_parsed(service / "places.py")))
     assert not {name.split(".")[0] for name in names} & {"torch", "grpc", "redis", "asyncio", "threading"}
-    assert all(name.startswith("engram_service.scheduling") for name in names if name.startswith("engram"))
 
 
 def test_torch_is_called_by_runtimes_alone() -> None:

@@ -111,7 +111,7 @@ def test_rows_are_let_in_as_one_after_the_other_would_be(seed: int, count: int) 
         good, rows, table = world.expected(came)
         in_flight = [world.streams.in_flight_of(stream) for stream in world.ids]
         found = np.full(count, -7, np.int32)
-        assert world.native.admit(*came, found, MODEL, WINDOW, WIDTH) is good
+        assert world.native.admit(*came, _inputs(count), found, MODEL, WINDOW, WIDTH, 4) is good
         for name in COLUMNS:
             assert np.array_equal(world.table[name], table[name]), name
         more = [int(good) * int((came[0] == stream).sum()) for stream in world.ids]
@@ -137,7 +137,40 @@ def test_columns_that_do_not_fit_are_refused() -> None:
         native.Usual(*columns[:9], frozen, *columns[10:])
     came = world.rows(np.random.default_rng(2), 3)
     with pytest.raises(ValueError, match=r"has \d+ rows of"):
-        world.native.admit(*came, np.empty(2, np.int32), MODEL, WINDOW, WIDTH)
+        world.native.admit(*came, _inputs(3), np.empty(2, np.int32), MODEL, WINDOW, WIDTH, 0)
+    with pytest.raises(ValueError, match="no floats of 3 bytes"):
+        world.native.admit(*came, _inputs(3), np.empty(3, np.int32), MODEL, WINDOW, WIDTH, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_inputs_that_are_not_finite_are_let_in_by_none(dtype: type[np.floating[Any]], value: float) -> None:
+    generator = np.random.default_rng(3)
+    limits = np.finfo(dtype)
+    for place in range(5):
+        world = World(generator)
+        world.table["model"][:], world.table["slot"][:], world.table["opening"][:] = MODEL, 1, 0
+        world.table["acked"][:] = world.table["applied"][:] = world.table["admitted"]
+        handle = world.handles[0][0]
+        row = world.row(world.ids[0], handle)
+        seq = world.table["admitted"][row] + np.uint64(1)
+        inputs = np.array([[limits.max, limits.min, 0.0, limits.smallest_subnormal, 1.0]], dtype)
+        bad = inputs.copy()
+        bad[0, place] = value
+        for values, nbytes, good in ((bad, inputs.itemsize, False), (inputs, inputs.itemsize, True)):
+            came = [np.array([one], kind) for one, kind in ((world.ids[0], np.uint32), (handle, np.uint32), (seq, np.uint64),
+                    (NOT_ACKNOWLEDGED, np.uint64), (FIRST, np.uint8), (inputs.nbytes, np.uint32))]  # fmt: skip
+            found = np.empty(1, np.int32)
+            told = world.native.admit(*came, values.view(np.uint8), found, MODEL, WINDOW, inputs.nbytes, nbytes)
+            assert told is good
+            assert world.table["admitted"][row] == seq - np.uint64(not good)
+        seq += np.uint64(1)
+        came[2][0] = seq
+        assert world.native.admit(*came, bad.view(np.uint8), found, MODEL, WINDOW, inputs.nbytes, 0)  # not looked at
+
+
+def _inputs(count: int) -> NDArray[np.uint8]:
+    return np.zeros((count, WIDTH), np.uint8)
 
 
 def test_the_table_of_handles_has_its_columns_where_the_extension_looks_for_them() -> None:

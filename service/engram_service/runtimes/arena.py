@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from engram_models.bundle import Bundle
 from engram_models.spec import TensorSpec
+from engram_service.places import keep
 
 _NOBODY = -1
 
@@ -106,10 +107,7 @@ class Arena:
 
     def keep(self, slots: NDArray[Any], seqs: NDArray[np.uint64], outputs: NDArray[np.uint8]) -> None:
         """Keeps outputs, uint8 [n, output_nbytes], as those of steps `seqs`."""
-        if len(slots) == 1:
-            self._ring[slots.item(), seqs.item() % self.window] = outputs[0]
-        else:
-            self._ring[slots, seqs % np.uint64(self.window)] = outputs
+        keep(self._ring, slots, seqs, outputs)
 
     def kept(self, slots: NDArray[Any], seqs: NDArray[np.uint64]) -> NDArray[np.uint8]:
         """Outputs of steps that are at most `window` back; slots and seqs broadcast. [..., output_nbytes]"""

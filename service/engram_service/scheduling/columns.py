@@ -131,11 +131,3 @@ def occurrence(values: NDArray[Any]) -> NDArray[np.intp]:
     result = np.empty(len(values), np.intp)
     result[order] = np.arange(len(values)) - np.repeat(starts, lengths)
     return result
-
-
-def distinct(rows: NDArray[np.int32], size: int) -> bool:
-    """Whether no row, of a table of this size, stands twice."""
-    places = np.arange(len(rows))
-    at = np.empty(size, np.intp)
-    at[rows] = places
-    return bool(np.count_nonzero(at[rows] == places) == len(rows))

@@ -18,7 +18,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_service.scheduling.columns import Steps, Waiting, distinct, joined, occurrence
+from engram_service.places import distinct, seize
+from engram_service.scheduling.columns import Steps, Waiting, joined, occurrence
 
 FIXED_ROWS = 50  # a batch of one row takes about as long as so many rows more
 
@@ -71,9 +72,9 @@ class Scheduler:
     def next(self, model: int, busy: NDArray[np.bool_], rows_max: int, now: float) -> Batch | None:
         """The next batch of a model, or None where nothing is ready. Marks the sessions it takes in `busy`."""
         waiting = self._waiting[model]
-        if (whole := waiting.whole) is not None and self._fits(whole, busy, rows_max, now):
+        whole, few = waiting.whole, min(rows_max, _MANY)
+        if whole is not None and len(whole) <= few and seize(busy, whole.rows, whole.deadlines, now):
             waiting.take_whole()
-            busy[whole.rows] = True
             self._most(model, whole.streams, now)
             return Batch(whole, [None], None)
         places = waiting.places()
@@ -97,18 +98,6 @@ class Scheduler:
             places, rows = places[chosen], rows[chosen]
         busy[rows] = True
         return batch_of(waiting.take(places), repeated)
-
-    def _fits(self, whole: Steps, busy: NDArray[np.bool_], rows_max: int, now: float) -> bool:
-        """Whether all of these may go at once, without a look at whose they are."""
-        if len(whole) == 1:
-            return not busy.item(whole.rows.item(0)) and whole.deadlines.item(0) >= now
-        few = len(whole) <= min(rows_max, _MANY)
-        return (
-            few
-            and not np.count_nonzero(busy[whole.rows])
-            and distinct(whole.rows, len(busy))
-            and not np.count_nonzero(whole.deadlines < now)
-        )
 
     def models(self) -> list[int]:
         """Those for which rows wait, beginning with whose turn it is."""

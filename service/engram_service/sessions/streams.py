@@ -17,9 +17,13 @@ from numpy.typing import NDArray
 from engram.v1 import stream_pb2
 from engram_service.auth.tenants import SERVER
 from engram_service.auth.tokens import Caller
+from engram_service.places import NATIVE
 from engram_service.sessions.handles import Handles, HandleTable
 from engram_service.sessions.shares import Shares, too_many_streams
 from engram_service.wire.base import CALL, NUMBER_BITS, Wire
+
+if NATIVE:
+    import engram_native
 
 LOCAL = 0
 _NUMBER = np.uint32((1 << NUMBER_BITS) - 1)
@@ -145,6 +149,11 @@ class Streams:
         places = self.handles
         return [self._ids, self._rows, places.starts, places.counts, places.rows, places.names]
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the columns, each of which is another array only when it is a longer one."""
+        return len(self._ids), len(self.handles.starts), len(self.handles.rows)
+
     # Rows, by the id of their stream
 
     def rows_of(self, ids: NDArray[np.uint32], handles: NDArray[np.uint32]) -> NDArray[np.int32]:
@@ -177,18 +186,11 @@ class Streams:
 
     def answered(self, ids: NDArray[np.uint32]) -> None:
         """A row for each, which is answered, or given up. Of streams that have ended nothing is in flight."""
-        if len(ids) == 1:
-            number = _number(ids.item(0))
-            if self._ids.item(number) == ids.item(0) or ids.item(0) & CALL:
-                self._rows[number] -= 1
-                self.in_flight -= 1
-                if self._by_tenant is not None:
-                    self._by_tenant[self._tenants.item(number)] -= 1
+        if NATIVE and self._by_tenant is None:
+            self.in_flight -= engram_native.leave(self._ids, self._rows, ids)
             return
         numbers = _numbers(ids)
-        same = (self._ids[numbers] == ids) | (ids >= CALL)
-        if np.count_nonzero(same) < len(ids):
-            numbers = numbers[same]
+        numbers = numbers[(self._ids[numbers] == ids) | (ids >= CALL)]
         np.subtract.at(self._rows, numbers, 1)
         if self._by_tenant is not None:
             np.subtract.at(self._by_tenant, self._tenants[numbers], 1)

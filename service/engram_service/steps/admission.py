@@ -25,8 +25,9 @@ from engram_service.errors import (
 )
 from engram_service.observability.metrics import Metrics
 from engram_service.pauses import Pauses
+from engram_service.places import distinct
 from engram_service.rows import rows_of
-from engram_service.scheduling.columns import Steps, distinct
+from engram_service.scheduling.columns import Steps
 from engram_service.scheduling.scheduler import Scheduler
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.shares import Shares

@@ -5,7 +5,6 @@ admission.py looks at. Event loop only.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from engram_service.catalog import Catalog, Served
 from engram_service.condition import Condition
 from engram_service.pauses import Pauses
+from engram_service.places import NATIVE
 from engram_service.rows import Rows
 from engram_service.scheduling.columns import Steps
 from engram_service.scheduling.scheduler import Scheduler
@@ -23,12 +23,8 @@ from engram_service.settings import Settings
 from engram_service.steps.room import Room
 from engram_service.wire.base import ADMITTED, CALL, FIRST, NOT_ACKNOWLEDGED, Arrived
 
-try:
+if NATIVE:
     import engram_native
-except ImportError:  # there is no wheel for this platform, and nobody has built it
-    _HERE = False
-else:
-    _HERE = True
 
 _NOT_ACKNOWLEDGED = int(NOT_ACKNOWLEDGED)
 _NO_FLAGS = np.zeros(1, np.uint8)
@@ -50,7 +46,7 @@ class Usual:
         self._condition = condition
         self._pauses = pauses
         self._room = room
-        self._native = _Native(streams, table) if native and _HERE else None
+        self._native = _Native(streams, table) if native and NATIVE else None
         self._takes: dict[int, Rows] = {}  # by model
         self.latest: Served | None = None  # whose rows were let in last
 
@@ -67,7 +63,9 @@ class Usual:
 
     def deadlines(self, timeouts_ms: NDArray[np.uint32], now: float) -> NDArray[np.float64]:
         if not np.count_nonzero(timeouts_ms):
-            return np.full(len(timeouts_ms), now + self._settings.step_timeout_s)
+            deadlines = np.empty(len(timeouts_ms))  # which np.full takes longer for
+            deadlines.fill(now + self._settings.step_timeout_s)
+            return deadlines
         return now + np.where(timeouts_ms > 0, timeouts_ms / 1000, self._settings.step_timeout_s)
 
     def _together(self, arrived: Arrived, now: float) -> bool:
@@ -84,10 +82,13 @@ class Usual:
             or self._pauses.refusal(served.index) is not None
         ):
             return False
-        inputs = arrived.inputs.reshape(-1, takes.nbytes)
-        if takes.faults(inputs, served.bundle.allows_non_finite):
-            return False
-        rows = self._native.admit(arrived, served.index, served.arena.window, takes.nbytes)
+        inputs, floats = arrived.inputs.reshape(-1, takes.nbytes), 0
+        if not takes.float_nbytes:
+            if takes.faults(inputs, served.bundle.allows_non_finite):
+                return False
+        elif not served.bundle.allows_non_finite:
+            floats = takes.float_nbytes
+        rows = self._native.admit(arrived, inputs, served.index, served.arena.window, floats)
         if rows is None:
             return False
         arrived.times[:, ADMITTED] = time.monotonic()
@@ -141,17 +142,20 @@ class _Native:
     def __init__(self, streams: Streams, table: SessionTable) -> None:
         self._streams = streams
         self._table = table
-        self._columns: list[NDArray[Any]] = []
+        self._sizes: tuple[int, ...] = ()
         self._native: engram_native.Usual | None = None
 
-    def admit(self, arrived: Arrived, model: int, window: int, width: int) -> NDArray[np.int32] | None:
+    def admit(
+        self, arrived: Arrived, inputs: NDArray[np.uint8], model: int, window: int, floats: int
+    ) -> NDArray[np.int32] | None:  # fmt: skip
         """The sessions' rows, if these are rows of this model alone, without flags, each the next step of a session that has a
-        slot and room for an output in its window: they are admitted then, and in flight. None: but for what they acknowledge,
+        slot and room for an output in its window: they are admitted then, and in flight. inputs: uint8 [n, input_nbytes], of
+        floats of so many bytes, which are to be finite, or of what needs no look (0). None: but for what they acknowledge,
         nothing was done."""
         rows = np.empty(len(arrived), np.int32)
         admitted = self._known().admit(
-            arrived.streams, arrived.handles, arrived.seqs, arrived.acknowledged, arrived.flags, arrived.input_nbytes, rows,
-            model, window, width,
+            arrived.streams, arrived.handles, arrived.seqs, arrived.acknowledged, arrived.flags, arrived.input_nbytes,
+            inputs, rows, model, window, inputs.shape[1], floats,
         )  # fmt: skip
         if not admitted:
             return None
@@ -159,24 +163,13 @@ class _Native:
         return rows
 
     def _known(self) -> engram_native.Usual:
-        """Made anew when a column was, for there are more streams, places or sessions."""
-        table, found = self._table, self._native
-        columns = [*self._streams.columns, table.model]
-        if found is None or any(now is not then for now, then in zip(columns, self._columns, strict=True)):
-            ids, in_flight, starts, counts, rows, handles, model = columns
+        """Made anew when there are more streams, places or sessions, and with them other columns."""
+        table, found, sizes = self._table, self._native, (*self._streams.sizes, len(self._table.model))
+        if found is None or sizes != self._sizes:
+            ids, in_flight, starts, counts, rows, handles = self._streams.columns
             found = self._native = engram_native.Usual(
-                ids,
-                in_flight,
-                starts,
-                counts,
-                rows,
-                handles,
-                model,
-                table.slot,
-                table.opening.view(np.uint8),
-                table.admitted,
-                table.applied,
-                table.acked,
-            )
-            self._columns = columns
+                ids, in_flight, starts, counts, rows, handles, table.model, table.slot, table.opening.view(np.uint8),
+                table.admitted, table.applied, table.acked,
+            )  # fmt: skip
+            self._sizes = sizes
         return found
