@@ -219,6 +219,9 @@ impl Wire {
     fn take(&self, python: Python) -> (usize, u64, Vec<Event>) {
         python.detach(|| {
             let mut columns = self.columns.lock();
+            if columns.len() > 1 {
+                self.server.inbox.gather(); // rows come in numbers: others may be on their way
+            }
             let (first, noted) = self.server.inbox.take(&mut columns);
             (
                 columns.len(),

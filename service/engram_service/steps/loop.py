@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -47,10 +46,6 @@ log = logging.getLogger(__name__)
 
 _AGAIN_S = 0.05  # after a turn that failed
 
-# A batch costs much the same for any few rows. Where all processors are busy, threads of the wire and clients that are ready to run
-# bring more rows to it if they go first; where one is free, this is nothing.
-_gather: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
-
 
 class StepLoop:
     """Takes what the wire has, and answers it."""
@@ -81,7 +76,6 @@ class StepLoop:
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._due = False  # a turn is going to be
-        self._several = False  # rows came at once last time: others may be on their way
 
     def start(self) -> None:
         self._admission.on_admit = self._commits.on_free = self._flushes.on_add = self.wake
@@ -115,10 +109,7 @@ class StepLoop:
             raise
 
     def _turn(self, began: float) -> None:
-        if self._several:
-            _gather()
         arrived, events = self._wire.take()
-        self._several = arrived is not None and len(arrived) > 1
         done = 0
         for before, event in events:
             if arrived is not None and before > done:
