@@ -7,6 +7,7 @@ from engram_service.store.reading import damaged
 from engram_service.store.record import OUTPUTS_MAX, TIME_MS_MAX, RecordBlock, RecordLayout, Records
 from engram_service.store.safety import REASONS as UNSAFE
 from engram_service.store.store import Store
+from engram_service.store.tally import Place
 from engram_service.store.types import (
     ClaimRequest,
     ClaimResult,
@@ -36,6 +37,7 @@ __all__ = [
     "MemoryHead",
     "MemoryLogs",
     "MetaFields",
+    "Place",
     "RecordBlock",
     "RecordLayout",
     "Records",

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import redis
-from redis.commands.core import Script
 
 from engram_service.store.generations import Generations
 from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
 from engram_service.store.reading import damaged
+from engram_service.store.scripts import Script
 from engram_service.store.types import LOST, DamagedError, StoreSettings, StoreUnavailableError
 
 T = TypeVar("T")
@@ -35,7 +35,8 @@ class Commands:
         except DamagedError as error:
             raise damaged(error) from error
         except (redis.exceptions.RedisError, OSError) as error:
-            raise StoreUnavailableError(why(error)) from error
+            some = self.nodes.in_slots or isinstance(error, redis.exceptions.ResponseError)
+            raise StoreUnavailableError(why(error), everybodys=not some) from error
 
     def tokens(self, keys: Sequence[bytes]) -> list[bytes | DamagedError | None]:
         """The tokens in sessions' hashes."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redis.commands.core import Script
-
 from engram_service.store import scripts
 from engram_service.store.keys import memory_key, meta_key, session_tag
+from engram_service.store.scripts import Script
 from engram_service.store.types import MemoryHead, StoreUnavailableError, Written
 
 REVISION_NBYTES = 16
@@ -32,8 +31,8 @@ def revision_of(chunks: Sequence[bytes]) -> bytes:
 class MemoryLogs:
     """Reads and writes logs. Blocking and thread-safe; raises StoreUnavailableError."""
 
-    def __init__(self, make: Callable[[str], Script], scripted: Scripted, pipelined: Pipelined) -> None:
-        self._look, self._write = make(scripts.LOOK), make(scripts.WRITE)
+    def __init__(self, scripted: Scripted, pipelined: Pipelined) -> None:
+        self._look, self._write = Script(scripts.LOOK), Script(scripts.WRITE)
         self._scripted = scripted
         self._pipelined = pipelined
 

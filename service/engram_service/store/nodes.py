@@ -19,6 +19,7 @@ from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
 from redis.retry import Retry
 
+from engram_service.store import scripts
 from engram_service.store.generations import Generations
 from engram_service.store.keys import GENERATION, META_PREFIX
 from engram_service.store.types import LOST, UNACKNOWLEDGED, DamagedError, StoreError, TlsFiles
@@ -206,32 +207,61 @@ def pipelined(
     """
     results: list[Any] = [None] * len(keys)
     for node, rows in nodes.of_keys(keys) if keys else []:
-        pipe: Any = node.client.pipeline(transaction=False)
-        for at in rows.tolist():
-            add(pipe, at)
-        mark = None if generations is None else generations.mark(generations.key(nodes.generation_key(node)))
-        if mark is not None:
-            pipe.incr(mark.key)
-        if wait is not None:
-            pipe.execute_command(*wait)
-        replies = pipe.execute(raise_on_error=False)
-        for at, reply in zip(rows.tolist(), replies, strict=False):
-            asked = _asked(nodes, reply, at, add) if isinstance(reply, redis.exceptions.AskError) else reply
-            results[at] = damage(asked) or asked
-        count = replies[len(rows)] if mark is not None else None
-        if generations is not None and mark is not None and isinstance(count, int) and generations.counted(mark, count):
-            raise redis.exceptions.ConnectionError(LOST)
-        failed = [
-            reply
-            for reply in results
-            if isinstance(reply, Exception) and not (each and isinstance(reply, DamagedError))
-        ]
-        failed += [reply for reply in replies[len(rows) + (mark is not None) :] if isinstance(reply, Exception)]
-        if failed:
-            raise failed[0]
-        if wait is not None and not waited(replies[-1]):
-            raise redis.exceptions.ConnectionError(UNACKNOWLEDGED)
+        left = rows.tolist()
+        for _ in range(2):
+            replies = _asked(nodes, node, left, add, wait, waited, generations, each)
+            for at, reply in zip(left, replies, strict=True):
+                results[at] = reply
+            if not (left := [at for at in left if isinstance(results[at], redis.exceptions.NoScriptError)]):
+                break
+            load_scripts(node)  # those alone are asked again that were not asked
+        if left:
+            raise results[left[0]]
     return results
+
+
+def _asked(
+    nodes: Nodes, node: Node, rows: Sequence[int], add: Add, wait: Wait, waited: Callable[[Any], bool],
+    generations: Generations | None, each: bool,
+) -> list[Any]:  # fmt: skip
+    """What `add(pipe, at)` asks for these rows, all of one node: the answers, or NoScriptErrors instead. Raises RedisError."""
+    pipe: Any = node.client.pipeline(transaction=False)
+    for at in rows:
+        add(pipe, at)
+    mark = None if generations is None else generations.mark(generations.key(nodes.generation_key(node)))
+    if mark is not None:
+        pipe.incr(mark.key)
+    if wait is not None:
+        pipe.execute_command(*wait)
+    replies = pipe.execute(raise_on_error=False)
+    results = []
+    for at, reply in zip(rows, replies, strict=False):
+        answer = _asked_there(nodes, reply, at, add) if isinstance(reply, redis.exceptions.AskError) else reply
+        results.append(damage(answer) or answer)
+    count = replies[len(rows)] if mark is not None else None
+    if generations is not None and mark is not None and isinstance(count, int) and generations.counted(mark, count):
+        raise redis.exceptions.ConnectionError(LOST)
+    failed = [
+        reply
+        for reply in results
+        if isinstance(reply, Exception)
+        and not isinstance(reply, redis.exceptions.NoScriptError)
+        and not (each and isinstance(reply, DamagedError))
+    ]
+    failed += [reply for reply in replies[len(rows) + (mark is not None) :] if isinstance(reply, Exception)]
+    if failed:
+        raise failed[0]
+    if wait is not None and not waited(replies[-1]):
+        raise redis.exceptions.ConnectionError(UNACKNOWLEDGED)
+    return results
+
+
+def load_scripts(node: Node) -> None:
+    """Has this node know all scripts: it was started, or told to forget them. Raises RedisError."""
+    pipe: Any = node.client.pipeline(transaction=False)
+    for text in scripts.ALL:
+        pipe.script_load(text)
+    pipe.execute()
 
 
 def damage(reply: Any) -> DamagedError | None:
@@ -242,14 +272,19 @@ def damage(reply: Any) -> DamagedError | None:
     return None
 
 
-def _asked(nodes: Nodes, error: redis.exceptions.AskError, at: int, add: Add) -> Any:
+def _asked_there(nodes: Nodes, error: redis.exceptions.AskError, at: int, add: Add) -> Any:
     """The answer to one question about a slot that is just moving, from where its key is by now."""
     if isinstance(error, redis.exceptions.MovedError):
         return error
-    pipe: Any = nodes.named(f"{error.host}:{error.port}").client.pipeline(transaction=False)
-    pipe.execute_command("ASKING")
-    add(pipe, at)
-    return pipe.execute(raise_on_error=False)[-1]
+    node = nodes.named(f"{error.host}:{error.port}")
+    for _ in range(2):
+        pipe: Any = node.client.pipeline(transaction=False)
+        pipe.execute_command("ASKING")
+        add(pipe, at)
+        if not isinstance(answer := pipe.execute(raise_on_error=False)[-1], redis.exceptions.NoScriptError):
+            break
+        load_scripts(node)
+    return answer
 
 
 def redirected(why: str) -> bool:

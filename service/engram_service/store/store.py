@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import redis
 from numpy.typing import NDArray
-from redis.commands.core import Script
 
 from engram_service.errors import DataLossError
 from engram_service.observability.health import Health
@@ -24,6 +23,7 @@ from engram_service.store.lines import Line, line_of
 from engram_service.store.listing import Listing
 from engram_service.store.memories import MemoryLogs, revision_of
 from engram_service.store.reading import claimed
+from engram_service.store.scripts import Script
 from engram_service.store.tally import Tally
 from engram_service.store.types import (
     LOST,
@@ -59,20 +59,15 @@ class Store:
         commands = self._commands = Commands(settings, self._generations)
         self._watch = Watch(commands, settings, self._generations, health, supervisor, self._troubled, watches)
         self._claim, self._restore, self._delete, self._create, self._rewrite = (
-            Script(redis.Redis(), text)  # which always runs on a pipeline to the node that has the session
-            for text in (scripts.CLAIM, scripts.RESTORE, scripts.DELETE, scripts.CREATE, scripts.REWRITE)
+            Script(text) for text in (scripts.CLAIM, scripts.RESTORE, scripts.DELETE, scripts.CREATE, scripts.REWRITE)
         )
         self.memories = MemoryLogs(
-            lambda text: Script(redis.Redis(), text),
             lambda script, keys, args, durable: commands.call(
                 lambda: commands.scripted(script, keys, args, settings.wait if durable else None)
             ),
             lambda keys, add: commands.call(lambda: commands.pipelined(keys, add)),
         )
-        self.tally = Tally(
-            lambda text: Script(redis.Redis(), text),
-            lambda keys, add: commands.call(lambda: commands.pipelined(keys, add, each=True)),
-        )
+        self.tally = Tally(lambda keys, add: commands.call(lambda: commands.pipelined(keys, add, each=True)))
         listing = Listing(commands, self.tally, self._check_loss)
         self.describe, self.page, self.page_of = listing.describe, listing.page, listing.page_of
         self._committers = Committers(
@@ -261,6 +256,10 @@ class Store:
         self.on_loss()  # before any other thread can take Redis for one that has everything
 
     def _check_loss(self) -> None:
-        """Whichever thread found the loss: nobody must find the store empty before it is written to. Raises RedisError."""
+        """Whichever thread found the loss: nobody must find the store empty before it is written to. Raises RedisError.
+
+        To be called before claims. That these are counted themselves is not enough: the count behind them would tell of the loss
+        when they have made sessions anew already, which are younger than those that would be written back and so stay.
+        """
         if self._watch.check_generation() or self.writing_back():
             raise redis.exceptions.ConnectionError(LOST)

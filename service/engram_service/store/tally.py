@@ -11,13 +11,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from redis.commands.core import Script
+from typing import Any, NamedTuple
 
 from engram_service.auth.tenants import tenant_of
 from engram_service.store import scripts
 from engram_service.store.keys import meta_key, session_tag, tally_key
+from engram_service.store.scripts import Script
 from engram_service.store.types import DamagedError
 
 _LATE = 1.25  # of the session's time
@@ -27,30 +26,53 @@ _SLACK_MS = 3000  # renewals may be as late as this
 Pipelined = Callable[[Sequence[bytes], Callable[[Any, int], object]], list[Any]]
 
 
+class Place(NamedTuple):
+    """One that is asked for."""
+
+    session_id: str
+    ttl_ms: int
+    limit: int  # of its tenant's sessions; 0: none
+
+
 class Tally:
     """Places of sessions, by their keys. Blocking and thread-safe; raises StoreUnavailableError."""
 
-    def __init__(self, make: Callable[[str], Script], pipelined: Pipelined) -> None:
-        self._place = make(scripts.PLACE)
+    def __init__(self, pipelined: Pipelined) -> None:
+        self._place = Script(scripts.PLACE)
         self._pipelined = pipelined
         self._renewed: dict[str, float] = {}  # when it is to be done again, of sessions that are looked at alone
 
     def take(self, session_ids: Sequence[str], ttl_ms: int, limit: int) -> set[str]:
-        """Places for sessions of one tenant, or longer ones for those that have one; which are above the limit (0: none)."""
-        if not session_ids or not (tenant := tenant_of(session_ids[0])):
-            return set()
-        key, now_ms = tally_key(tenant), int(time.time() * 1000)
-        args: list[Any] = [now_ms, now_ms + int(ttl_ms * _LATE) + _SLACK_MS, limit, *map(session_tag, session_ids)]
-        above = self._pipelined([key], lambda pipe, at: self._place([key], args, pipe))[0]
-        return {session_ids[at] for at in above}
+        """Places for sessions, or longer ones for those that have one; which are above the limit (0: none)."""
+        given = self.take_each([Place(session_id, ttl_ms, limit) for session_id in session_ids])
+        return {session_id for session_id, has in zip(session_ids, given, strict=True) if not has}
+
+    def take_each(self, places: Sequence[Place]) -> list[bool]:
+        """The same for sessions of any tenants; which have their place."""
+        alike: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+        for at, place in enumerate(places):
+            if tenant := tenant_of(place.session_id):
+                alike[tenant, place.ttl_ms, place.limit].append(at)
+        keys, now_ms = [tally_key(tenant) for tenant, _, _ in alike], int(time.time() * 1000)
+        args = [
+            [
+                now_ms,
+                now_ms + int(ttl_ms * _LATE) + _SLACK_MS,
+                limit,
+                *(session_tag(places[at].session_id) for at in members),
+            ]
+            for (_, ttl_ms, limit), members in alike.items()
+        ]
+        above = self._pipelined(keys, lambda pipe, at: self._place([keys[at]], args[at], pipe))
+        given = [True] * len(places)
+        for members, some in zip(alike.values(), above, strict=True):
+            for at in some:
+                given[members[at]] = False
+        return given
 
     def keep(self, session_ids: Sequence[str], ttl_ms: Sequence[int]) -> None:
         """Renews places, or makes them again where Redis has lost them."""
-        alike: dict[tuple[str, int], list[str]] = defaultdict(list)
-        for session_id, ttl in zip(session_ids, ttl_ms, strict=True):
-            alike[tenant_of(session_id), ttl].append(session_id)
-        for (_, ttl), some in alike.items():
-            self.take(some, ttl, 0)
+        self.take_each([Place(session_id, ttl, 0) for session_id, ttl in zip(session_ids, ttl_ms, strict=True)])
 
     def tags(self, tenant: str, cursor: int, count: int) -> tuple[int, list[bytes]]:
         """About `count` of the tags that have a place, and the cursor of those that follow (0: none)."""

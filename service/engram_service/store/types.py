@@ -18,7 +18,14 @@ LOST = "Redis has lost its data, or the last of it; living sessions are being wr
 
 
 class StoreUnavailableError(Exception):
-    """Redis cannot be reached, or takes no writes just now. Nothing is known of what the call did; it may be repeated."""
+    """Redis cannot be reached, or takes no writes just now. Nothing is known of what the call did; it may be repeated.
+
+    everybodys: whatever else was asked would have been refused too. Else what was refused may be about some keys alone.
+    """
+
+    def __init__(self, why: str, everybodys: bool = False) -> None:
+        super().__init__(why)
+        self.everybodys = everybodys
 
 
 class DamagedError(Exception):
