@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from engram_service.sessions.pins import Pins
 from engram_service.sessions.residency import Residency
 from engram_service.sessions.streams import Stream
 from engram_service.sessions.table import NO_STREAM, Reference, References, SessionTable
+from engram_service.sessions.together import Together
 from engram_service.settings import Settings
 from engram_service.steps.frames import column
 from engram_service.steps.refusals import taken_over, void
@@ -34,6 +36,7 @@ from engram_service.store import Store
 from engram_service.supervision import Supervisor
 
 _SLICE = 128  # sessions that are ended between two batches
+_SMALL = 8  # sessions; an end of more of them has a call of the store of its own
 _FLUSH_POLL_S = 0.005
 _GOES_ON = "its end was begun and goes on; ask again to learn when it is done"
 
@@ -67,7 +70,7 @@ class Endings:
         self._condition = condition
         self._supervisor = supervisor
         self._metrics = metrics
-        self._store = store
+        self._deletes = Together(partial(_delete, store))
         self._calls = calls
         self._holds = holds
         self._under_way: dict[Reference, tuple[End, bool]] = {}  # with whether the records are deleted
@@ -142,7 +145,11 @@ class Endings:
             if detach:
                 await self._flushed(sessions)
             else:
-                await self._calls.call(math.inf, self._store.delete, keys, tokens)
+                ended = list(zip(keys, tokens, strict=True))
+                if len(ended) > _SMALL:
+                    await self._calls.call(math.inf, self._deletes.work, ended)
+                else:
+                    await self._calls.together(math.inf, self._deletes, ended)
                 self._metrics.sessions_closed.inc(len(keys) - len(gone))
             await self._pins.quiesce(sessions, math.inf)  # a store that has lost its data is written back meanwhile
             rows = table.rows_of(sessions)
@@ -160,3 +167,9 @@ class Endings:
             self._residency.flush(dirty)
             await self._pins.quiesce(sessions, math.inf)
             await asyncio.sleep(_FLUSH_POLL_S)
+
+
+def _delete(store: Store, ended: Sequence[tuple[str, bytes]]) -> list[None]:
+    """Deletes sessions that are under these claims."""
+    store.delete([key for key, _ in ended], [token for _, token in ended])
+    return [None] * len(ended)

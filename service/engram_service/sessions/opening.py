@@ -13,10 +13,10 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 from engram_service.auth.tenants import tenant_of
 from engram_service.catalog import Catalog, Served
@@ -40,10 +40,14 @@ from engram_service.sessions.residency import Residency
 from engram_service.sessions.shares import Shares
 from engram_service.sessions.streams import Stream
 from engram_service.sessions.table import SessionTable
+from engram_service.sessions.together import Together
 from engram_service.settings import Settings
 from engram_service.steps.refusals import taken_over
-from engram_service.store import ClaimRequest, ClaimResult, ClaimStatus, Store
+from engram_service.store import ClaimRequest, ClaimStatus, Place, Store
 from engram_service.supervision import Supervisor
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _IDS_MAX = 4096  # of one OpenFrame
 _TTL_MS_MAX = 100 * 365 * 86_400_000  # a hundred years: Redis and calendars count no further than they must
@@ -72,9 +76,12 @@ class Sessions:
         self._calls = calls
         self._holds = holds
         # Threads that are busy keep the event loop waiting for the interpreter, and with it everybody's steps: small opens
-        # mostly wait for Redis, and large ones go one after the other.
+        # mostly wait for Redis, together, and large ones go one after the other.
         self._pool = ThreadPoolExecutor(_OPENING_THREADS, "open")
         self._large = ThreadPoolExecutor(1, "open-large")
+        self._holders = Together(store.holders, self._pool)
+        self._places = Together(store.tally.take_each, self._pool)
+        self._claims = Together(store.claim, self._pool)
         self._last: dict[tuple[int, str], set[str]] = {}  # by stream and key: `outdone` of the last open under way
 
     def close(self) -> None:
@@ -181,7 +188,7 @@ class Sessions:
         keys = [one.session_id for one in requests]
         if not wanted.attach and (above := await self._above_limit(keys, wanted.ttl_ms, deadline)):
             requests = [replace(one, may_create=one.session_id not in above) for one in requests]
-        claims: list[ClaimResult] = await self._call(deadline, self._store.claim, requests)
+        claims = await self._ask(deadline, self._claims, requests)
         lost = self._store.losses != losses
         again = [n for n, claim in enumerate(claims) if lost or claim.status is ClaimStatus.CHANGED]
         done = [n for n, claim in enumerate(claims) if not lost and claim.status is not ClaimStatus.CHANGED]
@@ -196,9 +203,9 @@ class Sessions:
     async def _settle_places(self, keys: Sequence[str]) -> None:
         """After an open that failed half way: sessions that were not made need no place in their tenant's tally."""
         async with self._holds.hold(keys, math.inf):
-            tokens: list[str] = await self._call(math.inf, self._store.holders, keys)
-            made = [key for key, token in zip(keys, tokens, strict=True) if token]
-            await self._call(math.inf, self._store.tally.give_back, [key for key in keys if key not in made])
+            tokens = await self._ask(math.inf, self._holders, keys)
+            unmade = [key for key, token in zip(keys, tokens, strict=True) if not token]
+            await self._calls.call(math.inf, self._store.tally.give_back, unmade, pool=self._pool)
 
     async def _above_limit(self, ids: Sequence[str], ttl_ms: int, deadline: float) -> set[str]:
         """Before sessions of one tenant are created: those of which it may have no more. The others have their place."""
@@ -206,12 +213,14 @@ class Sessions:
             return set()
         limit = self._shares.of(tenant).stored_max
         ttl_ms = ttl_ms or self._settings.session_ttl_s * 1000
-        above: set[str] = await self._call(deadline, self._store.tally.take, ids, ttl_ms, limit)
-        return above
+        given = await self._ask(deadline, self._places, [Place(session_id, ttl_ms, limit) for session_id in ids])
+        return {session_id for session_id, has in zip(ids, given, strict=True) if not has}
 
-    async def _call(self, deadline: float, work: Callable[..., Any], sessions: Sequence[Any], *more: Any) -> Any:
-        pool = self._large if len(sessions) > _SMALL else self._pool
-        return await self._calls.call(deadline, work, sessions, *more, pool=pool)
+    async def _ask(self, deadline: float, what: Together[T, R], things: Sequence[T]) -> list[R]:
+        """Of the store, for each session; small opens ask together."""
+        if len(things) > _SMALL:
+            return list(await self._calls.call(deadline, what.work, things, pool=self._large))
+        return await self._calls.together(deadline, what, things)
 
     async def _seen(self, stream: Stream, wanted: Wanted, ids: Sequence[str], deadline: float) -> tuple[int, list[str]]:
         """How often the store has lost its data, and the claims that the sessions are under ("" none), at a time when the
@@ -221,7 +230,7 @@ class Sessions:
         from a server that hung, when its client is gone and the session goes on elsewhere.
         """
         losses = self._store.losses
-        tokens: list[str] = await self._call(deadline, self._store.holders, ids)
+        tokens = await self._ask(deadline, self._holders, ids)
         if wanted.confirms and any(tokens):
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
