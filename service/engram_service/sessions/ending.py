@@ -163,7 +163,7 @@ class Endings:
     async def _flushed(self, sessions: References) -> None:
         """What a store that was away has not got yet (durability interval) is there: nothing is let go of before."""
         table = self._table
-        while len(dirty := np.intersect1d(self._residency.dirty(), table.rows_of(sessions))):
+        while len(dirty := self._residency.dirty(rows=table.rows_of(sessions))):
             self._residency.flush(dirty)
             await self._pins.quiesce(sessions, math.inf)
             await asyncio.sleep(_FLUSH_POLL_S)

@@ -31,7 +31,7 @@ class Entering:
         self._residency = residency
         self._ownership = ownership
         self._shares = shares
-        self._metrics = metrics
+        self._created, self._carried_on = map(metrics.sessions_opened.labels, ("created", "carried_on"))
 
     def enter(
         self, stream: Stream, wanted: Wanted, served: Served, good: Sequence[int], requests: Sequence[ClaimRequest],
@@ -97,7 +97,14 @@ class Entering:
         claims: Sequence[ClaimResult], result: Opened,
     ) -> None:  # fmt: skip
         table = self._table
-        records = served.layout.unpack([claim.record for claim in claims])
+        new = [
+            claim.status is ClaimStatus.CREATED and claim.record == request.initial
+            for claim, request in zip(claims, requests, strict=True)
+        ]
+        if all(new):  # as we wrote them ourselves
+            records = served.layout.begun(len(claims), wanted.start)
+        else:
+            records = served.layout.unpack([claim.record for claim in claims])
         sound = [k for k in range(len(claims)) if k not in records.errors]
         for k, reason in records.errors.items():
             message = f"the session's record cannot be used ({reason}); close the session to start over"
@@ -130,9 +137,9 @@ class Entering:
         advanced = np.flatnonzero(kept.seq > 0)
         if len(advanced):
             self._residency.place_if_room(served, rows[advanced], kept.only(advanced.tolist()))
-        new = int(result.created[at].sum())
-        self._metrics.sessions_opened.labels("created").inc(new)
-        self._metrics.sessions_opened.labels("carried_on").inc(len(rows) - new)
+        created = int(np.count_nonzero(result.created[at]))
+        self._created.inc(created)
+        self._carried_on.inc(len(rows) - created)
 
     def _rows(self, session_ids: Sequence[str]) -> NDArray[np.int32]:
         return np.array([self._table.add(session_id) for session_id in session_ids], np.int32)

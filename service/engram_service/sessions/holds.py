@@ -76,10 +76,7 @@ class Holds:
         table.opening[rows] = True
         self._ownership.hand_over(rows)
         await self._pins.quiesce(sessions, deadline)
-        while (
-            len(dirty := np.intersect1d(self._residency.dirty(), table.rows_of(sessions)))
-            and not self._condition.store_trouble
-        ):
+        while len(dirty := self._residency.dirty(rows=table.rows_of(sessions))) and not self._condition.store_trouble:
             self._residency.flush(dirty)
             await self._pins.quiesce(sessions, deadline)
             await asyncio.sleep(_FLUSH_POLL_S)

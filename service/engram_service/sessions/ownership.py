@@ -97,7 +97,7 @@ class Ownership:
         table = self._table
         sessions = sessions[table.stream[sessions] != NO_STREAM]
         kind = stream_pb2.EventFrame.TYPE_TAKEN_OVER if why == TAKEN_OVER else stream_pb2.EventFrame.TYPE_CLOSED
-        for stream_id in np.unique(table.stream[sessions]).tolist():
+        for stream_id in sorted(set(table.stream[sessions].tolist())):
             stream = self._streams.get(stream_id)
             mine = sessions[table.stream[sessions] == stream_id]
             table.stream[mine] = NO_STREAM

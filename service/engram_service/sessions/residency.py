@@ -212,7 +212,7 @@ class Residency:
         table = self._table
         self.unwant(rows)
         self.starts.forget(rows)
-        for model in np.unique(table.model[rows]).tolist():
+        for model in set(table.model[rows].tolist()):
             self.forget_slots(self._catalog.models[model], rows[table.model[rows] == model])
 
     def unwant(self, rows: NDArray[Any]) -> None:
@@ -264,13 +264,13 @@ class Residency:
             sessions = table.refer(rows[start : start + served.rows_max])
             self._flush_later(served, sessions)
 
-    def dirty(self, older_than: float = 0.0) -> NDArray[np.intp]:
-        """Interval sessions whose record is behind by more than `older_than` seconds."""
+    def dirty(self, older_than: float = 0.0, rows: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Interval sessions (of these) whose record is behind by more than `older_than` seconds."""
         table = self._table
-        high = table.high
-        behind = table.interval[:high] & (table.applied[:high] > table.durable[:high]) & (table.model[:high] >= 0)
-        behind &= table.dirty_since[:high] <= self.clock() - older_than
-        return np.flatnonzero(behind)
+        at: Any = slice(table.high) if rows is None else rows
+        behind = table.interval[at] & (table.applied[at] > table.durable[at]) & (table.model[at] >= 0)
+        behind &= table.dirty_since[at] <= self.clock() - older_than
+        return np.flatnonzero(behind) if rows is None else rows[behind]
 
     def flush(self, rows: NDArray[Any]) -> None:
         """Commits these sessions now."""
