@@ -61,9 +61,11 @@ class Supervisor:
     def once(self, name: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Starts work that is done once. A failure is logged and counted, and is in the task for whoever awaits it; a refusal is an
         answer and no failure."""
-        task = self._keep(asyncio.create_task(work, name=name))
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
 
         def ended(task: asyncio.Task[Any]) -> None:
+            self._tasks.discard(task)
             if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, ServiceError):
                 self._count(name, error)
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from engram_service.catalog import Catalog, Served
 from engram_service.errors import DataLossError, FailedPreconditionError, NotFoundError, ServiceError
 from engram_service.observability.metrics import Metrics
+from engram_service.places import at
 from engram_service.sessions.ownership import Ownership
 from engram_service.sessions.requests import Opened, Wanted
 from engram_service.sessions.residency import Residency
@@ -113,31 +114,32 @@ class Entering:
         if not sound:
             return
         requests, claims = [requests[k] for k in sound], [claims[k] for k in sound]
-        at = np.array([places[k] for k in sound])
+        answered = at(np.array([places[k] for k in sound]))
         rows = self._rows([request.session_id for request in requests])
-        table.tag[rows] = _characters([session_tag(request.session_id) for request in requests])
-        table.token[rows] = _characters([request.token.encode() for request in requests])
-        table.epoch[rows] = [claim.epoch for claim in claims]
-        table.created_ms[rows] = [claim.created_ms for claim in claims]
-        table.ttl_ms[rows] = [request.ttl_ms for request in requests]
-        table.client_id[rows], table.losses[rows] = wanted.client_id, result.losses
-        table.handle[rows] = result.handles[at] = [stream.handles.name(row) for row in rows.tolist()]
-        result.created[at] = [claim.status is ClaimStatus.CREATED for claim in claims]
-        kept = records.only(sound)
-        table.model[rows] = served.index
-        table.stream[rows] = stream.id
-        table.interval[rows] = wanted.interval
+        mine = at(rows)
+        table.tag[mine] = _characters([session_tag(request.session_id) for request in requests])
+        table.token[mine] = _characters([request.token.encode() for request in requests])
+        table.epoch[mine] = [claim.epoch for claim in claims]
+        table.created_ms[mine] = [claim.created_ms for claim in claims]
+        table.ttl_ms[mine] = [request.ttl_ms for request in requests]
+        table.client_id[mine], table.losses[mine] = wanted.client_id, result.losses
+        table.handle[mine] = result.handles[answered] = [stream.handles.name(row) for row in rows.tolist()]
+        result.created[answered] = [claim.status is ClaimStatus.CREATED for claim in claims]
+        kept = records.only(sound) if records.errors else records
+        table.model[mine] = served.index
+        table.stream[mine] = stream.id
+        table.interval[mine] = wanted.interval
         for name in ("admitted", "computed", "applied", "durable"):
-            getattr(table, name)[rows] = kept.seq
-        table.acked[rows] = kept.acked
-        table.used[rows] = table.touched[rows] = self._residency.clock()
-        result.seqs[at], result.acked[at] = kept.seq, kept.acked
+            getattr(table, name)[mine] = kept.seq
+        table.acked[mine] = kept.acked
+        table.used[mine] = table.touched[mine] = self._residency.clock()
+        result.seqs[answered], result.acked[answered] = kept.seq, kept.acked
         begun = np.flatnonzero(~kept.initial & (kept.seq == 0))
         self._residency.starts.enter(served, rows[begun], kept.states[begun])
         advanced = np.flatnonzero(kept.seq > 0)
         if len(advanced):
             self._residency.place_if_room(served, rows[advanced], kept.only(advanced.tolist()))
-        created = int(np.count_nonzero(result.created[at]))
+        created = int(np.count_nonzero(result.created[answered]))
         self._created.inc(created)
         self._carried_on.inc(len(rows) - created)
 

@@ -161,10 +161,11 @@ class Sessions:
             while True:
                 async with self._holds.hold([one.session_id for _, one in left], deadline):
                     late = [place for place, one in left if one.session_id in outdone]
-                    result.errors.update(dict.fromkeys(late, taken_over()))
-                    good = [n for n, (place, _) in enumerate(left) if place not in late]
-                    seen = seen[0], [seen[1][n] for n in good]
-                    left = [left[n] for n in good]
+                    if late:
+                        result.errors.update(dict.fromkeys(late, taken_over()))
+                        good = [n for n, (place, _) in enumerate(left) if place not in late]
+                        seen = seen[0], [seen[1][n] for n in good]
+                        left = [left[n] for n in good]
                     if left:
                         left = await self._claim(stream, wanted, served, left, seen, deadline, result)
                 if not left:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_service.auth.tenants import tenant_of
+from engram_service.places import at
 
 NO_SLOT = -1
 NO_STREAM = -1
@@ -148,7 +149,7 @@ class SessionTable:
 
     def alive(self, references: References) -> NDArray[np.bool_]:
         """Which of them still are the sessions that they were."""
-        same: NDArray[np.bool_] = self._generation[references.rows] == references.generations
+        same: NDArray[np.bool_] = self._generation[at(references.rows)] == references.generations
         return same
 
     def rows_of(self, references: References) -> NDArray[np.int32]:
@@ -183,14 +184,16 @@ class SessionTable:
 
     def pinned(self, rows: NDArray[Any]) -> NDArray[np.bool_]:
         """Which of these may not be freed, for a batch or the store is at work on them."""
-        held: NDArray[np.bool_] = self.busy[rows] | self.flushing[rows]
+        some = at(rows)
+        held: NDArray[np.bool_] = self.busy[some] | self.flushing[some]
         return held
 
     def remove(self, rows: NDArray[Any]) -> None:
         """Frees rows, which end all references to them. Callers hold the queue's lock. Raises RuntimeError where one is pinned."""
         if self.pinned(rows).any():
             raise RuntimeError("a session that is in a batch or being flushed was to be forgotten")
-        self._generation[rows] += np.uint32(1)
+        some = at(rows)
+        self._generation[some] += np.uint32(1)
         went: Counter[str] = Counter()
         for row in rows.tolist():
             session_id = self.id_of(row)
@@ -200,7 +203,7 @@ class SessionTable:
         for tenant, count in went.items():
             self.counted(tenant, -count)
         for name, (_, _, unused) in _COLUMNS.items():
-            getattr(self, name)[rows] = unused
+            getattr(self, name)[some] = unused
         self._free.extend(rows.tolist())
 
     def _grow(self) -> None:

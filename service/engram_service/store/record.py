@@ -94,6 +94,11 @@ class RecordLayout:
         self.state_nbytes = state_nbytes
         self.output_nbytes = output_nbytes
         self.runtime = runtime
+        self._begun = (
+            -1,
+            -1,
+            b"",
+        )  # what `initial` made last, without a state: sessions are often made in the same millisecond
 
     def pack(
         self, seq: NDArray[Any], acked: NDArray[Any], epoch: NDArray[Any], states: Sequence[NDArray[np.uint8]],
@@ -125,6 +130,9 @@ class RecordLayout:
 
     def initial(self, epoch: int, now_ms: int, state: NDArray[np.uint8] | None = None) -> bytes:
         """The record of a new session: the header alone, or with a state other than the schema's initial one."""
+        last = self._begun
+        if state is None and last[:2] == (epoch, now_ms):
+            return last[2]
         values = np.zeros((1, HEADER.itemsize if state is None else self.record_nbytes(0)), np.uint8)
         header = self._header(values)
         header["epoch"], header["commit_ms"] = epoch, now_ms
@@ -134,7 +142,10 @@ class RecordLayout:
             header["state_nbytes"] = self.state_nbytes
             values[0, HEADER.itemsize : HEADER.itemsize + self.state_nbytes] = state
         header["checksum"] = checksums(values)
-        return values.tobytes()
+        record = values.tobytes()
+        if state is None:
+            self._begun = (epoch, now_ms, record)
+        return record
 
     def refingerprinted(self, record: bytes) -> bytes:
         """The same record as one of this layout's model version (a move between versions of equal schema)."""
