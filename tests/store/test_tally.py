@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engram_service.auth.tenants import key_of
-from engram_service.store import Store, StoreSettings
+from engram_service.store import Place, Store, StoreSettings
 from engram_service.store.tally import Tally
 
 TTL_MS = 60_000
@@ -38,6 +38,16 @@ def test_servers_that_make_sessions_at_once_keep_to_the_limit(store: Store, redi
         assert sum(pool.map(make, range(40))) == 100
     for one in others:
         one.close()
+
+
+def test_sessions_of_several_tenants_are_asked_for_at_once(tally: Tally) -> None:
+    asked = [Place(key, ttl_ms, limit) for key, ttl_ms, limit in (
+        *((key, TTL_MS, 2) for key in keys("acme", "a", "b")), (key_of("globex", "a"), TTL_MS, 1), (key_of("", "a"), TTL_MS, 1),
+        (key_of("acme", "c"), TTL_MS, 2), (key_of("globex", "b"), 2 * TTL_MS, 1), (key_of("globex", "a"), 2 * TTL_MS, 1),
+    )]  # fmt: skip
+    assert tally.take_each(asked) == [True, True, True, True, False, False, True]
+    assert tally.take_each([]) == []
+    assert tally.take(keys("acme", "b", "c"), TTL_MS, 2) == set(keys("acme", "c")), "who had no place has none"
 
 
 def test_places_are_over_with_the_sessions(tally: Tally) -> None:
