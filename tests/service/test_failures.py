@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engram.v1 import stream_pb2
+from engram_service.places import NATIVE
 from engram_service.store.keys import session_tag
 
 ServerProcess = Any
@@ -62,7 +63,7 @@ FAILING_JOB = """
 from engram_service.steps import commits
 from engram_service.store.lines import NativeLine
 
-pack, write, calls = commits.pack_records, NativeLine.write, []
+size, write, calls = commits.nbytes_of, NativeLine.write, []
 
 def begin(self, *arguments):
     calls.append(1)
@@ -70,10 +71,24 @@ def begin(self, *arguments):
         return write(self, *arguments)
     return write(self, *arguments[:-1], 0.0)  # True where Redis was quicker: then there is nothing to go on with
 
-def pack_records(*arguments):
+def nbytes_of(*arguments):
     if len(calls) == 2:
         raise MemoryError
-    return pack(*arguments)
+    return size(*arguments)
+
+NativeLine.write, commits.nbytes_of = begin, nbytes_of
+"""
+NO_PACK = """
+from engram_service.steps import commits
+from engram_service.store.lines import NativeLine
+
+write = NativeLine.write
+
+def begin(self, *arguments):
+    return write(self, *arguments[:-1], 0.0)
+
+def pack_records(*arguments):
+    raise AssertionError("records that were sent are put together once more")
 
 NativeLine.write, commits.pack_records = begin, pack_records
 """
@@ -251,6 +266,27 @@ def test_a_commit_that_was_begun_and_cannot_be_gone_on_with_is_waited_for(
         for seq in (1, 2, 3):
             assert raw.step(handle, seq)
         assert server.series()["engram_rows_in_flight"] == 0
+
+
+@pytest.mark.skipif(not NATIVE, reason="the extension, which sends records as it puts them together, is not built")
+def test_records_whose_commit_takes_a_while_are_not_put_together_again(
+    server_with: Callable[..., ServerProcess], connect: Connect
+) -> None:
+    server = server_with("--wire", "native")
+    server.faults = NO_PACK
+    with server:
+        raw = connect(server)
+        handles = np.frombuffer(raw.open(*map(str, range(200))).handles, np.uint32).tolist()
+        for seq in range(1, 31):
+            raw.steps(handles, [seq] * 200, acknowledged_seqs=np.full(200, seq - 1, np.uint64).tobytes())
+            assert answers(raw, 200) == [(seq, "output")] * 200
+        series = server.series()
+        assert series["engram_commit_rows_total"] == 6000
+        store = server.redis()
+        records = [key for key in store.scan_iter(b"engram:{*") if store.type(key) == b"string"]
+        assert len(records) == 200
+        assert series["engram_commit_bytes_total"] == 30 * sum(map(store.strlen, records))
+        assert not sum(value for name, value in series.items() if name.startswith("engram_task_failures_total"))
 
 
 def test_a_session_whose_record_is_gone_is_not_held_for_ever_when_the_look_why_fails(

@@ -123,7 +123,7 @@ class Holder:
         return CommitJob(
             self.tags,
             self.token_rows,
-            [(np.arange(count), block)],
+            lambda: [(np.arange(count), block)],
             np.full(count, self.ttl_ms, np.uint64),
             self._meta,
             commit.done,
@@ -168,7 +168,7 @@ class Holder:
 
     def _written(self, line: Line, seq: int) -> bool:
         """As `job` has it, written by a line at once; whether all of it was."""
-        (_, block), *_ = self.job(seq, Commit(len(self.ids))).blocks
+        (_, block), *_ = self.job(seq, Commit(len(self.ids))).blocks()
         columns = Table(self.tags, self.token_rows, np.full(len(self.ids), self.ttl_ms, np.uint64), block.acked, block.epoch,
                         np.arange(len(self.ids), dtype=np.int32))  # fmt: skip
         outputs = np.repeat(block.outputs, 4, axis=1)

@@ -69,7 +69,7 @@ def test_rows_of_many_lengths_and_times_go_in_one_job(
 
     def mixed(seq: int, commit: Any) -> Any:
         job = job_of(seq, commit)
-        ((rows, block),) = job.blocks
+        ((rows, block),) = job.blocks()
         halves = []
         for half, capacity in ((rows[::2], 1), (rows[1::2], 3)):
             outputs = np.full((len(half), capacity, 12), seq, np.uint8)
@@ -78,7 +78,7 @@ def test_rows_of_many_lengths_and_times_go_in_one_job(
             counts = np.full(len(half), capacity, np.uint32)
             halves.append((half, type(block)(block.layout, *columns, counts, outputs, block.now_ms)))
         ttl = np.where(np.arange(6) < 3, 50_000, 90_000).astype(np.uint64)
-        return type(job)(job.tags, job.tokens, halves, ttl, job.meta, job.done)
+        return type(job)(job.tags, job.tokens, lambda: halves, ttl, job.meta, job.done)
 
     one.job = mixed
     assert one.commit(1) == [OK] * 6

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from engram_service.catalog import Served
 from engram_service.observability.metrics import Metrics
 from engram_service.sessions.table import Reference, SessionTable
-from engram_service.steps.records import pack_records
-from engram_service.store import CommitJob, Line, MetaFields, Source, Store, Verdict
+from engram_service.steps.records import nbytes_of, pack_records
+from engram_service.store import Blocks, CommitJob, Line, MetaFields, Source, Store, Verdict
 
 IN_LINE_S = 0.002
 _LINES_MAX = 4
@@ -53,12 +53,12 @@ class Commits:
 
     def send(
         self, served: Served, sessions: NDArray[np.int32], seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]],
-        done: Done, wait_s: float = IN_LINE_S,
+        done: Done, wait_s: float = IN_LINE_S, busy: bool = True,
     ) -> bool:  # fmt: skip
         """Commits sessions at these seqs, and waits so long for the end. They are pinned until then, and there is a free line.
 
-        states: what the sessions are at; none: as the arena has it. True: all of it is written. Else `done` is told what became of
-        which of them, on the event loop, now or later."""
+        states: what the sessions are at; none: as the arena has it. `busy`: they stay at it until they are written. True: all of it
+        is written. Else `done` is told what became of which of them, on the event loop, now or later."""
         line = self._free[-1]
         if not states and served.arena.device != "cpu":
             states = [served.arena.packed(self._table.slot[sessions])]
@@ -69,7 +69,7 @@ class Commits:
             self._metrics.commit_bytes.inc(line.nbytes)
             return True
         try:
-            job = self._job(served, sessions, seqs, states, done)
+            job = self._job(served, sessions, seqs, states, done, busy)
         except Exception:
             if line.end():
                 return True
@@ -93,16 +93,22 @@ class Commits:
 
     def _job(
         self, served: Served, rows: NDArray[np.int32], seqs: NDArray[np.uint64], states: list[NDArray[np.uint8]],
-        done: Done,
+        done: Done, busy: bool,
     ) -> CommitJob:  # fmt: skip
+        """Records of sessions that are busy are put together when they are needed: what `write` has begun mostly ends well."""
         table, slots, sessions = self._table, self._table.slot[rows], self._table.refer(rows)
-        states = states or [served.arena.packed(slots)]
-        blocks = pack_records(served, slots, seqs, table.acked[rows], table.epoch[rows], states)
-        self._metrics.commit_bytes.inc(sum(block.nbytes for _, block in blocks))
+        acked, epochs = table.acked[rows], table.epoch[rows]
+        self._metrics.commit_bytes.inc(nbytes_of(served, seqs, acked))
+
+        def blocks() -> Blocks:
+            return pack_records(served, slots, seqs, acked, epochs, states or [served.arena.packed(slots)])
+
+        if not busy:
+            now = blocks()
         return CommitJob(
             tags=table.tag[rows],
             tokens=table.token[rows],
-            blocks=blocks,
+            blocks=blocks if busy else lambda: now,
             ttl_ms=table.ttl_ms[rows],
             meta=lambda row: self._meta(sessions.one(row)),
             done=lambda places, verdict: self._here(done, places, verdict),

@@ -57,7 +57,7 @@ class Flushes:
             self.on_flushed(sessions[rows], seqs[rows], verdict)
 
         try:
-            written = self._commits.send(served, sessions.rows, seqs, [], done, 0.0)
+            written = self._commits.send(served, sessions.rows, seqs, [], done, 0.0, busy=False)
         except Exception:
             log.exception("a flush of %s could not be put together; it is tried again", served.reference)
             self.on_flushed(sessions, table.durable[sessions.rows], Verdict.OK)  # no further than before

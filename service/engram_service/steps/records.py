@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_service.catalog import Served
-from engram_service.store import RecordBlock
+from engram_service.store import Blocks, RecordBlock
 
 
 def pack_records(
@@ -19,16 +19,14 @@ def pack_records(
     acked: NDArray[np.uint64],
     epochs: NDArray[np.uint64],
     states: list[NDArray[np.uint8]],
-) -> list[tuple[NDArray[np.intp], RecordBlock]]:
+) -> Blocks:
     """Records of sessions as blocks of equal length, with the rows of each.
 
     Rows are put together by how many outputs they keep, rounded up to a power of two, so that a block packs as one array.
     """
-    arena = served.arena
-    # The newest output, where there is one, is always kept: a session that runs on its own output needs it.
-    counts = np.minimum(np.clip(seqs - acked, 1, arena.window), seqs).astype(np.uint32)
+    counts = _counts(served, seqs, acked)
     now_ms = int(time.time() * 1000)
-    blocks: list[tuple[NDArray[np.intp], RecordBlock]] = []
+    blocks: Blocks = []
     for rows, capacity in _by_capacity(np.maximum(counts, 1)):
         if len(rows) == len(counts):
             outputs = _outputs(served, slots, seqs, counts, capacity)
@@ -42,18 +40,28 @@ def pack_records(
     return blocks
 
 
+def nbytes_of(served: Served, seqs: NDArray[np.uint64], acked: NDArray[np.uint64]) -> int:
+    """Bytes of these sessions' records."""
+    rows = np.bincount(_counts(served, seqs, acked)).tolist()
+    return sum(many * served.layout.record_nbytes(_capacity(count)) for count, many in enumerate(rows) if many)
+
+
+def _counts(served: Served, seqs: NDArray[np.uint64], acked: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """How many outputs a record keeps. The newest, where there is one, always: a session that runs on its own output needs it."""
+    counts: NDArray[np.uint32] = np.minimum(np.clip(seqs - acked, 1, served.arena.window), seqs).astype(np.uint32)
+    return counts
+
+
 def _by_capacity(counts: NDArray[np.uint32]) -> list[tuple[NDArray[np.intp], int]]:
-    capacity = 1
-    groups: list[tuple[NDArray[np.intp], int]] = []
     if counts.max() == 1:
         return [(np.arange(len(counts)), 1)]
-    while True:
-        rows = np.flatnonzero((counts <= capacity) & (counts > capacity // 2))
-        if len(rows):
-            groups.append((rows, capacity))
-        if capacity >= counts.max():
-            return groups
-        capacity *= 2
+    capacities = np.array([_capacity(count) for count in range(int(counts.max()) + 1)])[counts]
+    return [(np.flatnonzero(capacities == capacity), capacity) for capacity in np.unique(capacities).tolist()]
+
+
+def _capacity(count: int) -> int:
+    """For how many outputs a record has room that keeps so many: a power of two."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def _outputs(

@@ -9,6 +9,7 @@ from engram_service.store.safety import REASONS as UNSAFE
 from engram_service.store.store import Store
 from engram_service.store.tally import Place
 from engram_service.store.types import (
+    Blocks,
     ClaimRequest,
     ClaimResult,
     ClaimStatus,
@@ -29,6 +30,7 @@ __all__ = [
     "REVISION_NBYTES",
     "TIME_MS_MAX",
     "UNSAFE",
+    "Blocks",
     "ClaimRequest",
     "ClaimResult",
     "ClaimStatus",

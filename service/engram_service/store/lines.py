@@ -240,9 +240,10 @@ class NativeLine:
             return
         pending.begin()
         with self._committers.noting() as failure:
-            for rows, block in job.blocks:
-                values = self._packed(block, len(job.blocks) == 1)
-                for node, at in self._committers.nodes.of_tags(job.tags if len(job.blocks) == 1 else job.tags[rows]):
+            blocks = job.blocks()
+            for rows, block in blocks:
+                values = self._packed(block, len(blocks) == 1)
+                for node, at in self._committers.nodes.of_tags(job.tags if len(blocks) == 1 else job.tags[rows]):
                     way = self._way(node)
                     if way not in self._used:
                         self._used.append(way)

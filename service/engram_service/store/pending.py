@@ -54,7 +54,7 @@ class Pending:
     def blocks(self) -> list[tuple[NDArray[np.intp], NDArray[np.uint8]]]:
         """Rows still to be written, and their records, uint8 [rows, record bytes]."""
         if not self._packed:
-            self._packed = [(rows, block.packed()) for rows, block in self.job.blocks]
+            self._packed = [(rows, block.packed()) for rows, block in self.job.blocks()]
         if self._open.all():
             return self._packed
         return [(rows[left], values[left]) for rows, values in self._packed if (left := self._open[rows]).any()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,6 +155,11 @@ class MetaFields:
     losses: int
 
 
+Blocks: TypeAlias = list[
+    tuple[NDArray[np.intp], RecordBlock]
+]  # rows of a job and their records; each row is in one block
+
+
 @dataclass(frozen=True, slots=True)
 class CommitJob:
     """Records of many sessions to write, each under its claim's token.
@@ -164,7 +169,7 @@ class CommitJob:
 
     tags: NDArray[np.uint8]  # [n, 22]
     tokens: NDArray[np.uint8]  # [n, 16]
-    blocks: list[tuple[NDArray[np.intp], RecordBlock]]  # rows of the job and their records; each row in one block
+    blocks: Callable[[], Blocks]  # may be called from a committer thread, as long as `done` was not for all rows
     ttl_ms: NDArray[np.uint64]
     meta: Callable[[int], MetaFields | None]  # None: the session is not under this claim any more
     done: Callable[[NDArray[np.intp], Verdict], None]
