@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("clients/python", "service", "models")
 FLAGS = ("--log-level", "warning", "--log-format", "human", "--arena-slots-max", "16384")
 MOSEC = "mosec==0.9.8"
-START_S = 60.0
+START_S, STOP_S = 60.0, 20.0
 
 # W with the same weights, written by an edition that has its own form of bundles.
 WRITE = """
@@ -159,7 +159,12 @@ def mosec(scratch: Path, python: Path, weights: Path, kind: str, batch: int) -> 
         yield Target(f"127.0.0.1:{number}", (process.pid,))
     finally:
         process.terminate()
-        process.wait(START_S)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:  # its workers may hang
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                one.kill()
+            process.wait()
 
 
 def mosec_python(directory: Path) -> Path:
