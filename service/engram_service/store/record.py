@@ -94,11 +94,8 @@ class RecordLayout:
         self.state_nbytes = state_nbytes
         self.output_nbytes = output_nbytes
         self.runtime = runtime
-        self._begun = (
-            -1,
-            -1,
-            b"",
-        )  # what `initial` made last, without a state: sessions are often made in the same millisecond
+        # What `initial` made last, without a state, for which epoch and time: sessions are often made in the same millisecond.
+        self._begun = (-1, -1, b"")
 
     def pack(
         self, seq: NDArray[Any], acked: NDArray[Any], epoch: NDArray[Any], states: Sequence[NDArray[np.uint8]],

@@ -155,9 +155,8 @@ class MetaFields:
     losses: int
 
 
-Blocks: TypeAlias = list[
-    tuple[NDArray[np.intp], RecordBlock]
-]  # rows of a job and their records; each row is in one block
+# Rows of a job and their records; each row is in one block.
+Blocks: TypeAlias = list[tuple[NDArray[np.intp], RecordBlock]]
 
 
 @dataclass(frozen=True, slots=True)
