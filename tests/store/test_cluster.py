@@ -223,7 +223,12 @@ def test_a_primary_with_a_replica_waits_for_it_and_fails_over_to_it(
     own_cluster.add_replica(of=0)
     careful = open_store(own_cluster.url, ack="replicated", ack_timeout_ms=300)
     told = troubles(careful)
-    owner = holder(careful, *NAMES).claim()
+    owner = holder(careful, *NAMES)
+    with pytest.raises(StoreUnavailableError, match="fewer copies"):
+        owner.claim()
+    owner.store = open_store(own_cluster.url)
+    owner.claim()
+    owner.store = careful
     first = [own_cluster.owner(slot(meta_key(session_tag(name)))) == 0 for name in NAMES]
     commit = owner.submit(1)
     eventually(lambda: commit.verdicts == [OK if mine else None for mine in first])

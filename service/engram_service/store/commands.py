@@ -12,7 +12,7 @@ from engram_service.store.generations import Generations
 from engram_service.store.nodes import Add, Nodes, Wait, open_nodes, pipelined
 from engram_service.store.reading import damaged
 from engram_service.store.scripts import Script
-from engram_service.store.types import LOST, DamagedError, StoreSettings, StoreUnavailableError
+from engram_service.store.types import LOST, UNACKNOWLEDGED, DamagedError, StoreSettings, StoreUnavailableError
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class Commands:
             redis.exceptions.ClusterDownError,
             redis.exceptions.ConnectionError,
         ) as error:
-            if not nodes.in_slots or str(error) == LOST:
+            if not nodes.in_slots or str(error) in (LOST, UNACKNOWLEDGED):  # which a new map does not mend
                 raise
             nodes.refresh()
             return pipelined(nodes, keys, add, wait, self._settings.waited, generations, each)  # all may be asked twice
