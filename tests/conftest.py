@@ -140,6 +140,11 @@ class ServerProcess:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
+    def wire(self) -> str:
+        """Which one it uses."""
+        (info,) = (name for name in self.series() if name.startswith("engram_build_info"))
+        return info.partition('wire="')[2].partition('"')[0]
+
     @property
     def pid(self) -> int:
         """Of the manager."""

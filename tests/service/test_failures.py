@@ -156,7 +156,10 @@ def test_steps_that_wait_behind_one_that_fails_in_the_model_are_refused_and_may_
         time.sleep(0.1)  # what comes now is let in at once
         raw.steps(handles[:1] * 5, [1, 2, 3, 4, 5], np.full((5, 8), 99, np.float32))
         raw.steps(handles[:1], [4])  # a repeat of what waits
-        assert answers(raw, 7) == [(seq, "INTERNAL no") for seq in (1, 2, 2, 3, 4, 4, 5)]
+        expected = [(seq, "INTERNAL no") for seq in (1, 2, 2, 3, 4, 4, 5)]
+        if server.wire() == "python":  # whose loop reads no frame while it is in the model: the repeat comes afterwards
+            expected[5] = (4, "SEQ_GAP no")
+        assert answers(raw, 7) == expected
         assert raw.step(handles[0], 1) == first, "nothing was applied"
         assert server.series()["engram_rows_in_flight"] == 0
 
