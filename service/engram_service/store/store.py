@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ from engram_service.store.watch import Watch
 from engram_service.supervision import Supervisor
 
 log = logging.getLogger(__name__)
+
+_LOOKED_AT = 128  # sessions in one round trip: Redis, and the thread of the steps, do other work between two
 
 
 class Store:
@@ -166,7 +169,11 @@ class Store:
     def holders(self, session_ids: Sequence[str]) -> list[str]:
         """The tokens of the claims that these sessions are under; "" where there is none."""
         keys = [meta_key(session_tag(session_id)) for session_id in session_ids]
-        held = self._commands.call(lambda: self._commands.tokens(keys))
+        held = [
+            token
+            for start in range(0, len(keys), _LOOKED_AT)
+            for token in self._commands.call(partial(self._commands.tokens, keys[start : start + _LOOKED_AT]))
+        ]
         return [token.decode(errors="replace") if isinstance(token, bytes) else "" for token in held]
 
     def claim(self, requests: Sequence[ClaimRequest]) -> list[ClaimResult]:
