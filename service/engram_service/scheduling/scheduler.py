@@ -72,8 +72,8 @@ class Scheduler:
     def next(self, model: int, busy: NDArray[np.bool_], rows_max: int, now: float) -> Batch | None:
         """The next batch of a model, or None where nothing is ready. Marks the sessions it takes in `busy`."""
         waiting = self._waiting[model]
-        whole, few = waiting.whole, min(rows_max, _MANY)
-        if whole is not None and len(whole) <= few and seize(busy, whole.rows, whole.deadlines, now):
+        few = min(rows_max, _MANY)
+        if (whole := waiting.whole) is not None and len(whole) <= few and seize(busy, whole.rows, whole.deadlines, now):
             waiting.take_whole()
             self._most(model, whole.streams, now)
             return Batch(whole, [None], None)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_service.places import NATIVE
 from engram_service.store.committer import Committers
 from engram_service.store.keys import META_PREFIX
 from engram_service.store.links import INLINE_TIMEOUT_S, Links
@@ -24,13 +25,8 @@ from engram_service.store.ways import Way
 
 Source: TypeAlias = Any  # an engram_native.RecordSource
 
-try:
+if NATIVE:
     import engram_native
-except ImportError:  # there is no wheel for this platform, and nobody has built it
-    _HERE = False
-else:
-    _HERE = True
-
 
 _PACKED = np.empty((0, 0), np.uint8)  # records that the extension has put together itself
 _WIDTHS_MAX = 8  # widths of records whose memory is kept
@@ -93,7 +89,7 @@ class Line(Protocol):
 def line_of(committers: Committers) -> Line:
     """The extension's, where it is and can do what the URL asks for."""
     settings = committers.settings
-    return NativeLine(committers) if _HERE and settings.native and spoken(settings.url) else PythonLine(committers)
+    return NativeLine(committers) if NATIVE and settings.native and spoken(settings.url) else PythonLine(committers)
 
 
 def _readable(descriptor: int, timeout_s: float) -> bool:

@@ -77,10 +77,6 @@ class RecordBlock:
     outputs: NDArray[np.uint8]  # [n, capacity, output_nbytes]
     now_ms: int
 
-    @property
-    def nbytes(self) -> int:
-        return len(self.seq) * self.layout.record_nbytes(self.outputs.shape[1])
-
     def packed(self) -> NDArray[np.uint8]:
         """uint8 [n, record bytes]"""
         return self.layout.pack(self.seq, self.acked, self.epoch, self.states, self.counts, self.outputs, self.now_ms)

@@ -10,10 +10,10 @@ from urllib.parse import parse_qsl, urlsplit
 
 from redis.connection import Connection, SSLConnection
 
-try:
+from engram_service.places import NATIVE
+
+if NATIVE:  # else links.py and lines.py do without it
     import engram_native
-except ImportError:  # links.py and lines.py do without it then
-    pass
 
 _SPOKEN = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _USUAL = {"ssl_cert_reqs": "required", "ssl_check_hostname": "true"}

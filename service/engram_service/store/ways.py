@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_service.places import NATIVE
 from engram_service.store.committer import Committers
 from engram_service.store.generations import Mark
 from engram_service.store.keys import META_PREFIX
@@ -17,10 +18,8 @@ from engram_service.store.nodes import Node
 from engram_service.store.tls import TlsSocket
 from engram_service.store.types import CommitJob
 
-try:
+if NATIVE:  # else nobody makes one
     import engram_native
-except ImportError:  # then nobody makes one
-    pass
 
 _OPEN_AGAIN_S = 1.0  # between two attempts to open a connection
 
